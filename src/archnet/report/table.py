@@ -1,0 +1,63 @@
+"""The table that ends a run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, teacher, student) for every figure worth a line; an empty cell does not apply."""
+    teacher, student, cost = metrics["teacher"], metrics["student"], metrics["cost"]
+    quant, parity, audit = metrics["quant"], metrics["parity"], metrics["audit"]
+    name = f"W{quant['weight_bits']}A{quant['act_bits']}, {quant['method']}"
+    if quant["method"] == "none":
+        name = "float"
+    lines = [
+        ("network", teacher["name"], f"{metrics['hardware']}, {name}"),
+        ("accuracy, points", f"{teacher['accuracy']:.2f}", f"{student['accuracy']:.2f}"),
+        ("agreement, points", "", f"{student['agreement']:.2f}"),
+    ]
+    for title, key, unit, divisor in (
+        ("multiply-accumulates", "macs", "M", 1e6),
+        ("bit operations", "bops", "G", 1e9),
+        ("weights", "weight_bytes", "kB", 1e3),
+    ):
+        before, after = cost[key]["teacher"] / divisor, cost[key]["student"] / divisor
+        lines.append((title, f"{before:,.1f} {unit}", f"{after:,.1f} {unit}"))
+    lines += [
+        ("audit of the file", "", "pure" if audit["pure"] else _count(audit["violations"])),
+        (f"parity with {parity['runtime']}", "", _parity(parity)),
+        ("unlabelled images", "", f"{metrics['data']['unlabelled']:,}"),
+        ("image-steps in training", "", f"{metrics['data']['images_seen']:,}"),
+        ("seconds", "", f"{metrics['seconds']['total']:,.0f}"),
+    ]
+    return lines
+
+
+def show(metrics: Mapping[str, Any], folder: Path) -> None:
+    """Print the table, and where the run's files are."""
+    table = Table(title=f"{metrics['task']}: teacher and student", title_justify="left")
+    table.add_column("")
+    table.add_column("teacher", justify="right")
+    table.add_column("student", justify="right")
+    for line in rows(metrics):
+        table.add_row(*line)
+    console = Console()
+    console.print(table)
+    for violation in metrics["audit"]["violations"][:5]:
+        console.print(f"violation: {violation}", markup=False)
+    skipped = metrics["data"]["skipped"]
+    if skipped:
+        console.print(f"{len(skipped)} corrupt files skipped, first {skipped[0]}", markup=False)
+    console.print(f"Everything is in {folder}", markup=False, soft_wrap=True)
+
+
+def _count(violations: list[str]) -> str:
+    return f"{len(violations)} violation{'s' if len(violations) > 1 else ''}"
+
+
+def _parity(parity: Mapping[str, Any]) -> str:
+    return f"{parity['mismatches']} predictions changed, {parity['max_abs_diff']:.1e} at most"

@@ -1,0 +1,23 @@
+"""What every test file may use."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from archnet.compose import compose
+from archnet.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., Config]:
+    """The config that a command line composes to; its outputs and caches go to ``tmp_path``."""
+
+    def make(*overrides: str) -> Config:
+        paths = (f"output_dir={tmp_path}/outputs", f"teacher.cache_dir={tmp_path}/teachers")
+        return compose(CONF, [*paths, *overrides])
+
+    return make

@@ -139,7 +139,7 @@ def test_a_sweep_is_every_combination() -> None:
 
 def test_a_sweep_is_checked_whole() -> None:
     check(CONF, ["-m", "quant.bits=2,4,8"])
-    with pytest.raises(ConfigError, match="quant.bits=9"):
+    with pytest.raises(ConfigError, match=r"quant\.bits=9"):
         check(CONF, ["-m", "quant.bits=2,9"])
     with pytest.raises(ConfigError, match="teacher=resnet18"):
         check(CONF, ["-m", "teacher=resnet50,resnt18"])

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ TORCHVISION_MODELS = (
 SCHEMA = Config()
 
 
+@cache
 def register() -> None:
     """Tell Hydra the schema and the torchvision names, so that `teacher=<name>` composes."""
     store = ConfigStore.instance()

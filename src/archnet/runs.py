@@ -68,6 +68,10 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} cannot be read: {error}") from error
 
 
+def _now() -> str:
+    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
 class RunFolder:
     """``<output_dir>/<task>/<date>_<time>_<id>/`` with all that a run leaves.
 
@@ -86,7 +90,7 @@ class RunFolder:
             RunError: the folder cannot be made.
         """
         parent = Path(config.output_dir) / config.task.name
-        started = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        started = _now()
         attempt = 1
         while True:
             name = config.name or secrets.token_hex(2)

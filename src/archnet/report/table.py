@@ -20,12 +20,12 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("accuracy, points", f"{teacher['accuracy']:.2f}", f"{student['accuracy']:.2f}"),
         ("agreement, points", "", f"{student['agreement']:.2f}"),
     ]
-    for title, key, unit, divisor in (
-        ("multiply-accumulates", "macs", "M", 1e6),
-        ("bit operations", "bops", "G", 1e9),
-        ("weights", "weight_bytes", "kB", 1e3),
+    for title, key, side, unit, divisor in (
+        ("multiply-accumulates", "macs", "teacher", "M", 1e6),
+        ("bit operations, teacher at W8A8", "bops", "teacher_w8a8", "G", 1e9),
+        ("weights", "weight_bytes", "teacher", "kB", 1e3),
     ):
-        before, after = cost[key]["teacher"] / divisor, cost[key]["student"] / divisor
+        before, after = cost[key][side] / divisor, cost[key]["student"] / divisor
         lines.append((title, f"{before:,.1f} {unit}", f"{after:,.1f} {unit}"))
     lines += [
         ("audit of the file", "", "pure" if audit["pure"] else _count(audit["violations"])),

@@ -1,0 +1,215 @@
+"""One function per operator: how it stands in an ONNX file.
+
+The quantizers on an operator decide its form. On a grid, the tensors between operators hold the
+integers themselves: layout moves, max-pooling and concatenation work on them, and a
+DequantizeLinear stands before each operator that multiplies. A runtime fuses it, the operator and
+the QuantizeLinear behind it into one integer kernel.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from archnet.deploy.writer import ExportError, Grid, Value, Writer
+from archnet.ops import (
+    Activation,
+    BatchNorm,
+    Concat,
+    Conv3x3,
+    FullyConnected,
+    MaxPool2x2,
+    Operator,
+    Pad,
+    Permute,
+    Reshape,
+    Slice,
+    WeightedOperator,
+)
+from archnet.quant import BiasQuantizer, Quantizer
+
+# Emitters take (writer, step name, operator, shape of the result per sample, input values).
+Emitter = Callable[..., Value]
+_EMITTERS: dict[type[Operator], Emitter] = {}
+
+
+def emits(operator: type[Operator]) -> Callable[[Emitter], Emitter]:
+    """Register the function that writes ``operator``."""
+
+    def register(emitter: Emitter) -> Emitter:
+        _EMITTERS[operator] = emitter
+        return emitter
+
+    return register
+
+
+def emit(
+    writer: Writer, name: str, operator: Operator, shape: tuple[int, ...], *inputs: Value
+) -> Value:
+    """Write one step of a student: ``operator`` on ``inputs``, giving (batch, *shape)."""
+    if type(operator) not in _EMITTERS:
+        raise ExportError(f"step {name}: no way to write a {type(operator).__name__} to ONNX")
+    return _EMITTERS[type(operator)](writer, name, operator, (-1, *shape), *inputs)
+
+
+def _parameters(writer: Writer, name: str, op: WeightedOperator) -> tuple[str, str]:
+    """Weight and bias: integers and a DequantizeLinear where a quantizer is, else float."""
+    weights, biases = op.weight_quantizer, op.bias_quantizer
+    if weights is None:
+        weight = writer.constant(f"{name}.weight", op.weight.detach().cpu(), np.float32)
+    else:
+        assert isinstance(weights, Quantizer)
+        integers = weights.integers(op.weight)
+        weight = writer.scaled(f"{name}.weight", integers, weights.scale, np.int8)
+    if biases is None:
+        bias = writer.constant(f"{name}.bias", op.bias.detach().cpu(), np.float32)
+    else:
+        assert isinstance(biases, BiasQuantizer)
+        bias = writer.scaled(f"{name}.bias", biases.integers(op.bias), biases.step(), np.int32)
+    return weight, bias
+
+
+@emits(Conv3x3)
+def _convolution(writer: Writer, name: str, op: Conv3x3, shape: tuple[int, ...], x: Value) -> Value:
+    writer.node(
+        "Conv",
+        [writer.floating(x), *_parameters(writer, name, op)],
+        name,
+        kernel_shape=[3, 3],
+        strides=[op.stride] * 2,
+        pads=[op.padding] * 4,
+    )
+    return Value(name, name, shape)
+
+
+@emits(FullyConnected)
+def _fully_connected(
+    writer: Writer, name: str, op: FullyConnected, shape: tuple[int, ...], x: Value
+) -> Value:
+    # At every position it is a Gemm on (positions, features): runtimes have integer kernels that
+    # take the bias for a Gemm, and none for a MatMul.
+    rows = x.reshaped((-1, op.in_features), f"{name}.rows")
+    tensor = name if len(shape) == 2 else f"{name}.flat"
+    inputs = [writer.floating(rows), *_parameters(writer, name, op)]
+    writer.node("Gemm", inputs, tensor, transB=1)
+    return Value(name, tensor, (-1, op.out_features)).reshaped(shape, name)
+
+
+@emits(BatchNorm)
+def _batch_norm(
+    writer: Writer, name: str, op: BatchNorm, shape: tuple[int, ...], x: Value
+) -> Value:
+    statistics: dict[str, Any] = {
+        "weight": op.weight,
+        "bias": op.bias,
+        "mean": op.running_mean,
+        "var": op.running_var,
+    }
+    constants = [
+        writer.constant(f"{name}.{key}", tensor.detach().cpu(), np.float32)
+        for key, tensor in statistics.items()
+    ]
+    writer.node("BatchNormalization", [writer.floating(x), *constants], name, epsilon=op.eps)
+    return Value(name, name, shape)
+
+
+@emits(MaxPool2x2)
+def _max_pool(writer: Writer, name: str, op: MaxPool2x2, shape: tuple[int, ...], x: Value) -> Value:
+    left, right, top, bottom = op.padding
+    if max(op.padding) > 1:
+        raise ExportError(f"step {name}: ONNX pads a 2x2 max-pooling by one pixel at most")
+    writer.node(
+        "MaxPool",
+        [writer.tensor(x)],
+        name,
+        kernel_shape=[2, 2],
+        strides=[op.stride] * 2,
+        pads=[top, left, bottom, right],
+    )
+    return Value(name, name, shape, x.grid)
+
+
+@emits(Concat)
+def _concat(writer: Writer, name: str, op: Concat, shape: tuple[int, ...], *xs: Value) -> Value:
+    same_grid = len({x.grid for x in xs}) == 1
+    read = writer.tensor if same_grid else writer.floating
+    writer.node("Concat", [read(x) for x in xs], name, axis=op.axis)
+    return Value(name, name, shape, xs[0].grid if same_grid else None)
+
+
+@emits(Activation)
+def _activation(
+    writer: Writer, name: str, op: Activation, shape: tuple[int, ...], x: Value
+) -> Value:
+    # Element by element, so it goes before the moves that are still to be made.
+    tensor = name if not x.moves else f"{name}.flat"
+    source = writer.dequantized(x.tensor, x.grid)
+    if op.quantizer is not None:
+        grid = _quantize(writer, name, tensor, source, op)
+        return Value(name, tensor, x.shape, grid, x.moves)
+    if op.low == -math.inf and op.high == math.inf:
+        return replace(x, name=name)
+    if op.low == 0 and op.high == math.inf:
+        writer.node("Relu", [source], tensor)
+    else:
+        bounds = [
+            writer.constant(f"{name}.{key}", bound, np.float32) if math.isfinite(bound) else ""
+            for key, bound in (("low", op.low), ("high", op.high))
+        ]
+        writer.node("Clip", [source, *bounds], tensor)
+    return Value(name, tensor, x.shape, None, x.moves)
+
+
+def _quantize(writer: Writer, name: str, tensor: str, source: str, op: Activation) -> Grid:
+    """Float to integers. A ReLU is the lowest integer of an unsigned grid and costs nothing."""
+    quantizer = op.quantizer
+    assert isinstance(quantizer, Quantizer)
+    scale = float(quantizer.scale)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ExportError(f"step {name} has a scale of {scale}; calibrate it on finite inputs")
+    grid = Grid(scale, quantizer.low, quantizer.high, name)
+    # Rounding keeps the order, so a clip of the value is a clip of the integer.
+    highest = quantizer.integers(quantizer.scale.new_tensor([op.high]))
+    # A QuantizeLinear saturates at 0 and 255, so wider bounds need no Clip.
+    low, high = grid.low + grid.zero, int(highest) + grid.zero
+    clipped = (low, high) != (0, 255)
+    quantized = f"{tensor}.unclipped" if clipped else tensor
+    writer.node("QuantizeLinear", [source, *writer.grid(grid)], quantized)
+    if clipped:
+        bounds = [
+            writer.constant(f"{tensor}.low", low, np.uint8),
+            writer.constant(f"{tensor}.high", high, np.uint8),
+        ]
+        writer.node("Clip", [quantized, *bounds], tensor)
+    return grid
+
+
+@emits(Permute)
+def _permute(writer: Writer, name: str, op: Permute, shape: tuple[int, ...], x: Value) -> Value:
+    return x.transposed(op.order, name)
+
+
+@emits(Reshape)
+def _reshape(writer: Writer, name: str, op: Reshape, shape: tuple[int, ...], x: Value) -> Value:
+    return x.reshaped(shape, name)
+
+
+@emits(Slice)
+def _slice(writer: Writer, name: str, op: Slice, shape: tuple[int, ...], x: Value) -> Value:
+    window = {"starts": op.start, "ends": op.stop, "axes": op.axis, "steps": op.step}
+    constants = [writer.constant(f"{name}.{k}", [v], np.int64) for k, v in window.items()]
+    writer.node("Slice", [writer.tensor(x), *constants], name)
+    return Value(name, name, shape, x.grid)
+
+
+@emits(Pad)
+def _pad(writer: Writer, name: str, op: Pad, shape: tuple[int, ...], x: Value) -> Value:
+    # ONNX lists all beginnings, then all ends; the batch is not padded.
+    pads = [0, *(before for before, _ in op.pads), 0, *(after for _, after in op.pads)]
+    constants = [writer.constant(f"{name}.pads", pads, np.int64)]
+    if x.grid is not None:
+        constants.append(writer.grid(x.grid)[1])
+    writer.node("Pad", [writer.tensor(x), *constants], name)
+    return Value(name, name, shape, x.grid)

@@ -1,0 +1,208 @@
+"""Collects the nodes of an ONNX graph, and keeps layout moves back until somebody reads them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from archnet.errors import ArchnetError
+
+
+class ExportError(ArchnetError):
+    """A student that cannot be written, or a file that cannot be written or run."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers ``low`` to ``high``, times ``scale``; zero is on the grid.
+
+    Grids are equal when their numbers are; ``name`` is that of the constants in the file. There
+    the integers stand as UINT8, signed ones shifted by the zero point to begin at 0: on x86 only
+    unsigned activations have fast kernels.
+    """
+
+    scale: float
+    low: int
+    high: int
+    name: str = field(compare=False)
+
+    @property
+    def zero(self) -> int:
+        """The stored integer that means zero."""
+        return max(0, -self.low)
+
+
+@dataclass(frozen=True)
+class Transpose:
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reshape:
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of the student: an ONNX tensor, and the moves that still have to be made on it.
+
+    ``shape`` is the tensor's (-1 stands for the batch, or for batch times positions); ``grid``
+    is the grid of its integers, or None for a float tensor. What acts element by element goes
+    before the pending moves, so that it meets the operator it belongs to; a move and its inverse
+    cancel. ``name`` is the tensor's name once the moves are made.
+    """
+
+    name: str
+    tensor: str
+    shape: tuple[int, ...]
+    grid: Grid | None = None
+    moves: tuple[Transpose | Reshape, ...] = ()
+
+    @property
+    def moved_shape(self) -> tuple[int, ...]:
+        shape = self.shape
+        for move in self.moves:
+            if isinstance(move, Reshape):
+                shape = move.shape
+            else:
+                shape = tuple(shape[axis] for axis in move.order)
+        return shape
+
+    def transposed(self, order: tuple[int, ...], name: str) -> "Value":
+        moves = self.moves
+        if moves and isinstance(moves[-1], Transpose):
+            order = tuple(moves[-1].order[axis] for axis in order)
+            moves = moves[:-1]
+        if order != tuple(range(len(order))):
+            moves = (*moves, Transpose(order))
+        return replace(self, name=name, moves=moves)
+
+    def reshaped(self, shape: tuple[int, ...], name: str) -> "Value":
+        moves = (
+            self.moves[:-1] if self.moves and isinstance(self.moves[-1], Reshape) else self.moves
+        )
+        if replace(self, moves=moves).moved_shape != shape:
+            moves = (*moves, Reshape(shape))
+        return replace(self, name=name, moves=moves)
+
+
+class Writer:
+    """An ONNX graph that grows node by node. Every node is named after the tensor it writes.
+
+    ``origin`` is the teacher's module path that the nodes being written come from; each node
+    carries it in its metadata.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+        self.origin = ""
+        self._moved: dict[tuple[str, tuple[Transpose | Reshape, ...]], str] = {}
+        self._floats: dict[str, str] = {}
+
+    def node(self, operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        node = helper.make_node(operator, inputs, [output], name=output, **attributes)
+        if self.origin:
+            node.metadata_props.add(key="origin", value=self.origin)
+        self.nodes.append(node)
+        return output
+
+    def constant(self, name: str, values: Any, dtype: Any) -> str:
+        self.constants[name] = numpy_helper.from_array(np.asarray(values, dtype), name)
+        return name
+
+    def integers(self, name: str, values: Tensor, dtype: Any) -> str:
+        """Store a float tensor of integers as ``dtype``; no value may be lost."""
+        array: NDArray[Any] = values.detach().cpu().double().numpy()
+        stored = array.astype(dtype)
+        if not np.array_equal(stored, array):
+            raise ExportError(
+                f"{name} does not fit {np.dtype(dtype)}: its values are {array.min():g} to "
+                f"{array.max():g}; lower its width, or look for a scale that is not finite"
+            )
+        return self.constant(name, stored, dtype)
+
+    def tensor(self, value: Value) -> str:
+        """The tensor of a value, with its moves made: integers where it is on a grid."""
+        tensor = value.tensor
+        for count, move in enumerate(value.moves, start=1):
+            key = (value.tensor, value.moves[:count])
+            if key not in self._moved:
+                output = value.name if count == len(value.moves) else f"{value.name}.move{count}"
+                if isinstance(move, Transpose):
+                    self.node("Transpose", [tensor], output, perm=move.order)
+                else:
+                    shape = self.constant(f"{output}.shape", move.shape, np.int64)
+                    self.node("Reshape", [tensor, shape], output)
+                self._moved[key] = output
+            tensor = self._moved[key]
+        return tensor
+
+    def floating(self, value: Value) -> str:
+        """The tensor of a value as float, with its moves made."""
+        return self.dequantized(self.tensor(value), value.grid)
+
+    def dequantized(self, tensor: str, grid: Grid | None) -> str:
+        if grid is None:
+            return tensor
+        if tensor not in self._floats:
+            self._floats[tensor] = self.node(
+                "DequantizeLinear", [tensor, *self.grid(grid)], f"{tensor}.float"
+            )
+        return self._floats[tensor]
+
+    def grid(self, grid: Grid) -> tuple[str, str]:
+        """The constants (scale, zero point) of a grid."""
+        scale = self.constant(f"{grid.name}.scale", grid.scale, np.float32)
+        return scale, self.constant(f"{grid.name}.zero", grid.zero, np.uint8)
+
+    def scaled(self, name: str, integers: Tensor, scale: Tensor, dtype: Any) -> str:
+        """A constant: ``integers`` (O, ...) times ``scale``, (O,) or one number."""
+        stored = self.integers(name, integers, dtype)
+        factors = scale.detach().cpu().float().numpy()
+        if not (np.isfinite(factors).all() and (factors > 0).all()):
+            raise ExportError(f"{name} has a scale that is not positive and finite")
+        if factors.size == 1:
+            factors = factors.reshape(())
+        step = self.constant(f"{name}.scale", factors, np.float32)
+        zero = self.constant(f"{name}.zero", np.zeros(factors.shape), dtype)
+        axis = {"axis": 0} if factors.ndim else {}
+        return self.node("DequantizeLinear", [stored, step, zero], f"{name}.float", **axis)
+
+    def model(
+        self, inputs: dict[str, tuple[int, ...]], output: Value, opset: int
+    ) -> onnx.ModelProto:
+        """The graph as a checked model; shapes come without the batch, which stays free."""
+        result = self.floating(output)
+        if result in inputs:
+            result = self.node("Identity", [result], f"{result}.output")
+        graph = helper.make_graph(
+            self.nodes,
+            "student",
+            [_described(name, shape) for name, shape in inputs.items()],
+            [_described(result, output.moved_shape[1:])],
+            list(self.constants.values()),
+        )
+        opsets = [helper.make_opsetid("", opset)]
+        model = helper.make_model(
+            graph,
+            opset_imports=opsets,
+            ir_version=helper.find_min_ir_version_for(opsets),
+            producer_name="archnet",
+        )
+        if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
+            raise ExportError(
+                f"the student takes {model.ByteSize() / 1e9:.1f} GB, and an ONNX file holds "
+                "2 GB: quantize it, or choose a smaller teacher"
+            )
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+
+def _described(name: str, shape: Sequence[int]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])

@@ -137,7 +137,6 @@ class QuantConfig:
     last_bits: int = _width(8)  # weights and input of the last layer
     per_channel: bool = True  # one weight scale an output channel; false: one a tensor
     calibration_batches: int = _number(8, 1)  # unlabelled batches that set the first scales
-    scale_floor: float = _number(1e-8, 1e-30, 1)  # smallest scale; dead channels would reach zero
 
 
 OPERATORS = (

@@ -1,6 +1,7 @@
 """Run folders: made once, written atomically, and continued stage by stage."""
 
 import json
+import logging
 import os
 import secrets
 import time
@@ -16,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from archnet.compose import to_config
 from archnet.config import Config, keys
 from archnet.errors import ArchnetError, ConfigError
+
+_log = logging.getLogger(__name__)
 
 # Keys that a resumed run may change: they say where and how it runs, not what it computes.
 _FREE = ("resume", "trainer", "logger", "task.data.workers", "task.data.eval_batch_size")
@@ -188,9 +191,21 @@ class RunFolder:
         """
         path = self.path / "stages" / f"{name}.json"
         if path.is_file():
+            _log.info("%s: finished earlier", name)
             return read_json(path)
         started = time.perf_counter()
         result = work()
         result["seconds"] = round(time.perf_counter() - started, 2)
         write_json(path, result)
+        _log.info("%s: %.1f s", name, result["seconds"])
         return result
+
+    def seconds(self) -> dict[str, float]:
+        """What each finished stage took, in the order of the stages.
+
+        A stage that was interrupted counts from where it was resumed.
+        """
+        files = sorted(
+            (self.path / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime_ns
+        )
+        return {path.stem: read_json(path)["seconds"] for path in files}

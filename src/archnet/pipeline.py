@@ -1,0 +1,420 @@
+"""The one conductor: from a config to a run folder with a checked student in it.
+
+data -> teacher -> student (converted, quantized, calibrated) -> distilled -> evaluated ->
+exported -> audited -> compared with a runtime -> metrics.json, report.html and a table.
+A finished stage leaves a file in the run folder (`archnet.runs`); a resumed run skips it.
+"""
+
+import logging
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import lightning
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from torch import Tensor, nn
+
+import archnet
+from archnet import report
+from archnet.config import Config, LoggerConfig
+from archnet.distill import distill
+from archnet.errors import ArchnetError
+from archnet.hardware import student_cost, teacher_cost
+from archnet.ops import Student
+from archnet.quant import attach, describe
+from archnet.runs import RunError, RunFolder, atomic, write_json
+from archnet.tasks import ClassificationData
+from archnet.teachers import load_teacher, train_teacher
+
+_log = logging.getLogger(__name__)
+
+# Inputs on which the exported file is compared with the student.
+PARITY_INPUTS = 500
+_PACKAGES = ("torch", "torchvision", "lightning", "onnx", "onnxruntime", "numpy")
+
+
+@dataclass
+class Run:
+    """What every stage works on."""
+
+    config: Config
+    folder: RunFolder
+    data: ClassificationData
+    teacher: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        """Where evaluation runs: the accelerator that the trainer would take."""
+        accelerator = self.config.trainer.accelerator
+        if accelerator in ("auto", "gpu") and torch.cuda.is_available():
+            return torch.device("cuda")
+        if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+
+
+def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
+    """Run or resume the whole of it.
+
+    Args:
+        config: the checked config; ``config.resume`` names a folder to continue.
+        overridden: keys and groups given on the command line, which must not contradict the
+            config of a resumed folder.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ArchnetError: whatever a user can mend, in one line.
+    """
+    if config.resume:
+        folder = RunFolder.open(config.resume)
+        config = folder.resumed(config, overridden)
+        folder.write_config(config)
+    else:
+        _refuse(config)
+        folder = RunFolder.create(config)
+    _log.info("run folder: %s", folder.path)
+    # Lightning tells at every fit which accelerators there are, and advertises.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    try:
+        metrics = _stages(config, folder)
+    except (KeyboardInterrupt, SystemExit):
+        # Lightning turns the first Ctrl-C into an exit of its own.
+        print(f"\nStopped. Continue: python train.py resume={folder.path}", file=sys.stderr)
+        raise SystemExit(130) from None
+    report.show(metrics, folder.path)
+    return folder
+
+
+def join(path: Path) -> None:
+    """Take part in the distillation of a run that another process leads (DDP)."""
+    folder = RunFolder.open(path)
+    config = folder.config()
+    this = _open(config, folder)
+    _distil(this, load_student(folder, "calibrated"))
+
+
+def reopen(folder: RunFolder) -> tuple[Run, Student]:
+    """A finished run: its task, teacher and trained student.
+
+    Raises:
+        RunError: the run has not come that far.
+    """
+    return _open(folder.config(), folder), load_student(folder)
+
+
+def load_student(folder: RunFolder, name: str = "student") -> Student:
+    """A run's student in eval mode: trained, or as it was when ``calibrated``.
+
+    Raises:
+        RunError: the run has not come that far.
+    """
+    path = folder.checkpoints / f"{name}.pt"
+    if not path.is_file():
+        raise RunError(f"{path} is missing: finish the run with resume={folder.path}")
+    saved = torch.load(path, weights_only=True)
+    student = Student.from_spec(saved["spec"])
+    attach(student, saved["quantizers"])
+    student.load_state_dict(saved["state"])
+    return student.eval()
+
+
+def evaluate(this: Run, student: Student) -> dict[str, Any]:
+    """Teacher and student on the same test images.
+
+    Returns:
+        ``teacher`` and ``student`` accuracy and their ``agreement``, in points (0 to 100), and
+        the number of ``images``.
+    """
+    networks = this.teacher.to(this.device).eval(), student.to(this.device).eval()
+    guesses, labels = [], []
+    with torch.inference_mode():
+        for images_BCHW, labels_B in this.data.test_dataloader():
+            x_BCHW = images_BCHW.to(this.device)
+            guesses.append(torch.stack([net(x_BCHW).argmax(1).cpu() for net in networks]))
+            labels.append(labels_B)
+            if sum(map(len, labels)) >= (this.config.trainer.limit_eval or math.inf):
+                break
+    if not labels:
+        raise ArchnetError("the test split is empty: set task.data.test_fraction above zero")
+    for net in networks:
+        net.cpu()
+    limit = this.config.trainer.limit_eval
+    (teacher_N, student_N), label_N = torch.cat(guesses, 1)[:, :limit], torch.cat(labels)[:limit]
+    return {
+        "teacher": _points(teacher_N == label_N),
+        "student": _points(student_N == label_N),
+        "agreement": _points(teacher_N == student_N),
+        "images": len(label_N),
+    }
+
+
+def form(config: Config) -> str:
+    """The form in which a run's student is deployed."""
+    return "float" if config.quant.method == "none" else "qcdq"
+
+
+def test_images(data: ClassificationData, count: int) -> Tensor:
+    """The first ``count`` images of the test split, (count, C, H, W); fewer if it has fewer."""
+    batches, found = [], 0
+    for images, _ in data.test_dataloader():
+        batches.append(images)
+        found += len(images)
+        if found >= count:
+            break
+    return torch.cat(batches)[:count]
+
+
+def _points(hits_N: Tensor) -> float:
+    return round(100 * hits_N.double().mean().item(), 4)
+
+
+def _refuse(config: Config) -> None:
+    if config.task.kind == "translation":
+        raise ArchnetError(
+            f"task={config.task.name}: translation is not built yet; "
+            "classification is: task=mnist5k, cifar10, imagenet or images"
+        )
+
+
+def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
+    this = _open(config, folder)
+    finished = {}
+
+    def prepare() -> dict[str, Any]:
+        student = _convert(this)
+        _save(folder, "calibrated", student)
+        rows = [asdict(row) for row in student.report]
+        write_json(folder.path / "conversion.json", rows)
+        inexact = sorted({row["rule"] for row in rows if not row["exact"]})
+        return {"taps": [tap.path for tap in student.taps], "approximate_rules": inexact}
+
+    def train() -> dict[str, Any]:
+        student = load_student(folder, "calibrated")
+        result = _distil(this, student)
+        _save(folder, "student", student)
+        return result
+
+    finished["convert"] = folder.stage("convert", prepare)
+    finished["distill"] = folder.stage("distill", train)
+    student = load_student(folder)
+    finished["evaluate"] = folder.stage("evaluate", lambda: evaluate(this, student))
+    finished["export"] = folder.stage("export", lambda: _export(this, student))
+    finished["audit"] = folder.stage("audit", lambda: _audit(this))
+    finished["parity"] = folder.stage("parity", lambda: _parity(this, student))
+    finished["cost"] = folder.stage("cost", lambda: _cost(this, student))
+    metrics = _metrics(this, finished)
+    write_json(folder.metrics, metrics)
+    report.write(folder.path)
+    return metrics
+
+
+def _open(config: Config, folder: RunFolder) -> Run:
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    data = ClassificationData(config.task, config.seed)
+    data.prepare_data()
+    data.setup()
+    return Run(config, folder, data, _teacher(config, folder, data))
+
+
+def _teacher(config: Config, folder: RunFolder, data: ClassificationData) -> nn.Module:
+    """The trained teacher; one trained for this run is kept in its folder."""
+    task = {
+        "num_classes": data.num_classes,
+        "in_channels": data.in_channels,
+        "image_size": data.image_size,
+    }
+    if not config.teacher.train:
+        return load_teacher(config.teacher, **task)
+    kept = folder.checkpoints / "teacher.pt"
+
+    def train() -> dict[str, Any]:
+        lightning.seed_everything(config.seed, verbose=False)
+        # One process: a teacher is quick to train, and ranks would have to share its cache.
+        model = train_teacher(
+            load_teacher(config.teacher, **task),
+            data,
+            config.teacher,
+            seed=config.seed,
+            accelerator=config.trainer.accelerator,
+            progress=config.trainer.progress,
+        )
+        with atomic(kept) as temporary:
+            torch.save(model.state_dict(), temporary)
+        return {}
+
+    folder.stage("teacher", train)
+    return load_teacher(replace(config.teacher, weights=str(kept)), **task)
+
+
+def _convert(this: Run) -> Student:
+    """The student: converted, quantized and calibrated on unlabelled images."""
+    config, quant = this.config, this.config.quant
+    batches = this.data.calibration_batches(quant.calibration_batches)
+    student = archnet.convert(
+        this.teacher,
+        batches[0][:1],
+        hardware=config.hardware,
+        start=config.convert.start,
+        taps=config.convert.taps,
+        seed=config.seed,
+    )
+    if quant.method != "none":
+        archnet.quantize(
+            student,
+            weight_bits=quant.weight_bits,
+            act_bits=quant.act_bits,
+            calibration=batches,
+            method=cast(Any, quant.method),  # lsq or dorefa: the config is checked
+            first_bits=quant.first_bits,
+            last_bits=quant.last_bits,
+            per_channel=quant.per_channel,
+        )
+    return student
+
+
+def _distil(this: Run, student: Student) -> dict[str, Any]:
+    """Train the student in place; with several processes, this one starts the others."""
+    config = this.config
+    lightning.seed_everything(config.seed, verbose=False)
+    with _ranks(this.folder) if config.trainer.devices > 1 else nullcontext():
+        return distill(
+            this.teacher,
+            student,
+            this.data,
+            config.distill,
+            trainer=config.trainer,
+            folder=this.folder.checkpoints,
+            loggers=_loggers(config.logger, this.folder),
+            seed=config.seed,
+        )
+
+
+@contextmanager
+def _ranks(folder: RunFolder) -> Iterator[None]:
+    """Let the processes that Lightning starts find the run, and leave no trace of them.
+
+    What Lightning sets for its group would make the next group, of a sweep, wait for nobody.
+    """
+    before = dict(os.environ)
+    os.environ["ARCHNET_RUN_FOLDER"] = str(folder.path.resolve())
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+
+
+def _loggers(config: LoggerConfig, folder: RunFolder) -> list[Logger]:
+    logs, loggers = folder.path / "logs", list[Logger]()
+    if config.csv:
+        # Lightning empties the folder of an earlier session, which a resumed run must not.
+        session = len(list((logs / "csv").glob("*")))
+        loggers.append(CSVLogger(logs, name="csv", version=f"{session:03d}"))
+    if config.tensorboard:
+        loggers.append(TensorBoardLogger(logs, name="tensorboard", version=""))
+    if config.wandb.enabled and config.wandb.mode != "disabled":
+        online = config.wandb.mode == "online" or (
+            config.wandb.mode == "auto" and "WANDB_API_KEY" in os.environ
+        )
+        wandb = WandbLogger(
+            name=folder.path.name,
+            id=folder.path.name,
+            save_dir=logs,
+            offline=not online,
+            project=config.wandb.project,
+            resume="allow" if online else None,
+        )
+        loggers.append(wandb)
+    return loggers
+
+
+def _export(this: Run, student: Student) -> dict[str, Any]:
+    archnet.export(student, this.folder.onnx, form=form(this.config))
+    return {"bytes": this.folder.onnx.stat().st_size}
+
+
+def _audit(this: Run) -> dict[str, Any]:
+    audit = archnet.audit(this.folder.onnx, hardware=this.config.hardware)
+    return {"pure": audit.pure, "violations": [str(line) for line in audit.violations]}
+
+
+def _parity(this: Run, student: Student) -> dict[str, Any]:
+    parity = archnet.parity(student, this.folder.onnx, test_images(this.data, PARITY_INPUTS))
+    return {
+        "runtime": parity.runtime,
+        "max_abs_diff": parity.max_abs_diff,
+        "mismatches": parity.mismatches,
+    }
+
+
+def _cost(this: Run, student: Student) -> dict[str, Any]:
+    """On one sample; the teacher as it is, in float, and its bit operations at W8A8 as well."""
+    example = this.data.calibration_batches(1)[0][:1]
+    before, after = teacher_cost(this.teacher, example), student_cost(student)
+    return {
+        "macs": {"teacher": before.macs, "student": after.macs},
+        "bops": {
+            "teacher": before.bops,
+            "teacher_w8a8": before.macs * 8 * 8,
+            "student": after.bops,
+        },
+        "weight_bytes": {"teacher": before.weight_bytes, "student": after.weight_bytes},
+    }
+
+
+def _save(folder: RunFolder, name: str, student: Student) -> None:
+    with atomic(folder.checkpoints / f"{name}.pt") as temporary:
+        content = {
+            "spec": student.spec(),
+            "quantizers": describe(student),
+            "state": student.state_dict(),
+        }
+        torch.save(content, temporary)
+
+
+def _metrics(this: Run, finished: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What ``metrics.json`` says of the run; accuracies in points, sizes in bytes."""
+    config, scores = this.config, finished["evaluate"]
+    seconds = this.folder.seconds()
+    return {
+        "task": config.task.name,
+        "teacher": {"name": config.teacher.name, "accuracy": scores["teacher"]},
+        "student": {"accuracy": scores["student"], "agreement": scores["agreement"]},
+        "quant": {
+            "method": config.quant.method,
+            "weight_bits": config.quant.weight_bits,
+            "act_bits": config.quant.act_bits,
+        },
+        "hardware": config.hardware.name,
+        "cost": {key: finished["cost"][key] for key in ("macs", "bops", "weight_bytes")},
+        "audit": {key: finished["audit"][key] for key in ("pure", "violations")},
+        "parity": {
+            key: finished["parity"][key] for key in ("runtime", "max_abs_diff", "mismatches")
+        },
+        "data": {
+            "images_seen": finished["distill"]["images_seen"],
+            "unlabelled": len(cast(Sized, this.data.unlabelled())),
+            "evaluated": scores["images"],
+            "skipped": this.data.skipped,
+        },
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
+        "versions": {
+            "archnet": archnet.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
+        "seed": config.seed,
+    }

@@ -1,0 +1,139 @@
+"""The whole way from a config to a run folder, with next to no training in it."""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from archnet import pipeline
+from archnet.config import Config
+from archnet.errors import ArchnetError
+from archnet.runs import RunFolder, read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+Make = Callable[..., Config]
+DEBUG = ("trainer=debug", "trainer.progress=false", "quant.weight_bits=2", "quant.act_bits=4")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of every stage."""
+    from archnet.compose import compose
+
+    root = tmp_path_factory.mktemp("run")
+    places = (f"output_dir={root}/outputs", f"teacher.cache_dir={root}/teachers")
+    return pipeline.run(compose(ROOT / "conf", [*places, *DEBUG, "logger=tensorboard"]))
+
+
+def test_a_run_leaves_what_the_readme_says(finished: RunFolder) -> None:
+    for name in ("config.yaml", "checkpoints", "student.onnx", "metrics.json", "report.html"):
+        assert (finished.path / name).exists(), name
+    assert list((finished.path / "logs" / "tensorboard").rglob("events.*"))
+
+
+def test_metrics_have_the_keys_of_the_design(finished: RunFolder) -> None:
+    metrics = read_json(finished.metrics)
+    assert metrics["task"] == "mnist5k"
+    assert metrics["teacher"]["name"] == "digits"
+    assert 0 <= metrics["teacher"]["accuracy"] <= 100
+    assert 0 <= metrics["student"]["accuracy"] <= 100
+    assert 0 <= metrics["student"]["agreement"] <= 100
+    assert metrics["quant"]["weight_bits"] == 2
+    assert metrics["quant"]["act_bits"] == 4
+    for key in ("macs", "bops", "weight_bytes"):
+        assert metrics["cost"][key]["teacher"] > 0
+        assert metrics["cost"][key]["student"] > 0
+    assert metrics["audit"] == {"pure": True, "violations": []}
+    assert metrics["parity"]["runtime"].startswith("onnxruntime")
+    assert metrics["parity"]["mismatches"] == 0
+    assert metrics["data"]["unlabelled"] == 128
+    assert metrics["data"]["images_seen"] == 8 * 16
+    assert {"teacher", "convert", "distill", "evaluate", "total"} <= set(metrics["seconds"])
+    assert metrics["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert metrics["seed"] == 0
+
+
+def test_the_report_is_one_file_with_table_and_curves(finished: RunFolder) -> None:
+    page = (finished.path / "report.html").read_text()
+    assert "accuracy, points" in page
+    assert "<svg" in page
+    for outside in ("src=", 'href="http', "@import"):
+        assert outside not in page
+
+
+def test_a_finished_run_is_not_run_again(
+    finished: RunFolder, make_config: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = (finished.path / "student.onnx").stat().st_mtime_ns
+    with caplog.at_level(logging.INFO):
+        pipeline.run(make_config(f"resume={finished.path}"), ["resume"])
+    assert "distill: finished earlier" in caplog.text
+    assert (finished.path / "student.onnx").stat().st_mtime_ns == before
+
+
+def test_resume_does_what_is_missing(finished: RunFolder, make_config: Make) -> None:
+    before = read_json(finished.metrics)
+    (finished.path / "stages" / "evaluate.json").unlink()
+    finished.metrics.unlink()
+    pipeline.run(make_config(f"resume={finished.path}"), ["resume"])
+    assert read_json(finished.metrics)["student"] == before["student"]
+
+
+def test_ctrl_c_says_how_to_continue(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_stages", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        pipeline.run(make_config(*DEBUG))
+    assert caught.value.code == 130
+    assert "python train.py resume=" in capsys.readouterr().err
+
+
+def test_translation_ends_with_one_sentence(make_config: Make, tmp_path: Path) -> None:
+    with pytest.raises(ArchnetError, match="translation is not built yet"):
+        pipeline.run(make_config("task=wmt14", "quant.bits=6"))
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_command_ends_translation_with_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "task=wmt14", "quant.bits=6"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("archnet: task=wmt14: translation is not built yet")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_float_student_is_the_teacher(make_config: Make, finished: RunFolder) -> None:
+    cache = OmegaConf.load(finished.path / "config.yaml").teacher.cache_dir
+    folder = pipeline.run(
+        make_config(
+            *DEBUG[:2],
+            "quant=none",
+            "distill.steps=0",
+            "distill.joint_steps=0",
+            f"teacher.cache_dir={cache}",
+        )
+    )
+    metrics = read_json(folder.metrics)
+    assert metrics["student"]["agreement"] == 100
+    assert metrics["parity"]["mismatches"] == 0
+    assert metrics["cost"]["bops"]["student"] >= metrics["cost"]["macs"]["student"] * 1024
+
+
+@pytest.mark.slow
+def test_a_sweep_from_the_command_line(tmp_path: Path, finished: RunFolder) -> None:
+    cache = OmegaConf.load(finished.path / "config.yaml").teacher.cache_dir
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *DEBUG[:2], "quant.bits=4,8",
+               "distill.steps=2", f"teacher.cache_dir={cache}"]  # fmt: skip
+    subprocess.run(command, cwd=tmp_path, check=True)
+    runs = sorted((tmp_path / "outputs" / "mnist5k").glob("*/metrics.json"))
+    assert {json.loads(path.read_text())["quant"]["act_bits"] for path in runs} == {4, 8}

@@ -2,8 +2,9 @@
 
 import difflib
 import os
-import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 from archnet.deploy.emitters import emit
 from archnet.deploy.writer import ExportError, Value, Writer
+from archnet.hardware import Audit
+from archnet.hardware import audit as audit_file
 from archnet.ops import Activation, Student, WeightedOperator
 
 FORMS = ("float", "qcdq")
@@ -66,22 +69,34 @@ def export(
     """
     path = Path(path)
     content = to_onnx(student, form, opset).SerializeToString()
-    part: Path | None = None
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            part = Path(file.name)
-            file.write(content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
         part.replace(path)
     except OSError as error:
-        if part is not None:
-            part.unlink(missing_ok=True)
         raise ExportError(
-            f"cannot write {path} ({len(content)} bytes): {error.strerror}; "
-            "nothing that was there is changed"
+            f"cannot write {path} ({len(content)} bytes): {error.strerror or error}; "
+            "what was there is unchanged"
         ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
     return path
+
+
+def audit(
+    model: Student | onnx.ModelProto | str | os.PathLike[str], hardware: Any = "arch5"
+) -> Audit:
+    """Judge an ONNX file, or a student by the file that it becomes; see `archnet.hardware`.
+
+    Raises:
+        AuditError: the file is missing or no valid ONNX model.
+        ExportError: the student cannot be written.
+    """
+    if isinstance(model, nn.Module):
+        return audit_file(to_onnx(model, "qcdq"), hardware)
+    return audit_file(model, hardware)
 
 
 def _is_quantized(student: nn.Module) -> bool:

@@ -1,0 +1,338 @@
+"""Targets, costs counted by hand, and audits of files that anybody may have written."""
+
+import json
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper, shape_inference
+from torch import nn
+
+from archnet.errors import ConfigError
+from archnet.hardware import AuditError, Target, audit, student_cost, teacher_cost
+from archnet.ops import (
+    Activation,
+    BatchNorm,
+    Concat,
+    Conv3x3,
+    FullyConnected,
+    MaxPool2x2,
+    Reshape,
+    Step,
+    Student,
+    StudentGraph,
+)
+from archnet.quant import ActivationLSQ, WeightLSQ
+
+# Targets ------------------------------------------------------------------------------------
+
+
+def test_a_target_comes_from_a_name_a_target_or_a_config():
+    arch5 = Target.named("arch5")
+    config = SimpleNamespace(**{item.name: getattr(arch5, item.name) for item in fields(Target)})
+    config.operators = list(config.operators)
+    assert Target.of("arch5") == Target.of(arch5) == Target.of(config) == arch5
+
+
+def test_the_targets_differ_in_what_they_allow():
+    five = set(Target.named("arch5").operators)
+    assert not Target.named("arch5_conv").fc_per_position
+    assert set(Target.named("arch5_pointwise").operators) == five | {"conv1x1"}
+    assert set(Target.named("arch5_matmul").operators) == five | {"matmul", "softmax"}
+
+
+def test_an_unknown_target_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"hardware=arch6.*nearest: arch5"):
+        Target.named("arch6")
+
+
+# Cost ---------------------------------------------------------------------------------------
+
+
+def student(shape, steps, output=None):
+    """A student from (name, module, inputs) on the input "x" of the given shape."""
+    graph = StudentGraph(
+        inputs=["x"],
+        output=output or steps[-1][0],
+        steps=[Step(name, tuple(inputs), "") for name, _, inputs in steps],
+        shapes={"x": shape},
+    )
+    result = Student(graph, {name: module for name, module, _ in steps}).eval()
+    result.measure()
+    return result
+
+
+def test_cost_of_known_layers():
+    net = student(
+        (3, 8, 8),
+        [
+            ("conv", Conv3x3(3, 16, stride=2), ["x"]),
+            ("relu", Activation(low=0), ["conv"]),
+            ("bn", BatchNorm(16), ["relu"]),
+            ("pool", MaxPool2x2(), ["bn"]),
+            ("flat", Reshape((64,)), ["pool"]),
+            ("fc", FullyConnected(64, 10), ["flat"]),
+        ],
+    )
+    cost = student_cost(net)
+    rows = {row.name: row for row in cost.steps}
+    assert rows["conv"].macs == 4 * 4 * 16 * 3 * 9
+    assert rows["fc"].macs == 640
+    assert cost.macs == rows["conv"].macs + 640
+    assert cost.bops == cost.macs * 32 * 32
+    assert cost.parameters == (16 * 27 + 16) + 32 + (640 + 10)
+    assert cost.weight_bytes == 4 * cost.parameters
+    # The input beside the convolution's result, both float.
+    assert rows["conv"].live_bytes == 4 * (3 * 64 + 16 * 16)
+    # The batch norm reads one buffer of 16x4x4 and writes another.
+    assert cost.activation_bytes == rows["bn"].live_bytes == 4 * 2 * 256
+    assert json.loads(json.dumps(cost.totals()))["macs"] == cost.macs
+
+
+def test_cost_counts_a_layer_at_every_position():
+    net = student((5, 7, 8), [("fc", FullyConnected(8, 4), ["x"])])
+    assert student_cost(net).macs == 5 * 7 * 8 * 4
+
+
+def test_cost_takes_its_bits_from_the_quantizers():
+    signed, unsigned = ActivationLSQ(8, signed=True), ActivationLSQ(4, signed=False)
+    steps = [
+        ("grid", Activation(), ["x"]),
+        ("conv", Conv3x3(2, 4), ["grid"]),
+        ("act", Activation(low=0), ["conv"]),
+        ("both", Concat(1), ["act", "act"]),
+        ("last", Conv3x3(8, 2), ["both"]),
+    ]
+    net = student((2, 4, 4), steps)
+    net.operator("grid").quantizer, net.operator("act").quantizer = signed, unsigned
+    net.operator("conv").weight_quantizer = WeightLSQ(8)
+    net.operator("last").weight_quantizer = WeightLSQ(2)
+    rows = {row.name: row for row in student_cost(net).steps}
+    assert rows["conv"].bops == rows["conv"].macs * 8 * 8
+    assert (rows["last"].weight_bits, rows["last"].activation_bits) == (2, 4)
+    assert rows["last"].weight_bytes == 8 * 2 * 9 * 2 // 8 + 2 * 4
+    # 64 values of 4 bits and 128 of 4 bits.
+    assert rows["both"].live_bytes == 32 + 64
+
+
+def test_memory_holds_a_value_until_its_last_reader():
+    steps = [
+        ("a", Conv3x3(1, 1), ["x"]),
+        ("b", Conv3x3(1, 1), ["a"]),
+        ("c", Conv3x3(1, 1), ["b"]),
+        ("d", Concat(1), ["a", "c"]),
+    ]
+    rows = {row.name: row for row in student_cost(student((1, 4, 4), steps)).steps}
+    assert [rows[name].live_bytes // 64 for name in "abcd"] == [2, 2, 3, 4]
+
+
+def test_cost_of_a_teacher_with_any_grouping():
+    class Teacher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense = nn.Conv2d(4, 8, 3, padding=1)
+            self.depthwise = nn.Conv2d(8, 8, 5, groups=8, bias=False)
+            self.grouped = nn.Conv2d(8, 6, 1, groups=2)
+            self.attention = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = self.grouped(self.depthwise(self.dense(x)))
+            return self.head(self.attention(x.flatten(2).mT).mean(1))
+
+    teacher = Teacher().train()
+    cost = teacher_cost(teacher, torch.randn(5, 4, 8, 8), weight_bits=8, act_bits=4)
+    attention = 16 * 6 * 6 * 4 + 2 * 16 * 16 * 6 + 2 * 16 * 6 * 12
+    expected = 64 * 8 * 36 + 16 * 8 * 25 + 16 * 6 * 4 + attention + 18
+    assert cost.macs == expected
+    assert cost.bops == expected * 32
+    assert cost.weight_bytes == sum(p.numel() for p in teacher.parameters())
+    assert all(module.training for module in teacher.modules())
+
+
+# Audit --------------------------------------------------------------------------------------
+
+
+def model(nodes, shape=("N", 4, 8, 8), **constants):
+    """An ONNX model on the input "x" (and "y", alike) whose last node gives the output."""
+    output = nodes[-1].output[0]
+    graph = helper.make_graph(
+        nodes,
+        "anybody's",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")],
+        [onnx.ValueInfoProto(name=output, type=helper.make_tensor_type_proto(1, None))],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 21)]
+    # A valid model states the shape of its output: inferred here.
+    return shape_inference.infer_shapes(helper.make_model(graph, opset_imports=opsets))
+
+
+def node(operator, *inputs, output="out", **attributes):
+    return helper.make_node(operator, inputs, [output], name=f"the {operator}", **attributes)
+
+
+def weight(*shape):
+    return np.zeros(shape, np.float32)
+
+
+ALLOWED = {
+    "conv": ([node("Conv", "x", "w", strides=[2, 2])], {"w": weight(6, 4, 3, 3)}),
+    "maxpool": ([node("MaxPool", "x", kernel_shape=[2, 2])], {}),
+    "batchnorm": ([node("BatchNormalization", "x", *"swmv")], dict.fromkeys("swmv", weight(4))),
+    "matmul with bias": (
+        [node("MatMul", "x", "w", output="h"), node("Add", "h", "b")],
+        {"w": weight(8, 5), "b": weight(5)},
+    ),
+    "gemm": (
+        [node("Flatten", "x", output="h"), node("Gemm", "h", "w", "b", transB=1)],
+        {"w": weight(3, 256), "b": weight(3)},
+    ),
+    "concat and activations": (
+        [
+            node("Concat", "x", "y", output="h", axis=1),
+            node("Clip", "h", "", "six", output="i"),
+            node("QuantizeLinear", "i", "scale", output="j"),
+            node("DequantizeLinear", "j", "scale"),
+        ],
+        {"six": np.float32(6), "scale": np.float32(0.1)},
+    ),
+    "integer weight, transposed": (
+        [
+            node("DequantizeLinear", "w", "scale", output="h"),
+            node("Transpose", "h", output="i", perm=[1, 0]),
+            node("MatMul", "x", "i"),
+        ],
+        {"w": np.zeros((5, 8), np.int8), "scale": np.float32(0.1)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_the_five_operators_are_pure(name):
+    nodes, constants = ALLOWED[name]
+    result = audit(model(nodes, **constants))
+    assert result.pure, result.violations
+
+
+VIOLATIONS = {
+    "1x1": ([node("Conv", "x", "w")], {"w": weight(6, 4, 1, 1)}, "conv1x1 is not"),
+    "5x5": ([node("Conv", "x", "w")], {"w": weight(6, 4, 5, 5)}, "kernel 5x5"),
+    "grouped": ([node("Conv", "x", "w", group=2)], {"w": weight(6, 2, 3, 3)}, "2 groups"),
+    "dilated": (
+        [node("Conv", "x", "w", dilations=[2, 2])],
+        {"w": weight(6, 4, 3, 3)},
+        "dilations [2, 2]",
+    ),
+    "strides": (
+        [node("Conv", "x", "w", strides=[2, 1])],
+        {"w": weight(6, 4, 3, 3)},
+        "strides [2, 1]",
+    ),
+    "weights at run time": ([node("Conv", "x", "y")], {}, "computed at run time"),
+    "3x3 pooling": ([node("MaxPool", "x", kernel_shape=[3, 3])], {}, "kernel 3x3"),
+    "residual": ([node("Add", "x", "y")], {}, "addition of two activations"),
+    "constant added": ([node("Add", "x", "b")], {"b": weight(8)}, "no bias right behind"),
+    "position table": (
+        [node("MatMul", "x", "w", output="h"), node("Add", "h", "b")],
+        {"w": weight(8, 5), "b": weight(8, 5)},
+        "no bias right behind",
+    ),
+    "bias too late": (
+        [
+            node("MatMul", "x", "w", output="h"),
+            node("Relu", "h", output="i"),
+            node("Add", "i", "b"),
+        ],
+        {"w": weight(8, 5), "b": weight(5)},
+        "no bias right behind",
+    ),
+    "softmax": ([node("Softmax", "x")], {}, "softmax is not an operator of arch5"),
+    "attention": ([node("MatMul", "x", "y")], {}, "matmul is not an operator of arch5"),
+    "weight a position": ([node("MatMul", "x", "w")], {"w": weight(4, 8, 5)}, "differs from"),
+    "unknown": ([node("Sigmoid", "x")], {}, "Sigmoid is not an operator of arch5"),
+}
+
+
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_everything_else_is_a_violation_that_names_the_node(name):
+    nodes, constants, reason = VIOLATIONS[name]
+    result = audit(model(nodes, **constants))
+    (violation,) = result.violations
+    assert not result.pure
+    assert violation.node == f"the {violation.operator}" == nodes[-1].name
+    assert reason in str(violation)
+
+
+def test_other_targets_allow_more_or_less():
+    pointwise = model([node("Conv", "x", "w")], w=weight(6, 4, 1, 1))
+    assert audit(pointwise, "arch5_pointwise").pure
+    attention = model([node("MatMul", "x", "y", output="h"), node("Softmax", "h")])
+    assert audit(attention, "arch5_matmul").pure
+    nodes, constants = ALLOWED["gemm"]
+    assert audit(model(nodes, **constants), "arch5_conv").pure
+    nodes, constants = ALLOWED["matmul with bias"]
+    (violation,) = audit(model(nodes, **constants), "arch5_conv").violations
+    assert "one row for each sample" in violation.reason
+
+
+def test_positions_moved_into_the_batch_are_still_positions():
+    nodes = [node("Reshape", "x", "rows", output="h"), node("MatMul", "h", "w")]
+    file = model(nodes, rows=np.array([-1, 8]), w=weight(8, 5))
+    assert audit(file, "arch5").pure
+    assert not audit(file, "arch5_conv").pure
+
+
+def test_wide_maps_are_a_violation_where_the_target_has_a_limit():
+    file = model([node("Conv", "x", "w")], w=weight(6, 4, 3, 3))
+    assert audit(file, replace(Target.named("arch5"), max_channels=6)).pure
+    (violation,) = audit(file, replace(Target.named("arch5"), max_channels=5)).violations
+    assert violation.reason == "6 channels; arch5 holds 5"
+
+
+def test_moves_are_counted_and_listed():
+    nodes = [
+        node("Slice", "x", "s", "e", output="h"),
+        node("Pad", "h", "pads", output="i"),
+        node("Conv", "i", "w"),
+    ]
+    result = audit(
+        model(nodes, s=np.array([0]), e=np.array([1]), pads=np.zeros(8, int), w=weight(1, 4, 3, 3))
+    )
+    assert result.moves == {"Slice": ["the Slice"], "Pad": ["the Pad"]}
+    assert result.counts == {"conv3x3": 1}
+    assert json.loads(json.dumps(result.summary()))["moves"] == {"Slice": 1, "Pad": 1}
+
+
+def test_operators_of_other_domains_are_violations():
+    foreign = model([node("Conv", "x", "w")], w=weight(6, 4, 3, 3))
+    foreign.graph.node[0].domain = "com.chip"
+    foreign.opset_import.add(domain="com.chip", version=1)
+    (violation,) = audit(foreign).violations
+    assert violation.reason == "com.chip.Conv is not an operator of arch5"
+
+
+def test_a_broken_file_is_a_clear_error(tmp_path):
+    good = model(*ALLOWED["conv"][:1], **ALLOWED["conv"][1]).SerializeToString()
+    path = tmp_path / "file.onnx"
+    generator = np.random.default_rng(0)
+    contents = [b"", b"no model at all", good[: len(good) // 2]]
+    for _ in range(200):
+        broken = bytearray(good)
+        broken[generator.integers(len(good))] ^= 1 << int(generator.integers(8))
+        contents.append(bytes(broken))
+    messages = []
+    for content in contents:
+        path.write_bytes(content)
+        try:
+            audit(path)
+        except AuditError as error:
+            messages.append(str(error))
+    assert len(messages) > 3
+    assert all(str(path) in message for message in messages)
+    for absent in (tmp_path / "absent.onnx", tmp_path):
+        with pytest.raises(AuditError, match=str(absent)):
+            audit(absent)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from archnet.convert import convert
-    from archnet.deploy import export, parity
-    from archnet.hardware import audit
+    from archnet.deploy import audit, export, parity
     from archnet.quant import quantize
 
 __version__ = "0.1.0"
@@ -19,7 +18,7 @@ __version__ = "0.1.0"
 __all__ = ["audit", "convert", "export", "parity", "quantize"]
 
 _ROOMS = {
-    "audit": "archnet.hardware",
+    "audit": "archnet.deploy",
     "convert": "archnet.convert",
     "export": "archnet.deploy",
     "parity": "archnet.deploy",

@@ -287,17 +287,23 @@ def _distil(this: Run, student: Student) -> dict[str, Any]:
     """Train the student in place; with several processes, this one starts the others."""
     config = this.config
     lightning.seed_everything(config.seed, verbose=False)
-    with _ranks(this.folder) if config.trainer.devices > 1 else nullcontext():
-        return distill(
-            this.teacher,
-            student,
-            this.data,
-            config.distill,
-            trainer=config.trainer,
-            folder=this.folder.checkpoints,
-            loggers=_loggers(config.logger, this.folder),
-            seed=config.seed,
-        )
+    loggers = _loggers(config.logger, this.folder)
+    try:
+        with _ranks(this.folder) if config.trainer.devices > 1 else nullcontext():
+            return distill(
+                this.teacher,
+                student,
+                this.data,
+                config.distill,
+                trainer=config.trainer,
+                folder=this.folder.checkpoints,
+                loggers=loggers,
+                seed=config.seed,
+            )
+    finally:
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish()  # else the next run of a sweep would write to it
 
 
 @contextmanager

@@ -25,13 +25,13 @@ def fail(error: ArchnetError) -> None:
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def run(tree: DictConfig) -> None:
+def job(tree: DictConfig) -> None:
     """One job, alone or of a sweep."""
     # Imported here, so that composing a config loads no torch.
-    from archnet import pipeline
+    from archnet.pipeline import run
 
     try:
-        pipeline.run(to_config(tree), overridden())
+        run(to_config(tree), overridden())
     except ArchnetError as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise  # the sweep notes the failure and goes on with the next job
@@ -41,16 +41,16 @@ def run(tree: DictConfig) -> None:
 def main() -> None:
     """Check the whole command line, sweeps included; then let Hydra run it."""
     if "ARCHNET_RUN_FOLDER" in os.environ:
-        from archnet import pipeline
+        from archnet.pipeline import join
 
-        pipeline.join(Path(os.environ["ARCHNET_RUN_FOLDER"]))
+        join(Path(os.environ["ARCHNET_RUN_FOLDER"]))
         return
     # Errors of a sweep's jobs come back here instead of being printed with a traceback.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         check(CONF, sys.argv[1:])
         register()
-        run()
+        job()
     except ArchnetError as error:
         fail(error)
 

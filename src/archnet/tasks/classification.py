@@ -1,0 +1,400 @@
+"""Image classification: splits, loaders, and the wall between images and labels."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from archnet.tasks import sources
+from archnet.tasks.images import (
+    Augmentation,
+    EncodedImages,
+    ImageSet,
+    LabelledImages,
+    Layout,
+    MemoryImages,
+    Normalisation,
+    TaskError,
+    decode_all,
+)
+from archnet.tasks.sampling import Draw, SequentialBatchSampler, StepBatchSampler, permutation
+
+_log = logging.getLogger(__name__)
+
+# Images up to this side are decoded once: 50,000 of 32x32 take 150 MB, and workers would cost more
+# than they save.
+_MEMORY_SIDE = 64
+# The test split cut from data that have none must not move with the run's seed.
+_TEST_SEED = 0
+
+
+class AugmentOptions(Protocol):
+    crop: int
+    flip: bool
+    resized_crop: float
+
+
+class DataOptions(Protocol):
+    """What is read of `task.data`; `archnet.config.DataConfig` says what each key means."""
+
+    root: str | None
+    source: str
+    download: bool
+    val_fraction: float
+    test_fraction: float
+    unlabelled: int | None
+    batch_size: int
+    eval_batch_size: int
+    workers: int
+    image_size: int
+    resize: int | None
+    channels: int
+    mean: list[float]
+    std: list[float]
+
+    @property
+    def augment(self) -> AugmentOptions: ...
+
+
+class TaskOptions(Protocol):
+    """What is read of `task`."""
+
+    name: str
+    num_classes: int | None
+
+    @property
+    def data(self) -> DataOptions: ...
+
+
+@dataclass(frozen=True)
+class _Store:
+    """One split, ready to be drawn from: pixels in memory, or files to decode.
+
+    `damaged` (N,) flags the files that could not be decoded.
+    """
+
+    images: Tensor | sources.Encoded
+    labels: Tensor
+    damaged: Tensor
+
+
+class ClassificationData(LightningDataModule):
+    """Images for distillation, and apart from them labelled ones to evaluate and teach teachers.
+
+    Which split is which:
+
+    - val is the source's own if it has train, val and test; otherwise it is cut from train by the
+      seed.
+    - test is the source's own; if it has none, its val takes the place (ImageNet's custom); if it
+      has neither, `test_fraction` is cut from train, the same for every seed; where that is 0, the
+      whole set is evaluated.
+
+    A split is decoded when it is first asked for, so that nothing looks at test before evaluation.
+
+    Args:
+        config: the task's options.
+        seed: of the validation cut, of the choice of unlabelled images and of the order of
+            training.
+
+    Raises:
+        TaskError: options that contradict each other; from `setup`, data that are missing or
+            unusable.
+    """
+
+    def __init__(self, config: TaskOptions, seed: int) -> None:
+        super().__init__()
+        data = config.data
+        if data.channels not in (1, 3):
+            raise TaskError(f"task.data.channels={data.channels}: images have 1 or 3 channels")
+        if not len(data.mean) == len(data.std) == data.channels:
+            raise TaskError(
+                f"task.data.mean has {len(data.mean)} and task.data.std {len(data.std)} values, "
+                f"but task.data.channels={data.channels}: give one value a channel"
+            )
+        self.config, self.seed = config, seed
+        self.in_channels, self.image_size = data.channels, data.image_size
+        self._normalise = Normalisation(tuple(data.mean), tuple(data.std))
+        self._layout = Layout(data.image_size, data.resize, data.channels)
+        self._augmentation = Augmentation(
+            data.augment.crop, data.augment.flip, data.augment.resized_crop
+        )
+        self._stores: dict[str, _Store] = {}
+
+    # Splits ---------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Download what is missing, in one process."""
+        if self.config.data.source == "cifar10":
+            _ = self._splits
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read labels and names, not yet the images; the checks that need no decoding."""
+        _ = self._splits
+
+    @cached_property
+    def _splits(self) -> sources.Splits:
+        splits = _read(self.config)
+        parts = splits.parts
+        for name, part in parts.items():
+            if (part.labels < 0).any():
+                count = (part.labels < 0).sum()
+                raise TaskError(
+                    f"{count} images of the {name} split have a negative label: remove them"
+                )
+        classes = len(np.unique(np.concatenate([part.labels for part in parts.values()])))
+        if classes < 2:
+            where = self.config.data.root or self.config.data.source
+            raise TaskError(
+                f"{where} holds images of {classes} class: a classifier needs at least two"
+            )
+        return splits
+
+    @cached_property
+    def num_classes(self) -> int:
+        """`task.num_classes`, or what the source says, or the labels that occur."""
+        splits = self._splits
+        highest = max(int(part.labels.max(initial=0)) for part in splits.parts.values())
+        count = self.config.num_classes or len(splits.class_names) or highest + 1
+        if highest >= count:
+            raise TaskError(
+                f"label {highest} occurs in the data, but task.num_classes={count}: raise it"
+            )
+        return count
+
+    @cached_property
+    def _items(self) -> dict[str, tuple[str, NDArray[np.int64]]]:
+        """For train, val and test: the source's split, and which of its images."""
+        data, parts = self.config.data, self._splits.parts
+        own = {name: (name, np.arange(len(part), dtype=np.int64)) for name, part in parts.items()}
+        items = dict(own)
+        if "test" not in own and "val" in own:
+            items["test"] = items.pop("val")
+        train = own["train"][1] if "train" in own else np.empty(0, np.int64)
+        if "test" not in items:
+            order = permutation(len(train), _TEST_SEED, 0)
+            count = round(data.test_fraction * len(train))
+            items["test"] = ("train", np.sort(order[:count]) if count else train)
+            train = np.sort(order[count:])
+            if not count:
+                _log.warning(
+                    "no test split and task.data.test_fraction=0: the whole set is evaluated, "
+                    "training images included"
+                )
+        order = train[permutation(len(train), self.seed, 0)] if len(train) else train
+        if "val" not in items:
+            count = round(data.val_fraction * len(train))
+            items["val"], order = ("train", np.sort(order[:count])), order[count:]
+        items["train"] = ("train", order)
+        return items
+
+    def _store(self, split: str) -> _Store:
+        """The images of one of the source's splits, decoded at the first call if they are small."""
+        if split not in self._stores:
+            part = self._splits.parts[split]
+            labels = torch.from_numpy(part.labels)
+            if isinstance(part.images, np.ndarray):
+                self._check_pixels(part.images)
+                self._stores[split] = _Store(
+                    torch.from_numpy(part.images), labels, torch.zeros(len(part), dtype=torch.uint8)
+                )
+            elif self._in_memory:
+                self._stores[split] = self._decode(part.images, labels)
+            else:
+                flags = torch.zeros(len(part), dtype=torch.uint8).share_memory_()
+                self._stores[split] = _Store(part.images, labels, flags)
+        return self._stores[split]
+
+    @property
+    def _in_memory(self) -> bool:
+        return self.image_size <= _MEMORY_SIDE and not self._augmentation.resized_crop
+
+    def _check_pixels(self, pixels: NDArray[np.uint8]) -> None:
+        expected = (self.image_size, self.image_size, self.in_channels)
+        if pixels.shape[1:] != expected:
+            raise TaskError(
+                f"{self.config.data.source} has images of {pixels.shape[1:]} (H, W, C), "
+                f"but task.data.image_size={expected[0]} and task.data.channels={expected[2]}: "
+                "set these to match"
+            )
+
+    def _decode(self, files: sources.Encoded, labels: Tensor) -> _Store:
+        """Small images as pixels.
+
+        A damaged file keeps its black place, flagged, so that indices stay the source's.
+        """
+        pixels, damaged = decode_all(files, self._layout)
+        if damaged.all():
+            raise TaskError(
+                f"none of {len(files)} images can be decoded, {files.name(0)} among them"
+            )
+        names = [files.name(int(index)) for index in damaged.nonzero().flatten()]
+        if names:
+            _log.warning("%d damaged images skipped: %s", len(names), ", ".join(names[:5]))
+        return _Store(pixels, labels, damaged)
+
+    @property
+    def skipped(self) -> list[str]:
+        """Names of the damaged files met so far; they are left out wherever images are drawn."""
+        return [
+            images.name(int(index))
+            for split, store in self._stores.items()
+            if not isinstance(images := self._splits.parts[split].images, np.ndarray)
+            for index in store.damaged.nonzero().flatten()
+        ]
+
+    def _images(
+        self, name: str, augmented: bool, count: int | None = None
+    ) -> tuple[ImageSet, Tensor]:
+        """Images of train, val or test, and their labels, one for each item."""
+        split, chosen = self._items[name]
+        if not len(chosen):
+            raise TaskError(
+                f"{self.config.data.root or self.config.data.source} leaves no images for {name}: "
+                "give it a train split, or set task.data.val_fraction and task.data.test_fraction "
+                "to suit its size"
+            )
+        store = self._store(split)
+        items = torch.from_numpy(chosen)[:count]
+        augmentation = self._augmentation if augmented else None
+        if isinstance(store.images, Tensor):
+            items = items[store.damaged[items] == 0]
+            images: ImageSet = MemoryImages(store.images, items, self._normalise, augmentation)
+        else:
+            images = EncodedImages(
+                files=store.images,
+                items=items,
+                layout=self._layout,
+                normalise=self._normalise,
+                augmentation=augmentation,
+                damaged=store.damaged,
+                replace=name == "train",
+            )
+        return images, store.labels[items]
+
+    # Datasets -------------------------------------------------------------------------------
+
+    def unlabelled(self) -> ImageSet:
+        """What distillation sees: `task.data.unlabelled` images of train (None: all), and no label.
+
+        No label is reachable from it. (Large images in class folders are read by path, and a path
+        names its folder.)
+        """
+        return self._images("train", augmented=True, count=self.config.data.unlabelled)[0]
+
+    def labelled(self) -> LabelledImages:
+        """The training part with its labels, for training a teacher and nothing else."""
+        return LabelledImages(*self._images("train", augmented=True))
+
+    # Loaders --------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Unlabelled images float32 (B, C, H, W), from the trainer's present step to its last.
+
+        Without a trainer, one pass over the images.
+        """
+        dataset = self.unlabelled()
+        data = self.config.data
+        steps = -(-len(dataset) // data.batch_size)
+        start = 0
+        if self.trainer is not None:
+            steps = self.trainer.max_steps if self.trainer.max_steps > 0 else steps
+            start = self.trainer.global_step
+        rank, world = self._place
+        return self.step_loader(
+            dataset, data.batch_size, steps, start=start, rank=rank, world=world
+        )
+
+    def step_loader(
+        self,
+        dataset: ImageSet | LabelledImages,
+        batch_size: int,
+        steps: int,
+        *,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> DataLoader[Any]:
+        """Batches `start` to `steps` - 1 of a dataset above, as `StepBatchSampler` says."""
+        sampler = StepBatchSampler(
+            len(dataset), batch_size, steps, self.seed, start=start, rank=rank, world=world
+        )
+        return self._loader(dataset, sampler)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """(images, labels) of the validation split."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """(images, labels) of the test split, for the final figure."""
+        return self._eval_loader("test")
+
+    def _eval_loader(self, name: str) -> DataLoader[tuple[Tensor, Tensor]]:
+        dataset = LabelledImages(*self._images(name, augmented=False))
+        rank, world = self._place
+        return self._loader(
+            dataset,
+            SequentialBatchSampler(len(dataset), self.config.data.eval_batch_size, rank, world),
+        )
+
+    def _loader(self, dataset: Dataset[Any], sampler: Sampler[list[Draw]]) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=self.config.data.workers,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.config.data.workers > 0,
+        )
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """The process's rank and how many there are."""
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def calibration_batches(self, count: int) -> list[Tensor]:
+        """The first `count` unlabelled batches, not augmented; fewer if the images run out."""
+        images, _ = self._images("train", augmented=False, count=self.config.data.unlabelled)
+        batches = SequentialBatchSampler(len(images), self.config.data.batch_size)
+        return [images.__getitems__(draws) for draws in islice(batches, count)]
+
+
+def _as_it_is(batch: Any) -> Any:
+    """The datasets answer with whole batches; nothing is left to collate."""
+    return batch
+
+
+def _read(config: TaskOptions) -> sources.Splits:
+    """The splits of `task.data.source`.
+
+    Raises:
+        TaskError: naming the key to set.
+    """
+    data = config.data
+    if data.source == "mnist5k":
+        return sources.mnist5k()
+    root = Path(data.root).expanduser() if data.root is not None else None
+    if data.source == "cifar10" and (root is None or not sources.holds_images(root)):
+        if not data.download:
+            raise TaskError(
+                f"task.data.root={data.root} does not hold CIFAR-10: name the folder that does, "
+                "or set task.data.download=true where there is a network"
+            )
+        return sources.cifar10_download(root or Path("data"))
+    if root is None:
+        raise TaskError(
+            f"task.data.root is not set: name the folder that holds the images of {config.name}"
+        )
+    return sources.from_root(root, data.source if data.source != "cifar10" else "auto")

@@ -1,0 +1,241 @@
+"""Where a trained teacher comes from: torchvision, timm, our own networks, anybody's factory."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.error import URLError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from archnet.errors import ArchnetError
+from archnet.teachers.nets import NETS
+
+# Keys under which training scripts nest the state dict, and prefixes that wrappers add to its
+# names.
+_NESTS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+_SHOWN_MISMATCHES = 5
+
+
+class TeacherError(ArchnetError):
+    """A teacher that cannot be built, filled with its weights, or trained."""
+
+
+class TeacherSource(Protocol):
+    """What is read of `teacher` to build it; `archnet.config.TeacherConfig` explains each key."""
+
+    name: str
+    source: str
+    factory: str | None
+    weights: str | None
+    kwargs: dict[str, Any]
+
+
+def load_teacher(
+    config: TeacherSource, *, num_classes: int, in_channels: int, image_size: int
+) -> nn.Module:
+    """The teacher in eval mode, its parameters frozen.
+
+    Args:
+        config: `teacher.name` of `teacher.source`, built with `teacher.kwargs` and filled with
+            `teacher.weights`.
+        num_classes: logits that the task expects.
+        in_channels: channels of the task's images.
+        image_size: their side in pixels; one blank image is passed through to check all three.
+
+    Raises:
+        TeacherError: an unknown name, weights that do not fit (the first five mismatches are named)
+        or cannot be read
+            without executing code, or logits of another shape than (B, num_classes).
+    """
+    model = _build(config, num_classes, in_channels)
+    if config.weights not in (None, "published"):
+        fill(model, read_weights(Path(config.weights).expanduser()), config.weights)
+    model.eval().requires_grad_(False)
+    _check_logits(config.name, model, num_classes, (1, in_channels, image_size, image_size))
+    return model
+
+
+def _build(config: TeacherSource, num_classes: int, in_channels: int) -> nn.Module:
+    published = config.weights == "published"
+    if config.source == "torchvision":
+        return _from_torchvision(config, published, num_classes)
+    if config.source == "timm":
+        return _from_timm(config, published, num_classes, in_channels)
+    if published:
+        raise TeacherError(
+            f"teacher.weights=published: source {config.source} publishes none; "
+            "name a file, or set teacher.train=true"
+        )
+    if config.source == "custom":
+        return _from_factory(config)
+    if config.name not in NETS:
+        raise TeacherError(
+            f"teacher.name={config.name} is not among archnet's own: {', '.join(NETS)}"
+        )
+    try:
+        return NETS[config.name](num_classes=num_classes, in_channels=in_channels, **config.kwargs)
+    except (TypeError, ValueError) as error:
+        raise TeacherError(
+            f"teacher.kwargs={config.kwargs} do not suit {config.name}: {error}"
+        ) from error
+
+
+def _from_torchvision(config: TeacherSource, published: bool, num_classes: int) -> nn.Module:
+    from torchvision import models
+
+    if config.name not in models.list_models(module=models):
+        raise TeacherError(f"teacher.name={config.name} is not a classifier of torchvision.models")
+    kwargs: dict[str, Any] = (
+        {"weights": "DEFAULT"} if published else {"weights": None, "num_classes": num_classes}
+    )
+    try:
+        return models.get_model(config.name, **{**kwargs, **config.kwargs})
+    except (URLError, OSError) as error:
+        raise TeacherError(
+            f"the published weights of {config.name} could not be downloaded ({error}): "
+            "name a file that holds them, teacher.weights=<file>"
+        ) from error
+
+
+def _from_timm(
+    config: TeacherSource, published: bool, num_classes: int, in_channels: int
+) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise TeacherError(
+            "teacher.source=timm needs the extra: pip install 'archnet[timm]'"
+        ) from error
+    shape = {} if published else {"num_classes": num_classes, "in_chans": in_channels}
+    try:
+        return timm.create_model(config.name, pretrained=published, **{**shape, **config.kwargs})
+    except (RuntimeError, OSError) as error:
+        raise TeacherError(f"timm could not make {config.name}: {error}") from error
+
+
+def _from_factory(config: TeacherSource) -> nn.Module:
+    """What `package.module:callable` returns for `teacher.kwargs`."""
+    module_name, colon, attribute = (config.factory or "").partition(":")
+    if not (module_name and colon and attribute):
+        raise TeacherError(f"teacher.factory={config.factory}: write package.module:callable")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise TeacherError(
+            f"teacher.factory={config.factory} cannot be imported: {error}"
+        ) from error
+    model = factory(**config.kwargs)
+    if not isinstance(model, nn.Module):
+        raise TeacherError(
+            f"teacher.factory={config.factory} returned {type(model).__name__}, "
+            "not a torch.nn.Module"
+        )
+    return model
+
+
+def _check_logits(name: str, model: nn.Module, num_classes: int, shape: tuple[int, ...]) -> None:
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(shape))
+    except RuntimeError as error:
+        raise TeacherError(
+            f"teacher {name} does not accept the task's images, "
+            f"{shape} (batch, channels, height, width): {error}"
+        ) from error
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if found != (1, num_classes):
+        raise TeacherError(
+            f"teacher {name} answers {found} to one image, "
+            f"but the task needs (1, {num_classes}) logits: choose a network with the task's classes"
+        )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors file or in one that torch saved (.pt, .pth, .th).
+
+    It may be nested under `state_dict`, `model_state_dict` or `model`, and its names may carry the
+    prefix `module.` (data parallel) or `_orig_mod.` (compiled). Pickled code is never executed.
+
+    Raises:
+        TeacherError: a file that is missing or damaged, holds pickled objects, or holds no state
+        dict.
+    """
+    if not path.is_file():
+        raise TeacherError(f"teacher.weights={path} is not a file")
+    try:
+        content = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except pickle.UnpicklingError as error:
+        raise TeacherError(
+            f"teacher.weights={path} is damaged or holds more than tensors, "
+            "and pickled code is never executed: save model.state_dict(), best as .safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise TeacherError(
+            f"teacher.weights={path} cannot be read ({error}): fetch or save it again"
+        ) from error
+    return _unwrapped(content, path)
+
+
+def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
+    nest = next(
+        (
+            key
+            for key in _NESTS
+            if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+        ),
+        None,
+    )
+    state = content[nest] if nest is not None else content
+    if not isinstance(state, Mapping) or not any(
+        isinstance(value, Tensor) for value in state.values()
+    ):
+        raise TeacherError(f"teacher.weights={path} holds no state dict: save model.state_dict()")
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], origin: str | Path) -> None:
+    """Load a state dict that must fit exactly.
+
+    Only batch counters, which inference never reads, may be missing.
+
+    Raises:
+        TeacherError: naming the first five tensors that are missing, unexpected or of another
+        shape.
+    """
+    expected = model.state_dict()
+    mismatches = [
+        f"{name}: {tuple(state[name].shape)} in the file, {tuple(tensor.shape)} in the network"
+        if name in state
+        else f"{name}: missing in the file"
+        for name, tensor in expected.items()
+        if (
+            state[name].shape != tensor.shape
+            if name in state
+            else not name.endswith("num_batches_tracked")
+        )
+    ]
+    mismatches += [f"{name}: not in the network" for name in state if name not in expected]
+    if mismatches:
+        shown = "\n  ".join(mismatches[:_SHOWN_MISMATCHES])
+        raise TeacherError(
+            f"teacher.weights={origin} do not fit the network, {len(mismatches)} mismatches:\n"
+            f"  {shown}\n"
+            "Check teacher.name, teacher.kwargs and the number of classes."
+        )
+    model.load_state_dict(state, strict=False)

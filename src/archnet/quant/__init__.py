@@ -1,0 +1,30 @@
+"""Quantizers, where they sit, and their calibration."""
+
+from archnet.quant.attach import QuantizationError, attach, describe, grids, input_quantizer
+from archnet.quant.calibrate import best_scale, calibrate_weights
+from archnet.quant.quantize import quantize
+from archnet.quant.quantizers import (
+    ActivationDoReFa,
+    ActivationLSQ,
+    BiasQuantizer,
+    Quantizer,
+    WeightDoReFa,
+    WeightLSQ,
+)
+
+__all__ = [
+    "ActivationDoReFa",
+    "ActivationLSQ",
+    "BiasQuantizer",
+    "QuantizationError",
+    "Quantizer",
+    "WeightDoReFa",
+    "WeightLSQ",
+    "attach",
+    "best_scale",
+    "calibrate_weights",
+    "describe",
+    "grids",
+    "input_quantizer",
+    "quantize",
+]

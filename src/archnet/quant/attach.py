@@ -1,0 +1,175 @@
+"""Where quantizers sit in a student, and how they are put there."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from archnet.errors import ArchnetError
+from archnet.ops import (
+    Activation,
+    BatchNorm,
+    Concat,
+    LayoutMove,
+    MaxPool2x2,
+    Step,
+    Student,
+    Tap,
+    WeightedOperator,
+)
+from archnet.quant.quantizers import (
+    QUANTIZERS,
+    ActivationLSQ,
+    BiasQuantizer,
+    Quantizer,
+)
+
+
+class QuantizationError(ArchnetError):
+    """The student cannot be quantized as asked."""
+
+
+def insert_activations(student: Student) -> None:
+    """Give every computed value an `Activation` step, so that it has a place for a quantizer.
+
+    Where a ReLU or clip follows (through layout moves that nobody else reads), that is the place;
+    elsewhere an activation without bounds is inserted. The network's result gets none: the chip
+    gives its accumulators.
+    """
+    consumers, graph = student.consumers(), student.graph
+
+    def has_place(name: str) -> bool:
+        readers = consumers.get(name, [])
+        if name == graph.output and not readers:
+            return True
+        if len(readers) != 1 or name == graph.output:
+            return False
+        module = student.operator(readers[0].name)
+        if isinstance(module, LayoutMove):
+            return has_place(readers[0].name)
+        return isinstance(module, Activation)
+
+    renamed: dict[str, str] = {}
+    added: dict[str, Activation] = {}
+    steps: list[Step] = []
+
+    def insert_after(name: str, origin: str) -> None:
+        place = f"{name}_grid"
+        steps.append(Step(place, (name,), origin))
+        added[place] = Activation()
+        renamed[name] = place
+
+    for name in graph.inputs:
+        if not has_place(name):
+            insert_after(name, "")
+    for step in graph.steps:
+        inputs = tuple(renamed.get(name, name) for name in step.inputs)
+        steps.append(Step(step.name, inputs, step.origin))
+        computes = isinstance(student.operator(step.name), WeightedOperator | BatchNorm)
+        if computes and not has_place(step.name):
+            insert_after(step.name, step.origin)
+    taps = [Tap(t.path, t.node, renamed.get(t.value, t.value)) for t in graph.taps]
+    student.rewire(steps, added=added, output=renamed.get(graph.output), taps=taps)
+
+
+def grids(student: Student) -> dict[str, frozenset[str]]:
+    """For every value the `Activation` steps whose grid it lies on.
+
+    A grid passes unchanged through layout moves and max-pooling; concatenation joins grids.
+    Values that were computed and not yet rounded have none.
+    """
+    found: dict[str, frozenset[str]] = {name: frozenset() for name in student.graph.inputs}
+    for step in student.graph.steps:
+        module = student.operator(step.name)
+        if isinstance(module, Activation):
+            found[step.name] = frozenset([step.name])
+        elif isinstance(module, LayoutMove | MaxPool2x2 | Concat):
+            found[step.name] = frozenset().union(*(found[name] for name in step.inputs))
+        else:
+            found[step.name] = frozenset()
+    return found
+
+
+def shared_grids(student: Student) -> dict[str, str]:
+    """Activation steps that must share one quantizer: those whose values meet in a concat.
+
+    Returns a representative for every activation step (the first of its group).
+    """
+    parent = {
+        step.name: step.name
+        for step in student.graph.steps
+        if isinstance(student.operator(step.name), Activation)
+    }
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            name = parent[name]
+        return name
+
+    for members in grids(student).values():
+        first, *others = sorted(map(root, members), key=list(parent).index) or [""]
+        for other in others:
+            parent[root(other)] = root(first)
+    return {name: root(name) for name in parent}
+
+
+def input_quantizer(student: Student, name: str) -> ActivationLSQ | None:
+    """The quantizer whose grid the inputs of step ``name`` lie on; None where they are float."""
+    (step,) = [step for step in student.graph.steps if step.name == name]
+    return _quantizer_of(student, grids(student), step)
+
+
+def _quantizer_of(
+    student: Student, on_grid: Mapping[str, frozenset[str]], step: Step
+) -> ActivationLSQ | None:
+    for place in sorted(on_grid[step.inputs[0]]):
+        module = student.operator(place)
+        assert isinstance(module, Activation)
+        if isinstance(module.quantizer, ActivationLSQ):
+            return module.quantizer
+    return None
+
+
+def describe(student: Student) -> dict[str, Any]:
+    """The student's quantizers as plain data, for `attach`; {} if it has none."""
+    weights: dict[str, Any] = {}
+    activations: dict[str, Any] = {}
+    first_holder: dict[int, str] = {}
+    for step in student.graph.steps:
+        module = student.operator(step.name)
+        if isinstance(module, WeightedOperator) and isinstance(module.weight_quantizer, Quantizer):
+            weights[step.name] = module.weight_quantizer.spec()
+        elif isinstance(module, Activation) and isinstance(module.quantizer, Quantizer):
+            holder = first_holder.setdefault(id(module.quantizer), step.name)
+            shared = {"like": holder} if holder != step.name else module.quantizer.spec()
+            activations[step.name] = shared
+    return {"weights": weights, "activations": activations} if weights or activations else {}
+
+
+def attach(student: Student, description: Mapping[str, Any]) -> None:
+    """Put the described quantizers into the student's slots; scales come from calibration or a
+    state dict afterwards."""
+    for name, spec in description.get("activations", {}).items():
+        module = student.operator(name)
+        assert isinstance(module, Activation)
+        if "like" in spec:
+            holder = student.operator(spec["like"])
+            assert isinstance(holder, Activation)
+            module.quantizer = holder.quantizer
+        else:
+            module.quantizer = _build(spec)
+    for name, spec in description.get("weights", {}).items():
+        weighted = student.operator(name)
+        assert isinstance(weighted, WeightedOperator)
+        weighted.weight_quantizer = _build(spec)
+    on_grid = grids(student)
+    for step in student.graph.steps:
+        weighted = student.operator(step.name)
+        if isinstance(weighted, WeightedOperator):
+            source = _quantizer_of(student, on_grid, step)
+            if source is not None and isinstance(weighted.weight_quantizer, Quantizer):
+                weighted.bias_quantizer = BiasQuantizer(weighted.weight_quantizer, source)
+
+
+def _build(spec: Mapping[str, Any]) -> Quantizer:
+    arguments = dict(spec)
+    kind = arguments.pop("kind")
+    return QUANTIZERS[kind](**arguments)

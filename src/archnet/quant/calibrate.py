@@ -1,0 +1,92 @@
+"""Scales of least squared error, from weights and from unlabelled batches."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from archnet.ops import Activation, Student, WeightedOperator
+from archnet.quant.quantizers import SCALE_FLOOR, Quantizer, WeightDoReFa
+
+CANDIDATES = 64  # scales tried, evenly spaced up to the one that clips nothing
+SAMPLES = 32768  # values kept per activation
+
+
+def best_scale(values: Tensor, low: int, high: int) -> Tensor:
+    """The scale with the least squared rounding error, for each row.
+
+    Args:
+        values: (R, N), one row per scale.
+        low, high: integer bounds of the grid.
+
+    Returns:
+        (R,) positive scales; a row of zeros gets the floor.
+    """
+    peak = torch.maximum(
+        values.amax(1).clamp_min(0) / max(high, 1), -values.amin(1).clamp_max(0) / max(-low, 1)
+    )
+    if low == 0:
+        peak = values.amax(1).clamp_min(0) / high
+    best, least = peak.clone(), torch.full_like(peak, torch.inf)
+    for index in range(1, CANDIDATES + 1):
+        scale = (peak * (index / CANDIDATES)).clamp_min(SCALE_FLOOR)
+        levels = (values / scale[:, None]).round_().clamp_(low, high)
+        error = levels.mul_(scale[:, None]).sub_(values).square_().sum(1)
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best.clamp_min(SCALE_FLOOR)
+
+
+def weight_scale(quantizer: Quantizer, weight: Tensor) -> Tensor:
+    """The scale a weight quantizer starts from, (channels,)."""
+    rows = weight.detach().reshape(quantizer.channels, -1)
+    if isinstance(quantizer, WeightDoReFa):
+        # Levels and weights have the same mean magnitude (DoReFa takes its scale from mean |w|).
+        levels = quantizer.integers(weight).reshape(quantizer.channels, -1)
+        return rows.abs().mean(1) / levels.abs().mean(1).clamp_min(SCALE_FLOOR)
+    if quantizer.bits == 1:
+        return rows.abs().mean(1)
+    return best_scale(rows, quantizer.low, quantizer.high)
+
+
+def calibrate_weights(student: Student) -> None:
+    """Set the scale of every weight quantizer."""
+    for module in student.modules():
+        if isinstance(module, WeightedOperator) and isinstance(module.weight_quantizer, Quantizer):
+            quantizer = module.weight_quantizer
+            quantizer.set_scale(weight_scale(quantizer, module.weight))
+
+
+def observe(
+    student: Student, names: Sequence[str], batches: Iterable[Tensor], seed: int = 0
+) -> dict[str, Tensor]:
+    """A sample of each named value over some batches, flattened (at most `SAMPLES` values)."""
+    taken: dict[str, list[Tensor]] = {name: [] for name in names}
+    batches = list(batches)
+    share = -(-SAMPLES // max(1, len(batches)))
+    generator = torch.Generator().manual_seed(seed)
+    device = next(student.parameters()).device
+    with torch.no_grad():
+        for batch in batches:
+            results = student.run({student.graph.inputs[0]: batch.to(device)}, names)
+            for name, value in zip(names, results, strict=True):
+                flat = value.flatten().float().cpu()
+                picks = torch.randint(len(flat), (min(share, len(flat)),), generator=generator)
+                # The extremes are kept, so that nothing is taken for unsigned by chance.
+                ends = torch.stack([flat.min(), flat.max()])
+                taken[name].append(torch.cat([flat[picks], ends]))
+    return {name: torch.cat(parts) for name, parts in taken.items()}
+
+
+def activation_scale(samples: Tensor, quantizer: Quantizer) -> Tensor:
+    """The scale an activation quantizer starts from, (1,)."""
+    return best_scale(samples[None], quantizer.low, quantizer.high)
+
+
+def placed_activations(student: Student) -> list[str]:
+    """Names of all activation steps, in order."""
+    return [
+        step.name
+        for step in student.graph.steps
+        if isinstance(student.operator(step.name), Activation)
+    ]

@@ -1,0 +1,249 @@
+"""Quantizers: a float tensor is rounded to a grid of integers times a scale.
+
+Every quantizer has ``bits``, the integer bounds ``low`` and ``high``, a positive ``scale`` and
+``integers()``, which gives the very integers that an exported file holds. The forward pass
+returns integers * scale, with a straight-through gradient.
+
+Learned steps (LSQ, Esser et al. 2020, arXiv 1902.08153) are kept as logarithms. Adam then moves
+every scale by the same *relative* step, whatever its size, so that one learning rate serves every
+layer, and no scale can reach zero. The gradient is that of LSQ's equation 3 times the scale
+(chain rule), with LSQ's own factor 1 / sqrt(n * high).
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+SCALE_FLOOR = 1e-8  # a channel without any weight still has a scale to divide by
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Round x / scale to [low, high] and multiply back; gradients for x and for log(scale).
+
+    y = s * clamp(round(x / s), low, high). Where x lies inside the range dy/dx = 1 and
+    dy/ds = (y - x) / s; outside dy/dx = 0 and dy/ds = y / s. With g the incoming gradient,
+    dL/dlog s = sum(g * y) - sum(dL/dx * x): two dot products, no further temporary.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, log_scale: Tensor, low: int, high: int, factor: float
+    ) -> Tensor:
+        scale = log_scale.exp().to(x.dtype)
+        # In place on one buffer: on a CPU the passes over memory are what this costs.
+        y = x * scale.reciprocal()
+        y.round_().clamp_(low, high).mul_(scale)
+        ctx.save_for_backward(x, scale, y)
+        ctx.low, ctx.high, ctx.factor = low, high, factor
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, scale, y = ctx.saved_tensors
+        lowest, highest = ctx.low - 0.5, ctx.high + 0.5
+        if scale.numel() > 1:
+            ratio = x / scale
+            inside = grad * ((ratio > lowest) & (ratio < highest))
+            axes = [axis for axis, size in enumerate(scale.shape) if size == 1]
+            grad_log = (grad * y - inside * x).sum(axes, keepdim=True)
+        else:
+            if x.is_cuda:
+                # Bounds stay on the device: reading them back would stall it.
+                inside = grad * ((x > lowest * scale) & (x < highest * scale))
+            else:
+                step = float(scale)
+                inside = torch.ops.aten.hardtanh_backward(grad, x, lowest * step, highest * step)
+            grad_log = (_dot(grad, y) - _dot(inside, x)).reshape(scale.shape)
+        return inside, (grad_log * ctx.factor).float(), None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products in the memory order of ``a``, without a temporary where layouts agree."""
+    order = sorted(range(a.dim()), key=lambda axis: -a.stride(axis))
+    flat_a, flat_b = a.permute(order).reshape(-1), b.permute(order).reshape(-1)
+    return torch.dot(flat_a, flat_b.to(flat_a.dtype))
+
+
+class _Round(torch.autograd.Function):
+    """Rounding (half to even) with the identity for a gradient."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes as if nothing had happened."""
+    return _Round.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Quantizer(nn.Module):
+    """Base of all quantizers; ``log_scale`` holds the logarithm of the scale.
+
+    Args:
+        bits: width, 1 to 8.
+        low, high: integer bounds of the grid.
+        channels: scales along the first axis of the tensor, 1 for one scale.
+        learned: whether training moves the scale.
+    """
+
+    def __init__(self, bits: int, low: int, high: int, channels: int, learned: bool) -> None:
+        super().__init__()
+        self.bits, self.low, self.high, self.channels = bits, low, high, channels
+        self.log_scale = nn.Parameter(torch.zeros(channels), requires_grad=learned)
+
+    @property
+    def scale(self) -> Tensor:
+        """Step between neighbouring levels, (channels,), positive."""
+        return self.log_scale.exp()
+
+    def set_scale(self, scale: Tensor) -> None:
+        """Set the step; anything below the floor is raised to it (dead channels)."""
+        with torch.no_grad():
+            self.log_scale.copy_(scale.clamp_min(SCALE_FLOOR).log().reshape(self.log_scale.shape))
+
+    def spec(self) -> dict[str, Any]:
+        """What rebuilds this quantizer, as plain data."""
+        return {"kind": type(self).__name__, "bits": self.bits, "channels": self.channels}
+
+    def integers(self, x: Tensor) -> Tensor:
+        """The grid's integers (float dtype) nearest to x."""
+        return torch.round(x * self._along(x).reciprocal()).clamp(self.low, self.high)
+
+    def _along(self, x: Tensor) -> Tensor:
+        """The scale, broadcast along the first axis of x."""
+        scale = self.scale
+        return scale if self.channels == 1 else scale.reshape(-1, *[1] * (x.dim() - 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = 1.0 / math.sqrt(max(1, x[0].numel()) * max(1, self.high))
+        log_scale = self.log_scale
+        if self.channels > 1:
+            log_scale = log_scale.reshape(-1, *[1] * (x.dim() - 1))
+        return _LearnedStep.apply(x, log_scale, self.low, self.high, factor)  # type: ignore[no-any-return, no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, range=[{self.low}, {self.high}], channels={self.channels}"
+
+
+class WeightLSQ(Quantizer):
+    """LSQ on weights: signed, range [-2^(b-1), 2^(b-1) - 1]; one bit is {-1, +1}.
+
+    Example (2 bits, scale 0.5): levels -1, -0.5, 0, 0.5; 0.3 becomes 0.5, 2.0 becomes 0.5.
+    """
+
+    def __init__(self, bits: int, channels: int = 1) -> None:
+        super().__init__(bits, *signed_range(bits), channels, learned=True)
+
+    def integers(self, x: Tensor) -> Tensor:
+        if self.bits == 1:
+            return torch.where(x >= 0, 1.0, -1.0)
+        return super().integers(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bits == 1:
+            # Two levels without a zero: sign, with the gradient clipped at the outer levels.
+            scale = self._along(x)
+            level = (x / scale).clamp(-1, 1)
+            return (level + (self.integers(x) - level).detach()) * scale
+        return super().forward(x)
+
+
+class WeightDoReFa(Quantizer):
+    """DoReFa on weights (Zhou et al. 2016, arXiv 1606.06160): tanh, then a uniform grid.
+
+    t = tanh(w) / max|tanh(w)|, q = round(n t) with n = 2^(b-1) - 1, y = q * scale. The scale
+    follows from mean |w| when the quantizer is calibrated and then stays. The published grid has
+    2^b levels and no zero, whose integers need b + 1 bits; this one has a zero and fits b bits.
+
+    Example (2 bits, max|tanh| 1): weights -0.9, 0.1, 0.6 give -1, 0, 1 times the scale.
+    """
+
+    def __init__(self, bits: int, channels: int = 1) -> None:
+        high = max(1, 2 ** (bits - 1) - 1)
+        super().__init__(bits, -high, high, channels, learned=False)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        squashed = torch.tanh(x)
+        if self.channels == 1:
+            peak = squashed.detach().abs().amax()
+        else:
+            peak = squashed.detach().abs().flatten(1).amax(1)
+            peak = peak.reshape(-1, *[1] * (x.dim() - 1))
+        return squashed / peak.clamp_min(SCALE_FLOOR) * self.high
+
+    def integers(self, x: Tensor) -> Tensor:
+        if self.bits == 1:
+            return torch.where(x >= 0, 1.0, -1.0)
+        return self._normalised(x).round()
+
+    def forward(self, x: Tensor) -> Tensor:
+        level = self._normalised(x)
+        return (level + (self.integers(x) - level).detach()) * self._along(x)
+
+
+class ActivationLSQ(Quantizer):
+    """LSQ on activations, one scale: [0, 2^b - 1] after a ReLU, else signed.
+
+    The lowest level is the ReLU. The zero point is always 0, so zero padding is exact.
+
+    Example (4 bits, unsigned, scale 0.25): 1.1 becomes 1.0, 9.0 becomes 3.75, -0.7 becomes 0.
+    """
+
+    learned = True
+
+    def __init__(self, bits: int, signed: bool) -> None:
+        low, high = signed_range(bits) if signed else (0, 2**bits - 1)
+        super().__init__(bits, low, high, 1, self.learned)
+        self.signed = signed
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": type(self).__name__, "bits": self.bits, "signed": self.signed}
+
+
+class ActivationDoReFa(ActivationLSQ):
+    """DoReFa on activations: clipped to a fixed range, uniform grid.
+
+    The published code multiplies by a fixed 0.1 and clips to [0, 1]; here the range is fixed by
+    calibration, so that it fits the teacher at hand.
+    """
+
+    learned = False
+
+
+class BiasQuantizer(nn.Module):
+    """A bias in steps of input scale * weight scale, as an int32 accumulator adds it."""
+
+    def __init__(self, weight: Quantizer, source: Quantizer) -> None:
+        super().__init__()
+        # In a tuple, so that scales that belong to others are not registered here again.
+        self._scales = (weight, source)
+
+    def step(self) -> Tensor:
+        """Value of one accumulator unit for every output channel, (O,) or (1,)."""
+        weight, source = self._scales
+        return (weight.scale * source.scale).detach()
+
+    def integers(self, bias: Tensor) -> Tensor:
+        return torch.round(bias / self.step())
+
+    def forward(self, bias: Tensor) -> Tensor:
+        step = self.step()
+        return round_through(bias / step) * step
+
+
+def signed_range(bits: int) -> tuple[int, int]:
+    """[-2^(b-1), 2^(b-1) - 1], and [-1, 1] for one bit."""
+    return (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    cls.__name__: cls for cls in (WeightLSQ, WeightDoReFa, ActivationLSQ, ActivationDoReFa)
+}

@@ -119,7 +119,8 @@ class Writer:
     def integers(self, name: str, values: Tensor, dtype: Any) -> str:
         """Store a float tensor of integers as ``dtype``; no value may be lost."""
         array: NDArray[Any] = values.detach().cpu().double().numpy()
-        stored = array.astype(dtype)
+        with np.errstate(invalid="ignore"):
+            stored = array.astype(dtype)
         if not np.array_equal(stored, array):
             raise ExportError(
                 f"{name} does not fit {np.dtype(dtype)}: its values are {array.min():g} to "

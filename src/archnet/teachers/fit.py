@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -142,7 +143,11 @@ def train_teacher(
         ],
     )
     began = time.monotonic()
-    trainer.fit(learner, ckpt_path=last if last.is_file() else None, weights_only=True)
+    with warnings.catch_warnings():
+        # A resumed run finds its folder filled, and its batches are numbered by step (see
+        # `train_dataloader`), which Lightning cannot know.
+        warnings.filterwarnings("ignore", ".*(not resumable|exists and is not empty).*")
+        trainer.fit(learner, ckpt_path=last if last.is_file() else None, weights_only=True)
     if trainer.global_step < learner.steps:
         raise TeacherError(
             f"teacher stopped at step {trainer.global_step} of {learner.steps}; run again to go on"

@@ -154,7 +154,7 @@ def _check_logits(name: str, model: nn.Module, num_classes: int, shape: tuple[in
     if found != (1, num_classes):
         raise TeacherError(
             f"teacher {name} answers {found} to one image, "
-            f"but the task needs (1, {num_classes}) logits: choose a network with the task's classes"
+            f"but the task needs (1, {num_classes}) logits: choose one with the task's classes"
         )
 
 

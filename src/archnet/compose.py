@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -69,6 +70,8 @@ def compose(conf: Path, overrides: Sequence[str], config_name: str = "config") -
             tree = hydra.compose(config_name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, overrides) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"conf/ holds broken YAML: {' '.join(str(error).split())}") from error
     return to_config(tree)
 
 

@@ -194,16 +194,21 @@ class DistillConfig:
     # progressive: taps one after another, each with those before it (2111.01135);
     # joint: all taps at once; local: each block alone, then a short joint stage.
     schedule: str = _choice("joint", "progressive", "joint", "local")
-    steps: int = _number(1000, 0)  # optimiser steps of the whole schedule; 0: calibration only
-    joint_steps: int = _number(0, 0)  # the last of `steps`, on all taps and the logits
+    # Steps of the whole network, or as much work: under `local` every block takes
+    # `steps` - `joint_steps` steps of its own. 0: calibration only.
+    steps: int = _number(1000, 0)
+    joint_steps: int = _number(0, 0)  # of `steps`, those on the whole network that end `local`
     attention: bool = True  # Teacher Attention Mechanism: gate student features by the teacher's
     adaptation: bool = True  # Residual Feature Adaptation: a light map between the features
     inputs: str = _choice("teacher", "teacher", "student")  # what a block reads under `local`
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_schedule: str = _choice("cosine", "cosine", "warm_restarts", "constant")
-    decay: float = _number(0.8, 0, 1)  # weight of a tap, to the power of its age in periods
-    logits_weight: float = _number(1.0, 0)  # of 1 - cosine(student logits, teacher logits)
+    decay: float = _number(0.8, 0, 1)  # of a tap's weight, from each tap to the one before
+    logits_loss: str = _choice("kl", "kl", "cosine")  # distance of class scores; paper: cosine
+    logits_weight: float = _number(1.0, 0)  # of that distance beside the mean loss of the taps
+    cache_images: int = _number(8192, 1)  # images whose features `local` keeps on disk
     val_every: int = _number(250, 1)  # steps between validations
+    val_images: int = _number(1000, 1)  # images a validation while training looks at
     checkpoint_every: int = _number(100, 1)  # steps between checkpoints
     average: float = _number(0.0, 0, 0.9999)  # decay of a moving average of the weights; 0: off
 

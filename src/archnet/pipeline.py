@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 import archnet
 from archnet import report
+from archnet.capture import capture
 from archnet.config import Config, LoggerConfig
 from archnet.distill import distill
 from archnet.errors import ArchnetError
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
-from archnet.quant import attach, describe
+from archnet.quant import pack, unpack
 from archnet.runs import RunError, RunFolder, atomic, write_json
 from archnet.tasks import ClassificationData
 from archnet.teachers import load_teacher, train_teacher
@@ -121,11 +122,7 @@ def load_student(folder: RunFolder, name: str = "student") -> Student:
     path = folder.checkpoints / f"{name}.pt"
     if not path.is_file():
         raise RunError(f"{path} is missing: finish the run with resume={folder.path}")
-    saved = torch.load(path, weights_only=True)
-    student = Student.from_spec(saved["spec"])
-    attach(student, saved["quantizers"])
-    student.load_state_dict(saved["state"])
-    return student.eval()
+    return unpack(torch.load(path, weights_only=True))
 
 
 def evaluate(this: Run, student: Student) -> dict[str, Any]:
@@ -288,17 +285,19 @@ def _distil(this: Run, student: Student) -> dict[str, Any]:
     config = this.config
     lightning.seed_everything(config.seed, verbose=False)
     loggers = _loggers(config.logger, this.folder)
+    # The captured teacher gives its features at the taps, by the nodes that conversion named.
+    graph = capture(this.teacher, this.data.calibration_batches(1)[0][:1])
+    features = graph.features([tap.node for tap in student.taps])
     try:
         with _ranks(this.folder) if config.trainer.devices > 1 else nullcontext():
             return distill(
-                this.teacher,
+                features,
                 student,
                 this.data,
                 config.distill,
                 trainer=config.trainer,
                 folder=this.folder.checkpoints,
                 loggers=loggers,
-                seed=config.seed,
             )
     finally:
         for logger in loggers:
@@ -383,12 +382,7 @@ def _cost(this: Run, student: Student) -> dict[str, Any]:
 
 def _save(folder: RunFolder, name: str, student: Student) -> None:
     with atomic(folder.checkpoints / f"{name}.pt") as temporary:
-        content = {
-            "spec": student.spec(),
-            "quantizers": describe(student),
-            "state": student.state_dict(),
-        }
-        torch.save(content, temporary)
+        torch.save(pack(student), temporary)
 
 
 def _metrics(this: Run, finished: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -412,7 +406,7 @@ def _metrics(this: Run, finished: dict[str, dict[str, Any]]) -> dict[str, Any]:
         },
         "data": {
             "images_seen": finished["distill"]["images_seen"],
-            "unlabelled": len(cast(Sized, this.data.unlabelled())),
+            "unlabelled": finished["distill"]["unlabelled"],
             "evaluated": scores["images"],
             "skipped": this.data.skipped,
         },

@@ -4,12 +4,12 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from archnet import pipeline
 from archnet.config import Config
@@ -28,7 +28,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
     root = tmp_path_factory.mktemp("run")
     places = (f"output_dir={root}/outputs", f"teacher.cache_dir={root}/teachers")
-    return pipeline.run(compose(ROOT / "conf", [*places, *DEBUG, "logger=tensorboard"]))
+    return pipeline.run(
+        compose(ROOT / "conf", [*places, *DEBUG, "distill.steps=20", "logger=tensorboard"])
+    )
 
 
 def test_a_run_leaves_what_the_readme_says(finished: RunFolder) -> None:
@@ -53,7 +55,7 @@ def test_metrics_have_the_keys_of_the_design(finished: RunFolder) -> None:
     assert metrics["parity"]["runtime"].startswith("onnxruntime")
     assert metrics["parity"]["mismatches"] == 0
     assert metrics["data"]["unlabelled"] == 128
-    assert metrics["data"]["images_seen"] == 8 * 16
+    assert metrics["data"]["images_seen"] == 20 * 16
     assert {"teacher", "convert", "distill", "evaluate", "total"} <= set(metrics["seconds"])
     assert metrics["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert metrics["seed"] == 0
@@ -113,7 +115,7 @@ def test_the_command_ends_translation_with_code_2(tmp_path: Path) -> None:
 
 
 def test_a_float_student_is_the_teacher(make_config: Make, finished: RunFolder) -> None:
-    cache = OmegaConf.load(finished.path / "config.yaml").teacher.cache_dir
+    cache = finished.config().teacher.cache_dir
     folder = pipeline.run(
         make_config(
             *DEBUG[:2],
@@ -129,9 +131,50 @@ def test_a_float_student_is_the_teacher(make_config: Make, finished: RunFolder) 
     assert metrics["cost"]["bops"]["student"] >= metrics["cost"]["macs"]["student"] * 1024
 
 
+def test_a_killed_run_ends_with_the_weights_of_one_never_stopped(
+    make_config: Make, finished: RunFolder, tmp_path: Path
+) -> None:
+    cache = finished.config().teacher.cache_dir
+    options = [*DEBUG, "distill.steps=60", f"teacher.cache_dir={cache}"]
+    whole = pipeline.run(make_config(*options))
+    command = [sys.executable, str(ROOT / "train.py"), *options, f"output_dir={tmp_path}/killed"]
+    process = subprocess.Popen(command, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("killed/mnist5k/*/checkpoints/step*.ckpt")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (killed,) = (tmp_path / "killed" / "mnist5k").iterdir()
+    assert not (killed / "stages" / "distill.json").exists()
+    resumed = pipeline.run(make_config(f"resume={killed}"), ["resume"])
+    before, after = (pipeline.load_student(run).state_dict() for run in (whole, resumed))
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(
+    make_config: Make, finished: RunFolder, tmp_path: Path
+) -> None:
+    cache = finished.config().teacher.cache_dir
+    options = ["teacher.fit.epochs=1", "trainer.progress=false", "trainer.threads=1",
+               "quant.weight_bits=2", "quant.act_bits=4", "distill.steps=60",
+               f"teacher.cache_dir={cache}"]  # fmt: skip
+    alone = pipeline.run(make_config("trainer=cpu", *options))
+    command = [sys.executable, str(ROOT / "train.py"), "trainer=ddp_cpu", *options]
+    subprocess.run([*command, f"output_dir={tmp_path}/two"], cwd=tmp_path, check=True)
+    (metrics,) = (tmp_path / "two" / "mnist5k").glob("*/metrics.json")
+    one, two = read_json(alone.metrics), read_json(metrics)
+    assert two["teacher"] == one["teacher"]
+    assert two["data"]["images_seen"] == one["data"]["images_seen"]
+    assert two["student"]["accuracy"] == pytest.approx(one["student"]["accuracy"], abs=2)
+
+
 @pytest.mark.slow
 def test_a_sweep_from_the_command_line(tmp_path: Path, finished: RunFolder) -> None:
-    cache = OmegaConf.load(finished.path / "config.yaml").teacher.cache_dir
+    cache = finished.config().teacher.cache_dir
     command = [sys.executable, str(ROOT / "train.py"), "-m", *DEBUG[:2], "quant.bits=4,8",
                "distill.steps=2", f"teacher.cache_dir={cache}"]  # fmt: skip
     subprocess.run(command, cwd=tmp_path, check=True)

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -84,8 +85,6 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
         _refuse(config)
         folder = RunFolder.create(config)
     _log.info("run folder: %s", folder.path)
-    # Lightning tells at every fit which accelerators there are, and advertises.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
         metrics = _stages(config, folder)
     except (KeyboardInterrupt, SystemExit):
@@ -99,9 +98,7 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
 def join(path: Path) -> None:
     """Take part in the distillation of a run that another process leads (DDP)."""
     folder = RunFolder.open(path)
-    config = folder.config()
-    this = _open(config, folder)
-    _distil(this, load_student(folder, "calibrated"))
+    _distil(_open(folder.config(), folder), load_student(folder, "calibrated"))
 
 
 def reopen(folder: RunFolder) -> tuple[Run, Student]:
@@ -216,12 +213,28 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
 
 
 def _open(config: Config, folder: RunFolder) -> Run:
+    _hush()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     data = ClassificationData(config.task, config.seed)
     data.prepare_data()
     data.setup()
+    # A teacher without weights is the same one whenever the run is opened again.
+    lightning.seed_everything(config.seed, verbose=False)
     return Run(config, folder, data, _teacher(config, folder, data))
+
+
+def _hush() -> None:
+    """Keep what Lightning and torch say of themselves at every fit out of a run's output."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for beginning in (
+        "Checkpoint directory .* exists and is not empty",
+        "The number of training batches .* is smaller than the logging interval",
+        "`isinstance.treespec, LeafSpec.` is deprecated",
+        "Grad strides do not match bucket view strides",
+    ):
+        warnings.filterwarnings("ignore", message=beginning)
 
 
 def _teacher(config: Config, folder: RunFolder, data: ClassificationData) -> nn.Module:

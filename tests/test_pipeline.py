@@ -1,5 +1,6 @@
 """The whole way from a config to a run folder, with next to no training in it."""
 
+import errno
 import json
 import logging
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from archnet import pipeline
 from archnet.config import Config
 from archnet.errors import ArchnetError
-from archnet.runs import RunFolder, read_json
+from archnet.runs import RunError, RunFolder, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 Make = Callable[..., Config]
@@ -98,6 +99,20 @@ def test_ctrl_c_says_how_to_continue(
         pipeline.run(make_config(*DEBUG))
     assert caught.value.code == 130
     assert "python train.py resume=" in capsys.readouterr().err
+
+
+def test_a_full_disk_says_how_to_continue(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "distill", full)
+    with pytest.raises(RunError, match=r"the disk is full; .*resume=") as caught:
+        pipeline.run(make_config(*DEBUG))
+    folder = Path(str(caught.value).rpartition("resume=")[2])
+    assert (folder / "stages" / "convert.json").is_file()
+    assert not (folder / "stages" / "distill.json").exists()
 
 
 def test_translation_ends_with_one_sentence(make_config: Make, tmp_path: Path) -> None:

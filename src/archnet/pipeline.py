@@ -5,6 +5,7 @@ exported -> audited -> compared with a runtime -> metrics.json, report.html and 
 A finished stage leaves a file in the run folder (`archnet.runs`); a resumed run skips it.
 """
 
+import errno
 import logging
 import math
 import os
@@ -91,6 +92,13 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
         # Lightning turns the first Ctrl-C into an exit of its own.
         print(f"\nStopped. Continue: python train.py resume={folder.path}", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise RunError(
+            f"the disk is full; {folder.path} keeps all that was finished: "
+            f"make room and continue with resume={folder.path}"
+        ) from error
     report.show(metrics, folder.path)
     return folder
 

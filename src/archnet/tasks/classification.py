@@ -196,6 +196,12 @@ class ClassificationData(LightningDataModule):
             count = round(data.val_fraction * len(train))
             items["val"], order = ("train", np.sort(order[:count])), order[count:]
         items["train"] = ("train", order)
+        # Class folders are read class by class; the first images of a split are to be a sample
+        # of all of it, since validation while training and parity look at the first few.
+        for name in ("val", "test"):
+            split, chosen = items[name]
+            mixed = chosen[permutation(len(chosen), _TEST_SEED, 0)] if len(chosen) else chosen
+            items[name] = (split, mixed)
         return items
 
     def _store(self, split: str) -> _Store:

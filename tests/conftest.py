@@ -1,5 +1,11 @@
 """What every test file may use."""
 
+import os
+
+# Before torch is imported: networks this small gain nothing from threads, and lose much where
+# other work shares the cores. Processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 

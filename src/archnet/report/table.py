@@ -20,13 +20,12 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("accuracy, points", f"{teacher['accuracy']:.2f}", f"{student['accuracy']:.2f}"),
         ("agreement, points", "", f"{student['agreement']:.2f}"),
     ]
-    for title, key, side, unit, divisor in (
-        ("multiply-accumulates", "macs", "teacher", "M", 1e6),
-        ("bit operations, teacher at W8A8", "bops", "teacher_w8a8", "G", 1e9),
-        ("weights", "weight_bytes", "teacher", "kB", 1e3),
+    for title, key, side, unit in (
+        ("multiply-accumulates", "macs", "teacher", ""),
+        ("bit operations, teacher at W8A8", "bops", "teacher_w8a8", ""),
+        ("weights", "weight_bytes", "teacher", "B"),
     ):
-        before, after = cost[key][side] / divisor, cost[key]["student"] / divisor
-        lines.append((title, f"{before:,.1f} {unit}", f"{after:,.1f} {unit}"))
+        lines.append((title, _amount(cost[key][side], unit), _amount(cost[key]["student"], unit)))
     lines += [
         ("audit of the file", "", "pure" if audit["pure"] else _count(audit["violations"])),
         (f"parity with {parity['runtime']}", "", _parity(parity)),
@@ -53,6 +52,14 @@ def show(metrics: Mapping[str, Any], folder: Path) -> None:
     if skipped:
         console.print(f"{len(skipped)} corrupt files skipped, first {skipped[0]}", markup=False)
     console.print(f"Everything is in {folder}", markup=False, soft_wrap=True)
+
+
+def _amount(value: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}{unit}".strip()
+        value /= 1000
+    return f"{value:.3g} T{unit}"
 
 
 def _count(violations: list[str]) -> str:

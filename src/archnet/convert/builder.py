@@ -120,9 +120,7 @@ class Builder:
         name = self.emit(kind, move, self.first(feature))
         return Feature(self.graph.shapes[name], first=name)
 
-    def slice(
-        self, feature: Feature, axis: int, start: int, stop: int, step: int = 1
-    ) -> Feature:
+    def slice(self, feature: Feature, axis: int, start: int, stop: int, step: int = 1) -> Feature:
         """``x[start:stop:step]`` of a channels-first value (batch is axis 0)."""
         if (start, stop, step) == (0, feature.shape[axis - 1], 1):
             return feature
@@ -150,13 +148,11 @@ class Builder:
         axis = features[0].channel_axis
         return Feature(shape, first=self.emit("concat", Concat(axis), *names))
 
-    def maxpool(
-        self, feature: Feature, stride: int, padding: tuple[int, int, int, int]
-    ) -> Feature:
+    def maxpool(self, feature: Feature, stride: int, padding: tuple[int, int, int, int]) -> Feature:
         return self.layout(feature, "pool", MaxPool2x2(stride, padding))
 
     def batchnorm(self, feature: Feature, scale: Tensor, bias: Tensor) -> Feature:
-        """scale * x + bias per channel, as a batch norm with neutral statistics.
+        """Scale * x + bias per channel, as a batch norm with neutral statistics.
 
         The exact inverse of the variance's epsilon is taken into the running variance, so that
         the operator multiplies by ``scale`` itself.
@@ -184,7 +180,7 @@ class Builder:
         return self.emit("fc", module, name)
 
     def matrix_at_positions(self, feature: Feature, weight: Tensor, bias: Tensor) -> Feature:
-        """weight @ x + bias at every position: an FC where the target has it, else a 3x3.
+        """Weight @ x + bias at every position: an FC where the target has it, else a 3x3.
 
         The 3x3 carries the matrix in its centre (eight zero taps, nine times the MACs).
         """
@@ -206,9 +202,7 @@ class Builder:
             ),
         )
 
-    def over_positions(
-        self, feature: Feature, matrix: Tensor, shape: tuple[int, int]
-    ) -> Feature:
+    def over_positions(self, feature: Feature, matrix: Tensor, shape: tuple[int, int]) -> Feature:
         """A constant linear map over the positions of a map, the same for every channel.
 
         ``matrix`` is (H'W', HW): a fully connected layer on (C, HW), as average pooling needs.
@@ -216,11 +210,15 @@ class Builder:
         channels, height, width = feature.shape
         flat = self.layout(feature, "flat", Reshape((channels, height * width)))
         name = self.fully_connected(self.first(flat), matrix, trainable=False)
-        return self.layout(Feature(self.graph.shapes[name], first=name), "map",
-                           Reshape((channels, *shape)))
+        return self.layout(
+            Feature(self.graph.shapes[name], first=name), "map", Reshape((channels, *shape))
+        )
 
     def windows(
-        self, feature: Feature, kernel: tuple[int, int], stride: tuple[int, int],
+        self,
+        feature: Feature,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
         dilation: tuple[int, int] = (1, 1),
     ) -> list[Feature]:
         """The kh * kw shifted views of a map under an unpadded window, in row-major order."""
@@ -381,9 +379,7 @@ class Builder:
         out_per_group = out // conv.groups
         together = max(1, self.target.lanes // max(per_group, out_per_group))
         kernel = (conv.weight.shape[2], conv.weight.shape[3])
-        lanes = [
-            range(g, min(g + together, conv.groups)) for g in range(0, conv.groups, together)
-        ]
+        lanes = [range(g, min(g + together, conv.groups)) for g in range(0, conv.groups, together)]
         stacked = None
         if kernel not in ((1, 1), (3, 3)) and self.target.fc_per_position:
             stacked = self._stacked_windows(conv)
@@ -479,9 +475,7 @@ class Builder:
     def _build_sum(self, value: Form) -> Feature:
         bias = value.bias.expand(value.channels)
         pointwise = [t for t in value.terms if isinstance(t, Convolution) and t.is_pointwise]
-        convolutions = [
-            t for t in value.terms if isinstance(t, Convolution) and not t.is_pointwise
-        ]
+        convolutions = [t for t in value.terms if isinstance(t, Convolution) and not t.is_pointwise]
         carries = [t for t in value.terms if isinstance(t, Carry)]
         parts: list[Feature] = []
         for conv in convolutions:
@@ -511,4 +505,4 @@ def _shape_of(module: Operator, ghosts: list[Tensor]) -> torch.Size:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     }
     result = torch.func.functional_call(module, state, tuple(ghosts))
-    return result.shape  # type: ignore[no-any-return]
+    return result.shape

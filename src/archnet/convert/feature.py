@@ -97,7 +97,7 @@ class Form:
         return Feature(self.shape).channels
 
     def affine(self, scale: Tensor, bias: Tensor) -> "Form":
-        """scale * self + bias with (C,) or (1,) vectors, exact."""
+        """Scale * self + bias with (C,) or (1,) vectors, exact."""
         full = scale.double().expand(self.channels)
         return Form(self.shape, [t.scaled(full) for t in self.terms], self.bias * full + bias)
 

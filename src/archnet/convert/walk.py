@@ -136,5 +136,3 @@ def randomise(student: Student, seed: int) -> None:
             with torch.no_grad():
                 module.weight.normal_(0.0, math.sqrt(2.0 / fan_in), generator=generator)
                 module.bias.zero_()
-
-

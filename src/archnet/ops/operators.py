@@ -44,7 +44,9 @@ class WeightedOperator(Operator):
 
     def parameters_on_grid(self) -> tuple[Tensor, Tensor]:
         """Weight and bias as the chip will use them (unchanged where nothing is quantized)."""
-        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        weight = (
+            self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        )
         bias = self.bias if self.bias_quantizer is None else self.bias_quantizer(self.bias)
         return weight, bias
 
@@ -111,6 +113,9 @@ class BatchNorm(Operator):
     integers which are trained are those which are exported. The statistics are the teacher's
     and stay fixed in training; scale and shift are trained.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()

@@ -112,9 +112,7 @@ class Student(nn.Module):
         return readers
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        (result,) = self.run(
-            dict(zip(self.graph.inputs, inputs, strict=True)), [self.graph.output]
-        )
+        (result,) = self.run(dict(zip(self.graph.inputs, inputs, strict=True)), [self.graph.output])
         return result
 
     def steps_between(self, sources: Sequence[str], targets: Sequence[str]) -> list[Step]:
@@ -193,8 +191,7 @@ class Student(nn.Module):
     def from_spec(cls, spec: Mapping[str, Any]) -> "Student":
         """Rebuild the architecture that ``spec()`` described (weights are not in it)."""
         modules = {
-            step["name"]: OPERATORS[step["operator"]](**step["arguments"])
-            for step in spec["steps"]
+            step["name"]: OPERATORS[step["operator"]](**step["arguments"]) for step in spec["steps"]
         }
         steps = [Step(s["name"], tuple(s["inputs"]), s["origin"]) for s in spec["steps"]]
         graph = StudentGraph(

@@ -1,6 +1,14 @@
 """Quantizers, where they sit, and their calibration."""
 
-from archnet.quant.attach import QuantizationError, attach, describe, grids, input_quantizer
+from archnet.quant.attach import (
+    QuantizationError,
+    attach,
+    describe,
+    grids,
+    input_quantizer,
+    pack,
+    unpack,
+)
 from archnet.quant.calibrate import best_scale, calibrate_weights
 from archnet.quant.quantize import quantize
 from archnet.quant.quantizers import (
@@ -26,5 +34,7 @@ __all__ = [
     "describe",
     "grids",
     "input_quantizer",
+    "pack",
     "quantize",
+    "unpack",
 ]

@@ -146,7 +146,8 @@ def describe(student: Student) -> dict[str, Any]:
 
 def attach(student: Student, description: Mapping[str, Any]) -> None:
     """Put the described quantizers into the student's slots; scales come from calibration or a
-    state dict afterwards."""
+    state dict afterwards.
+    """
     for name, spec in description.get("activations", {}).items():
         module = student.operator(name)
         assert isinstance(module, Activation)
@@ -173,3 +174,20 @@ def _build(spec: Mapping[str, Any]) -> Quantizer:
     arguments = dict(spec)
     kind = arguments.pop("kind")
     return QUANTIZERS[kind](**arguments)
+
+
+def pack(student: Student) -> dict[str, Any]:
+    """A student as plain data and tensors: safe to save, and to load without unpickling code."""
+    return {
+        "architecture": student.spec(),
+        "quantizers": describe(student),
+        "state": student.state_dict(),
+    }
+
+
+def unpack(packed: Mapping[str, Any]) -> Student:
+    """The student that `pack` gave, in eval mode."""
+    student = Student.from_spec(packed["architecture"])
+    attach(student, packed["quantizers"])
+    student.load_state_dict(packed["state"])
+    return student.eval()

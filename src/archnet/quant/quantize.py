@@ -212,9 +212,9 @@ def _lift(student: Student, name: str, values: Tensor) -> Tensor | None:
         row = indicator.reshape(-1, indicator.shape[-1])[0].to(reader.weight)
         corrections.append((reader, reader.weight.detach() @ row * shift))
     with torch.no_grad():
-        producer.bias += shift
+        producer.bias.add_(shift)
         for reader, correction in corrections:
-            reader.bias -= correction
+            reader.bias.sub_(correction)
     return values + shift
 
 
@@ -241,9 +241,7 @@ def _indicator(student: Student, chain: list[Step], name: str, reader: Step) -> 
     """Ones where the input of ``reader`` holds values of ``name``, zeros elsewhere."""
     values = {name: torch.ones(1, *student.graph.shapes[name])}
     for step in chain:
-        inputs = [
-            values.get(i, torch.zeros(1, *student.graph.shapes[i])) for i in step.inputs
-        ]
+        inputs = [values.get(i, torch.zeros(1, *student.graph.shapes[i])) for i in step.inputs]
         values[step.name] = student.operator(step.name)(*inputs)
     return values[reader.inputs[0]]
 
@@ -258,4 +256,3 @@ def _calibrate_activations(
             continue
         values = torch.cat([samples[name] for name in names if shared[name] == group])
         module.quantizer.set_scale(activation_scale(values, module.quantizer))
-

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 SCALE_FLOOR = 1e-8  # a channel without any weight still has a scale to divide by
 
@@ -29,7 +28,7 @@ class _LearnedStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, log_scale: Tensor, low: int, high: int, factor: float
     ) -> Tensor:
         scale = log_scale.exp().to(x.dtype)
@@ -41,7 +40,7 @@ class _LearnedStep(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, y = ctx.saved_tensors
         lowest, highest = ctx.low - 0.5, ctx.high + 0.5
         if scale.numel() > 1:
@@ -62,7 +61,7 @@ class _LearnedStep(torch.autograd.Function):
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Sum of products in the memory order of ``a``, without a temporary where layouts agree."""
-    order = sorted(range(a.dim()), key=lambda axis: -a.stride(axis))
+    order = sorted(range(a.dim()), key=a.stride, reverse=True)
     flat_a, flat_b = a.permute(order).reshape(-1), b.permute(order).reshape(-1)
     return torch.dot(flat_a, flat_b.to(flat_a.dtype))
 
@@ -71,17 +70,17 @@ class _Round(torch.autograd.Function):
     """Rounding (half to even) with the identity for a gradient."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.round()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
 def round_through(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes as if nothing had happened."""
-    return _Round.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    return _Round.apply(x)
 
 
 class Quantizer(nn.Module):
@@ -124,10 +123,10 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         factor = 1.0 / math.sqrt(max(1, x[0].numel()) * max(1, self.high))
-        log_scale = self.log_scale
+        log_scale: Tensor = self.log_scale
         if self.channels > 1:
             log_scale = log_scale.reshape(-1, *[1] * (x.dim() - 1))
-        return _LearnedStep.apply(x, log_scale, self.low, self.high, factor)  # type: ignore[no-any-return, no-untyped-call]
+        return _LearnedStep.apply(x, log_scale, self.low, self.high, factor)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, range=[{self.low}, {self.high}], channels={self.channels}"

@@ -8,19 +8,19 @@ from archnet.convert.rules.base import Site, rule
 
 @rule("aten.relu.default", "aten.relu_.default")
 def relu(site: Site) -> Value:
-    """y = max(x, 0)."""
+    """Y = max(x, 0)."""
     return site.builder.activation(site.feature("self"), 0.0, math.inf)
 
 
 @rule("aten.relu6.default", "aten.relu6_.default")
 def relu6(site: Site) -> Value:
-    """y = min(max(x, 0), 6)."""
+    """Y = min(max(x, 0), 6)."""
     return site.builder.activation(site.feature("self"), 0.0, 6.0)
 
 
 @rule("aten.hardtanh.default", "aten.hardtanh_.default")
 def hardtanh(site: Site) -> Value:
-    """y = min(max(x, low), high); torch traces ReLU6 to it with 0 and 6."""
+    """Y = min(max(x, low), high); torch traces ReLU6 to it with 0 and 6."""
     low, high = site.argument("min_val"), site.argument("max_val")
     return site.builder.activation(site.feature("self"), float(low), float(high))
 
@@ -29,7 +29,7 @@ def hardtanh(site: Site) -> Value:
     "aten.clamp.default", "aten.clamp_.default", "aten.clamp_min.default", "aten.clamp_min_.default"
 )
 def clip(site: Site) -> Value:
-    """y = min(max(x, low), high); an absent bound is infinite."""
+    """Y = min(max(x, low), high); an absent bound is infinite."""
     low, high = site.argument("min"), site.node.arguments.get("max")
     return site.builder.activation(
         site.feature("self"),

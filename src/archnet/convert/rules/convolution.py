@@ -8,7 +8,7 @@ from archnet.convert.rules.base import Site, constant, rule
 
 @rule("aten.conv2d.default", "aten.conv2d.padding")
 def convolution(site: Site) -> Value:
-    """y = W * x + b, read as a linear form; `Builder.convolve` builds it in the cheapest way.
+    """Y = W * x + b, read as a linear form; `Builder.convolve` builds it in the cheapest way.
 
     A per-channel scale and shift in front of an unpadded 1x1 convolution (a batch norm without
     an activation) goes into its weights: W (s x + t) + b = (W s) x + (W t + b). In front of any
@@ -45,6 +45,6 @@ def _padding(site: Site, kh: int, kw: int, dilation: tuple[int, int]) -> tuple[i
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, (kh, kw), strict=True)]
         if any(n % 2 for n in total):
-            raise site.error("padding='same' of an even kernel pads one side more; use nn.ZeroPad2d")
+            raise site.error("padding='same' of an even kernel pads unevenly; use nn.ZeroPad2d")
         return (total[0] // 2, total[1] // 2)
     return site.pair("padding")

@@ -84,5 +84,3 @@ def zero_padding(site: Site) -> Value:
 def identity(site: Site) -> Value:
     """The same values."""
     return site.value(site.subject)
-
-

@@ -8,7 +8,7 @@ from archnet.convert.rules.base import Site, constant, rule
 
 @rule("aten.linear.default")
 def linear(site: Site) -> Value:
-    """y = W x + b on the last axis: the fully connected operator itself."""
+    """Y = W x + b on the last axis: the fully connected operator itself."""
     weight = constant(site.argument("weight"))
     bias = torch.zeros(weight.shape[0], dtype=torch.float64)
     if site.argument("bias") is not None:

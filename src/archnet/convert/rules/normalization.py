@@ -8,7 +8,7 @@ from archnet.convert.rules.base import Site, constant, rule
 
 @rule("aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default")
 def batch_norm(site: Site) -> Value:
-    """y = (x - mean) / sqrt(var + eps) * gamma + beta: a scale and a shift for every channel.
+    """Y = (x - mean) / sqrt(var + eps) * gamma + beta: a scale and a shift for every channel.
 
     Behind a convolution or linear layer they go into its weights; in front of a padded
     convolution they become a batch norm operator.

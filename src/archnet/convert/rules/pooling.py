@@ -1,5 +1,7 @@
 """Max-, average- and global pooling of any window (exact)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -79,7 +81,7 @@ def adaptive_average_pool(site: Site) -> Value:
     if 1 not in size and rows % size[0] == 0 and columns % size[1] == 0:
         kernel = (rows // size[0], columns // size[1])
         return _average_windows(site, feature, kernel, kernel, (0, 0), float(kernel[0] * kernel[1]))
-    return _over_positions(site, feature, lambda x: F.adaptive_avg_pool2d(x, tuple(size)))
+    return _over_positions(site, feature, lambda x: F.adaptive_avg_pool2d(x, (size[0], size[1])))
 
 
 @rule("aten.mean.dim")
@@ -94,11 +96,11 @@ def global_average(site: Site) -> Value:
     return site.builder.layout(pooled, "flat", Reshape((feature.channels,)))
 
 
-def _over_positions(site: Site, feature: Feature, pool) -> Feature:  # type: ignore[no-untyped-def]
+def _over_positions(site: Site, feature: Feature, pool: Callable[[Tensor], Tensor]) -> Feature:
     """Any pooling that is linear: its matrix is what it makes of the unit maps."""
     rows, columns = feature.shape[1:]
     units = torch.eye(rows * columns, dtype=torch.float64).reshape(-1, 1, rows, columns)
-    response: Tensor = pool(units)
+    response = pool(units)
     size = (response.shape[2], response.shape[3])
     return site.builder.over_positions(feature, response.flatten(1).T, size)
 
@@ -115,7 +117,9 @@ def _average_windows(
     taps = kernel[0] * kernel[1]
     channels, rows, columns = site.node.shape
     if kernel == stride and padding == (0, 0):
-        cut = builder.slice(builder.slice(feature, 2, 0, rows * kernel[0]), 3, 0, columns * kernel[1])
+        cut = builder.slice(
+            builder.slice(feature, 2, 0, rows * kernel[0]), 3, 0, columns * kernel[1]
+        )
         split = builder.layout(
             cut, "split", Reshape((channels, rows, kernel[0], columns, kernel[1]))
         )

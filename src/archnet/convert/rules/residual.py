@@ -9,7 +9,7 @@ from archnet.convert.rules.base import Site, rule
 
 @rule("aten.add.Tensor", "aten.add_.Tensor", "aten.sub.Tensor", "aten.sub_.Tensor")
 def addition(site: Site) -> Value:
-    """y = a + alpha b, read as one linear form with the terms of both.
+    """Y = a + alpha b, read as one linear form with the terms of both.
 
     Built by `Builder.build`: matrices at the same positions join in one layer over the
     concatenated features, [W_a, W_b] [a; b]; whatever stays is concatenated and added by
@@ -33,7 +33,7 @@ def addition(site: Site) -> Value:
 
 @rule("aten.mul.Tensor", "aten.mul_.Tensor", "aten.div.Tensor", "aten.div_.Tensor")
 def constant_scale(site: Site) -> Value:
-    """y = c x for a number c: goes into the weights before or after."""
+    """Y = c x for a number c: goes into the weights before or after."""
     other = site.argument("other")
     if not isinstance(other, int | float):
         raise site.error("multiplies two features; write a rule in rules/gating.py")
@@ -43,7 +43,7 @@ def constant_scale(site: Site) -> Value:
 
 @rule("aten.cat.default")
 def concatenation(site: Site) -> Value:
-    """y = [x_1; x_2; ...] along the channels (or any axis but the batch)."""
+    """Y = [x_1; x_2; ...] along the channels (or any axis but the batch)."""
     features = [site.builder.build(site.values[ref.name]) for ref in site.argument("tensors")]
     axis = int(site.argument("dim")) % (len(site.node.shape) + 1)
     if axis != features[0].channel_axis:

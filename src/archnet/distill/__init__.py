@@ -1,0 +1,7 @@
+"""Arch-Distillation: the student's features follow the teacher's, without labels."""
+
+from archnet.distill.run import distill
+from archnet.distill.schedule import DistillError, Period, plan
+from archnet.distill.training import ArchDistillation
+
+__all__ = ["ArchDistillation", "DistillError", "Period", "distill", "plan"]

@@ -1,0 +1,282 @@
+"""`distill`: run the schedule with Lightning, from the last checkpoint if there is one."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+
+from archnet.distill.cache import CachedPairs, FeatureCache
+from archnet.distill.schedule import DistillError, Period, plan
+from archnet.distill.training import ArchDistillation, DistillOptions
+from archnet.ops import Student, WeightedOperator
+
+
+class TrainerOptions(Protocol):
+    """What is read of `trainer`."""
+
+    accelerator: str
+    devices: int
+    strategy: str
+    precision: str
+    progress: bool
+
+
+class UnlabelledData(Protocol):
+    """What distillation asks of a task: images, and a validation split to look at."""
+
+    config: Any
+
+    def unlabelled(self) -> Any: ...
+    def step_loader(
+        self,
+        dataset: Any,
+        batch_size: int,
+        steps: int,
+        *,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Any: ...
+    def val_dataloader(self) -> Any: ...
+
+
+class _Batches:
+    """The batches of a whole schedule, period by period, from step ``start`` on.
+
+    ``len()`` counts from the beginning of the run, as Lightning counts.
+    """
+
+    def __init__(self, source: "_Distillation", start: int) -> None:
+        self.source, self.start = source, start
+
+    def __len__(self) -> int:
+        return self.source.periods[-1].last
+
+    def __iter__(self) -> Iterator[Any]:
+        for period in self.source.periods:
+            first = max(self.start, period.first)
+            if first < period.last:
+                yield from self.source.batches(period, first)
+
+
+class _Distillation(ArchDistillation):
+    """`ArchDistillation` with its data: images, or cached features for the `local` schedule."""
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: Student,
+        periods: Sequence[Period],
+        options: DistillOptions,
+        data: UnlabelledData,
+        cache: FeatureCache,
+    ) -> None:
+        super().__init__(teacher, student, periods, options)
+        self.data, self.cache = data, cache
+
+    def train_dataloader(self) -> _Batches:
+        return _Batches(self, self.trainer.global_step)
+
+    def val_dataloader(self) -> Any:
+        return self.data.val_dataloader()
+
+    def batches(self, period: Period, first: int) -> Any:
+        """Batches of a period from optimiser step ``first`` on."""
+        dataset = self.data.unlabelled() if period.source is None else self._pairs(period)
+        trainer = self.trainer
+        return self.data.step_loader(
+            dataset,
+            self.data.config.data.batch_size,
+            period.last,
+            start=first,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+        )
+
+    def _pairs(self, period: Period) -> CachedPairs:
+        """What the block reads beside what the teacher gives behind it.
+
+        Rank 0 writes what is missing while the others wait.
+        """
+        assert period.source is not None
+        target = "scores" if period.logits else f"teacher{period.source + 1}"
+        source = "images" if period.source < 0 else f"teacher{period.source}"
+        if self.trainer.is_global_zero and not all(n in self.cache for n in (source, target)):
+            self._write_teacher()
+        if self.options.inputs == "student" and period.source >= 0:
+            before, source = period.source - 1, f"student{period.source}"
+            if self.trainer.is_global_zero and source not in self.cache:
+                self._write_student(before, source)
+        self.trainer.strategy.barrier("features")
+        return CachedPairs(self.cache.read(source), self.cache.read(target))
+
+    def _write_teacher(self) -> None:
+        """One pass of the teacher over the cached images; all taps at once."""
+        dataset = self.data.unlabelled()
+        rows = min(self.options.cache_images, len(dataset))
+        size = self.data.config.data.eval_batch_size
+        loader = self.data.step_loader(dataset, size, -(-rows // size))
+
+        def features() -> Iterator[list[Tensor]]:
+            for batch in loader:
+                images = batch.contiguous(memory_format=torch.channels_last)
+                found, scores = self.teacher_features(images.to(self.device))
+                yield [images, *found, scores]
+
+        taps = [f"teacher{index}" for index in range(len(self.student.taps))]
+        self.cache.write(["images", *taps, "scores"], rows, features())
+
+    def _write_student(self, before: int, name: str) -> None:
+        """What the trained block behind tap ``before`` makes of its own cached input."""
+        start = "images" if before < 0 else f"student{before}"
+        target = self.student.taps[before + 1].value
+        array = self.cache.read(start)
+        size = self.data.config.data.eval_batch_size
+
+        def features() -> Iterator[list[Tensor]]:
+            for first in range(0, len(array), size):
+                rows = torch.from_numpy(array[first : first + size].copy()).float()
+                rows = rows.to(self.device)
+                with torch.no_grad():
+                    values = (
+                        {self.student.graph.inputs[0]: rows}
+                        if before < 0
+                        else self.enter(before, rows)
+                    )
+                    yield self.student.run(values, [target])
+
+        self.cache.write([name], len(array), features())
+
+
+class _Speed(Callback):
+    """Counts what was trained in this session."""
+
+    def __init__(self) -> None:
+        self.steps, self.began = 0, time.monotonic()
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.began = time.monotonic()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.steps += 1
+
+
+def distill(
+    teacher: nn.Module,
+    student: Student,
+    data: UnlabelledData,
+    options: DistillOptions,
+    *,
+    trainer: TrainerOptions,
+    folder: Path,
+    loggers: Sequence[Logger] = (),
+) -> dict[str, Any]:
+    """Train the student in place, without labels.
+
+    Args:
+        teacher: returns the features at the student's taps, in order, and then the class scores.
+        student: from `convert`, quantized or not.
+        data: the task; only its unlabelled images train, its validation split is looked at.
+        options: `distill` of the config.
+        trainer: `trainer` of the config.
+        folder: for checkpoints and cached features; a run that was stopped goes on from there
+            and ends with the weights of one that was not.
+        loggers: Lightning's.
+
+    Returns:
+        ``steps``, ``images_seen`` (images through the whole network, or image-blocks divided by
+        the number of blocks), ``unlabelled`` (distinct images), ``seconds`` and ``images_per_s``
+        of this session.
+
+    Raises:
+        DistillError: a loss is not finite (naming tap and step), or training was interrupted.
+    """
+    periods = plan(options, [tap.path for tap in student.taps], _tail_is_trained(student))
+    batch = data.config.data.batch_size
+    facts: dict[str, Any] = {
+        "steps": periods[-1].last if periods else 0,
+        "images_seen": batch * options.steps if periods else 0,
+        "unlabelled": len(data.unlabelled()),
+    }
+    if periods and all(period.source is not None for period in periods):
+        facts["unlabelled"] = min(facts["unlabelled"], options.cache_images)
+    if not periods:
+        return facts
+    student.train().to(memory_format=torch.channels_last)
+    cache = FeatureCache(folder / "features")
+    module = _Distillation(teacher.eval(), student, periods, options, data, cache)
+    speed = _Speed()
+    runner = lightning.Trainer(
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        strategy=_strategy(trainer),
+        precision=trainer.precision,  # type: ignore[arg-type]
+        max_steps=periods[-1].last,
+        max_epochs=1,
+        val_check_interval=min(options.val_every, periods[-1].last),
+        limit_val_batches=max(1, options.val_images // data.config.data.eval_batch_size),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=list(loggers) or False,
+        log_every_n_steps=10,
+        enable_model_summary=False,
+        enable_progress_bar=trainer.progress,
+        default_root_dir=folder,
+        callbacks=[
+            speed,
+            ModelCheckpoint(
+                folder,
+                filename="step{step}",
+                auto_insert_metric_name=False,
+                every_n_train_steps=options.checkpoint_every,
+                enable_version_counter=False,
+            ),
+            *([EMAWeightAveraging(decay=options.average)] if options.average else []),
+        ],
+    )
+    runner.fit(module, ckpt_path=newest_checkpoint(folder))
+    if runner.global_step < periods[-1].last:
+        raise DistillError(
+            f"distillation stopped at step {runner.global_step} of {periods[-1].last}"
+        )
+    if runner.is_global_zero:
+        cache.clear()
+    seconds = time.monotonic() - speed.began
+    student.eval().to(memory_format=torch.contiguous_format)
+    student.to("cpu")
+    facts["seconds"] = round(seconds, 1)
+    facts["images_per_s"] = round(speed.steps * batch / max(seconds, 1e-9), 1)
+    return facts
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that can be read; a kill may have left a newer one in pieces."""
+    files = sorted(folder.glob("step*.ckpt"), key=lambda p: int(p.stem.removeprefix("step")))
+    for path in reversed(files):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError):
+            continue
+        return path
+    return None
+
+
+def _tail_is_trained(student: Student) -> bool:
+    source = [student.taps[-1].value] if student.taps else student.graph.inputs
+    tail = student.steps_between(source, [student.graph.output])
+    operators = (student.operator(step.name) for step in tail)
+    return any(isinstance(op, WeightedOperator) and op.trainable for op in operators)
+
+
+def _strategy(options: TrainerOptions) -> Any:
+    """Blocks outside a period get no gradient, which DDP has to expect."""
+    if options.devices > 1 and options.strategy in ("auto", "ddp"):
+        return DDPStrategy(find_unused_parameters=True)
+    return options.strategy

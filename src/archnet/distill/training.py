@@ -1,0 +1,214 @@
+"""The LightningModule: a frozen teacher, a student, and losses at their taps."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archnet.distill.comparison import TapComparison, logits_loss
+from archnet.distill.schedule import DistillError, Period, period_at
+from archnet.ops import Activation, Student, WeightedOperator
+
+
+class OptimizerOptions(Protocol):
+    """What is read of `distill.optimizer`."""
+
+    name: str
+    lr: float
+    scale_lr: float | None
+    weight_decay: float
+
+
+class DistillOptions(Protocol):
+    """What is read of `distill`."""
+
+    schedule: str
+    steps: int
+    joint_steps: int
+    attention: bool
+    adaptation: bool
+    inputs: str
+    lr_schedule: str
+    decay: float
+    logits_loss: str
+    logits_weight: float
+    val_every: int
+    val_images: int
+    checkpoint_every: int
+    cache_images: int
+    average: float
+
+    @property
+    def optimizer(self) -> OptimizerOptions: ...
+
+
+class ArchDistillation(lightning.LightningModule):
+    """Trains a student so that its features and class scores follow a frozen teacher's.
+
+    Args:
+        teacher: takes images and returns the features at the student's taps, in order, and then
+            the class scores. It is no part of the checkpoints.
+        student: from `convert`, quantized or not.
+        periods: the schedule.
+        options: `distill` of the config.
+
+    A batch is images (B, C, H, W), or for a period with a source a pair of what a block reads and
+    what the teacher gives there.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: Student,
+        periods: Sequence[Period],
+        options: DistillOptions,
+    ) -> None:
+        super().__init__()
+        # Outside the module tree: the teacher's weights belong neither to the checkpoints nor to
+        # what DDP and the optimizer look after.
+        self._teacher = [teacher.requires_grad_(False)]
+        self.student = student
+        self.periods, self.options = list(periods), options
+        shapes = student.graph.shapes
+        self.comparisons = nn.ModuleList(
+            TapComparison(shapes[tap.value], options.attention, options.adaptation)
+            for tap in student.taps
+        )
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self._teacher[0]
+
+    def on_fit_start(self) -> None:
+        self.teacher.to(self.device)
+
+    def teacher_features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The teacher's features at all taps and its class scores; no gradient."""
+        with torch.no_grad():
+            *features, scores = self.teacher(images)
+        return features, scores
+
+    def enter(self, tap: int, feature: Tensor) -> dict[str, Tensor]:
+        """A feature of tap ``tap`` as the student's next block reads it: rounded to its grid."""
+        value = self.student.taps[tap].value
+        return {value: self._grid(value)(feature)}
+
+    def _grid(self, value: str) -> Callable[[Tensor], Tensor]:
+        by_name = {step.name: step for step in self.student.graph.steps}
+        while value in by_name:
+            module = self.student.operator(value)
+            if isinstance(module, Activation):
+                return module.quantizer or nn.Identity()
+            if isinstance(module, WeightedOperator) or not by_name[value].inputs:
+                break
+            value = by_name[value].inputs[0]
+        return nn.Identity()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        period = period_at(self.periods, self.global_step)
+        if period.source is None:
+            losses = self._through_the_network(batch, period)
+        else:
+            losses = self._through_a_block(batch, period)
+        total = torch.stack(list(losses.values())).sum()
+        if not bool(torch.isfinite(total)):
+            culprit = next((k for k, v in losses.items() if not bool(torch.isfinite(v))), "total")
+            raise DistillError(
+                f"the loss at {culprit} is {total.item()} at step {self.global_step}: "
+                "lower distill.optimizer.lr; the last checkpoint is kept"
+            )
+        self.log_dict({f"loss/{name}": value.detach() for name, value in losses.items()})
+        self.log("loss", total.detach(), prog_bar=True)
+        return total
+
+    def _through_the_network(self, images: Tensor, period: Period) -> dict[str, Tensor]:
+        images = images.contiguous(memory_format=torch.channels_last)
+        features, scores = self.teacher_features(images)
+        graph = self.student.graph
+        taps = [self.student.taps[index] for index in period.weights]
+        targets = [tap.value for tap in taps] + ([graph.output] if period.logits else [])
+        results = self.student.run({graph.inputs[0]: images}, targets)
+        scale = 1 / max(1e-12, sum(period.weights.values()))
+        losses = {
+            tap.path: weight * scale * self.comparisons[index](result, features[index])
+            for (index, weight), tap, result in zip(
+                period.weights.items(), taps, results, strict=False
+            )
+        }
+        if period.logits:
+            losses["logits"] = self._compare_scores(results[-1], scores)
+        return losses
+
+    def _through_a_block(self, batch: tuple[Tensor, Tensor], period: Period) -> dict[str, Tensor]:
+        (source, target), graph = batch, self.student.graph
+        assert period.source is not None
+        if period.source < 0:
+            values = {graph.inputs[0]: source}
+        else:
+            values = self.enter(period.source, source)
+        if period.logits:
+            (scores,) = self.student.run(values, [graph.output])
+            return {"logits": self._compare_scores(scores, target)}
+        ((index, weight),) = period.weights.items()
+        tap = self.student.taps[index]
+        (feature,) = self.student.run(values, [tap.value])
+        return {tap.path: weight * self.comparisons[index](feature, target)}
+
+    def _compare_scores(self, student: Tensor, teacher: Tensor) -> Tensor:
+        loss = logits_loss(self.options.logits_loss, student.float(), teacher.float())
+        return self.options.logits_weight * loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        images = images.contiguous(memory_format=torch.channels_last)
+        _, theirs = self.teacher_features(images)
+        ours = self.student(images)
+        figures = {
+            "val/agreement": (ours.argmax(1) == theirs.argmax(1)).float().mean() * 100,
+            "val/accuracy": (ours.argmax(1) == labels).float().mean() * 100,
+            "val/logits": F.mse_loss(ours, theirs) / theirs.var().clamp_min(1e-12),
+        }
+        self.log_dict(figures, prog_bar=True, sync_dist=True, batch_size=len(images))
+
+    def configure_optimizers(self) -> Any:
+        """Scales of quantizers have their own rate and no decay; each period its own curve."""
+        options = self.options.optimizer
+        scales: list[nn.Parameter] = []
+        weights: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                (scales if name.endswith("log_scale") else weights).append(parameter)
+        scale_lr = options.lr if options.scale_lr is None else options.scale_lr
+        groups = [
+            {"params": weights, "lr": options.lr, "weight_decay": options.weight_decay},
+            {"params": scales, "lr": scale_lr, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizer: torch.optim.Optimizer
+        if options.name == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=0.9, nesterov=True)
+        else:
+            kind = torch.optim.AdamW if options.name == "adamw" else torch.optim.Adam
+            optimizer = kind(groups, lr=options.lr)
+        curve = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": curve, "interval": "step"}}
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate at a step, as a share of the configured one.
+
+        ``cosine`` falls to a hundredth within each period; ``warm_restarts`` falls and starts
+        again after one and three sevenths of it (Loshchilov & Hutter 2017, Tmult 2).
+        """
+        period = period_at(self.periods, step)
+        position = min(1.0, (step - period.first) / period.steps)
+        if self.options.lr_schedule == "constant":
+            return 1.0
+        if self.options.lr_schedule == "warm_restarts":
+            bounds = (0.0, 1 / 7, 3 / 7, 1.0)
+            stretch = max(i for i in range(3) if bounds[i] <= position)
+            start, end = bounds[stretch], bounds[stretch + 1]
+            position = min(1.0, (position - start) / (end - start))
+        return 0.01 + 0.99 * 0.5 * (1 + float(torch.cos(torch.tensor(position * torch.pi))))

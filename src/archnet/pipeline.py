@@ -241,6 +241,7 @@ def _hush() -> None:
         "The number of training batches .* is smaller than the logging interval",
         "`isinstance.treespec, LeafSpec.` is deprecated",
         "Grad strides do not match bucket view strides",
+        "You.re resuming from a checkpoint that ended before the epoch ended",
     ):
         warnings.filterwarnings("ignore", message=beginning)
 

@@ -127,6 +127,7 @@ def test_the_command_ends_translation_with_code_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("archnet: task=wmt14: translation is not built yet")
     assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_float_student_is_the_teacher(make_config: Make, finished: RunFolder) -> None:

@@ -211,7 +211,7 @@ def distill(
         return facts
     student.train().to(memory_format=torch.channels_last)
     cache = FeatureCache(folder / "features")
-    module = _Distillation(teacher.eval(), student, periods, options, data, cache)
+    module = _Distillation(teacher, student, periods, options, data, cache)
     speed = _Speed()
     runner = lightning.Trainer(
         accelerator=trainer.accelerator,

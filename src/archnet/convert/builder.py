@@ -91,6 +91,7 @@ class Builder:
 
     def first(self, feature: Feature) -> str:
         """The value with channels first."""
+        self._join(feature)
         if feature.first is None:
             assert feature.last is not None
             feature.first = self.emit("first", Permute(TO_FIRST), feature.last)
@@ -100,6 +101,7 @@ class Builder:
         """The value with channels last, where a fully connected layer reads it."""
         if not feature.is_map:
             return self.first(feature)
+        self._join(feature)
         if feature.last is None:
             assert feature.first is not None
             feature.last = self.emit("last", Permute(TO_LAST), feature.first)
@@ -107,12 +109,17 @@ class Builder:
 
     def _on_either_layout(self, feature: Feature, kind: str, module: Operator) -> Feature:
         """An element-wise operator, on the layout that exists (first, if both do)."""
+        self._join(feature)
         if feature.first is not None:
             return Feature(feature.shape, first=self.emit(kind, module, feature.first))
         assert feature.last is not None
         return Feature(feature.shape, last=self.emit(kind, module, feature.last))
 
     def activation(self, feature: Feature, low: float, high: float) -> Feature:
+        """A ReLU or clip; on parts that nobody has joined yet it acts before the concatenation,
+        so that each part is rounded once, right behind the operator that computes it."""
+        if feature.parts is not None and not (feature.first or feature.last):
+            return self.concat([self.activation(part, low, high) for part in feature.parts])
         return self._on_either_layout(feature, "act", Activation(low, high))
 
     def layout(self, feature: Feature, kind: str, move: Operator) -> Feature:
@@ -133,20 +140,27 @@ class Builder:
         return self.layout(feature, "pad", Pad(((0, 0), rows, columns)))
 
     def concat(self, features: Sequence[Feature]) -> Feature:
-        """Join along the channels."""
+        """Join along the channels, when somebody reads the joined value."""
         if len(features) == 1:
             return features[0]
         channels = sum(f.channels for f in features)
+        shape = features[0].shape
         if features[0].is_map:
-            shape: tuple[int, ...] = (channels, *features[0].shape[1:])
-            if all(f.first is None for f in features):
-                names = [self.last(f) for f in features]
-                return Feature(shape, last=self.emit("concat", Concat(3), *names))
+            return Feature((channels, *shape[1:]), parts=list(features))
+        return Feature((*shape[:-1], channels), parts=list(features))
+
+    def _join(self, feature: Feature) -> None:
+        if feature.parts is None or feature.first or feature.last:
+            return
+        parts = feature.parts
+        for part in parts:
+            self._join(part)
+        if feature.is_map and all(part.first is None for part in parts):
+            names = [self.last(part) for part in parts]
+            feature.last = self.emit("concat", Concat(3), *names)
         else:
-            shape = (*features[0].shape[:-1], channels)
-        names = [self.first(f) for f in features]
-        axis = features[0].channel_axis
-        return Feature(shape, first=self.emit("concat", Concat(axis), *names))
+            names = [self.first(part) for part in parts]
+            feature.first = self.emit("concat", Concat(feature.channel_axis), *names)
 
     def maxpool(self, feature: Feature, stride: int, padding: tuple[int, int, int, int]) -> Feature:
         return self.layout(feature, "pool", MaxPool2x2(stride, padding))

@@ -18,6 +18,7 @@ class Feature:
     shape: tuple[int, ...]
     first: str | None = None
     last: str | None = None
+    parts: "list[Feature] | None" = None
 
     @property
     def is_map(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from archnet.capture import TeacherGraph, TeacherNode, capture
 from archnet.convert.builder import Builder, ConversionError, TargetLimits
-from archnet.convert.feature import Form, Value
+from archnet.convert.feature import Feature, Form, Value
 from archnet.convert.rules import RULES
 from archnet.convert.rules.base import Site
 from archnet.convert.taps import choose_taps
@@ -69,6 +69,9 @@ def convert(
             # Read once, a form folds into its reader; read twice, it would be computed twice.
             if uses.get(node.name, 0) > 1 or node.name in tapped:
                 value = builder.build(value)
+        if isinstance(value, Feature) and node.name in tapped:
+            # All that follows reads the tap itself, so that a block can start from it.
+            value = Feature(value.shape, first=builder.first(value))
         if value.shape != node.shape:
             raise ConversionError(
                 f"{node.operator} at '{node.path}' gives {node.shape} in the teacher, "
@@ -78,7 +81,7 @@ def convert(
     builder.owner = graph.output
     builder.graph.output = builder.first(builder.build(values[graph.output]))
     builder.graph.taps = [
-        Tap(path, node.name, _value_of(builder, values, node)) for path, node in tap_nodes
+        Tap(path or node.name, node.name, _name_of(values[node.name])) for path, node in tap_nodes
     ]
     builder.graph.report = [
         NodeReport(
@@ -99,11 +102,10 @@ def convert(
     return student
 
 
-def _value_of(builder: Builder, values: dict[str, Value], node: TeacherNode) -> str:
-    builder.owner = node.name
-    feature = builder.build(values[node.name])
-    values[node.name] = feature
-    return builder.first(feature)
+def _name_of(value: Value) -> str:
+    assert isinstance(value, Feature)
+    assert value.first is not None
+    return value.first
 
 
 def _require_rules(graph: TeacherGraph) -> None:

@@ -117,7 +117,8 @@ class Builder:
 
     def activation(self, feature: Feature, low: float, high: float) -> Feature:
         """A ReLU or clip; on parts that nobody has joined yet it acts before the concatenation,
-        so that each part is rounded once, right behind the operator that computes it."""
+        so that each part is rounded once, right behind the operator that computes it.
+        """
         if feature.parts is not None and not (feature.first or feature.last):
             return self.concat([self.activation(part, low, high) for part in feature.parts])
         return self._on_either_layout(feature, "act", Activation(low, high))

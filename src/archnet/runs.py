@@ -2,11 +2,10 @@
 
 import json
 import logging
-import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from archnet import files
 from archnet.compose import to_config
 from archnet.config import Config, keys
 from archnet.errors import ArchnetError, ConfigError
@@ -28,29 +28,9 @@ class RunError(ArchnetError):
     """A run folder that cannot be read, written or continued."""
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place once the block has written it.
-
-    A block that fails, a full disk included, leaves what was at ``path`` before.
-
-    Raises:
-        RunError: the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be written ({error.strerror or error}); earlier files are untouched: "
-            "make room and continue with resume=<run folder>"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def atomic(path: Path) -> AbstractContextManager[Path]:
+    """`archnet.files.atomic` in a run folder."""
+    return files.atomic(path, RunError, " and continue with resume=<run folder>")
 
 
 def write_json(path: Path, content: Any) -> None:

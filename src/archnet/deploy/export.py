@@ -2,7 +2,6 @@
 
 import difflib
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from archnet.deploy.emitters import emit
 from archnet.deploy.writer import ExportError, Value, Writer
+from archnet.files import atomic
 from archnet.hardware import Audit
 from archnet.hardware import audit as audit_file
 from archnet.ops import Activation, Student, WeightedOperator
@@ -69,19 +69,8 @@ def export(
     """
     path = Path(path)
     content = to_onnx(student, form, opset).SerializeToString()
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path, ExportError) as part:
         part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        raise ExportError(
-            f"cannot write {path} ({len(content)} bytes): {error.strerror or error}; "
-            "what was there is unchanged"
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
     return path
 
 

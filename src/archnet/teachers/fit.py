@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 import warnings
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from archnet.files import atomic
 from archnet.teachers.load import TeacherError, TeacherSource, fill
 
 _log = logging.getLogger(__name__)
@@ -186,9 +186,8 @@ def _keep(model: nn.Module, folder: Path, learner: _TeacherTraining, seconds: fl
         "seconds_since_start_or_resume": round(seconds, 1),
     }
     (folder / "teacher.json").write_text(json.dumps(facts, indent=2) + "\n")
-    partial = folder / f"teacher.{os.getpid()}.partial"
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
-    partial.replace(folder / "teacher.safetensors")
+    with atomic(folder / "teacher.safetensors", TeacherError) as partial:
+        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial)
     (folder / "last.ckpt").unlink(missing_ok=True)
     _log.info("teacher kept in %s, %.2f %% on val", folder, learner.accuracy)
 

@@ -1,0 +1,92 @@
+"""What exact students cost at 224x224 under ``arch5``: MACs, bit operations, weight bytes.
+
+    python benchmarks/cost.py
+
+Random weights and batch-norm statistics: cost does not depend on them, and the relative error of
+the float student beside its cost shows that it is the same function. Bit operations are those of
+W2A4 with 8 bits in the first and the last layer, over the teacher's at W8A8 throughout.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+from record import append
+from torch import nn
+from torchvision import models
+
+import archnet
+from archnet.hardware import student_cost, teacher_cost
+
+TEACHERS = ("resnet18", "resnet50", "mobilenet_v2")
+IMAGE_SIZE = 224
+WEIGHT_BITS, ACT_BITS = 2, 4
+
+
+def random_teacher(name: str, seed: int) -> nn.Module:
+    """A torchvision network with random weights and statistics, in eval mode."""
+    torch.manual_seed(seed)
+    model = models.get_model(name, weights=None)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+def measure(name: str, hardware: str, seed: int) -> dict[str, Any]:
+    """The row of one teacher."""
+    teacher = random_teacher(name, seed)
+    images = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    before = teacher_cost(teacher, images, weight_bits=8, act_bits=8)
+    student = archnet.convert(teacher, images, hardware=hardware)
+    with torch.no_grad():
+        expected = teacher(images)
+        error = (student(images) - expected).norm() / expected.norm()
+    after_float = student_cost(student)
+    archnet.quantize(student, WEIGHT_BITS, ACT_BITS, calibration=[images])
+    after = student_cost(student)
+    return {
+        "task": f"random images {IMAGE_SIZE}x{IMAGE_SIZE}",
+        "teacher": name,
+        "hardware": hardware,
+        "weight_bits": WEIGHT_BITS,
+        "act_bits": ACT_BITS,
+        "metric": "none",
+        "macs_ratio": round(after.macs / before.macs, 4),
+        "bops": after.bops,
+        "weight_bytes": after.weight_bytes,
+        "seed": seed,
+        "command": f"python benchmarks/cost.py {name} --hardware {hardware} --seed {seed}",
+        "teacher_macs": before.macs,
+        "student_macs": after.macs,
+        "teacher_w8a8_bops": before.bops,
+        "bops_ratio": round(after.bops / before.bops, 4),
+        "teacher_w8a8_weight_bytes": before.weight_bytes,
+        "float_weight_bytes": after_float.weight_bytes,
+        "relative_error": f"{error.item():.1e}",
+        "pure": archnet.audit(student, hardware=hardware).pure,
+    }
+
+
+def main() -> None:
+    """Measure and add the rows to ``results/cost.csv``."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("teachers", nargs="*", default=TEACHERS, help="torchvision names")
+    parser.add_argument("--hardware", default="arch5", help="target")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and images")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for name in options.teachers:
+        row = measure(name, options.hardware, options.seed)
+        append("cost", row)
+        print(f"{name}: {row['macs_ratio']} x MACs, {row['bops_ratio']} x BOPs of W8A8")
+
+
+if __name__ == "__main__":
+    main()

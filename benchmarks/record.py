@@ -1,0 +1,236 @@
+"""Results as rows of ``benchmarks/results/<name>.csv``, each with its command and its cost.
+
+    python benchmarks/record.py <run folder> --into cifar10
+
+adds the row of a finished run. The other scripts of this folder measure something themselves and
+use `append`.
+"""
+
+import argparse
+import csv
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from archnet.compose import compose
+from archnet.config import Config, keys
+from archnet.errors import ArchnetError
+from archnet.runs import RunFolder, read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+RESULTS = ROOT / "benchmarks" / "results"
+
+# Shared by all tables. Accuracies are in points (0 to 100), bits of 32 mean float, `macs_ratio`
+# is the student's multiply-accumulates over the teacher's, `bops` and `weight_bytes` are the
+# student's, `inputs_seen` counts images through the whole network, `minutes` those of training.
+COLUMNS = (
+    "date",
+    "task",
+    "teacher",
+    "hardware",
+    "weight_bits",
+    "act_bits",
+    "metric",
+    "teacher_value",
+    "student_value",
+    "agreement",
+    "macs_ratio",
+    "bops",
+    "weight_bytes",
+    "inputs_seen",
+    "minutes",
+    "seed",
+    "versions",
+    "command",
+)
+_PACKAGES = ("archnet", "torch", "torchvision", "lightning", "onnx", "onnxruntime")
+# Keys that say where a run leaves its files, not what it computes.
+_PLACES = ("resume", "name", "output_dir", "logger", "teacher.cache_dir", "trainer.progress")
+
+
+def append(name: str, row: Mapping[str, Any]) -> Path:
+    """Add one row to a table; columns that it does not know yet are added at the end.
+
+    Args:
+        name: the table, without folder or suffix.
+        row: values by column; date, versions and commit are filled in where they are missing.
+
+    Returns:
+        The table's file.
+    """
+    now = datetime.now()
+    filled = {"date": f"{now:%Y-%m-%d}", "versions": versions(), **row}
+    filled.setdefault("commit", commit_before(now))
+    path = RESULTS / f"{name}.csv"
+    rows: list[dict[str, Any]] = [*read(name), filled]
+    columns = list(dict.fromkeys([*COLUMNS, *(key for each in rows for key in each)]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
+    return path
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """The rows of a table; none if there is no such table yet."""
+    path = RESULTS / f"{name}.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def versions(installed: Mapping[str, str] | None = None) -> str:
+    """Package versions in one cell, as a run noted them, or else of this environment."""
+    found = {name: version(name) for name in _PACKAGES} if installed is None else installed
+    return "; ".join(f"{name} {number}" for name, number in found.items())
+
+
+def commit_before(moment: datetime) -> str:
+    """The last commit of the code before a moment; empty outside a git checkout."""
+    found = subprocess.run(
+        [
+            "git",
+            "rev-list",
+            "-1",
+            "--abbrev-commit",
+            f"--before={moment:%Y-%m-%d %H:%M:%S}",
+            "HEAD",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip()
+
+
+def run_row(path: Path) -> dict[str, Any]:
+    """The row of a finished run.
+
+    Raises:
+        RunError: the folder is no run folder, or the run has not finished.
+    """
+    folder = RunFolder.open(path)
+    config, metrics = folder.config(), read_json(folder.metrics)
+    started = datetime.strptime("_".join(folder.path.name.split("_")[:2]), "%Y-%m-%d_%H-%M-%S")
+    macs, bops = metrics["cost"]["macs"], metrics["cost"]["bops"]
+    seconds = metrics["seconds"]
+    return {
+        "date": f"{started:%Y-%m-%d}",
+        "task": metrics["task"],
+        "teacher": _teacher(config),
+        "hardware": metrics["hardware"],
+        "weight_bits": metrics["quant"]["weight_bits"],
+        "act_bits": metrics["quant"]["act_bits"],
+        "metric": "accuracy",
+        "teacher_value": metrics["teacher"]["accuracy"],
+        "student_value": metrics["student"]["accuracy"],
+        "agreement": metrics["student"]["agreement"],
+        "macs_ratio": round(macs["student"] / macs["teacher"], 4),
+        "bops": bops["student"],
+        "weight_bytes": metrics["cost"]["weight_bytes"]["student"],
+        "inputs_seen": metrics["data"]["images_seen"],
+        "minutes": round((seconds["convert"] + seconds["distill"]) / 60, 2),
+        "seed": metrics["seed"],
+        "versions": versions(metrics["versions"]),
+        "command": command(config),
+        "commit": commit_before(started),
+        "bops_ratio": round(bops["student"] / bops["teacher_w8a8"], 4),
+        "unlabelled": metrics["data"]["unlabelled"],
+        "evaluated": metrics["data"]["evaluated"],
+        "pure": metrics["audit"]["pure"],
+        "parity_mismatches": metrics["parity"]["mismatches"],
+        "parity_max_abs_diff": metrics["parity"]["max_abs_diff"],
+        "schedule": config.distill.schedule,
+        "attention": config.distill.attention,
+        "adaptation": config.distill.adaptation,
+        "method": config.quant.method,
+        "start": config.convert.start,
+        **_validation(folder),
+    }
+
+
+def _teacher(config: Config) -> str:
+    """The teacher's name with whatever is not its default."""
+    extras = [f"{key} {value}" for key, value in config.teacher.kwargs.items()]
+    return ", ".join([config.teacher.name, *extras])
+
+
+def _validation(folder: RunFolder) -> dict[str, float]:
+    """The last validation while training, from the log: what variants are chosen by."""
+    found: dict[str, float] = {}
+    for path in sorted((folder.path / "logs" / "csv").glob("*/metrics.csv")):
+        with path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                for figure in ("accuracy", "agreement"):
+                    if line.get(f"val/{figure}"):
+                        found[f"val_{figure}"] = round(float(line[f"val/{figure}"]), 4)
+    return found
+
+
+def command(config: Config) -> str:
+    """The shortest command that composes to a config, up to where files are left.
+
+    Tried are every experiment, and the groups that carry the config's names; keys that differ
+    from what these compose to are given one by one.
+    """
+    experiments = [[f"experiment={path.stem}"] for path in (CONF / "experiment").glob("*.yaml")]
+    quant = [f"quant={config.quant.method}", f"distill={config.distill.schedule}"]
+    groups = [
+        [f"task={config.task.name}", f"teacher={teacher}", *quant]
+        for teacher in (config.teacher.name, config.teacher.source)
+    ]
+    written = []
+    for start in [[], *experiments, *groups]:
+        try:
+            written.append([*start, *_differences(compose(CONF, start), config)])
+        except ArchnetError:
+            continue  # these groups do not exist, or need keys of their own
+    return " ".join(["python train.py", *min(written, key=len)])
+
+
+def _differences(base: Config, config: Config) -> list[str]:
+    before = dict(keys(base))
+    found = []
+    for key, value in keys(config):
+        if value == before[key] or key.startswith(_PLACES):
+            continue
+        if isinstance(value, dict):
+            new = {k: v for k, v in value.items() if before[key].get(k) != v}
+            found += [
+                f"{'' if k in before[key] else '+'}{key}.{k}={_shown(v)}" for k, v in new.items()
+            ]
+        else:
+            found.append(f"{key}={_shown(value)}")
+    return found
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value).replace(" ", "")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Add the rows of run folders to a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="run", help="finished run folder")
+    parser.add_argument("--into", required=True, metavar="name", help="table, such as cifar10")
+    options = parser.parse_args(arguments)
+    for run in options.runs:
+        print(append(options.into, run_row(run)))
+
+
+if __name__ == "__main__":
+    main()

@@ -153,6 +153,7 @@ def run_row(path: Path) -> dict[str, Any]:
         "schedule": config.distill.schedule,
         "attention": config.distill.attention,
         "adaptation": config.distill.adaptation,
+        "block_inputs": config.distill.inputs if config.distill.schedule == "local" else "",
         "method": config.quant.method,
         "start": config.convert.start,
         **_validation(folder),

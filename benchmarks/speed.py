@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from record import CONF, append
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision import models
 
 import archnet
@@ -78,8 +79,9 @@ class RandomImages:
             )
         times.append(time.perf_counter())
 
-    def val_dataloader(self) -> list[tuple[Tensor, Tensor]]:
-        return [(self.images[:1], torch.zeros(1, dtype=torch.long))]
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        one: Any = [(self.images[:1], torch.zeros(1, dtype=torch.long))]
+        return DataLoader(one, batch_size=None)
 
 
 def peak_mb() -> float:

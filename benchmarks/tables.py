@@ -1,0 +1,175 @@
+"""The tables of the README, from the rows of ``benchmarks/results``.
+
+    python benchmarks/tables.py
+
+rewrites what stands between the two markers in README.md. Of rows that differ in nothing but their
+figures the last one counts; a table without rows is left out.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from record import ROOT, read
+
+BEGIN, END = "<!-- results: benchmarks/tables.py -->", "<!-- end of results -->"
+Row = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the README: rows of one file, told apart by ``keys``."""
+
+    name: str
+    title: str
+    text: str
+    keys: tuple[str, ...]
+    columns: Mapping[str, Callable[[Row], str]]
+
+    def markdown(self) -> str:
+        """Title, text and table; empty without rows."""
+        last = {tuple(row.get(key, "") for key in self.keys): row for row in read(self.name)}
+        if not last:
+            return ""
+        lines = [" | ".join(self.columns), " | ".join("---" for _ in self.columns)]
+        lines += [" | ".join(show(row) for show in self.columns.values()) for row in last.values()]
+        table = "\n".join(f"| {line} |" for line in lines)
+        return f"### {self.title}\n\n{self.text}\n\n{table}\n\n"
+
+
+def _bits(row: Row) -> str:
+    if row["weight_bits"] == "32":
+        return "float"
+    return f"W{row['weight_bits']}A{row['act_bits']}"
+
+
+def _plain(column: str) -> Callable[[Row], str]:
+    return lambda row: row.get(column, "")
+
+
+def _number(column: str, form: str = ".2f", unit: float = 1) -> Callable[[Row], str]:
+    return lambda row: format(float(row[column]) / unit, form) if row.get(column) else ""
+
+
+def _variant(row: Row) -> str:
+    parts = [
+        row["schedule"] + (f" ({row['block_inputs']} features)" if row["block_inputs"] else ""),
+        "TAM" if row["attention"] == "True" else "no TAM",
+        "RFA" if row["adaptation"] == "True" else "no RFA",
+        {"lsq": "LSQ", "dorefa": "DoReFa"}[row["method"]],
+        f"{row['start']} start",
+    ]
+    return ", ".join(parts)
+
+
+_COST = {
+    "MACs, x teacher": _number("macs_ratio"),
+    "BOPs, x W8A8 teacher": _number("bops_ratio", ".3f"),
+    "weights, kB": _number("weight_bytes", ",.0f", 1000),
+}
+_ACCURACY = {
+    "teacher": _plain("teacher"),
+    "bits": _bits,
+    "teacher, %": _number("teacher_value"),
+    "student, %": _number("student_value"),
+    "agreement, %": _number("agreement"),
+    **_COST,
+    "image-steps": _number("inputs_seen", ",.0f"),
+    "unlabelled": _number("unlabelled", ",.0f"),
+    "minutes": _number("minutes", ".1f"),
+    "command": lambda row: f"`{row['command']}`",
+}
+
+TABLES = (
+    Table(
+        "digits",
+        "Digits (mnist5k)",
+        "What `make demo` does: 5,000 MNIST digits, 1,000 of them for the test.",
+        ("teacher", "weight_bits", "act_bits"),
+        _ACCURACY,
+    ),
+    Table(
+        "cifar10",
+        "CIFAR-10 (JPEG re-encoding)",
+        "Test split of a JPEG copy, which costs accuracy: not comparable with published figures "
+        "for CIFAR-10. No labels, at most 30,000 images; schedules were chosen on a validation "
+        "split.",
+        ("teacher", "weight_bits", "act_bits"),
+        _ACCURACY,
+    ),
+    Table(
+        "ablation",
+        "Ablation: CIFAR-10, W2A4, one equal budget",
+        "`python benchmarks/ablation.py`; accuracy and agreement on the validation split.",
+        ("schedule", "block_inputs", "attention", "adaptation", "method", "start"),
+        {
+            "variant": _variant,
+            "student, %": _number("val_accuracy"),
+            "agreement, %": _number("val_agreement"),
+            "image-steps": _number("inputs_seen", ",.0f"),
+            "minutes": _number("minutes", ".1f"),
+        },
+    ),
+    Table(
+        "imagenet_sample",
+        "Published ImageNet teachers, float students",
+        "500 images, probably of ImageNet's training split: a check that nothing changes, not an "
+        "ImageNet accuracy. The last two columns compare the exported file with the student.",
+        ("teacher",),
+        {
+            "teacher": _plain("teacher"),
+            "teacher, %": _number("teacher_value"),
+            "student, %": _number("student_value"),
+            "predictions kept, %": _number("agreement"),
+            "MACs, x teacher": _number("macs_ratio"),
+            "changed in ONNX Runtime": _plain("parity_mismatches"),
+            "largest difference": _number("parity_max_abs_diff", ".1e"),
+        },
+    ),
+    Table(
+        "cost",
+        "Cost of exact students at 224x224",
+        "`python benchmarks/cost.py`; target `arch5`, W2A4 with 8 bits in the first and the last "
+        "layer. Weights beside those of the teacher at 8 bits.",
+        ("teacher", "hardware"),
+        {
+            "teacher": _plain("teacher"),
+            "teacher, GMACs": _number("teacher_macs", ".2f", 1e9),
+            "student, GMACs": _number("student_macs", ".2f", 1e9),
+            **_COST,
+            "teacher W8, kB": _number("teacher_w8a8_weight_bytes", ",.0f", 1000),
+            "relative error in float": _plain("relative_error"),
+        },
+    ),
+    Table(
+        "speed",
+        "Speed of distillation",
+        "`python benchmarks/speed.py`; ResNet-18 at 224x224, W2A4, all block taps with TAM and "
+        "RFA. Under `local` an image counts when it has been through every block once.",
+        ("schedule", "threads", "batch_size"),
+        {
+            "schedule": _plain("schedule"),
+            "threads": _plain("threads"),
+            "batch": _plain("batch_size"),
+            "images/s": _number("student_value"),
+            "teacher forward alone, images/s": _number("teacher_images_per_s"),
+            "peak memory, MB": _number("peak_mb", ",.0f"),
+        },
+    ),
+)
+
+
+def filled(readme: str) -> str:
+    """The text of the README with its tables as the rows are now."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{''.join(table.markdown() for table in TABLES)}{END}{after}"
+
+
+def main() -> None:
+    """Rewrite the README's tables."""
+    path = ROOT / "README.md"
+    path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,6 @@ import sys
 from pathlib import Path
 
 from record import ROOT, append, run_row
-from torch import nn
 
 OUTPUTS = ROOT / "outputs" / "imagenet_sample"
 TEACHERS = {
@@ -34,18 +33,11 @@ TEACHERS = {
     "efficientnet_lite0": [
         "teacher=custom",
         "teacher.name=efficientnet_lite0",
-        "teacher.factory=benchmarks.imagenet_sample:efficientnet_lite0",
+        "teacher.factory=benchmarks.networks:efficientnet_lite0",
         "task.data.mean=[0.5,0.5,0.5]",
         "task.data.std=[0.5,0.5,0.5]",
     ],
 }
-
-
-def efficientnet_lite0() -> nn.Module:
-    """The network of the package `efficientnet_lite_pytorch`, with random weights."""
-    from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-not-found]
-
-    return EfficientNet.from_name("efficientnet-lite0")
 
 
 def main() -> None:

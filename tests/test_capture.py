@@ -1,0 +1,124 @@
+"""A network becomes a list of ATen operators, with paths, values and shapes, and is untouched."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from archnet.capture import CaptureError, Ref, capture
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x))) + x
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stage = nn.Sequential(Block(), nn.Sequential(Block(), nn.Dropout(0.5)))
+
+    def forward(self, x):
+        return self.stage(x).mean((2, 3))
+
+
+class Rebound(nn.Module):
+    """Reads x once more after it was rectified in place through a second name."""
+
+    def forward(self, x):
+        y = x * 2
+        z = y
+        y.relu_()
+        return z + x
+
+
+class TwoResults(nn.Module):
+    def forward(self, x):
+        return x, x + 1
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_nodes_have_operator_path_arguments_and_shape():
+    graph = capture(Nested(), torch.zeros(4, 3, 8, 6))
+    assert list(graph.inputs.values()) == [(3, 8, 6)]
+    assert [(n.operator.split(".")[1], n.path) for n in graph.nodes] == [
+        ("conv2d", "stage.0.conv"),
+        ("batch_norm", "stage.0.bn"),
+        ("relu", "stage.0"),
+        ("add", "stage.0"),
+        ("conv2d", "stage.1.0.conv"),
+        ("batch_norm", "stage.1.0.bn"),
+        ("relu", "stage.1.0"),
+        ("add", "stage.1.0"),
+        ("dropout", "stage.1.1"),
+        ("mean", ""),
+    ]
+    conv = graph.nodes[0]
+    assert conv.shape == (3, 8, 6)
+    assert conv.arguments["padding"] == [1, 1]
+    assert conv.arguments["groups"] == 1  # the schema's default, which the call left out
+    assert isinstance(conv.arguments["weight"], torch.Tensor)
+    assert graph.output == graph.nodes[-1].name
+
+
+def test_uses_count_readers_and_the_result():
+    graph = capture(Nested(), torch.zeros(1, 3, 8, 8))
+    uses = graph.uses()
+    (image,) = graph.inputs
+    assert uses[image] == 2  # the convolution and the shortcut
+    assert uses[graph.output] == 1
+    assert graph.nodes[3].refs() == [graph.nodes[2].name, image]
+
+
+def test_an_in_place_operator_rebinds_every_name_of_its_value():
+    graph = capture(Rebound(), torch.zeros(1, 3))
+    (image,) = graph.inputs
+    double, rectified, total = graph.nodes
+    assert rectified.operator == "aten.relu_.default"
+    assert rectified.arguments["self"] == Ref(double.name)
+    assert total.arguments["self"] == Ref(rectified.name)
+    assert total.arguments["other"] == Ref(image)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_teacher_is_untouched(training):
+    teacher = Nested().train(training)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    capture(teacher, torch.randn(2, 3, 8, 8))
+    assert teacher.training is training
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_features_give_values_in_the_order_asked_at_any_batch(batch):
+    teacher = Nested().eval()
+    graph = capture(teacher, torch.randn(2, 3, 8, 8))
+    late, early = graph.nodes[7].name, graph.nodes[0].name
+    images = torch.randn(batch, 3, 8, 8)
+    second, first, scores = graph.features([late, early])(images)
+    torch.testing.assert_close(first, teacher.stage[0].conv(images))
+    torch.testing.assert_close(second, teacher.stage(images))
+    torch.testing.assert_close(scores, teacher(images))
+
+
+def test_a_feature_that_does_not_exist_is_named():
+    graph = capture(Nested(), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(CaptureError, match="no node conv2d_9"):
+        graph.features(["conv2d_9"])
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [(TwoResults(), "returns 2 values"), (Branching(), "torch.export cannot capture Branching")],
+)
+def test_what_cannot_be_captured_is_said(teacher, message):
+    with pytest.raises(CaptureError, match=message):
+        capture(teacher, torch.ones(2, 3))

@@ -220,9 +220,22 @@ class Builder:
     def over_positions(self, feature: Feature, matrix: Tensor, shape: tuple[int, int]) -> Feature:
         """A constant linear map over the positions of a map, the same for every channel.
 
-        ``matrix`` is (H'W', HW): a fully connected layer on (C, HW), as average pooling needs.
+        ``matrix`` is (H'W', HW): a fully connected layer on (C, HW), as average pooling needs; or
+        on lanes of flattened channels, where the target has no FC at positions.
         """
         channels, height, width = feature.shape
+        if not self.target.fc_per_position:
+            # Only flattened features meet a fully connected layer there: a lane of channels is
+            # flattened, and the matrix stands once for each of them on the diagonal.
+            parts = []
+            for start in range(0, channels, self.target.lanes):
+                part = self.slice(feature, 1, start, min(start + self.target.lanes, channels))
+                flat = self.layout(part, "flat", Reshape((part.channels * height * width,)))
+                diagonal = torch.kron(torch.eye(part.channels, dtype=matrix.dtype), matrix)
+                name = self.fully_connected(self.first(flat), diagonal, trainable=False)
+                pooled = Feature(self.graph.shapes[name], first=name)
+                parts.append(self.layout(pooled, "map", Reshape((part.channels, *shape))))
+            return self.concat(parts)
         flat = self.layout(feature, "flat", Reshape((channels, height * width)))
         name = self.fully_connected(self.first(flat), matrix, trainable=False)
         return self.layout(
@@ -450,10 +463,19 @@ class Builder:
         if len(features) == 1:
             return features[0]
         channels = features[0].channels
-        lane = max(d for d in range(1, self.target.merge_lanes + 1) if channels % d == 0)
+        widest = self.target.merge_lanes
+        literal = features[0].is_map and not self.target.fc_per_position
+        if literal and self.target.max_channels is not None:
+            # A merge is a convolution here, and has to fit the limit as well, with two sums a time.
+            if len(features) > 2:
+                return self.add([self.add(features[:2]), *features[2:]])
+            widest = min(widest, self.target.max_channels // 2)
+            if not widest:
+                raise ConversionError("hardware.max_channels=1 leaves no room for an addition")
+        lane = max(d for d in range(1, widest + 1) if channels % d == 0)
         eye = torch.cat([torch.eye(lane, dtype=torch.float64)] * len(features), 1)
         zero = torch.zeros(lane, dtype=torch.float64)
-        if features[0].is_map and not self.target.fc_per_position:
+        if literal:
             parts = []
             for start in range(0, channels, lane):
                 slices = [self.slice(f, 1, start, start + lane) for f in features]

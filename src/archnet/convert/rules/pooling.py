@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archnet.convert.feature import Feature, Value
+from archnet.convert.feature import Convolution, Feature, Value
 from archnet.convert.rules.base import Site, rule
 from archnet.ops import Concat, Permute, Reshape
 
@@ -116,6 +116,12 @@ def _average_windows(
     builder = site.builder
     taps = kernel[0] * kernel[1]
     channels, rows, columns = site.node.shape
+    if not builder.target.fc_per_position:
+        # The literal target has no FC over a window: a depthwise convolution says the same.
+        weight = torch.full((channels, 1, *kernel), 1.0 / divisor, dtype=torch.float64)
+        owner, no_bias = site.node.name, torch.zeros(1, dtype=torch.float64)
+        window = Convolution(feature, weight, owner, stride, padding, groups=channels)
+        return builder.convolve(window, no_bias)
     if kernel == stride and padding == (0, 0):
         cut = builder.slice(
             builder.slice(feature, 2, 0, rows * kernel[0]), 3, 0, columns * kernel[1]

@@ -120,8 +120,8 @@ def _average_windows(
         # The literal target has no FC over a window: a depthwise convolution says the same.
         weight = torch.full((channels, 1, *kernel), 1.0 / divisor, dtype=torch.float64)
         owner, no_bias = site.node.name, torch.zeros(1, dtype=torch.float64)
-        window = Convolution(feature, weight, owner, stride, padding, groups=channels)
-        return builder.convolve(window, no_bias)
+        depthwise = Convolution(feature, weight, owner, stride, padding, groups=channels)
+        return builder.convolve(depthwise, no_bias)
     if kernel == stride and padding == (0, 0):
         cut = builder.slice(
             builder.slice(feature, 2, 0, rows * kernel[0]), 3, 0, columns * kernel[1]

@@ -18,6 +18,7 @@ from archnet.ops import (
 from archnet.quant.attach import (
     QuantizationError,
     attach,
+    describe,
     grids,
     insert_activations,
     shared_grids,
@@ -71,7 +72,7 @@ def quantize(
     ):
         if bits != FLOAT and not 1 <= bits <= 8:
             raise QuantizationError(f"{key}={bits} is not a width: 1 to 8, or 32 for float")
-    if any(isinstance(m, Activation) and m.quantizer is not None for m in student.modules()):
+    if describe(student):
         raise QuantizationError("the student is quantized already; convert the teacher again")
     insert_activations(student)
     names = placed_activations(student)

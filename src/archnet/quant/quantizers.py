@@ -122,11 +122,15 @@ class Quantizer(nn.Module):
         return scale if self.channels == 1 else scale.reshape(-1, *[1] * (x.dim() - 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        factor = 1.0 / math.sqrt(max(1, x[0].numel()) * max(1, self.high))
+        factor = 1.0 / math.sqrt(max(1, self._values(x)) * max(1, self.high))
         log_scale: Tensor = self.log_scale
         if self.channels > 1:
             log_scale = log_scale.reshape(-1, *[1] * (x.dim() - 1))
         return _LearnedStep.apply(x, log_scale, self.low, self.high, factor)
+
+    def _values(self, x: Tensor) -> int:
+        """How many values of one sample share a scale (LSQ, section 2.2)."""
+        return x[0].numel()
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, range=[{self.low}, {self.high}], channels={self.channels}"
@@ -140,6 +144,9 @@ class WeightLSQ(Quantizer):
 
     def __init__(self, bits: int, channels: int = 1) -> None:
         super().__init__(bits, *signed_range(bits), channels, learned=True)
+
+    def _values(self, x: Tensor) -> int:
+        return x.numel() // self.channels
 
     def integers(self, x: Tensor) -> Tensor:
         if self.bits == 1:

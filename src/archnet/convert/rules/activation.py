@@ -26,11 +26,16 @@ def hardtanh(site: Site) -> Value:
 
 
 @rule(
-    "aten.clamp.default", "aten.clamp_.default", "aten.clamp_min.default", "aten.clamp_min_.default"
+    "aten.clamp.default",
+    "aten.clamp_.default",
+    "aten.clamp_min.default",
+    "aten.clamp_min_.default",
+    "aten.clamp_max.default",
+    "aten.clamp_max_.default",
 )
 def clip(site: Site) -> Value:
     """Y = min(max(x, low), high); an absent bound is infinite."""
-    low, high = site.argument("min"), site.node.arguments.get("max")
+    low, high = (site.node.arguments.get(bound) for bound in ("min", "max"))
     return site.builder.activation(
         site.feature("self"),
         -math.inf if low is None else float(low),

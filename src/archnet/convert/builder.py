@@ -231,7 +231,7 @@ class Builder:
             for start in range(0, channels, self.target.lanes):
                 part = self.slice(feature, 1, start, min(start + self.target.lanes, channels))
                 flat = self.layout(part, "flat", Reshape((part.channels * height * width,)))
-                diagonal = torch.kron(torch.eye(part.channels, dtype=matrix.dtype), matrix)
+                diagonal = torch.kron(torch.eye(part.channels).to(matrix), matrix.contiguous())
                 name = self.fully_connected(self.first(flat), diagonal, trainable=False)
                 pooled = Feature(self.graph.shapes[name], first=name)
                 parts.append(self.layout(pooled, "map", Reshape((part.channels, *shape))))

@@ -1,0 +1,366 @@
+"""Quantizers against their papers, where they sit, and what they leave unchanged."""
+
+import io
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from archnet.convert import convert
+from archnet.ops import Activation, BatchNorm, Conv3x3, FullyConnected, WeightedOperator
+from archnet.quant import (
+    ActivationDoReFa,
+    ActivationLSQ,
+    BiasQuantizer,
+    QuantizationError,
+    WeightDoReFa,
+    WeightLSQ,
+    best_scale,
+    grids,
+    input_quantizer,
+    pack,
+    quantize,
+    unpack,
+)
+from archnet.quant.attach import insert_activations, shared_grids
+from archnet.quant.calibrate import observe, placed_activations
+from archnet.quant.quantize import _signed_groups
+from archnet.teachers.nets import CifarResNet
+
+WIDTHS = range(1, 9)
+some = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+seeds = st.integers(0, 2**31 - 1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def student(network=None, size=16):
+    network = (network or CifarResNet(14, 4)).eval()
+    return convert(network, torch.zeros(1, 3, size, size))
+
+
+def batches(count=2, size=16):
+    return [torch.randn(8, 3, size, size) for _ in range(count)]
+
+
+def weighted(network):
+    return {
+        name: module
+        for name, module in network.operators.items()
+        if isinstance(module, WeightedOperator)
+    }
+
+
+def activations(network):
+    return {n: m for n, m in network.operators.items() if isinstance(m, Activation)}
+
+
+# Grids --------------------------------------------------------------------------------------
+
+
+QUANTIZERS = {
+    "weights": WeightLSQ,
+    "weights, DoReFa": WeightDoReFa,
+    "signed": lambda bits, _: ActivationLSQ(bits, signed=True),
+    "unsigned": lambda bits, _: ActivationLSQ(bits, signed=False),
+    "unsigned, DoReFa": lambda bits, _: ActivationDoReFa(bits, signed=False),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@some
+@given(bits=st.sampled_from(WIDTHS), channels=st.sampled_from([1, 3]), seed=seeds)
+def test_values_are_integers_in_range_times_the_scale(kind, bits, channels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    quantizer = QUANTIZERS[kind](bits, channels)
+    quantizer.set_scale(torch.rand(quantizer.channels, generator=generator) + 0.01)
+    x = torch.randn(3, 4, 5, 5, generator=generator) * 3
+    levels = quantizer.integers(x)
+    assert torch.equal(levels, levels.round())
+    assert quantizer.low <= levels.min()
+    assert levels.max() <= quantizer.high
+    assert quantizer.high - quantizer.low <= max(2, 2**bits - 1)
+    scale = quantizer.scale.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(quantizer(x), levels * scale)
+    if "DoReFa" not in kind or "un" in kind:
+        # What lies on the grid stays there.
+        assert torch.equal(quantizer.integers(levels * scale), levels)
+
+
+def test_documented_examples():
+    weights, unsigned, dorefa = WeightLSQ(2), ActivationLSQ(4, signed=False), WeightDoReFa(2)
+    weights.set_scale(torch.tensor([0.5]))
+    unsigned.set_scale(torch.tensor([0.25]))
+    assert weights(torch.tensor([[0.3, 2.0, -9.0]])).tolist() == [[0.5, 0.5, -1.0]]
+    assert unsigned(torch.tensor([[1.1, 9.0, -0.7]])).tolist() == [[1.0, 3.75, 0.0]]
+    assert dorefa.integers(torch.tensor([[-0.9, 0.1, 0.6]])).tolist() == [[-1, 0, 1]]
+
+
+def test_one_bit_weights_are_signs():
+    quantizer = WeightLSQ(1)
+    quantizer.set_scale(torch.tensor([0.5]))
+    x = torch.tensor([[-2.0, -0.1, 0.0, 0.3]], requires_grad=True)
+    quantizer(x).sum().backward()
+    assert quantizer(x).tolist() == [[-0.5, -0.5, 0.5, 0.5]]
+    assert x.grad.tolist() == [[0, 1, 1, 1]]  # clipped beyond the outer levels
+
+
+# Gradients ----------------------------------------------------------------------------------
+
+
+def lsq_reference(x, log_scale, low, high):
+    """Arrange equations 1 and 2 of arXiv 1902.08153 so that autograd finds equation 3."""
+    ratio = x / log_scale.exp()
+    level = ratio.round().clamp(low, high).detach()
+    inside = (ratio > low - 0.5) & (ratio < high + 0.5)  # rounds to a level without clipping
+    return (level + torch.where(inside, ratio - ratio.detach(), 0.0)) * log_scale.exp()
+
+
+@some
+@given(
+    bits=st.integers(2, 8),
+    kind=st.sampled_from(["tensor", "channel", "signed", "unsigned"]),
+    seed=seeds,
+)
+def test_gradients_are_those_of_lsq(bits, kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 3, 5, 5, generator=generator, dtype=torch.float64)
+    if kind in ("tensor", "channel"):
+        quantizer = WeightLSQ(bits, 4 if kind == "channel" else 1).double()
+    else:
+        quantizer = ActivationLSQ(bits, signed=kind == "signed").double()
+    scale = (torch.rand(quantizer.channels, generator=generator, dtype=torch.float64) + 0.5) / (
+        2 ** (bits - 1)
+    )
+    quantizer.set_scale(scale)
+    grad = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    quantizer(ours).backward(grad)
+
+    log_scale = quantizer.log_scale.detach().clone().requires_grad_()
+    rows = log_scale.reshape(-1, 1, 1, 1) if kind == "channel" else log_scale
+    lsq_reference(theirs, rows, quantizer.low, quantizer.high).backward(grad)
+    # Section 2.2: the weights that share the step, or the features of one image.
+    count = x.numel() if kind == "tensor" else x[0].numel()
+    expected = log_scale.grad / math.sqrt(count * quantizer.high)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(quantizer.log_scale.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+# Calibration --------------------------------------------------------------------------------
+
+
+@some
+@given(low=st.sampled_from([-8, -2, 0]), seed=seeds)
+def test_the_best_scale_beats_its_neighbours(low, seed):
+    high = -low - 1 if low else 15
+    values = torch.randn(2, 200, generator=torch.Generator().manual_seed(seed)).abs()
+    values = values if low == 0 else values * torch.tensor([1.0, -1.0]).repeat(100)
+
+    def error(scale):
+        levels = (values / scale[:, None]).round().clamp(low, high)
+        return (levels * scale[:, None] - values).square().sum(1)
+
+    best = best_scale(values, low, high)
+    for factor in (0.5, 0.8, 1.25, 2.0):
+        assert (error(best) <= error(best * factor) * 1.05).all()
+
+
+@pytest.mark.parametrize("method", ["lsq", "dorefa"])
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_dead_channels_have_a_scale_and_give_no_nan(method, bits):
+    network = student()
+    for module in weighted(network).values():
+        if module.trainable:
+            module.weight.data[0] = 0
+            module.bias.data[0] = 0
+    dead_images = [torch.zeros(4, 3, 16, 16)]
+    quantize(network, bits, bits, dead_images, method=method).train()
+    result = network(torch.randn(4, 3, 16, 16))
+    result.square().sum().backward()
+    assert result.isfinite().all()
+    for name, parameter in network.named_parameters():
+        assert parameter.isfinite().all(), name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+        if name.endswith("log_scale"):
+            assert (parameter.exp() > 0).all(), name
+
+
+# Where quantizers sit -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lsq", "dorefa"])
+@pytest.mark.parametrize(("bits", "least"), [(8, 0.99), (4, 0.85), (2, None)])
+def test_wide_enough_students_still_follow_the_float(method, bits, least):
+    network, images = student(), batches()
+    with torch.no_grad():
+        before = network(images[0])
+        after = quantize(network, bits, bits, images, method=method)(images[0])
+    assert not torch.equal(before, after)
+    if least is not None and method == "lsq":
+        assert F.cosine_similarity(before.flatten(), after.flatten(), dim=0) > least
+
+
+def test_first_and_last_layer_have_their_own_width():
+    network = quantize(student(), 2, 4, batches(), first_bits=7, last_bits=6)
+    trained = [m for m in weighted(network).values() if m.trainable]
+    assert [m.weight_quantizer.bits for m in trained] == [7, *[2] * (len(trained) - 2), 6]
+    names = [name for name, m in weighted(network).items() if m.trainable]
+    inputs = [input_quantizer(network, name).bits for name in names]
+    assert inputs[0] == 7
+    assert inputs[-1] == 6
+    assert set(inputs[1:-1]) == {4}
+
+
+def test_scales_are_per_channel_or_per_tensor():
+    for per_channel in (True, False):
+        network = quantize(student(), 4, 4, batches(1), per_channel=per_channel)
+        for module in weighted(network).values():
+            expected = module.weight.shape[0] if per_channel else 1
+            assert module.weight_quantizer.scale.shape == (expected,)
+
+
+def test_32_bits_are_off():
+    image = torch.randn(2, 3, 16, 16)
+    floating = student()
+    before = floating(image)
+    torch.testing.assert_close(quantize(floating, 32, 32, batches(1))(image), before)
+    only_weights = quantize(student(), 4, 32, batches(1))
+    assert all(m.quantizer is None for m in activations(only_weights).values())
+    assert all(m.bias_quantizer is None for m in weighted(only_weights).values())
+    only_activations = quantize(student(), 32, 4, batches(1))
+    assert all(m.weight_quantizer is None for m in weighted(only_activations).values())
+    assert any(m.quantizer is not None for m in activations(only_activations).values())
+
+
+def test_every_computed_value_lies_on_one_grid_where_it_is_read():
+    network = quantize(student(), 2, 4, batches())
+    on_grid, read = grids(network), 0
+    for step in network.graph.steps:
+        if isinstance(network.operator(step.name), WeightedOperator | BatchNorm):
+            places = on_grid[step.inputs[0]]
+            quantizers = {id(network.operator(place).quantizer) for place in places}
+            assert len(quantizers) == 1, step.name
+            assert input_quantizer(network, step.name) is not None
+            read += 1
+    assert read > 10
+    assert isinstance(network.operator(network.graph.output), FullyConnected)
+
+
+class Joined(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+        self.c = nn.Conv2d(8, 4, 3)
+        self.d = nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = torch.cat([F.relu(self.a(x)), F.relu(3 * self.b(x))], 1)
+        return self.d(F.relu(self.c(y)).mean((2, 3)))
+
+
+def test_inputs_of_a_concatenation_share_one_quantizer():
+    network = quantize(student(Joined()), 4, 4, batches())
+    by_name = {step.name: step for step in network.graph.steps}
+    (joint,) = [s for s in by_name.values() if type(network.operator(s.name)).__name__ == "Concat"]
+    first, second = (network.operator(name).quantizer for name in joint.inputs)
+    assert first is second
+    scales = [name for name, _ in network.named_parameters() if name.endswith("log_scale")]
+    kept = {name: module.quantizer for name, module in activations(network).items()}
+    assert len({id(q) for q in kept.values()}) == len(kept) - 1
+    assert len(scales) == len(set(scales))
+
+
+def test_a_value_of_both_signs_is_lifted_exactly():
+    network, images = student(), batches()
+    before = network(images[0])
+    biases = {name: module.bias.clone() for name, module in weighted(network).items()}
+    insert_activations(network)
+    samples = observe(network, placed_activations(network), images)
+    negative = {name for name, values in samples.items() if values.min() < 0}
+    signed = _signed_groups(network, shared_grids(network), samples)
+    moved = [n for n, m in weighted(network).items() if not torch.equal(m.bias, biases[n])]
+    assert moved
+    assert sum(signed.values()) < len(negative)
+    torch.testing.assert_close(network(images[0]), before, rtol=1e-4, atol=1e-5)
+
+
+def test_biases_lie_on_the_accumulators_grid():
+    network = quantize(student(), 2, 4, batches())
+    for name, module in weighted(network).items():
+        quantizer, source = module.bias_quantizer, input_quantizer(network, name)
+        assert isinstance(quantizer, BiasQuantizer)
+        torch.testing.assert_close(quantizer.step(), module.weight_quantizer.scale * source.scale)
+        levels = quantizer.integers(module.bias)
+        _, bias = module.parameters_on_grid()
+        assert torch.equal(levels, levels.round())
+        assert levels.abs().max() < 2**31
+        assert torch.equal(bias, levels * quantizer.step())
+
+
+def test_fixed_grids_are_not_trained_and_learned_ones_are():
+    for method, learned in (("lsq", True), ("dorefa", False)):
+        network = quantize(student(), 4, 4, batches(1), method=method)
+        scales = [p for n, p in network.named_parameters() if n.endswith("log_scale")]
+        assert scales
+        assert {p.requires_grad for p in scales} == {learned}
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_dorefa_grid(bits):
+    quantizer, x = WeightDoReFa(bits), torch.linspace(-2, 2, 4001)[None]
+    high = max(1, 2 ** (bits - 1) - 1)
+    expected = torch.tanh(x) / math.tanh(2)
+    if bits == 1:
+        assert set(quantizer.integers(x).unique().tolist()) == {-1, 1}
+    else:
+        assert torch.equal(quantizer.integers(x), (expected * high).round())
+        assert quantizer.integers(x).unique().tolist() == list(range(-high, high + 1))
+
+
+# Saving and errors --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "act_bits", "method"), [(32, 32, "lsq"), (2, 4, "lsq"), (3, 32, "dorefa")]
+)
+def test_packed_students_come_back_equal(weight_bits, act_bits, method):
+    network = quantize(student(Joined()), weight_bits, act_bits, batches(1), method=method)
+    file = io.BytesIO()
+    torch.save(pack(network), file)
+    file.seek(0)
+    again, image = unpack(torch.load(file, weights_only=True)), torch.randn(2, 3, 16, 16)
+    assert torch.equal(again(image), network(image))
+    assert again.taps == network.taps
+    assert again.spec() == network.spec()
+    shared = [len({id(m.quantizer) for m in activations(n).values()}) for n in (again, network)]
+    assert shared[0] == shared[1]
+
+
+@pytest.mark.parametrize("bits", [(0, 4), (4, 9), (-1, 4), (16, 4)])
+def test_impossible_widths_are_refused(bits):
+    with pytest.raises(QuantizationError, match="1 to 8, or 32"):
+        quantize(student(), *bits, batches(1))
+
+
+@pytest.mark.parametrize("bits", [(2, 4), (4, 32)])
+def test_quantizing_twice_is_refused(bits):
+    network = quantize(student(), *bits, batches(1))
+    with pytest.raises(QuantizationError, match="already"):
+        quantize(network, 4, 4, batches(1))
+
+
+def test_calibration_leaves_the_weights_alone():
+    network = student(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3)))
+    (conv,) = [m for m in network.modules() if isinstance(m, Conv3x3)]
+    before = conv.weight.clone()
+    quantize(network, 2, 2, batches(1))
+    assert torch.equal(conv.weight, before)
+    assert not torch.equal(conv.parameters_on_grid()[0], before)

@@ -1,0 +1,391 @@
+"""Every rule keeps the teacher's function, whatever its arguments; taps; what conversion costs."""
+
+import pytest
+import torch
+import torchvision
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from archnet.capture import capture
+from archnet.convert import ConversionError, convert
+from archnet.convert.taps import choose_taps
+from archnet.hardware import student_cost, teacher_cost
+from archnet.ops import BatchNorm, Concat, Conv3x3, FullyConnected
+from archnet.quant import quantize
+from archnet.teachers.nets import CifarResNet
+
+TARGETS = ("arch5", "arch5_conv")
+TOLERANCE = 1e-5
+few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+class Function(nn.Module):
+    """A network without modules of its own, or with those given by name."""
+
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.function(x) if not self._modules else self.function(self, x)
+
+
+def randomise(network):
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, -1.5, 1.5)
+            nn.init.normal_(module.bias)
+    return network.eval()
+
+
+def check(network, shape, target="arch5"):
+    """The student, after it was found to compute what the network computes."""
+    torch.manual_seed(0)
+    network, x = randomise(network), torch.randn(3, *shape)
+    student = convert(network, x, target)
+    with torch.no_grad():
+        ours, theirs = student(x), network(x.clone())
+    assert ours.shape == theirs.shape
+    # Some windows see nothing but padding: then there is no scale to be relative to.
+    assert (ours - theirs).abs().max() <= TOLERANCE * max(1.0, theirs.abs().max().item())
+    return student
+
+
+def kinds(student):
+    return [type(module) for module in student.operators.values()]
+
+
+# Convolution and batch norm -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@few
+@given(
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 7)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    groups=st.sampled_from([1, 2, 3, 20]),
+    per_group=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    size=st.tuples(st.integers(7, 12), st.integers(7, 12)),
+    bias=st.booleans(),
+)
+def test_any_convolution(target, kernel, stride, padding, dilation, groups, per_group, size, bias):
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    assume(all(n + 2 * p >= r for n, p, r in zip(size, padding, reach, strict=True)))
+    inputs, outputs = (groups * n for n in per_group)
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias)
+    check(conv, (inputs, *size), target)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name(padding):
+    check(nn.Conv2d(2, 3, (3, 5), padding=padding, dilation=2), (2, 9, 9))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("conv", [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 0), (5, 1, 2), (1, 1, 1)])
+@pytest.mark.parametrize("rectified", [False, True])
+def test_batch_norm_before_and_after(target, conv, rectified):
+    between = [nn.ReLU()] if rectified else []
+    layers = nn.BatchNorm2d(4), *between, nn.Conv2d(4, 6, *conv, bias=False), nn.BatchNorm2d(6)
+    check(nn.Sequential(*layers), (4, 9, 9), target)
+
+
+def test_batch_norm_behind_a_layer_folds_and_stays_in_front_of_padding():
+    def kept(*layers):
+        return BatchNorm in kinds(check(nn.Sequential(*layers), (4, 6, 6)))
+
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    assert not kept(conv, nn.BatchNorm2d(4))
+    assert kept(nn.BatchNorm2d(4), conv)
+    assert not kept(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+    check(nn.Sequential(nn.Flatten(), nn.Linear(144, 8), nn.BatchNorm1d(8)), (4, 6, 6))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_the_cheapest_exact_form_is_taken(padding):
+    pointwise, square = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 6, 3, padding=padding)
+    student = check(nn.Sequential(pointwise, nn.ReLU(), square), (4, 8, 8))
+    assert kinds(student).count(FullyConnected) == kinds(student).count(Conv3x3) == 1
+    assert [row.macs_after for row in student.report] == [row.macs_before for row in student.report]
+
+
+# Activations --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        F.relu,
+        F.relu6,
+        lambda x: F.hardtanh(x, -0.5, 0.7),
+        lambda x: x.clamp(min=-0.3),
+        lambda x: x.clamp(max=0.4),
+        lambda x: x.clamp(-0.3, 0.4),
+        lambda x: x.clamp_min(0.2),
+        lambda x: x.clamp_max(0.2),
+    ],
+)
+def test_activations(function):
+    check(Function(lambda x: function(2 * x) * 3), (2, 4, 4))
+
+
+# Sums and concatenations --------------------------------------------------------------------
+
+
+def convs(count, kernel=3, inputs=4, outputs=4):
+    return {f"c{i}": nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2) for i in range(count)}
+
+
+SUMS = {
+    "plain": (lambda m, x: F.relu(m.c0(x) + x), convs(1)),
+    "scaled": (lambda m, x: F.relu(torch.add(m.c0(x), x, alpha=-0.3)), convs(1)),
+    "difference": (lambda m, x: F.relu(m.c0(x) - 0.5 * m.c1(x)), convs(2)),
+    "three": (lambda m, x: F.relu(m.c0(x) + m.c1(x) + x), convs(2)),
+    "pointwise": (lambda m, x: F.relu(m.c0(x) + m.c1(x) + 1.5), convs(2, 1)),
+    "mixed": (lambda m, x: F.relu(m.s(x) + m.c0(x)), {**convs(1), "s": nn.Conv2d(4, 4, 1)}),
+    "twice": (lambda m, x: F.relu((y := m.c0(x)) + y), convs(1)),
+    "chain": (lambda m, x: (x + m.c0(x)) + m.c1(x + m.c0(x)), convs(2)),
+    "with batch norm": (lambda m, x: m.b(m.c0(x) + x), {**convs(1), "b": nn.BatchNorm2d(4)}),
+    "divided": (lambda m, x: m.c0(x) / 4 - 1, convs(1)),
+    "concatenated": (lambda m, x: m.d(F.relu(torch.cat([m.c0(x), x, m.c1(x)], 1))),
+                     {**convs(2), "d": nn.Conv2d(12, 3, 3)}),
+    "concatenated twice": (lambda m, x: torch.cat([torch.cat([x, m.c0(x)], 1), x], -3), convs(1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_and_concatenations(target, name):
+    function, modules = SUMS[name]
+    check(Function(function, **modules), (4, 7, 7), target)
+
+
+def test_a_pointwise_shortcut_costs_nothing_more_than_the_teacher():
+    function, modules = SUMS["pointwise"]
+    student = check(Function(function, **modules), (4, 7, 7))
+    assert sum(row.macs_after for row in student.report) == 2 * 4 * 4 * 49
+
+
+def test_vectors_are_added_and_joined():
+    network = Function(
+        lambda m, x: torch.cat([F.relu(m.a(x) + m.b(x)), x], -1),
+        a=nn.Linear(6, 5), b=nn.Linear(6, 5),
+    )  # fmt: skip
+    assert Concat in kinds(check(network, (6,)))
+
+
+# Pooling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@few
+@given(
+    kernel=st.integers(2, 5),
+    stride=st.none() | st.integers(1, 5),
+    padding=st.integers(0, 2),
+    ceil=st.booleans(),
+    size=st.tuples(st.integers(6, 11), st.integers(6, 11)),
+)
+def test_any_max_pooling(target, kernel, stride, padding, ceil, size):
+    pool = nn.MaxPool2d(kernel, stride, min(padding, kernel // 2), ceil_mode=ceil)
+    check(pool, (3, *size), target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@few
+@given(
+    kernel=st.tuples(st.integers(1, 4), st.integers(2, 4)),
+    stride=st.none() | st.integers(1, 4),
+    padding=st.integers(0, 2),
+    ceil=st.booleans(),
+    included=st.booleans(),
+    divisor=st.none() | st.integers(1, 9),
+    size=st.tuples(st.integers(6, 11), st.integers(6, 11)),
+)
+def test_any_average_pooling(target, kernel, stride, padding, ceil, included, divisor, size):
+    padding = tuple(min(padding, k // 2) for k in kernel)
+    pool = nn.AvgPool2d(kernel, stride, padding, ceil, included, divisor)
+    check(pool, (3, *size), target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("size", [1, 2, (3, 5), (6, 9), (12, 18), (1, 4), (None, 3)])
+def test_adaptive_pooling(target, size):
+    check(nn.AdaptiveAvgPool2d(size), (20, 6, 9), target)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("target", TARGETS)
+def test_global_mean(target, keep):
+    check(Function(lambda x: F.relu(x).mean((-2, -1), keepdim=keep)), (20, 5, 4), target)
+
+
+# Layout and aliasing ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.flatten(1),
+        lambda x: x.view(x.size(0), 2, -1),
+        lambda x: x.reshape(-1, 4, 36),
+        lambda x: x.permute(0, 2, 3, 1).transpose(1, -1),
+        lambda x: x[:, 1:3, ::2, -4:],
+        lambda x: x[:, :1].squeeze(1).unsqueeze(-1),
+        lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 2)),
+        lambda x: F.pad(x, (1, 0, 2, 3)).contiguous().clone(),
+    ],
+)
+def test_layout_moves(function):
+    check(Function(lambda x: function(F.relu(x))), (4, 6, 6))
+
+
+def reread(m, x):
+    y = m.c0(x)
+    z = y
+    y.relu_()
+    y += x
+    return z + F.relu_(y)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Function(reread, **convs(1)),
+        Function(lambda m, x: m.c0(F.relu(m.c0(x))), **convs(1)),
+        Function(lambda x: F.max_pool2d(F.relu(x - 0.1), 2).flatten(1)),
+        nn.Sequential(
+            nn.Sequential(nn.Conv2d(4, 4, 3), nn.Sequential(nn.ReLU(True))), nn.Flatten()
+        ),
+        nn.Sequential(nn.Identity(), nn.Dropout2d(), nn.Dropout(inplace=True)),
+    ],
+    ids=["in place", "shared module", "functional", "nested", "nothing"],
+)
+def test_forms_of_writing(network):
+    check(network, (4, 8, 8))
+
+
+# Errors -------------------------------------------------------------------------------------
+
+
+def test_an_operator_without_rule_names_operator_path_and_file():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.LogSigmoid()))
+    with pytest.raises(ConversionError) as error:
+        convert(network, torch.zeros(1, 3, 8, 8))
+    for part in ("aten.log_sigmoid.default", "'1.0'", "convert/rules/log_sigmoid.py"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (nn.MaxPool2d(3, dilation=2), "dilated max-pooling"),
+        (nn.MaxPool2d((2, 3)), "square"),
+        (Function(lambda x: x * x), "multiplies two features"),
+        (Function(lambda x: x.reshape(-1)), "between the samples"),
+        (Function(lambda x: x.transpose(0, 1)), "batch axis"),
+        (Function(lambda x: torch.cat([x, x], 2)), "axis 2"),
+        (Function(lambda x: F.pad(x, (1, 1), value=1.0)), "zeros"),
+        (Function(lambda x: x + x[:, :1]), "broadcast"),
+        (nn.Conv2d(4, 4, 2, padding="same"), "ZeroPad2d"),
+        (nn.BatchNorm2d(4, track_running_stats=False), "running statistics"),
+    ],
+)
+def test_what_a_rule_cannot_do_is_said(network, message):
+    with pytest.raises(ConversionError, match=message):
+        convert(network, torch.zeros(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": "warm"}, "exact or random"),
+        ({"taps": ["layer3.1.con1"]}, r"layer3\.1\.con1.*nearest: 'layer3\.1\.conv1'"),
+        ({"example_inputs": None}, "example_inputs"),
+    ],
+)
+def test_wrong_options(options, message):
+    arguments = {"example_inputs": torch.zeros(1, 3, 16, 16), **options}
+    with pytest.raises(ConversionError, match=message):
+        convert(CifarResNet(14, 4), **arguments)
+
+
+# Taps ---------------------------------------------------------------------------------------
+
+
+PLAIN = (1, 2, 4, 7, 11, 14, 17)  # MobileNetV2's blocks without a shortcut
+BLOCKS = {
+    "resnet18": ["maxpool", *(f"layer{i}.{j}" for i in range(1, 5) for j in range(2))],
+    "mobilenet_v2": [
+        "features.0.2",
+        *(f"features.{i}.conv" if i in PLAIN else f"features.{i}" for i in range(1, 18)),
+    ],
+    "densenet121": [
+        "features.pool0",
+        *(f"features.{b}" for i in range(1, 4) for b in (f"denseblock{i}", f"transition{i}.pool")),
+        "features.denseblock4",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_taps_stand_at_block_outputs(name):
+    graph = capture(torchvision.models.get_model(name), torch.zeros(1, 3, 32, 32))
+    assert [path for path, _ in choose_taps(graph)] == BLOCKS[name]
+
+
+def test_a_long_chain_is_cut_at_its_activations():
+    network = nn.Sequential(*(m for _ in range(6) for m in (nn.Conv2d(3, 3, 3), nn.ReLU())))
+    student = convert(network, torch.zeros(1, 3, 16, 16))
+    assert [tap.path for tap in student.taps] == ["1", "3", "5", "7", "9", "11"]
+
+
+def test_taps_carry_the_teachers_features():
+    network, x = randomise(CifarResNet(14, 4)), torch.randn(2, 3, 16, 16)
+    student = convert(network, x, taps=["layer3.0", "layer1"])
+    assert [tap.path for tap in student.taps] == ["layer1", "layer3.0"]
+    seen = {}
+    for path in ("layer1", "layer3.0"):
+        network.get_submodule(path).register_forward_hook(
+            lambda _module, _inputs, result, path=path: seen.update({path: result})
+        )
+    with torch.no_grad():
+        network(x)
+        values = student.run({student.graph.inputs[0]: x}, [tap.value for tap in student.taps])
+    torch.testing.assert_close(values, list(seen.values()), rtol=1e-4, atol=1e-5)
+
+
+# Start and cost -----------------------------------------------------------------------------
+
+
+def test_a_random_start_is_another_function_of_the_same_form():
+    network, x = CifarResNet(8, 4).eval(), torch.randn(2, 3, 16, 16)
+    exact, random, again, other = (
+        convert(network, x, start=start, seed=seed)
+        for start, seed in [("exact", 0), ("random", 1), ("random", 1), ("random", 2)]
+    )
+    assert exact.graph.steps == random.graph.steps
+    assert torch.equal(random(x), again(x))
+    assert not torch.allclose(random(x), exact(x), rtol=0.1)
+    assert not torch.allclose(random(x), other(x), rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("resnet18", 1.6), ("resnet50", 2.0), ("mobilenet_v2", 3.0)]
+)
+def test_exact_students_stay_near_the_teachers_cost(name, limit):
+    network, image = torchvision.models.get_model(name), torch.zeros(1, 3, 224, 224)
+    student = convert(network, image)
+    teacher = teacher_cost(network, image, 8, 8)
+    assert student_cost(student).macs <= limit * teacher.macs
+    if name == "resnet18":
+        quantize(student, 2, 4, [image])
+        assert student_cost(student).bops <= 0.30 * teacher.bops

@@ -83,6 +83,8 @@ class ArchDistillation(lightning.LightningModule):
         return self._teacher[0]
 
     def on_fit_start(self) -> None:
+        # As the student's: convolutions on maps with channels last need no reordering.
+        self.teacher.to(memory_format=torch.channels_last)
         self.teacher.to(self.device)
 
     def teacher_features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -95,7 +95,7 @@ def test_the_literal_target_is_exact_too(name):
 @pytest.mark.parametrize(
     ("name", "target", "limit"),
     [
-        ("mobilenet_v2", "arch5", 512),
+        ("mobilenet_v2", "arch5_conv", 512),
         ("resnet18", "arch5", 128),
         ("cifar_resnet20", "arch5_conv", 16),
     ],
@@ -104,7 +104,7 @@ def test_wide_maps_are_sliced_exactly(name, target, limit):
     teacher, images = build(name), torch.randn(2, 3, 32, 32)
     hardware = replace(Target.named(target), max_channels=limit)
     student = archnet.convert(teacher, images, hardware)
-    assert widest(archnet.convert(teacher, images, target)) >= limit
+    assert widest(archnet.convert(teacher, images, target)) > limit
     assert widest(student) <= limit
     assert_same_function(student, teacher, images)
     assert archnet.audit(student, hardware).pure

@@ -16,7 +16,8 @@ def max_pool(site: Site) -> Value:
     """A k x k window is k - 1 windows of 2x2 one after the other.
 
     max over k values = max over 2 of (max over k - 1): k - 2 poolings of stride 1, then one with
-    the window's stride. Padding has the lowest value, all of it before the first pooling.
+    the window's stride. Padding has the lowest value, and each pooling takes one pixel of it (a
+    2x2 window on nothing but padding gives the lowest value again).
     """
     (ky, kx), (py, px) = site.pair("kernel_size"), site.pair("padding")
     stride = site.pair("stride") if site.argument("stride") else (ky, kx)
@@ -33,8 +34,8 @@ def max_pool(site: Site) -> Value:
     step = stride[0] if stride[0] <= 2 else 1
     for index in range(ky - 1):
         last = index == ky - 2
-        padding = margin if index == 0 else (0, 0, 0, 0)
-        feature = site.builder.maxpool(feature, step if last else 1, padding)
+        left, right, top, bottom = (int(count > index) for count in margin)
+        feature = site.builder.maxpool(feature, step if last else 1, (left, right, top, bottom))
     if step != stride[0]:
         feature = site.builder.windows(feature, (1, 1), stride)[0]
     cut = site.builder.slice(feature, 2, 0, height)

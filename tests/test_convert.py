@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+import archnet
 from archnet.capture import capture
 from archnet.convert import ConversionError, convert
 from archnet.convert.taps import choose_taps
@@ -45,7 +46,7 @@ def randomise(network):
 
 
 def check(network, shape, target="arch5"):
-    """The student, after it was found to compute what the network computes."""
+    """The student, after it was found pure and computing what the network computes."""
     torch.manual_seed(0)
     network, x = randomise(network), torch.randn(3, *shape)
     student = convert(network, x, target)
@@ -54,6 +55,8 @@ def check(network, shape, target="arch5"):
     assert ours.shape == theirs.shape
     # Some windows see nothing but padding: then there is no scale to be relative to.
     assert (ours - theirs).abs().max() <= TOLERANCE * max(1.0, theirs.abs().max().item())
+    audit = archnet.audit(student, target)
+    assert audit.pure, audit.violations
     return student
 
 

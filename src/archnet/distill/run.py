@@ -1,5 +1,6 @@
 """`distill`: run the schedule with Lightning, from the last checkpoint if there is one."""
 
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -262,7 +263,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for path in reversed(files):
         try:
             torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError):
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
             continue
         return path
     return None

@@ -162,6 +162,8 @@ def test_local_trains_every_block_alone_then_all(tail):
     classifier = [(12, 18, {}, True, 1)] if tail else []
     end = 18 if tail else 12
     assert summary(periods) == [*blocks, *classifier, (end, end + 4, {0: 1, 1: 1}, True, None)]
+    assert [period.rate for period in periods[:-1]] == [1.0] * (len(periods) - 1)
+    assert periods[-1].rate == options("local").joint_rate < 1
 
 
 @every_schedule

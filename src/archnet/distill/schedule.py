@@ -19,6 +19,7 @@ class ScheduleOptions(Protocol):
     schedule: str
     steps: int
     joint_steps: int
+    joint_rate: float
     decay: float
 
 
@@ -33,6 +34,7 @@ class Period:
         logits: whether the class scores are compared as well.
         source: None for images through the whole student; -1 for a block that reads images, i for
             a block that reads the features of tap i.
+        rate: learning rate, as a share of the configured one.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Period:
     weights: dict[int, float]
     logits: bool
     source: int | None = None
+    rate: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -55,8 +58,9 @@ def plan(options: ScheduleOptions, taps: Sequence[str], tail_is_trained: bool) -
       decay^(k - i); the periods before the last share half of `steps` evenly (the published
       ResNet-18 run gives them 300 of 5,410 epochs); the last has all taps and the logits.
     - ``local``: every block alone for `steps` - `joint_steps` steps, then all taps and the logits
-      for `joint_steps`. A block costs about 1/n of the network, so the blocks together cost as
-      much as `steps` - `joint_steps` steps of the whole network.
+      for `joint_steps`, with `joint_rate` times the learning rate: trained blocks are close to
+      the teacher, and the full rate throws them off again. A block costs about 1/n of the
+      network, so the blocks together cost as much as `steps` - `joint_steps` steps of the whole.
 
     Args:
         taps: names of the taps, in forward order.
@@ -99,7 +103,10 @@ def plan(options: ScheduleOptions, taps: Sequence[str], tail_is_trained: bool) -
             )
         done = periods[-1].last
         even = dict.fromkeys(range(count), 1.0)
-        periods.append(Period("joint", done, done + options.joint_steps, even, True))
+        joint = Period(
+            "joint", done, done + options.joint_steps, even, True, None, options.joint_rate
+        )
+        periods.append(joint)
     return [period for period in periods if period.steps > 0]
 
 

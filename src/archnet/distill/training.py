@@ -1,5 +1,6 @@
 """The LightningModule: a frozen teacher, a student, and losses at their taps."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ class DistillOptions(Protocol):
     schedule: str
     steps: int
     joint_steps: int
+    joint_rate: float
     attention: bool
     adaptation: bool
     inputs: str
@@ -207,10 +209,10 @@ class ArchDistillation(lightning.LightningModule):
         period = period_at(self.periods, step)
         position = min(1.0, (step - period.first) / period.steps)
         if self.options.lr_schedule == "constant":
-            return 1.0
+            return period.rate
         if self.options.lr_schedule == "warm_restarts":
             bounds = (0.0, 1 / 7, 3 / 7, 1.0)
             stretch = max(i for i in range(3) if bounds[i] <= position)
             start, end = bounds[stretch], bounds[stretch + 1]
             position = min(1.0, (position - start) / (end - start))
-        return 0.01 + 0.99 * 0.5 * (1 + float(torch.cos(torch.tensor(position * torch.pi))))
+        return period.rate * (0.01 + 0.495 * (1 + math.cos(math.pi * position)))

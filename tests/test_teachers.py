@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import signal
@@ -7,6 +8,7 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -254,6 +256,27 @@ def test_the_cache_key_follows_what_the_teacher_learns_from(tmp_path):
         teacher_folder(replace(task, data=replace(task.data, root="elsewhere")), teacher, 0),
     ]
     assert len({key, *others}) == 6
+
+
+def test_a_restart_trains_the_cached_teacher_on(tmp_path, monkeypatch):
+    once = small_teacher(tmp_path, epochs=1)
+    twice = replace(once, fit=replace(once.fit, restarts=[1]))
+    first = train(once)
+    fits, fit = [], lightning.Trainer.fit
+    monkeypatch.setattr("lightning.Trainer.fit", lambda *a, **k: (fits.append(1), fit(*a, **k)))
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, closure: closure())
+    # With an optimiser that stands still the second cycle ends where the first one did, but for
+    # the running statistics, which have seen more batches.
+    second = train(twice)
+    assert fits == [1]
+    assert torch.equal(first.linear.weight, second.linear.weight)
+    counter = "features.1.num_batches_tracked"
+    assert second.state_dict()[counter] == 2 * first.state_dict()[counter]
+    facts = [
+        json.loads((teacher_folder(digits_task(), t, 0) / "teacher.json").read_text())
+        for t in (once, twice)
+    ]
+    assert facts[1]["images_seen"] == 2 * facts[0]["images_seen"]
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):

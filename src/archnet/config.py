@@ -95,6 +95,7 @@ class FitConfig:
     """How a teacher is trained on labels: SGD with Nesterov momentum and a one-cycle rate."""
 
     epochs: int = _number(10, 1)
+    restarts: list[int] = _list()  # epochs of further cycles, each from where the last one ended
     batch_size: int = _number(128, 1)
     lr: float = _number(0.4, 0)  # the peak rate of the cycle
     momentum: float = _number(0.9, 0, 1)
@@ -308,6 +309,11 @@ def validate(config: Config) -> None:
         raise ConfigError(f"task.data.std={data.std} must be above zero in every channel")
     if config.teacher.source == "custom" and config.teacher.factory is None:
         raise ConfigError("teacher.factory is missing: teacher.factory=package.module:callable")
+    if min(config.teacher.fit.restarts, default=1) < 1:
+        raise ConfigError(
+            f"teacher.fit.restarts={config.teacher.fit.restarts} holds a cycle of no epoch; "
+            "nearest valid: 1"
+        )
     for name in ("weight_bits", "act_bits"):
         bits, allowed = getattr(config.quant, name), getattr(config.hardware, name)
         if config.quant.method != "none" and bits not in allowed:

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ class FitOptions(Protocol):
     """What is read of `teacher.fit`."""
 
     epochs: int
+    restarts: list[int]
     batch_size: int
     lr: float
     momentum: float
@@ -41,7 +42,7 @@ class FitOptions(Protocol):
 
 
 class TrainableTeacher(TeacherSource, Protocol):
-    """What is read of `teacher` to train it."""
+    """What is read of `teacher` to train it; a dataclass, as its `fit` is."""
 
     cache_dir: str
 
@@ -86,7 +87,10 @@ def train_teacher(
 
     SGD with Nesterov momentum, a learning rate that rises linearly to its peak and falls linearly
     to zero (Smith 2018, arXiv 1803.09820, "one-cycle"), and label smoothing (Szegedy et al. 2015).
-    Only the last weights count; nothing is selected on test, and val is only looked at.
+    `fit.restarts` adds cycles, each from the weights that the last one ended with (Loshchilov &
+    Hutter 2017, arXiv 1608.03983, "warm restarts"); every cycle is cached, so that a teacher that
+    turns out too weak is trained on rather than again. Only the last weights count; nothing is
+    selected on test, and val is only looked at.
 
     The result lies in `cache_dir/<name>-<key>/`, the key a hash of task, teacher and seed: a later
     call with the same three returns at once, and one that was killed goes on at its last checkpoint
@@ -115,6 +119,22 @@ def train_teacher(
         fill(model, load_file(finished), finished)
         return model.eval().requires_grad_(False)
 
+    if config.fit.restarts:
+        cycles: Any = config.fit
+        earlier: Any = config
+        earlier = replace(earlier, fit=replace(cycles, restarts=cycles.restarts[:-1]))
+        train_teacher(
+            model,
+            data,
+            earlier,
+            seed=seed,
+            accelerator=accelerator,
+            devices=devices,
+            strategy=strategy,
+            precision=precision,
+            progress=progress,
+            checkpoint_every=checkpoint_every,
+        )
     data.setup()
     model.train().requires_grad_(True)
     learner = _TeacherTraining(model, data, config.fit, seed)
@@ -127,7 +147,7 @@ def train_teacher(
         precision=precision or _precision(accelerator),
         max_steps=learner.steps,
         max_epochs=1,
-        val_check_interval=learner.steps // config.fit.epochs,
+        val_check_interval=learner.steps // learner.epochs,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=False,
@@ -162,6 +182,9 @@ def teacher_folder(task: Any, teacher: Any, seed: int) -> Path:
     """Where the teacher for this task, teacher (config dataclasses both) and seed is cached."""
     asked: dict[str, Any] = {"task": asdict(task), "teacher": asdict(teacher), "seed": seed}
     asked["teacher"].pop("cache_dir")
+    if not asked["teacher"]["fit"]["restarts"]:
+        # The first cycle is the same teacher whether others follow or not, in older caches too.
+        asked["teacher"]["fit"].pop("restarts")
     for name in _IRRELEVANT_DATA:
         asked["task"]["data"].pop(name)
     if asked["task"]["data"]["root"] is not None:
@@ -182,7 +205,7 @@ def _keep(model: nn.Module, folder: Path, learner: _TeacherTraining, seconds: fl
     """Write the weights, whole or not at all, and what is known of them."""
     facts = {
         "val_accuracy": learner.accuracy,
-        "images_seen": learner.steps * learner.options.batch_size,
+        "images_seen": (learner.before + learner.steps) * learner.options.batch_size,
         "seconds_since_start_or_resume": round(seconds, 1),
     }
     (folder / "teacher.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -203,7 +226,11 @@ class _TeacherTraining(lightning.LightningModule):
         self.model = model.to(memory_format=torch.channels_last)
         self.data, self.options, self.seed = data, options, seed
         self.images = data.labelled()
-        self.steps = options.epochs * max(1, len(self.images) // options.batch_size)
+        *earlier, self.epochs = options.epochs, *options.restarts
+        epoch = max(1, len(self.images) // options.batch_size)
+        self.steps = self.epochs * epoch
+        # Steps of the cycles before this one: batches are numbered through all of them.
+        self.before = sum(earlier) * epoch
         self.accuracy = 0.0
         self._seen = torch.zeros(2)
 
@@ -212,8 +239,8 @@ class _TeacherTraining(lightning.LightningModule):
         return self.data.step_loader(
             self.images,
             self.options.batch_size,
-            self.steps,
-            start=trainer.global_step,
+            self.before + self.steps,
+            start=self.before + trainer.global_step,
             rank=trainer.global_rank,
             world=trainer.world_size,
         )
@@ -223,7 +250,7 @@ class _TeacherTraining(lightning.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout, too, must be a function of the step for a resumed run to end as an unbroken one.
-        torch.manual_seed((self.seed << 32) + self.trainer.global_step)
+        torch.manual_seed((self.seed << 32) + self.before + self.trainer.global_step)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch

@@ -32,7 +32,7 @@ from archnet.distill import distill
 from archnet.errors import ArchnetError
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
-from archnet.quant import pack, unpack
+from archnet.quant import pack, settle, unpack
 from archnet.runs import RunError, RunFolder, atomic, write_json
 from archnet.tasks import ClassificationData
 from archnet.teachers import load_teacher, train_teacher
@@ -203,8 +203,9 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
     def train() -> dict[str, Any]:
         student = load_student(folder, "calibrated")
         result = _distil(this, student)
+        margins = settle(student)
         _save(folder, "student", student)
-        return result
+        return {**result, "margins": {m.step: m.roundings for m in margins}}
 
     finished["convert"] = folder.stage("convert", prepare)
     finished["distill"] = folder.stage("distill", train)

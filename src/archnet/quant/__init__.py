@@ -19,11 +19,13 @@ from archnet.quant.quantizers import (
     WeightDoReFa,
     WeightLSQ,
 )
+from archnet.quant.settle import Margin, settle
 
 __all__ = [
     "ActivationDoReFa",
     "ActivationLSQ",
     "BiasQuantizer",
+    "Margin",
     "QuantizationError",
     "Quantizer",
     "WeightDoReFa",
@@ -36,5 +38,6 @@ __all__ = [
     "input_quantizer",
     "pack",
     "quantize",
+    "settle",
     "unpack",
 ]

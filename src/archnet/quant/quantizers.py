@@ -33,7 +33,8 @@ class _LearnedStep(torch.autograd.Function):
     ) -> Tensor:
         scale = log_scale.exp().to(x.dtype)
         # In place on one buffer: on a CPU the passes over memory are what this costs.
-        y = x * scale.reciprocal()
+        # A true division, as ONNX's QuantizeLinear: the same bits in every runtime.
+        y = x / scale
         y.round_().clamp_(low, high).mul_(scale)
         ctx.save_for_backward(x, scale, y)
         ctx.low, ctx.high, ctx.factor = low, high, factor
@@ -114,7 +115,7 @@ class Quantizer(nn.Module):
 
     def integers(self, x: Tensor) -> Tensor:
         """The grid's integers (float dtype) nearest to x."""
-        return torch.round(x * self._along(x).reciprocal()).clamp(self.low, self.high)
+        return torch.round(x / self._along(x)).clamp(self.low, self.high)
 
     def _along(self, x: Tensor) -> Tensor:
         """The scale, broadcast along the first axis of x."""
@@ -231,6 +232,11 @@ class BiasQuantizer(nn.Module):
         super().__init__()
         # In a tuple, so that scales that belong to others are not registered here again.
         self._scales = (weight, source)
+
+    @property
+    def source(self) -> Quantizer:
+        """The quantizer of what the layer reads."""
+        return self._scales[1]
 
     def step(self) -> Tensor:
         """Value of one accumulator unit for every output channel, (O,) or (1,)."""

@@ -1,0 +1,12 @@
+"""What the `archnet` command can do, a module a command.
+
+Each has `HELP` (one line), `arguments(parser)` and `run(options)`, which returns the exit code.
+"""
+
+from types import ModuleType
+
+from archnet.commands import audit, evaluate, export, report
+
+COMMANDS: dict[str, ModuleType] = {
+    module.__name__.rpartition(".")[2]: module for module in (audit, export, evaluate, report)
+}

@@ -1,0 +1,504 @@
+"""The student in integers alone: a small explicit form, and the golden model that runs it.
+
+`lower` turns a quantized student into an `IntegerModel`, a list of steps that hold nothing but
+integers. Its `run` is the reference for every other form: after the input is quantized no float
+takes part. Accumulators are int32 in two's complement, requantization happens in int64, and
+rounding is half to even, as it is in torch, NumPy and ONNX.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from torch import Tensor
+
+from archnet.deploy.writer import ExportError
+from archnet.ops import (
+    Activation,
+    BatchNorm,
+    Concat,
+    Conv3x3,
+    FullyConnected,
+    LayoutMove,
+    MaxPool2x2,
+    Operator,
+    Pad,
+    Permute,
+    Reshape,
+    Slice,
+    Step,
+    Student,
+    WeightedOperator,
+)
+from archnet.quant import BiasQuantizer, Quantizer
+
+Kind = Literal["multiplier", "float", "power_of_two"]
+KINDS: tuple[Kind, ...] = ("multiplier", "float", "power_of_two")
+Integers = NDArray[np.int32]
+
+MULTIPLIER_BITS = 31
+# Fraction bits of a batch norm's offset: its result has at most 8 bits, its input at most 8.
+OFFSET_BITS = 24
+ACCUMULATOR_BITS = 32
+
+
+@dataclass(frozen=True)
+class Requantization:
+    """Accumulators to the integers of a grid: clip(round(acc * scale + offset), low, high).
+
+    scale = multiplier * 2^-shift. ``multiplier`` is a signed 31-bit integer (of size 1 where the
+    kind is ``power_of_two``: a shift is all there is), and the sum is
+    (acc * multiplier + offset) >> shift in 64 bits, rounded half to even. Under ``float`` the
+    product is taken in float32, as ONNX Runtime's integer kernels take it.
+
+    Args:
+        kind: see above.
+        scale: (C,) or (1,), float64: value of an accumulator unit over the step of the grid.
+        low, high: integer bounds.
+        offset: (C,) float64, in steps of the grid; zeros but for batch norms.
+
+    Example (scale 0.3, low 0, high 15): 11 becomes round(3.3) = 3, -4 becomes 0.
+    """
+
+    kind: Kind
+    scale: NDArray[np.float64]
+    low: int
+    high: int
+    offset: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
+
+    @property
+    def shift(self) -> NDArray[np.int64]:
+        """(C,) right shifts, 0 to 62."""
+        exponent = np.frexp(self.scale)[1].astype(np.int64)
+        if self.kind == "power_of_two":
+            return np.clip(1 - exponent, 0, 62)
+        return np.clip(MULTIPLIER_BITS - exponent, 0, 62)
+
+    @property
+    def multiplier(self) -> NDArray[np.int64]:
+        """(C,) signed integers below 2^31 in size."""
+        return np.rint(np.ldexp(self.scale, self.shift.astype(np.int32))).astype(np.int64)
+
+    @property
+    def shifted_offset(self) -> NDArray[np.int64]:
+        """(C,) what is added before the shift."""
+        return np.rint(np.ldexp(self.offset, self.shift.astype(np.int32))).astype(np.int64)
+
+    def __call__(self, accumulator: NDArray[Any], axis: int) -> Integers:
+        """Integers of the grid; the channels of ``accumulator`` lie along ``axis``."""
+
+        def along(constant: NDArray[Any]) -> NDArray[Any]:
+            shape = [1] * accumulator.ndim
+            shape[axis] = constant.size
+            return constant.reshape(shape)
+
+        if self.kind == "float":
+            scaled = accumulator.astype(np.float32) * along(self.scale.astype(np.float32))
+            level = np.rint(scaled + along(self.offset.astype(np.float32)))
+            return np.clip(level, self.low, self.high).astype(np.int32)
+        product = accumulator.astype(np.int64) * along(self.multiplier)
+        level = _shift_half_even(product + along(self.shifted_offset), along(self.shift))
+        return np.clip(level, self.low, self.high).astype(np.int32)
+
+
+def _shift_half_even(value: NDArray[np.int64], shift: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Divide by 2^shift, rounded half to even, in integers."""
+    below = value >> shift
+    rest = value - (below << shift)
+    half = (np.int64(1) << shift) >> 1
+    up = (rest > half) | ((rest == half) & (shift > 0) & (below & 1 == 1))
+    return below + up
+
+
+@dataclass(frozen=True)
+class IntegerStep:
+    """One step: ``operator`` (with its float weights unused) on the values ``inputs``.
+
+    Args:
+        name: of the value it writes, as in the student.
+        inputs: values it reads.
+        operator: says what is done, and with which stride, padding, axis, order.
+        origin: the teacher's module path.
+        weight: (O, I, 3, 3) or (O, I) integers, for a convolution or a fully connected layer.
+        bias: (O,) int32, in accumulator units.
+        unit: (O,) or (1,) float64, the value of an accumulator unit. For a step that leaves its
+            accumulators as they are, it is what a reader multiplies them by.
+        requantization: what follows the accumulation; None for raw accumulators.
+        weight_bits: width of the weight.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    operator: Operator
+    origin: str = ""
+    weight: Integers | None = None
+    bias: Integers | None = None
+    unit: NDArray[np.float64] | None = None
+    requantization: Requantization | None = None
+    weight_bits: int = 0
+
+    @property
+    def axis(self) -> int:
+        """The axis of the channels in what the step writes, the batch being axis 0."""
+        return -1 if isinstance(self.operator, FullyConnected) else 1
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """What the integers of a value mean: value = integer * scale, low <= integer <= high."""
+
+    scale: float
+    low: int
+    high: int
+
+    @property
+    def bits(self) -> int:
+        """Width that holds the grid."""
+        return (self.high - self.low).bit_length()
+
+
+@dataclass
+class IntegerModel:
+    """A network in integers.
+
+    Attributes:
+        input: name of the float input, (B, C, H, W).
+        output: name of the result.
+        steps: in order; the first one quantizes the input.
+        grids: of every value but raw accumulators.
+        shapes: of every value, without the batch.
+        aliases: names of the student that mean a value of this model under another name.
+    """
+
+    input: str
+    output: str
+    steps: list[IntegerStep]
+    grids: dict[str, IntegerGrid]
+    shapes: dict[str, tuple[int, ...]]
+    aliases: dict[str, str]
+
+    def run(self, images: NDArray[Any], keep: Sequence[str] = ()) -> dict[str, Integers]:
+        """Compute the result, and the values named in ``keep``, in integer arithmetic.
+
+        Args:
+            images: (B, C, H, W) floats; they are quantized, and nothing after that is a float.
+            keep: further values to return.
+
+        Returns:
+            name -> (B, ...) int32; the result is ``output``.
+        """
+        wanted = {self.output, *keep}
+        last_reader = {name: step.name for step in self.steps for name in step.inputs}
+        live: dict[str, NDArray[Any]] = {self.input: np.asarray(images, np.float32)}
+        for step in self.steps:
+            live[step.name] = execute(step, [live[name] for name in step.inputs], self)
+            for name in set(step.inputs):
+                if last_reader[name] == step.name and name not in wanted:
+                    del live[name]
+        return {name: live[name] for name in wanted}
+
+    def logits(self, images: NDArray[Any], batch_size: int = 64) -> NDArray[np.float64]:
+        """The result as numbers: integers times their unit, (B, K)."""
+        parts = [
+            self.run(images[first : first + batch_size])[self.output]
+            for first in range(0, len(images), batch_size)
+        ]
+        return np.concatenate(parts) * self.output_unit
+
+    @property
+    def output_unit(self) -> NDArray[np.float64]:
+        """Value of one integer of the result, (K,) or (1,): along its last axis."""
+        if self.output in self.grids:
+            return np.array([self.grids[self.output].scale])
+        (source,) = [s for s in self.steps if s.unit is not None and s.requantization is None]
+        assert source.unit is not None
+        return source.unit
+
+    def accumulators(self) -> dict[str, int]:
+        """For every layer the bits of the widest accumulator that any input can bring about."""
+        return {
+            step.name: accumulator_bits(step, self.grids[step.inputs[0]])
+            for step in self.steps
+            if step.weight is not None
+        }
+
+
+def accumulator_bits(step: IntegerStep, source: IntegerGrid) -> int:
+    """Signed bits that hold every accumulator of a layer, from its weights: the worst case.
+
+    Partial sums count too: whatever their order, they stay between the sum of all negative and
+    the sum of all positive products.
+    """
+    assert step.weight is not None
+    assert step.bias is not None
+    rows = step.weight.reshape(len(step.weight), -1).astype(np.int64)
+    bias = step.bias.astype(np.int64)
+    products = np.stack([rows * source.low, rows * source.high])
+    highest = products.max(0).clip(min=0).sum(1) + bias.clip(min=0)
+    lowest = products.min(0).clip(max=0).sum(1) + bias.clip(max=0)
+    worst = max(int(highest.max()), -int(lowest.min()) - 1, 0)
+    return worst.bit_length() + 1
+
+
+def lower(
+    student: Student, requantization: Kind = "multiplier", accumulator: int = ACCUMULATOR_BITS
+) -> IntegerModel:
+    """A quantized student as integers.
+
+    Args:
+        student: with quantizers on all weights and activations.
+        requantization: how accumulators become integers again; see `Requantization`.
+        accumulator: bits of the target's accumulator.
+
+    Raises:
+        ExportError: a step is float, grids that meet in a concatenation differ, a scale is no
+            power of two where it must be, or an accumulator can overflow (naming the step, the
+            width it needs and what to do).
+    """
+    if requantization not in KINDS:
+        raise ExportError(f"requantization={requantization} is not one of {', '.join(KINDS)}")
+    with torch.no_grad():
+        model = _Lowering(student, requantization).model()
+    for name, bits in model.accumulators().items():
+        if bits > accumulator:
+            raise ExportError(
+                f"step {name}: its accumulator can need {bits} bits and the target has "
+                f"{accumulator}: lower quant.weight_bits or quant.act_bits there"
+            )
+    return model
+
+
+@dataclass
+class _Pending:
+    """Accumulators on their way to the activation that rounds them, and the moves between."""
+
+    step: IntegerStep
+    moves: list[IntegerStep]
+
+
+class _Lowering:
+    """One walk along the student."""
+
+    def __init__(self, student: Student, kind: Kind) -> None:
+        self.student, self.kind = student, kind
+        self.steps: list[IntegerStep] = []
+        self.grids: dict[str, IntegerGrid] = {}
+        self.aliases: dict[str, str] = {}
+        self.pending: dict[str, _Pending] = {}
+
+    def model(self) -> IntegerModel:
+        graph = self.student.graph
+        for step in graph.steps:
+            self._lower(step, self.student.operator(step.name))
+        if graph.output in self.pending:
+            self._settle(self.pending.pop(graph.output), None)
+        return IntegerModel(
+            input=graph.inputs[0],
+            output=self._now(graph.output),
+            steps=self.steps,
+            grids=self.grids,
+            shapes=dict(graph.shapes),
+            aliases=self.aliases,
+        )
+
+    def _now(self, name: str) -> str:
+        return self.aliases.get(name, name)
+
+    def _lower(self, step: Step, operator: Operator) -> None:
+        source = self._now(step.inputs[0])
+        if isinstance(operator, WeightedOperator):
+            self.pending[step.name] = _Pending(self._weighted(step, operator, source), [])
+        elif isinstance(operator, BatchNorm):
+            self.pending[step.name] = _Pending(self._affine(step, operator, source), [])
+        elif isinstance(operator, Activation):
+            self._activation(step, operator, source)
+        elif isinstance(operator, LayoutMove) and source in self.pending:
+            before = self.pending[source]
+            move = IntegerStep(step.name, (source,), operator, step.origin)
+            self.pending[step.name] = _Pending(before.step, [*before.moves, move])
+        else:
+            self._pass_on(step, operator)
+
+    def _weighted(self, step: Step, operator: WeightedOperator, source: str) -> IntegerStep:
+        weights, biases = operator.weight_quantizer, operator.bias_quantizer
+        if not isinstance(weights, Quantizer) or not isinstance(biases, BiasQuantizer):
+            raise ExportError(
+                f"step {step.name} ({step.origin}) has float weights: an integer model needs "
+                "quant.weight_bits, act_bits, first_bits and last_bits of 8 or less"
+            )
+        grid = self._grid(source, step)
+        return IntegerStep(
+            step.name,
+            (source,),
+            operator,
+            step.origin,
+            weight=_integers(f"step {step.name}: its weight", weights.integers(operator.weight)),
+            bias=_integers(f"step {step.name}: its bias", biases.integers(operator.bias)),
+            unit=_float64(weights.scale) * grid.scale,
+            weight_bits=weights.bits,
+        )
+
+    def _affine(self, step: Step, operator: BatchNorm, source: str) -> IntegerStep:
+        """A batch norm is a scale and an offset per channel; its accumulator is its input."""
+        grid = self._grid(source, step)
+        deviation = np.sqrt(_float64(operator.running_var) + operator.eps)
+        slope = _float64(operator.weight) / deviation
+        return IntegerStep(step.name, (source,), operator, step.origin, unit=slope * grid.scale)
+
+    def _activation(self, step: Step, operator: Activation, source: str) -> None:
+        quantizer = operator.quantizer
+        if quantizer is None and operator.low == -math.inf and operator.high == math.inf:
+            self.aliases[step.name] = source
+            return
+        if not isinstance(quantizer, Quantizer):
+            raise ExportError(
+                f"step {step.name} ({step.origin}) is float: an integer model needs "
+                "quant.act_bits, first_bits and last_bits of 8 or less"
+            )
+        highest = int(quantizer.integers(quantizer.scale.new_tensor([operator.high])))
+        grid = IntegerGrid(float(quantizer.scale), quantizer.low, highest)
+        if source in self.student.graph.inputs:
+            self.steps.append(IntegerStep(step.name, (source,), operator, step.origin))
+            self.grids[step.name] = grid
+        elif source in self.pending:
+            self._settle(self.pending.pop(source), grid)
+            self.aliases[step.name] = source
+        else:
+            unit = np.array([self._grid(source, step).scale])
+            rescale = self._requantization(step.name, unit / grid.scale, grid)
+            self.steps.append(
+                IntegerStep(
+                    step.name, (source,), operator, step.origin, unit=unit, requantization=rescale
+                )
+            )
+            self.grids[step.name] = grid
+
+    def _requantization(
+        self, name: str, scale: NDArray[np.float64], grid: IntegerGrid, **offset: Any
+    ) -> Requantization:
+        if self.kind == "power_of_two" and (np.abs(np.frexp(scale)[0]) != 0.5).any():
+            raise ExportError(
+                f"step {name}: its scale is no power of two, which this target needs: "
+                "quantize for a target with a fixed-point multiplier"
+            )
+        return Requantization(self.kind, scale, grid.low, grid.high, **offset)
+
+    def _settle(self, pending: _Pending, grid: IntegerGrid | None) -> None:
+        """Write a layer with its requantization, and the moves that come after it.
+
+        Rounding works element by element, so it goes before the moves, where the channels are.
+        """
+        step = pending.step
+        if grid is not None:
+            assert step.unit is not None
+            offset: dict[str, Any] = {}
+            if isinstance(step.operator, BatchNorm):
+                norm = step.operator
+                slope = step.unit / self.grids[step.inputs[0]].scale
+                shift = _float64(norm.bias) - _float64(norm.running_mean) * slope
+                offset["offset"] = shift / grid.scale
+            scale = step.unit / grid.scale
+            requantization = self._requantization(step.name, scale, grid, **offset)
+            step = replace(step, requantization=requantization)
+        elif isinstance(step.operator, BatchNorm):
+            raise ExportError(f"step {step.name}: a batch norm cannot be the network's result")
+        for part in (step, *pending.moves):
+            self.steps.append(part)
+            if grid is not None:
+                self.grids[part.name] = grid
+
+    def _pass_on(self, step: Step, operator: Operator) -> None:
+        """Moves, pooling and concatenation work on the integers as they are."""
+        sources = tuple(map(self._now, step.inputs))
+        grids = [self._grid(source, step) for source in sources]
+        if len({grid.scale for grid in grids}) > 1:
+            raise ExportError(f"step {step.name} joins integers of different scales: {sources}")
+        self.steps.append(IntegerStep(step.name, sources, operator, step.origin))
+        self.grids[step.name] = IntegerGrid(
+            grids[0].scale, min(g.low for g in grids), max(g.high for g in grids)
+        )
+
+    def _grid(self, source: str, step: Step) -> IntegerGrid:
+        if source not in self.grids:
+            raise ExportError(
+                f"step {step.name} ({step.origin}) reads {source}, which is not rounded to "
+                "integers: an integer model needs quant.act_bits of 8 or less"
+            )
+        return self.grids[source]
+
+
+def execute(step: IntegerStep, inputs: Sequence[NDArray[Any]], model: IntegerModel) -> Integers:
+    """One step of the golden model."""
+    x, operator = inputs[0], step.operator
+    if isinstance(operator, Activation) and step.requantization is None:
+        grid = model.grids[step.name]
+        level = np.rint(x / np.float32(grid.scale))
+        return np.clip(level, grid.low, grid.high).astype(np.int32)
+    if isinstance(operator, Conv3x3):
+        x = _accumulate(_windows(x, operator), step)
+    elif isinstance(operator, FullyConnected):
+        x = _accumulate(x, step)
+    elif isinstance(operator, MaxPool2x2):
+        x = _max_pool(x, operator, model.grids[step.name].low)
+    elif isinstance(operator, Concat):
+        x = np.concatenate(inputs, operator.axis)
+    elif isinstance(operator, Permute):
+        x = np.transpose(x, operator.order)
+    elif isinstance(operator, Reshape):
+        x = x.reshape(len(x), *operator.shape)
+    elif isinstance(operator, Slice):
+        x = x[
+            (slice(None),) * operator.axis + (slice(operator.start, operator.stop, operator.step),)
+        ]
+    elif isinstance(operator, Pad):
+        x = np.pad(x, ((0, 0), *operator.pads))
+    if step.requantization is not None:
+        x = step.requantization(x, step.axis)
+    # A convolution sums over windows that end with the channels; they go back to axis 1.
+    return np.ascontiguousarray(x)
+
+
+def _windows(x: Integers, operator: Conv3x3) -> Integers:
+    """(B, C, H, W) to (B, H', W', C * 9): what each output position sees."""
+    pad = (operator.padding,) * 2
+    padded = np.pad(x, ((0, 0), (0, 0), pad, pad))
+    windows = sliding_window_view(padded, (3, 3), (2, 3))[
+        :, :, :: operator.stride, :: operator.stride
+    ]
+    batch, channels, height, width = windows.shape[:4]
+    return windows.transpose(0, 2, 3, 1, 4, 5).reshape(batch, height, width, channels * 9)
+
+
+def _accumulate(x: Integers, step: IntegerStep) -> Integers:
+    """Sums of products in int32; the channels of a convolution go back to axis 1."""
+    assert step.weight is not None
+    assert step.bias is not None
+    rows = step.weight.reshape(len(step.weight), -1)
+    accumulator = x @ rows.T + step.bias
+    return np.moveaxis(accumulator, -1, step.axis)
+
+
+def _max_pool(x: Integers, operator: MaxPool2x2, lowest: int) -> Integers:
+    left, right, top, bottom = operator.padding
+    padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=lowest)
+    windows = sliding_window_view(padded, (2, 2), (2, 3))
+    return windows[:, :, :: operator.stride, :: operator.stride].max((-2, -1))
+
+
+def _integers(name: str, values: Tensor) -> Integers:
+    """Float integers as int32; no value may be lost."""
+    array = values.detach().cpu().double().numpy()
+    if not np.isfinite(array).all() or np.abs(array).max(initial=0) > 2**31 - 1:
+        raise ExportError(f"{name} does not fit 32 bits: calibrate it on finite inputs")
+    return array.astype(np.int32)
+
+
+def _float64(values: Tensor) -> NDArray[np.float64]:
+    return values.detach().cpu().double().numpy()

@@ -1,0 +1,181 @@
+"""Settling: a trained student is put on its grids, at scales that leave no rounding in doubt.
+
+A runtime multiplies an accumulator by a scale in float32 and rounds; another divides, a third
+sums a convolution in floats of its own order. Where an accumulator falls next to the border
+between two integers, they disagree, and the files of one student do not give the same bits.
+Accumulators are integers, though, and up to 4 bits the borders are few: the 15 numbers
+(k + 1/2) / scale of every channel. Moving a channel's scale by at most one part in four thousand
+puts them all so far from every integer that float32 arithmetic of any order ends on the same side.
+At 8 bits there are too many borders for all of them; the widest margin that exists is taken.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from archnet.ops import Activation, BatchNorm, LayoutMove, Step, Student, WeightedOperator
+from archnet.quant.attach import input_quantizer
+from archnet.quant.quantizers import BiasQuantizer, Quantizer, WeightDoReFa
+
+REACH = 2.0**-12  # largest relative change of a scale, and largest shift of a batch norm in steps
+CANDIDATES = 513  # scales tried per channel, evenly spaced within the reach
+# Roundings of float32 (2^-24, relative) that a border should be away from every integer: of the
+# threshold itself, which a multiplication or division rounds, and of the sum behind it.
+ENOUGH = 16.0
+EPSILON = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How safe the roundings of a layer are, after settling.
+
+    ``roundings`` is the smallest distance of a border from an integer accumulator, in units of
+    what float32 can err by there; above 1 every order of summation rounds alike.
+    """
+
+    step: str
+    bits: int
+    roundings: float
+
+
+def settle(student: Student) -> list[Margin]:
+    """Put weights and biases on their grids and choose scales with safe roundings, in place.
+
+    The integers of the weights stay as they are; what they stand for changes by one part in four
+    thousand at most. The student computes the same before and after, but for that.
+
+    Args:
+        student: quantized, trained.
+
+    Returns:
+        The margin of every layer whose result is rounded, in order.
+    """
+    consumers = student.consumers()
+    margins: list[Margin] = []
+    with torch.no_grad():
+        for step in student.graph.steps:
+            module = student.operator(step.name)
+            target = _rounded_by(student, consumers, step)
+            margin: Margin | None
+            if isinstance(module, WeightedOperator):
+                margin = _settle_weights(step, module, target)
+            elif isinstance(module, BatchNorm) and target is not None:
+                margin = _settle_shift(student, step, module, target)
+            else:
+                continue
+            margins += [margin] if margin is not None else []
+    return margins
+
+
+def _rounded_by(
+    student: Student, consumers: Mapping[str, list[Step]], step: Step
+) -> Quantizer | None:
+    """The quantizer that rounds what a step computes, behind layout moves."""
+    name = step.name
+    while len(readers := consumers.get(name, [])) == 1:
+        module = student.operator(readers[0].name)
+        if isinstance(module, Activation):
+            return module.quantizer if isinstance(module.quantizer, Quantizer) else None
+        if not isinstance(module, LayoutMove):
+            return None
+        name = readers[0].name
+    return None
+
+
+def _settle_weights(
+    step: Step, module: WeightedOperator, target: Quantizer | None
+) -> Margin | None:
+    weights, biases = module.weight_quantizer, module.bias_quantizer
+    if not isinstance(weights, Quantizer):
+        return None
+    integers = weights.integers(module.weight)
+    margin = None
+    if target is not None and isinstance(biases, BiasQuantizer):
+        margin = _choose_scales(step, module, integers, weights, biases, target)
+    if not isinstance(weights, WeightDoReFa):  # whose integers do not depend on the scale
+        scale = weights.scale.reshape(-1, *[1] * (integers.dim() - 1))
+        module.weight.copy_(integers * scale)
+    if isinstance(biases, BiasQuantizer):
+        module.bias.copy_(biases.integers(module.bias) * biases.step())
+    return margin
+
+
+def _choose_scales(
+    step: Step,
+    module: WeightedOperator,
+    integers: Tensor,
+    weights: Quantizer,
+    biases: BiasQuantizer,
+    target: Quantizer,
+) -> Margin:
+    """The scale of each channel that is safe enough and nearest, else the safest."""
+    source = biases.source
+    logs = _candidates(weights.log_scale)
+    ratio = logs.exp().double() * source.scale.double() / target.scale.double()  # (J, C)
+    rows = integers.reshape(len(integers), -1).double()
+    bias = biases.integers(module.bias).double()
+    ends = torch.stack([rows * source.low, rows * source.high])
+    lowest, highest = ends.amin(0).sum(1) + bias, ends.amax(0).sum(1) + bias
+    # The errors of a sum in floats grow like a random walk over its terms.
+    spread = rows.square().sum(1).sqrt() * source.high + bias.abs()
+    borders = torch.arange(target.low, target.high, device=rows.device).double() + 0.5
+    found = []
+    for candidate in ratio:
+        threshold = borders / candidate[:, None]  # (C, K) or (1, K)
+        distance = (threshold - threshold.round()).abs()
+        doubt = EPSILON * (4 * threshold.abs() + spread[:, None])
+        reached = (threshold > lowest[:, None] - 1) & (threshold < highest[:, None] + 1)
+        found.append((distance / doubt).where(reached, torch.inf).amin(1))
+    safety = torch.stack(found)  # (J, O)
+    if weights.channels == 1:
+        safety = safety.amin(1, keepdim=True)
+    best = _first_enough(safety)
+    weights.log_scale.copy_(logs.expand(-1, safety.shape[1]).gather(0, best[None])[0])
+    return Margin(step.name, target.bits, _least(safety, best))
+
+
+def _settle_shift(student: Student, step: Step, module: BatchNorm, target: Quantizer) -> Margin:
+    """A batch norm reads few integers: its shift moves until none of them lands on a border."""
+    source = input_quantizer(student, step.name)
+    if source is None:
+        return Margin(step.name, target.bits, 0.0)
+    levels = torch.arange(source.low, source.high + 1, device=module.bias.device).double()
+    slope = module.weight.double() / (module.running_var.double() + module.eps).sqrt()
+    unit = target.scale.double()
+    centred = (levels * source.scale.double())[:, None] - module.running_mean.double()  # (K, C)
+    shifts = _offsets(module.bias.device)[:, None] * unit + module.bias.double()  # (J, C)
+    found = []
+    for shift in shifts:
+        result = (centred * slope + shift) / unit
+        distance = ((result - result.floor()) - 0.5).abs()
+        doubt = EPSILON * 4 * (1 + (centred * slope / unit).abs() + (shift / unit).abs())
+        inside = (result > target.low - 1) & (result < target.high + 1)
+        found.append((distance / doubt).where(inside, torch.inf).amin(0))
+    safety = torch.stack(found)
+    best = _first_enough(safety)
+    module.bias.copy_(shifts.gather(0, best[None])[0])
+    return Margin(step.name, target.bits, _least(safety, best))
+
+
+def _offsets(device: torch.device) -> Tensor:
+    """Relative changes to try, the smallest first."""
+    offsets = torch.linspace(-REACH, REACH, CANDIDATES, dtype=torch.float64, device=device)
+    return offsets[offsets.abs().argsort()]
+
+
+def _candidates(log_scale: Tensor) -> Tensor:
+    """(J, C) logarithms of scales to try, in the precision that the student stores."""
+    changes = torch.log1p(_offsets(log_scale.device))[:, None]
+    return (log_scale.double()[None] + changes).to(log_scale.dtype)
+
+
+def _first_enough(safety: Tensor) -> Tensor:
+    """(C,) the first candidate that is safe enough, or the safest where none is."""
+    enough = safety >= ENOUGH
+    return torch.where(enough.any(0), enough.to(torch.int8).argmax(0), safety.argmax(0))
+
+
+def _least(safety: Tensor, best: Tensor) -> float:
+    return round(min(float(safety.gather(0, best[None]).min()), 1e6), 2)

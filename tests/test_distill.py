@@ -19,7 +19,7 @@ from archnet.distill.cache import FeatureCache
 from archnet.distill.comparison import ResidualAdaptation, TapComparison, TeacherAttention
 from archnet.distill.run import newest_checkpoint
 from archnet.distill.schedule import period_at
-from archnet.quant import quantize
+from archnet.quant import grid_steps, quantize
 from archnet.tasks import StepBatchSampler
 
 pytestmark = [
@@ -302,6 +302,36 @@ def test_ctrl_c_stops_with_the_step(tmp_path, monkeypatch):
     with pytest.raises((KeyboardInterrupt, SystemExit, DistillError)):
         train(tmp_path, options())
     assert newest_checkpoint(tmp_path).stem == "step5"
+
+
+def test_numbers_on_a_grid_move_by_a_share_of_its_step():
+    """One rate for all widths: at 8 bits a weight moves a few hundredths of what it does at 2."""
+    moved = {}
+    for bits in (2, 8):
+        teacher, student = pair((bits, bits))
+        sizes = grid_steps(student)
+        before = {name: p.detach().clone() for name, p in student.named_parameters()}
+        rate = {"lr": 0.0, "grid_lr": 0.01}
+        settings = options(steps=1, optimizer=OptimizerConfig(**rate), lr_schedule="constant")
+        module = ArchDistillation(teacher, student, plan(settings, ["a"], True), settings)
+        optimizer = module.configure_optimizers()["optimizer"]
+        for parameter in student.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        for name, parameter in student.named_parameters():
+            change = (parameter.detach() - before[name]).abs().max().item()
+            # Steps are rounded to powers of two, and Adam's first move is its rate.
+            assert change == pytest.approx(0.01 * sizes.get(name, 0.0), rel=0.45), name
+        moved[bits] = (
+            (
+                student.operator("conv2d_1_conv").weight.detach()
+                - before["operators.conv2d_1_conv.weight"]
+            )
+            .abs()
+            .max()
+            .item()
+        )
+    assert moved[8] < moved[2] / 20
 
 
 def test_a_finished_run_trains_no_further(tmp_path):

@@ -20,6 +20,7 @@ from archnet.quant import (
     WeightDoReFa,
     WeightLSQ,
     best_scale,
+    grid_steps,
     grids,
     input_quantizer,
     pack,
@@ -364,3 +365,32 @@ def test_calibration_leaves_the_weights_alone():
     quantize(network, 2, 2, batches(1))
     assert torch.equal(conv.weight, before)
     assert not torch.equal(conv.parameters_on_grid()[0], before)
+
+
+# Units --------------------------------------------------------------------------------------
+
+
+def test_a_step_of_the_grid_is_known_for_every_number_on_it():
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)
+    )
+    student = convert(network.eval(), images[:1])
+    quantize(student, 2, 4, [images], first_bits=2, last_bits=4)
+    first, last = [m for m in student.modules() if isinstance(m, WeightedOperator)]
+    (place,) = [
+        m for m in student.modules() if isinstance(m, Activation) and m.low == 0 and m.quantizer
+    ]
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    sizes = grid_steps(student)
+
+    def size(parameter: nn.Parameter) -> float | None:
+        return sizes.get(names[id(parameter)])
+
+    assert size(first.weight) == pytest.approx(float(first.weight_quantizer.scale.median()))
+    assert size(first.bias) == pytest.approx(float(place.quantizer.scale))
+    assert size(last.bias) is None  # nothing rounds the result
+    assert size(first.weight_quantizer.log_scale) == 1 / 2  # levels -2 to 1
+    assert size(place.quantizer.log_scale) == 1 / 15
+    assert set(sizes) <= set(names.values())

@@ -183,8 +183,10 @@ class OptimizerConfig:
     """What moves the weights."""
 
     name: str = _choice("adam", "adam", "adamw", "sgd")
-    lr: float = _number(1e-3, 0)
-    scale_lr: float | None = _number(None, 0)  # rate of the quantizer scales; null: as `lr`
+    lr: float = _number(1e-3, 0)  # of what is float: unquantized weights, TAM, RFA
+    # Of quantized weights, their biases and scales, in steps of their grid: one value serves all
+    # widths. null: as `lr`.
+    grid_lr: float | None = _number(0.01, 0)
     weight_decay: float = _number(0.0, 0)
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from archnet.distill.comparison import TapComparison, logits_loss
 from archnet.distill.schedule import DistillError, Period, period_at
 from archnet.ops import Activation, Student, WeightedOperator
+from archnet.quant import grid_steps
 
 
 class OptimizerOptions(Protocol):
@@ -19,7 +20,7 @@ class OptimizerOptions(Protocol):
 
     name: str
     lr: float
-    scale_lr: float | None
+    grid_lr: float | None
     weight_decay: float
 
 
@@ -122,7 +123,7 @@ class ArchDistillation(lightning.LightningModule):
             culprit = next((k for k, v in losses.items() if not bool(torch.isfinite(v))), "total")
             raise DistillError(
                 f"the loss at {culprit} is {total.item()} at step {self.global_step}: "
-                "lower distill.optimizer.lr; the last checkpoint is kept"
+                "lower distill.optimizer.lr or grid_lr; the last checkpoint is kept"
             )
         self.log_dict({f"loss/{name}": value.detach() for name, value in losses.items()})
         self.log("loss", total.detach(), prog_bar=True)
@@ -178,25 +179,37 @@ class ArchDistillation(lightning.LightningModule):
         self.log_dict(figures, prog_bar=True, sync_dist=True, batch_size=len(images))
 
     def configure_optimizers(self) -> Any:
-        """Scales of quantizers have their own rate and no decay; each period its own curve."""
+        """Numbers on a grid move in steps of it; scales do not decay; each period its own curve.
+
+        Adam moves every number by about its learning rate at each update. For a number on a grid
+        that rate is `grid_lr` steps of the grid, so that one value serves every width: a weight
+        of 2 bits has a step ten times as long as one of 8 has. Steps are rounded to powers of
+        two, so that a few groups hold all parameters.
+        """
         options = self.options.optimizer
-        scales: list[nn.Parameter] = []
-        weights: list[nn.Parameter] = []
+        # SGD moves in proportion to gradients, of which a grid says nothing.
+        in_steps = options.grid_lr is not None and options.name != "sgd"
+        sizes = grid_steps(self.student) if in_steps else {}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                (scales if name.endswith("log_scale") else weights).append(parameter)
-        scale_lr = options.lr if options.scale_lr is None else options.scale_lr
-        groups = [
-            {"params": weights, "lr": options.lr, "weight_decay": options.weight_decay},
-            {"params": scales, "lr": scale_lr, "weight_decay": 0.0},
+            if not parameter.requires_grad:
+                continue
+            size = sizes.get(name.removeprefix("student."))
+            rate = options.lr
+            if size is not None and options.grid_lr is not None:
+                rate = options.grid_lr * 2.0 ** round(math.log2(size))
+            decay = 0.0 if name.endswith("log_scale") else options.weight_decay
+            groups.setdefault((rate, decay), []).append(parameter)
+        settings = [
+            {"params": members, "lr": rate, "weight_decay": decay}
+            for (rate, decay), members in groups.items()
         ]
-        groups = [group for group in groups if group["params"]]
         optimizer: torch.optim.Optimizer
         if options.name == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=0.9, nesterov=True)
+            optimizer = torch.optim.SGD(settings, lr=options.lr, momentum=0.9, nesterov=True)
         else:
             kind = torch.optim.AdamW if options.name == "adamw" else torch.optim.Adam
-            optimizer = kind(groups, lr=options.lr)
+            optimizer = kind(settings, lr=options.lr)
         curve = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": curve, "interval": "step"}}
 

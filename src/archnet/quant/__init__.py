@@ -20,6 +20,7 @@ from archnet.quant.quantizers import (
     WeightLSQ,
 )
 from archnet.quant.settle import Margin, settle
+from archnet.quant.units import grid_steps
 
 __all__ = [
     "ActivationDoReFa",
@@ -34,6 +35,7 @@ __all__ = [
     "best_scale",
     "calibrate_weights",
     "describe",
+    "grid_steps",
     "grids",
     "input_quantizer",
     "pack",

@@ -11,11 +11,13 @@ layer, and no scale can reach zero. The gradient is that of LSQ's equation 3 tim
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+PART = 2**16  # values a pass takes at a time on a CPU
 SCALE_FLOOR = 1e-8  # a channel without any weight still has a scale to divide by
 
 
@@ -32,10 +34,11 @@ class _LearnedStep(torch.autograd.Function):
         ctx: Any, x: Tensor, log_scale: Tensor, low: int, high: int, factor: float
     ) -> Tensor:
         scale = log_scale.exp().to(x.dtype)
-        # In place on one buffer: on a CPU the passes over memory are what this costs.
-        # A true division, as ONNX's QuantizeLinear: the same bits in every runtime.
-        y = x / scale
-        y.round_().clamp_(low, high).mul_(scale)
+        y = torch.empty_like(x)
+        for x_part, y_part in _parts(scale, x, y):
+            # A true division, as ONNX's QuantizeLinear: the same bits in every runtime.
+            torch.div(x_part, scale, out=y_part)
+            y_part.round_().clamp_(low, high).mul_(scale)
         ctx.save_for_backward(x, scale, y)
         ctx.low, ctx.high, ctx.factor = low, high, factor
         return y
@@ -49,22 +52,39 @@ class _LearnedStep(torch.autograd.Function):
             inside = grad * ((ratio > lowest) & (ratio < highest))
             axes = [axis for axis, size in enumerate(scale.shape) if size == 1]
             grad_log = (grad * y - inside * x).sum(axes, keepdim=True)
+        elif x.device.type != "cpu":
+            # Bounds stay on the device: reading them back would stall it.
+            inside = grad * ((x > lowest * scale) & (x < highest * scale))
+            grad_log = ((grad * y).sum() - (inside * x).sum()).reshape(scale.shape)
         else:
-            if x.is_cuda:
-                # Bounds stay on the device: reading them back would stall it.
-                inside = grad * ((x > lowest * scale) & (x < highest * scale))
-            else:
-                step = float(scale)
-                inside = torch.ops.aten.hardtanh_backward(grad, x, lowest * step, highest * step)
-            grad_log = (_dot(grad, y) - _dot(inside, x)).reshape(scale.shape)
+            step, grad_log = float(scale), torch.zeros_like(scale)
+            inside = torch.empty_like(x)
+            if grad.stride() != x.stride() or grad.dtype != x.dtype:
+                # In the memory order of x, so that all four are walked alike.
+                grad = torch.empty_like(x).copy_(grad)
+            for g, v, level, result in _parts(scale, grad, x, y, inside):
+                torch.ops.aten.hardtanh_backward.grad_input(
+                    g, v, lowest * step, highest * step, grad_input=result
+                )
+                grad_log += torch.dot(g.flatten(), level.flatten())
+                grad_log -= torch.dot(result.flatten(), v.flatten())
         return inside, (grad_log * ctx.factor).float(), None, None, None
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of products in the memory order of ``a``, without a temporary where layouts agree."""
-    order = sorted(range(a.dim()), key=a.stride, reverse=True)
-    flat_a, flat_b = a.permute(order).reshape(-1), b.permute(order).reshape(-1)
-    return torch.dot(flat_a, flat_b.to(flat_a.dtype))
+def _parts(scale: Tensor, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The same stretch of all tensors, one after another, each small enough for a CPU's cache.
+
+    What this costs on a CPU are the passes over memory, and the passes after the first one find
+    a stretch in the cache. Elsewhere, under a scale per channel, and for a tensor with holes the
+    whole is one part.
+    """
+    first = tensors[0]
+    order = sorted(range(first.dim()), key=first.stride, reverse=True)
+    views = [tensor.permute(order) for tensor in tensors]
+    dense = all(view.is_contiguous() for view in views)
+    if first.device.type != "cpu" or scale.numel() > 1 or not dense:
+        return [tensors]
+    return zip(*(view.view(-1).split(PART) for view in views), strict=True)
 
 
 class _Round(torch.autograd.Function):

@@ -9,15 +9,15 @@ puts them all so far from every integer that float32 arithmetic of any order end
 At 8 bits there are too many borders for all of them; the widest margin that exists is taken.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from archnet.ops import Activation, BatchNorm, LayoutMove, Step, Student, WeightedOperator
+from archnet.ops import BatchNorm, Step, Student, WeightedOperator
 from archnet.quant.attach import input_quantizer
 from archnet.quant.quantizers import BiasQuantizer, Quantizer, WeightDoReFa
+from archnet.quant.units import rounded_by
 
 REACH = 2.0**-12  # largest relative change of a scale, and largest shift of a batch norm in steps
 CANDIDATES = 513  # scales tried per channel, evenly spaced within the reach
@@ -57,7 +57,7 @@ def settle(student: Student) -> list[Margin]:
     with torch.no_grad():
         for step in student.graph.steps:
             module = student.operator(step.name)
-            target = _rounded_by(student, consumers, step)
+            target = rounded_by(student, consumers, step)
             margin: Margin | None
             if isinstance(module, WeightedOperator):
                 margin = _settle_weights(step, module, target)
@@ -67,21 +67,6 @@ def settle(student: Student) -> list[Margin]:
                 continue
             margins += [margin] if margin is not None else []
     return margins
-
-
-def _rounded_by(
-    student: Student, consumers: Mapping[str, list[Step]], step: Step
-) -> Quantizer | None:
-    """The quantizer that rounds what a step computes, behind layout moves."""
-    name = step.name
-    while len(readers := consumers.get(name, [])) == 1:
-        module = student.operator(readers[0].name)
-        if isinstance(module, Activation):
-            return module.quantizer if isinstance(module.quantizer, Quantizer) else None
-        if not isinstance(module, LayoutMove):
-            return None
-        name = readers[0].name
-    return None
 
 
 def _settle_weights(

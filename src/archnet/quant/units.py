@@ -1,0 +1,54 @@
+"""How large a step of its grid is for every trained number of a student."""
+
+import math
+from collections.abc import Mapping
+
+from archnet.ops import Activation, BatchNorm, LayoutMove, Step, Student, WeightedOperator
+from archnet.quant.quantizers import Quantizer
+
+
+def rounded_by(
+    student: Student, consumers: Mapping[str, list[Step]], step: Step
+) -> Quantizer | None:
+    """The quantizer that rounds what a step computes, behind layout moves; None if nothing does.
+
+    Args:
+        student: any student.
+        consumers: its `consumers()`.
+        step: one of its steps.
+    """
+    name = step.name
+    while len(readers := consumers.get(name, [])) == 1:
+        module = student.operator(readers[0].name)
+        if isinstance(module, Activation):
+            return module.quantizer if isinstance(module.quantizer, Quantizer) else None
+        if not isinstance(module, LayoutMove):
+            return None
+        name = readers[0].name
+    return None
+
+
+def grid_steps(student: Student) -> dict[str, float]:
+    """For every parameter that lies on a grid, by name, the size of one step of that grid.
+
+    A weight's step is its scale (the median over the channels), a bias's the scale of the
+    grid that the layer's result is rounded to. The logarithm of a scale has taken a step when the
+    outermost level of its grid has moved by one: 1 / the largest integer.
+
+    Example (2-bit weights of scale 0.1, a 4-bit result of scale 0.5, unsigned): weight 0.1,
+    bias 0.5, log-scale of the weights 1/2, of the result 1/15.
+    """
+    consumers = student.consumers()
+    sizes: dict[str, float] = {}
+    for step in student.graph.steps:
+        module, path = student.operator(step.name), f"operators.{step.name}"
+        target = rounded_by(student, consumers, step)
+        if isinstance(module, WeightedOperator) and isinstance(module.weight_quantizer, Quantizer):
+            scales = module.weight_quantizer.log_scale.detach()
+            sizes[f"{path}.weight"] = math.exp(float(scales.median()))
+        if isinstance(module, WeightedOperator | BatchNorm) and target is not None:
+            sizes[f"{path}.bias"] = float(target.scale.detach())
+    for name, quantizer in student.named_modules():
+        if isinstance(quantizer, Quantizer):
+            sizes[f"{name}.log_scale"] = 1 / max(quantizer.high, -quantizer.low)
+    return {name: size for name, size in sizes.items() if math.isfinite(size) and size > 0}

@@ -1,0 +1,275 @@
+"""The golden integer model against exact arithmetic and against PyTorch."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import archnet
+from archnet.deploy import ExportError
+from archnet.deploy.integer import IntegerModel, Requantization, lower
+from archnet.ops import Student, WeightedOperator
+from archnet.quant import Quantizer, settle
+from archnet.teachers.nets import CifarResNet
+
+few = settings(max_examples=15, deadline=None, derandomize=True, database=None)
+many = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+
+
+class Block(nn.Module):
+    """Stride, residual, concatenation and pooling in four layers."""
+
+    def __init__(self, channels: int, stride: int, pool: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, stride, 1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.left, self.right = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, 5, 3, 1, 1)
+        self.pool = pool(2)
+        self.head = nn.Linear(channels + 5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + self.left(x)
+        x = torch.cat([x, self.right(x)], 1)
+        return self.head(self.pool(x).mean((2, 3)))
+
+
+class PreActivation(nn.Module):
+    """A batch norm that no convolution can take in: it stands before a padded one."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, channels, 3, 1, 1), nn.BatchNorm2d(channels)
+        self.body, self.head = nn.Conv2d(channels, 6, 3, 2, 1), nn.Linear(6, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        x = self.body(torch.relu(self.norm(stem)))
+        return self.head((x + stem[:, :6, ::2, ::2]).amax((2, 3)))
+
+
+def student_of(network: nn.Module, weight_bits: int, act_bits: int, **options) -> Student:
+    """A quantized student of a network with random weights and statistics, settled."""
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(-1, 1.5)
+                module.bias.normal_(0, 0.3)
+    images = torch.randn(8, 3, 12, 12)
+    student = archnet.convert(network.eval(), images[:1])
+    archnet.quantize(student, weight_bits, act_bits, [images], **options)
+    settle(student)
+    return student.eval()
+
+
+def pytorch_integers(
+    student: Student, model: IntegerModel, images: Tensor, name: str
+) -> np.ndarray:
+    """What PyTorch makes of the same inputs in float64, as integers of the model's value.
+
+    The input is rounded in float32, as the model rounds it; products are exact after that.
+    """
+    entry = model.steps[0].name
+    with torch.no_grad():
+        (start,) = student.run({model.input: images}, [entry])
+        twin = student.double()
+        (value,) = twin.run({entry: start.double()}, [name])
+        student.float()
+    unit = model.output_unit if name == model.output else model.grids[name].scale
+    return np.rint(value.numpy() / unit).astype(np.int64)
+
+
+# Requantization -----------------------------------------------------------------------------
+
+
+@many
+@given(
+    accumulator=st.integers(-(2**31), 2**31 - 1),
+    mantissa=st.integers(2**23, 2**24 - 1),
+    exponent=st.integers(-44, -22),
+    high=st.sampled_from([1, 3, 15, 127, 255]),
+)
+def test_requantization_rounds_the_exact_product_half_to_even(
+    accumulator, mantissa, exponent, high
+):
+    scale = mantissa * 2.0**exponent
+    step = Requantization("multiplier", np.array([scale]), -high - 1, high)
+    exact = Fraction(accumulator) * Fraction(mantissa) * Fraction(2) ** exponent
+    expected = max(-high - 1, min(high, round(exact)))  # Python, too, rounds half to even
+    assert step(np.array([[accumulator]], np.int32), 1).item() == expected
+
+
+@many
+@given(accumulator=st.integers(-(2**20), 2**20), shift=st.integers(0, 24))
+def test_a_power_of_two_is_a_shift(accumulator, shift):
+    step = Requantization("power_of_two", np.array([2.0**-shift]), -128, 127)
+    assert abs(int(step.multiplier[0])) == 1
+    expected = max(-128, min(127, round(Fraction(accumulator, 2**shift))))
+    assert step(np.array([[accumulator]], np.int32), 1).item() == expected
+
+
+def test_float_requantization_is_that_of_the_runtime():
+    step = Requantization("float", np.array([0.3, 0.1]), 0, 15)
+    found = step(np.array([[11, 11], [-4, 155]], np.int32), 1)
+    assert found.tolist() == [[3, 1], [0, 15]]
+
+
+# Against PyTorch ----------------------------------------------------------------------------
+
+
+@few
+@given(
+    weight_bits=st.sampled_from([2, 3, 4, 8]),
+    act_bits=st.sampled_from([2, 4, 6, 8]),
+    stride=st.sampled_from([1, 2]),
+    channels=st.integers(2, 9),
+    pool=st.sampled_from([nn.MaxPool2d, nn.AvgPool2d]),
+    per_channel=st.booleans(),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_every_value_agrees_with_pytorch_bit_for_bit(
+    weight_bits, act_bits, stride, channels, pool, per_channel, seed
+):
+    torch.manual_seed(seed)
+    student = student_of(
+        Block(channels, stride, pool), weight_bits, act_bits, per_channel=per_channel
+    )
+    model = lower(student)
+    images = torch.randn(16, 3, 12, 12)
+    # A rounded value may carry another name in the student: that of its activation.
+    names = [*model.aliases, model.output]
+    found = model.run(images.numpy(), [model.aliases.get(name, name) for name in names])
+    for name in names:
+        inside = model.aliases.get(name, name)
+        if name != model.output:
+            model.grids[name] = model.grids[inside]
+        np.testing.assert_array_equal(
+            found[inside], pytorch_integers(student, model, images, name), err_msg=name
+        )
+
+
+@few
+@given(act_bits=st.sampled_from([2, 3, 4, 8]), seed=st.integers(0, 2**31 - 1))
+def test_a_batch_norm_before_a_padded_convolution_is_an_affine_step(act_bits, seed):
+    torch.manual_seed(seed)
+    student = student_of(PreActivation(8), 4, act_bits)
+    model = lower(student)
+    images = torch.randn(16, 3, 12, 12)
+    found = model.run(images.numpy())[model.output]
+    np.testing.assert_array_equal(
+        found, pytorch_integers(student, model, images, student.graph.output)
+    )
+
+
+@pytest.mark.parametrize("method", ["lsq", "dorefa"])
+def test_up_to_four_bits_float32_agrees_too(method):
+    torch.manual_seed(0)
+    student = student_of(CifarResNet(8, width=4), 2, 4, method=method)
+    model = lower(student)
+    images = torch.randn(64, 3, 12, 12)
+    with torch.no_grad():
+        floats = student(images).numpy()
+    np.testing.assert_array_equal(
+        model.run(images.numpy())[model.output], np.rint(floats / model.output_unit)
+    )
+
+
+def test_runtime_rounding_and_fixed_point_agree_on_settled_scales():
+    torch.manual_seed(0)
+    student = student_of(CifarResNet(8, width=4), 2, 4)
+    images = torch.randn(64, 3, 12, 12).numpy()
+    by_multiplier, by_float = lower(student), lower(student, "float")
+    np.testing.assert_array_equal(
+        by_multiplier.run(images)[by_multiplier.output], by_float.run(images)[by_float.output]
+    )
+
+
+# Settling -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_settling_keeps_the_integers_and_leaves_no_rounding_in_doubt(bits):
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 12, 12)
+    student = archnet.convert(CifarResNet(8, width=4).eval(), images[:1])
+    archnet.quantize(student, bits, bits, [images])
+    layers = [module for module in student.modules() if isinstance(module, WeightedOperator)]
+
+    def state() -> list[tuple[Tensor, Tensor]]:
+        assert all(isinstance(layer.weight_quantizer, Quantizer) for layer in layers)
+        return [
+            (layer.weight_quantizer.integers(layer.weight), layer.weight_quantizer.scale.detach())
+            for layer in layers
+        ]
+
+    before, margins = state(), settle(student)
+    for (integers, scale), (ours, new) in zip(before, state(), strict=True):
+        assert torch.equal(integers, ours)
+        assert ((new / scale - 1).abs() <= 2.0**-12 + 1e-6).all()
+    assert all(margin.roundings > 1 for margin in margins if margin.bits <= 4)
+
+
+# What cannot be -----------------------------------------------------------------------------
+
+
+def test_a_float_student_has_no_integers():
+    student = archnet.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ExportError, match=r"float.*quant\.weight_bits"):
+        lower(student)
+
+
+def test_an_accumulator_that_can_overflow_is_named():
+    torch.manual_seed(0)
+    student = student_of(CifarResNet(8, width=4), 8, 8)
+    widest = max(lower(student).accumulators().values())
+    with pytest.raises(ExportError, match=rf"step \w+: its accumulator can need {widest} bits"):
+        lower(student, accumulator=widest - 1)
+    lower(student, accumulator=widest)
+
+
+@many
+@given(
+    rows=st.lists(st.lists(st.integers(-8, 7), min_size=4, max_size=4), min_size=1, max_size=3),
+    bias=st.integers(-1000, 1000),
+    low=st.sampled_from([0, -8]),
+)
+def test_the_worst_case_of_an_accumulator_is_reached(rows, bias, low):
+    from archnet.deploy.integer import IntegerGrid, IntegerStep, accumulator_bits
+    from archnet.ops import FullyConnected
+
+    weight = np.array(rows, np.int32)
+    step = IntegerStep(
+        "fc",
+        ("x",),
+        FullyConnected(4, len(rows)),
+        weight=weight,
+        bias=np.full(len(rows), bias, np.int32),
+    )
+    bits = accumulator_bits(step, IntegerGrid(1.0, low, 7))
+    best = np.where(weight > 0, 7, low)
+    worst = np.where(weight > 0, low, 7)
+    ends = [
+        (weight * best).clip(0).sum(1) + max(bias, 0),
+        (weight * worst).clip(None, 0).sum(1) + min(bias, 0),
+    ]
+    assert all(-(2 ** (bits - 1)) <= end < 2 ** (bits - 1) for part in ends for end in part)
+    assert bits == 1 or any(
+        not -(2 ** (bits - 2)) <= end < 2 ** (bits - 2) for part in ends for end in part
+    )
+
+
+def test_a_shift_alone_needs_scales_that_are_powers_of_two():
+    torch.manual_seed(0)
+    with pytest.raises(ExportError, match="no power of two"):
+        lower(student_of(CifarResNet(8, width=4), 4, 4), "power_of_two")
+
+
+def test_an_unknown_requantization_is_an_error():
+    with pytest.raises(ExportError, match="multiplier, float, power_of_two"):
+        lower(student_of(CifarResNet(8, width=4), 4, 4), "fixed")

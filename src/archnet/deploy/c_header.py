@@ -1,0 +1,434 @@
+"""The integer model as one C99 header, for firmware: weights, constants and a reference run.
+
+Nothing in it is a float but the scales that say what its integers mean, and nothing has to be
+linked to it. Activations stand in one static block of bytes that their lifetimes share.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from archnet.deploy.integer import (
+    ACCUMULATOR_BITS,
+    IntegerGrid,
+    IntegerModel,
+    IntegerStep,
+    Requantization,
+    execute,
+)
+from archnet.deploy.writer import ExportError
+from archnet.ops import (
+    Activation,
+    Concat,
+    Conv3x3,
+    FullyConnected,
+    MaxPool2x2,
+    Pad,
+    Permute,
+    Reshape,
+    Slice,
+)
+
+LINE = 96  # characters
+
+
+def to_c(model: IntegerModel) -> str:
+    """A self-contained C99 header that computes what `IntegerModel.run` computes, bit for bit.
+
+    It holds ``archnet_run(input, output)``: ``input`` are ARCHNET_INPUTS integers of the first
+    grid in (C, H, W) order, int8_t or uint8_t, with round(x / ARCHNET_INPUT_SCALE) clipped to
+    ARCHNET_INPUT_LOW..HIGH; ``output`` are ARCHNET_OUTPUTS int32_t, of which each is worth its
+    entry of ``archnet_output_scale``. Weights of 8 bits are int8_t; narrower ones are packed at
+    their width, least significant bits first and without gaps, in two's complement (one bit: 1
+    means +1, 0 means -1). The block ARCHNET_ARENA_BYTES holds all activations, a byte each.
+
+    Args:
+        model: from `lower`, with requantization "multiplier" or "power_of_two".
+
+    Returns:
+        The text of the header.
+
+    Raises:
+        ExportError: requantization is "float", the input is read on several grids, integers fit
+            no byte, an accumulator does not fit 32 bits or a multiplier not 31.
+    """
+    return _Header(model).text()
+
+
+def pack_bits(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """Integers as a stream of ``bits`` each, least significant first, and a spare byte.
+
+    Readers take two bytes at a time, so that a value may lie across a border.
+
+    Example (2 bits): 1, 0, -1, -2 is the byte 0b10110001, then the spare 0.
+    """
+    fields = values.reshape(-1).astype(np.int64) & ((1 << bits) - 1)
+    stream = (fields[:, None] >> np.arange(bits)) & 1
+    packed = np.packbits(stream.astype(np.uint8).reshape(-1), bitorder="little")
+    return np.append(packed, np.uint8(0))
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """Where a value stands: an expression in C, and what its elements are."""
+
+    place: str
+    grid: IntegerGrid | None
+
+    @property
+    def size(self) -> str:
+        """Of an element, in C."""
+        return "1" if self.grid else "sizeof(int32_t)"
+
+    @property
+    def signed(self) -> int:
+        return int(self.grid is not None and self.grid.low < 0)
+
+
+class _Header:
+    """One walk along the steps: constants on one side, calls on the other."""
+
+    def __init__(self, model: IntegerModel) -> None:
+        self.model = model
+        self.constants: list[str] = []
+        self.calls: list[str] = []
+        self.entry = self._entry()
+        self.names = _identifiers([step.name for step in model.steps])
+        self.rank = max([4, *(len(model.shapes[step.name]) for step in model.steps)])
+        self.roots = self._roots()
+        self.offsets, self.arena = self._placed()
+        self.longest_row = 1
+
+    def text(self) -> str:
+        self._check()
+        for step in self.model.steps:
+            if step is not self.entry:
+                self._step(step)
+        grid = self.model.grids[self.entry.name]
+        shape = self.model.shapes[self.entry.name]
+        result = self.model.shapes[self.model.output]
+        values = {
+            "INPUTS": math.prod(shape),
+            "INPUT_SCALE": f"{np.float32(grid.scale):.9e}f",
+            "INPUT_LOW": grid.low,
+            "INPUT_HIGH": grid.high,
+            "OUTPUTS": math.prod(result),
+            "ARENA_BYTES": self.arena,
+            "LONGEST_ROW": self.longest_row,
+            "RANK": self.rank,
+        }
+        scales = self._output_scales().astype(np.float32)
+        kind = "int8_t" if grid.low < 0 else "uint8_t"
+        outputs = _array("float", "archnet_output_scale", [f"{s:.9e}f" for s in scales])
+        parts = [
+            f"/* Written by archnet. Input {_shape(shape)}, output {_shape(result)}.",
+            " * Include it in one file. Activations are static: archnet_run() is not reentrant.",
+            " * Weights below 8 bits are packed at their width, least significant bits first.",
+            " */",
+            "#ifndef ARCHNET_H",
+            "#define ARCHNET_H",
+            "",
+            *(f"#define ARCHNET_{key} {value}" for key, value in values.items()),
+            "",
+            files("archnet.deploy").joinpath("kernels.h").read_text(encoding="utf-8"),
+            "/* What one unit of each output is worth. */",
+            outputs,
+            *self.constants,
+            "",
+            f"static inline void archnet_run(const {kind} *input, int32_t *output)",
+            "{",
+            f"    static uint8_t arena[{max(self.arena, 1)}];",
+            *(f"    {line}" for line in self._raw_buffers()),
+            "    (void)arena;",
+            *(f"    {line}" for line in self.calls),
+            *(f"    {line}" for line in self._result()),
+            "}",
+            "",
+            "#endif",
+            "",
+        ]
+        return "\n".join(parts)
+
+    def _entry(self) -> IntegerStep:
+        readers = [step for step in self.model.steps if self.model.input in step.inputs]
+        if len(readers) != 1 or not isinstance(readers[0].operator, Activation):
+            names = ", ".join(step.name for step in readers)
+            raise ExportError(f"the c form has one grid for its input, and {names} read it")
+        return readers[0]
+
+    def _check(self) -> None:
+        for name, grid in self.model.grids.items():
+            if not (0 <= grid.low <= grid.high <= 255 or -128 <= grid.low <= grid.high <= 127):
+                raise ExportError(
+                    f"step {name}: its integers {grid.low} to {grid.high} fit no byte, "
+                    "which the c form needs"
+                )
+        for name, bits in self.model.accumulators().items():
+            if bits > ACCUMULATOR_BITS:
+                raise ExportError(f"step {name}: its accumulator needs {bits} bits; C has int32_t")
+
+    def _output_scales(self) -> NDArray[np.float64]:
+        """Value of a unit of every output: that of the layer behind it, moved as it is."""
+        name, moves = self.model.output, list[IntegerStep]()
+        by_name = {step.name: step for step in self.model.steps}
+        while name not in self.model.grids and by_name[name].unit is None:
+            moves.append(by_name[name])
+            name = by_name[name].inputs[0]
+        units = np.ones((1, *self.model.shapes[name]))
+        if name in self.model.grids:
+            units *= self.model.grids[name].scale
+        else:
+            source = by_name[name]
+            assert source.unit is not None
+            units = np.moveaxis(np.moveaxis(units, source.axis, -1) * source.unit, -1, source.axis)
+        for move in reversed(moves):
+            units = execute(move, [units], self.model).astype(np.float64)
+        return units.reshape(-1)
+
+    # Memory ---------------------------------------------------------------------------------
+
+    def _roots(self) -> dict[str, str]:
+        """The value whose buffer a value stands in: a reshape moves nothing."""
+        roots = {self.entry.name: self.entry.name}
+        for step in self.model.steps:
+            alike = isinstance(step.operator, Reshape)
+            roots[step.name] = roots[step.inputs[0]] if alike else step.name
+        return roots
+
+    def _placed(self) -> tuple[dict[str, int], int]:
+        """Byte offsets in the arena, and its size: the largest first, each as low as it goes."""
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        for index, step in enumerate(self.model.steps):
+            first.setdefault(self.roots[step.name], index)
+            for name in (step.name, *step.inputs):
+                if name in self.roots:
+                    last[self.roots[name]] = index
+        last[self.roots[self.model.output]] = len(self.model.steps)
+        size = {
+            name: math.prod(self.model.shapes[name])
+            for name in first
+            if name in self.model.grids and name != self.entry.name
+        }
+        offsets: dict[str, int] = {}
+        for name in sorted(size, key=lambda name: (-size[name], first[name])):
+            taken = sorted(
+                (offsets[other], offsets[other] + size[other])
+                for other in offsets
+                if first[other] <= last[name] and first[name] <= last[other]
+            )
+            offset = 0
+            for begin, end in taken:
+                if offset + size[name] <= begin:
+                    break
+                offset = max(offset, end)
+            offsets[name] = offset
+        return offsets, max((offsets[name] + size[name] for name in size), default=0)
+
+    def _buffer(self, name: str) -> _Buffer:
+        root = self.roots[name]
+        grid = self.model.grids.get(name)
+        if root == self.entry.name:
+            return _Buffer("(const uint8_t *)input", grid)
+        if grid is not None:
+            return _Buffer(f"arena + {self.offsets[root]}", grid)
+        if root == self.roots[self.model.output]:
+            return _Buffer("output", None)
+        return _Buffer(f"{self.names[root]}_raw", None)
+
+    def _raw_buffers(self) -> Iterator[str]:
+        for name, root in self.roots.items():
+            place = self._buffer(name).place
+            if name == root and place.endswith("_raw"):
+                yield f"static int32_t {place}[{math.prod(self.model.shapes[name])}];"
+
+    def _result(self) -> Iterator[str]:
+        buffer = self._buffer(self.model.output)
+        if buffer.grid is not None:
+            yield f"archnet_widen({buffer.place}, {buffer.signed}, output, ARCHNET_OUTPUTS);"
+
+    # Steps ----------------------------------------------------------------------------------
+
+    def _step(self, step: IntegerStep) -> None:
+        operator, shapes = step.operator, self.model.shapes
+        shape, before = shapes[step.name], shapes[step.inputs[0]]
+        x, y = self._buffer(step.inputs[0]), self._buffer(step.name)
+        comment = f"{_plain(step.name)}: {type(operator).__name__} {_shape(before)}"
+        comment += f" to {_shape(shape)}"
+        comment += f", {_plain(step.origin)}" if step.origin else ""
+        self.calls += ["", f"/* {comment} */"]
+        if isinstance(operator, Conv3x3 | FullyConnected):
+            place = (y.place, "NULL") if y.grid else ("NULL", y.place)
+            layer = f"&{self._layer(step)}, {x.place}, {x.signed}, {', '.join(place)}"
+            if isinstance(operator, FullyConnected):
+                self._call("fully_connected", layer, math.prod(shape[:-1]))
+            else:
+                sizes = (*before, *shape[1:], operator.stride, operator.padding)
+                self._call("conv3x3", layer, *sizes)
+        elif isinstance(operator, MaxPool2x2):
+            left, _, top, _ = operator.padding
+            low = self.model.grids[step.name].low
+            places = (x.place, x.signed, y.place)
+            self._call("max_pool2x2", *places, *before, *shape[1:], operator.stride, left, top, low)
+        elif step.requantization is not None:
+            scale = self._requantization(self.names[step.name], step.requantization)
+            inner = math.prod(shape[1:])
+            self._call("affine", f"&{scale}", x.place, x.signed, y.place, shape[0], inner)
+        elif isinstance(operator, Concat):
+            self._concatenation(step, y)
+        elif isinstance(operator, Permute):
+            strides = _strides(before)
+            # The batch is axis 0 of the order, and no axis here.
+            order = [strides[axis - 1] for axis in operator.order[1:]]
+            self._copy(shape, x, order, y, _strides(shape))
+        elif isinstance(operator, Slice):
+            axis, strides = operator.axis - 1, _strides(before)
+            begin = operator.start * strides[axis]
+            strides[axis] *= operator.step
+            self._copy(shape, x, strides, y, _strides(shape), x_first=begin)
+        elif isinstance(operator, Pad):
+            strides = _strides(shape)
+            pairs = zip(operator.pads, strides, strict=True)
+            begin = sum(left * stride for (left, _), stride in pairs)
+            self.calls.append(f"memset({y.place}, 0, {math.prod(shape)} * {y.size});")
+            self._copy(before, x, _strides(before), y, strides, y_first=begin)
+        elif isinstance(operator, Reshape):
+            self.calls[-1] = f"/* {comment}: stays where it is */"
+        else:
+            raise ExportError(f"step {step.name}: no way to write a {type(operator).__name__} to C")
+
+    def _concatenation(self, step: IntegerStep, y: _Buffer) -> None:
+        assert isinstance(step.operator, Concat)
+        strides = _strides(self.model.shapes[step.name])
+        axis, first = step.operator.axis - 1, 0
+        for name in step.inputs:
+            shape = self.model.shapes[name]
+            self._copy(shape, self._buffer(name), _strides(shape), y, strides, y_first=first)
+            first += shape[axis] * strides[axis]
+
+    def _call(self, kernel: str, *arguments: Any) -> None:
+        text = f"archnet_{kernel}({', '.join(map(str, arguments))});"
+        self.calls.append(text)
+
+    def _copy(
+        self,
+        shape: Sequence[int],
+        x: _Buffer,
+        x_strides: Sequence[int],
+        y: _Buffer,
+        y_strides: Sequence[int],
+        x_first: int = 0,
+        y_first: int = 0,
+    ) -> None:
+        def axes(sizes: Sequence[int], fill: int) -> str:
+            filled = [fill] * (self.rank - len(sizes)) + list(sizes)
+            return f"(const size_t[]){{{', '.join(map(str, filled))}}}"
+
+        ends = f"{y.place}, {y_first}, {x.place}, {x_first}"
+        sizes = f"{axes(shape, 1)}, {axes(y_strides, 0)}, {axes(x_strides, 0)}"
+        self.calls.append(f"archnet_copy({y.size}, {ends},\n        {sizes});")
+
+    # Constants ------------------------------------------------------------------------------
+
+    def _layer(self, step: IntegerStep) -> str:
+        assert step.weight is not None
+        assert step.bias is not None
+        name, weight = self.names[step.name], step.weight
+        bits = _width(weight, step.weight_bits)
+        stored = pack_bits(weight if bits > 1 else (weight + 1) // 2, bits)
+        if bits == 8:
+            stored = stored[:-1]
+        row = weight[0].size
+        self.longest_row = max(self.longest_row, row)
+        self.constants += [
+            "",
+            f"/* {_plain(step.name)}: weights {_shape(weight.shape)} of {bits} bits */",
+            _bytes_array(f"{name}_weight", stored, bits),
+            _array("int32_t", f"{name}_bias", step.bias),
+        ]
+        scale = "NULL"
+        if step.requantization is not None:
+            scale = f"&{self._requantization(name, step.requantization)}"
+        fields = f"{name}_weight, {bits}, {name}_bias, {len(weight)}, {row}, {scale}"
+        self.constants.append(f"static const archnet_layer {name} = {{{fields}}};")
+        return name
+
+    def _requantization(self, name: str, scale: Requantization) -> str:
+        if scale.kind == "float":
+            raise ExportError(
+                "the c form computes in integers alone, and this model requantizes in float: "
+                'lower it with requantization="multiplier" or "power_of_two"'
+            )
+        multiplier, shift, offset = scale.multiplier, scale.shift, scale.shifted_offset
+        if np.abs(multiplier).max(initial=0) >= 2**31:
+            raise ExportError(
+                f"{name}: a multiplier does not fit 31 bits; settle() moves its scale"
+            )
+        count = np.broadcast_shapes(multiplier.shape, shift.shape, offset.shape)
+        each = int(math.prod(count) > 1)
+        self.constants += [
+            _array("int32_t", f"{name}_multiplier", np.broadcast_to(multiplier, count)),
+            _array("uint8_t", f"{name}_shift", np.broadcast_to(shift, count)),
+        ]
+        added = "NULL"
+        if offset.any():
+            added = f"{name}_offset"
+            self.constants.append(_array("int64_t", added, np.broadcast_to(offset, count)))
+        fields = f"{name}_multiplier, {name}_shift, {added}, {each}, {scale.low}, {scale.high}"
+        self.constants.append(f"static const archnet_scale {name}_scale = {{{fields}}};")
+        return f"{name}_scale"
+
+
+def _width(weight: NDArray[Any], bits: int) -> int:
+    """Bits to store a weight at; the grid of one bit has no zero, which an exact layer may need."""
+    return 2 if bits == 1 and not (np.abs(weight) == 1).all() else bits
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    """Elements from one index to the next, of every axis."""
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+
+
+def _identifiers(names: Sequence[str]) -> Mapping[str, str]:
+    """C identifiers; the numbers keep them apart whatever the names are."""
+    return {
+        name: f"archnet_{index}_{re.sub(r'[^0-9A-Za-z_]', '_', name)}"
+        for index, name in enumerate(names)
+    }
+
+
+def _plain(text: str) -> str:
+    """Without what could end a comment."""
+    return re.sub(r"[^0-9A-Za-z_.\[\] -]", "_", text)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "1"
+
+
+def _bytes_array(name: str, stored: NDArray[np.uint8], bits: int) -> str:
+    if bits == 8:
+        return _array("int8_t", name, stored.view(np.int8))
+    return _array("uint8_t", name, stored)
+
+
+def _array(kind: str, name: str, values: Any) -> str:
+    """A constant array, its lines filled."""
+    suffix = "LL" if kind == "int64_t" else ""
+    # The lowest int32 has no literal of its own in C.
+    words = ["INT32_MIN" if v == -(2**31) else f"{v}{suffix}" for v in values]
+    lines, line = [], ""
+    for word in words:
+        if line and len(line) + len(word) + 2 > LINE:
+            lines.append(line)
+            line = ""
+        line += f"{word}, "
+    lines.append(line)
+    body = "\n".join(f"    {line.rstrip()}" for line in lines)
+    return f"static const {kind} {name}[{len(words)}] = {{\n{body}\n}};"

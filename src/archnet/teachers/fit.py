@@ -147,6 +147,7 @@ def train_teacher(
         precision=precision or _precision(accelerator),
         max_steps=learner.steps,
         max_epochs=1,
+        limit_train_batches=learner.steps,
         val_check_interval=learner.steps // learner.epochs,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,

@@ -1,7 +1,22 @@
 """From a student to a file that a runtime runs, and the proof that it does the same."""
 
-from archnet.deploy.export import audit, export, to_onnx
+from archnet.deploy.export import FORMS, audit, export, to_onnx
+from archnet.deploy.integer import IntegerModel, lower
 from archnet.deploy.runtime import Parity, load_session, parity
+from archnet.deploy.verify import Check, verify
 from archnet.deploy.writer import ExportError
 
-__all__ = ["ExportError", "Parity", "audit", "export", "load_session", "parity", "to_onnx"]
+__all__ = [
+    "FORMS",
+    "Check",
+    "ExportError",
+    "IntegerModel",
+    "Parity",
+    "audit",
+    "export",
+    "load_session",
+    "lower",
+    "parity",
+    "to_onnx",
+    "verify",
+]

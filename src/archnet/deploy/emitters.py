@@ -1,9 +1,10 @@
 """One function per operator: how it stands in an ONNX file.
 
-The quantizers on an operator decide its form. On a grid, the tensors between operators hold the
-integers themselves: layout moves, max-pooling and concatenation work on them, and a
-DequantizeLinear stands before each operator that multiplies. A runtime fuses it, the operator and
-the QuantizeLinear behind it into one integer kernel.
+The quantizers on an operator decide how it stands there, and the writer how rounding is written.
+In form qcdq the tensors between operators hold the integers themselves: layout moves, max-pooling
+and concatenation work on them, and a DequantizeLinear stands before each operator that multiplies.
+A runtime fuses it, the operator and the QuantizeLinear behind it into one integer kernel. In the
+other forms a tensor holds the values of its integers, and every operator works on these.
 """
 
 import math
@@ -62,12 +63,12 @@ def _parameters(writer: Writer, name: str, op: WeightedOperator) -> tuple[str, s
     else:
         assert isinstance(weights, Quantizer)
         integers = weights.integers(op.weight)
-        weight = writer.scaled(f"{name}.weight", integers, weights.scale, np.int8)
+        weight = writer.weight(f"{name}.weight", integers, weights.scale, weights.bits)
     if biases is None:
         bias = writer.constant(f"{name}.bias", op.bias.detach().cpu(), np.float32)
     else:
         assert isinstance(biases, BiasQuantizer)
-        bias = writer.scaled(f"{name}.bias", biases.integers(op.bias), biases.step(), np.int32)
+        bias = writer.bias(f"{name}.bias", biases.integers(op.bias), biases.step())
     return weight, bias
 
 
@@ -162,8 +163,8 @@ def _activation(
     return Value(name, tensor, x.shape, None, x.moves)
 
 
-def _quantize(writer: Writer, name: str, tensor: str, source: str, op: Activation) -> Grid:
-    """Float to integers. A ReLU is the lowest integer of an unsigned grid and costs nothing."""
+def _quantize(writer: Writer, name: str, tensor: str, source: str, op: Activation) -> Grid | None:
+    """Float to the grid. A ReLU is the lowest integer of an unsigned grid and costs nothing."""
     quantizer = op.quantizer
     assert isinstance(quantizer, Quantizer)
     scale = float(quantizer.scale)
@@ -172,18 +173,7 @@ def _quantize(writer: Writer, name: str, tensor: str, source: str, op: Activatio
     grid = Grid(scale, quantizer.low, quantizer.high, name)
     # Rounding keeps the order, so a clip of the value is a clip of the integer.
     highest = quantizer.integers(quantizer.scale.new_tensor([op.high]))
-    # A QuantizeLinear saturates at 0 and 255, so wider bounds need no Clip.
-    low, high = grid.low + grid.zero, int(highest) + grid.zero
-    clipped = (low, high) != (0, 255)
-    quantized = f"{tensor}.unclipped" if clipped else tensor
-    writer.node("QuantizeLinear", [source, *writer.grid(grid)], quantized)
-    if clipped:
-        bounds = [
-            writer.constant(f"{tensor}.low", low, np.uint8),
-            writer.constant(f"{tensor}.high", high, np.uint8),
-        ]
-        writer.node("Clip", [quantized, *bounds], tensor)
-    return grid
+    return writer.rounded(tensor, source, grid, int(highest))
 
 
 @emits(Permute)

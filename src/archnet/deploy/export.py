@@ -1,7 +1,9 @@
-"""Student to ONNX file, written operator by operator: nothing is traced."""
+"""Student to file: ONNX written operator by operator (nothing is traced), and what others read."""
 
 import difflib
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +12,98 @@ import torch
 from torch import nn
 
 from archnet.deploy.emitters import emit
+from archnet.deploy.integer import lower
+from archnet.deploy.qdq import QdqWriter
+from archnet.deploy.qonnx import QonnxWriter
+from archnet.deploy.runtime import compile_openvino
 from archnet.deploy.writer import ExportError, Value, Writer
 from archnet.files import atomic
 from archnet.hardware import Audit
 from archnet.hardware import audit as audit_file
 from archnet.ops import Activation, Student, WeightedOperator
 
-FORMS = ("float", "qcdq")
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of file that a student becomes.
+
+    Args:
+        about: one line for people.
+        suffix: of the file's name.
+        content: gives the file's bytes, where that is more than writing an ONNX model.
+        writer: writes the ONNX model, where the form is one.
+        opset: of the ONNX model, where none is asked for.
+        integers: whether a student needs quantizers to take this form.
+    """
+
+    about: str
+    suffix: str = ".onnx"
+    content: Callable[[Student], bytes] | None = None
+    writer: type[Writer] = Writer
+    opset: int = 21
+    integers: bool = True
 
 
-def to_onnx(student: Student, form: str = "float", opset: int = 21) -> onnx.ModelProto:
+def _c_header(student: Student) -> bytes:
+    from archnet.deploy.c_header import to_c
+
+    return to_c(lower(student)).encode()
+
+
+def _tflite(student: Student) -> bytes:
+    from archnet.deploy.tflite import to_tflite
+
+    return to_tflite(lower(student))
+
+
+def _openvino(student: Student) -> bytes:
+    content = to_onnx(student, "openvino").SerializeToString()
+    compile_openvino(content)
+    return content
+
+
+FORMS: Mapping[str, Form] = {
+    "float": Form("float32, for a student without quantizers", integers=False),
+    "qcdq": Form("INT8 and UINT8 clipped to the width; runs in integer kernels of ONNX Runtime"),
+    "qdq": Form("ONNX's own INT2, INT4 and INT8, packed", writer=QdqWriter, opset=25),
+    "qonnx": Form("Quant nodes of any width, for FINN and hls4ml", writer=QonnxWriter),
+    "openvino": Form("qcdq, compiled by OpenVINO to check it", content=_openvino),
+    "c": Form("C header: integer weights and requantization", ".h", _c_header),
+    "tflite": Form("int8 TensorFlow Lite, for Vela and other chips", ".tflite", _tflite),
+}
+
+
+def form_named(name: str) -> Form:
+    """A row of `FORMS`.
+
+    Raises:
+        ExportError: there is no such form; the message names the nearest.
+    """
+    if name not in FORMS:
+        near = difflib.get_close_matches(name, FORMS, 1, 0.0)[0]
+        raise ExportError(f"form={name} is not one of {', '.join(FORMS)}; nearest: {near}")
+    return FORMS[name]
+
+
+def to_onnx(student: Student, form: str = "float", opset: int | None = None) -> onnx.ModelProto:
     """The student as an ONNX model in memory; see `export`."""
+    return write(student, form, opset)[0]
+
+
+def write(
+    student: Student, form: str, opset: int | None = None
+) -> tuple[onnx.ModelProto, dict[str, Value]]:
+    """The student as an ONNX model, and where each of its values stands in there, by name."""
+    kind = form_named(form)
     if not isinstance(student, Student):
         raise ExportError(f"a {type(student).__name__} is no student: convert() makes one of it")
-    if form not in FORMS:
-        near = difflib.get_close_matches(form, FORMS, 1, 0.0)[0]
-        raise ExportError(f"form={form} is not one of {', '.join(FORMS)}; nearest: {near}")
+    if kind.suffix != ".onnx":
+        raise ExportError(f"form={form} is no ONNX model: export() writes its file")
+    opset = kind.opset if opset is None else opset
     if not 13 <= opset <= 25:
         raise ExportError(f"opset={opset} is out of range: 13 to 25 run on onnxruntime")
-    if form == "float" and _is_quantized(student):
-        raise ExportError('this student is quantized: export it with form="qcdq"')
-    graph, writer = student.graph, Writer()
+    _check_quantized(student, form)
+    graph, writer = student.graph, kind.writer(opset)
     inputs = {name: graph.shapes[name] for name in graph.inputs}
     values = {name: Value(name, name, (-1, *shape)) for name, shape in inputs.items()}
     with torch.no_grad():
@@ -43,32 +116,49 @@ def to_onnx(student: Student, form: str = "float", opset: int = 21) -> onnx.Mode
                 graph.shapes[step.name],
                 *(values[name] for name in step.inputs),
             )
-    return writer.model(inputs, values[graph.output], opset)
+    return writer.model(inputs, values[graph.output]), values
 
 
 def export(
-    student: Student, path: str | os.PathLike[str], form: str = "float", opset: int = 21
+    student: Student,
+    path: str | os.PathLike[str],
+    form: str = "float",
+    opset: int | None = None,
 ) -> Path:
-    """Write a student as an ONNX file, with a free batch size.
+    """Write a student as a file; an ONNX file has a free batch size.
 
     Args:
         student: what `convert` made, quantized or not.
         path: the file; it is replaced as a whole, or left as it was when writing fails.
-        form: "float", or "qcdq" for a quantized student: weights are stored as INT8 and biases
-            as INT32, each with a DequantizeLinear; activations pass QuantizeLinear, an integer
-            Clip where the width is below 8 bits, and DequantizeLinear before the next operator
-            that multiplies. Operators without quantizers stay float.
-        opset: 13 to 25.
+        form: a name in `archnet.deploy.FORMS`. "float"; for a quantized student "qcdq": weights
+            are stored as INT8 and biases as INT32, each with a DequantizeLinear; activations pass
+            QuantizeLinear, an integer Clip where the width is below 8 bits, and DequantizeLinear
+            before the next operator that multiplies. "qdq": weights and activations in ONNX's
+            narrowest types for their widths, weights packed; 3 bits take INT4, 5 to 7 take INT8.
+            "qonnx": floats and Quant nodes of the package qonnx. "openvino": the file of "qcdq",
+            once OpenVINO has compiled it. "c", "tflite": no ONNX. In ONNX files operators without
+            quantizers stay float.
+        opset: of an ONNX file, 13 to 25; None: 25 for "qdq", whose INT2 older ones lack, else 21.
 
     Returns:
         The path of the file.
 
     Raises:
-        ExportError: not a student, an unknown form, numbers that do not fit their type, or a
-            file that cannot be written.
+        ExportError: not a student, an unknown form, a student without quantizers where the form
+            has integers, numbers that do not fit their type (naming the step), a missing extra,
+            or a file that cannot be written.
     """
     path = Path(path)
-    content = to_onnx(student, form, opset).SerializeToString()
+    kind = form_named(form)
+    if kind.content is None:
+        content = to_onnx(student, form, opset).SerializeToString()
+    elif not isinstance(student, Student):
+        raise ExportError(f"a {type(student).__name__} is no student: convert() makes one of it")
+    elif opset is not None:
+        raise ExportError(f"opset={opset} cannot be chosen for form={form}: leave it out")
+    else:
+        _check_quantized(student, form)
+        content = kind.content(student)
     with atomic(path, ExportError) as part:
         part.write_bytes(content)
     return path
@@ -83,9 +173,22 @@ def audit(
         AuditError: the file is missing or no valid ONNX model.
         ExportError: the student cannot be written.
     """
+    if isinstance(model, Student):
+        return audit_file(to_onnx(model, "qcdq" if _is_quantized(model) else "float"), hardware)
     if isinstance(model, nn.Module):
-        return audit_file(to_onnx(model, "qcdq"), hardware)
+        raise ExportError(f"a {type(model).__name__} is no student: convert() makes one of it")
     return audit_file(model, hardware)
+
+
+def _check_quantized(student: Student, form: str) -> None:
+    quantized = _is_quantized(student)
+    if quantized and not FORMS[form].integers:
+        raise ExportError('this student is quantized: export it with form="qcdq"')
+    if not quantized and FORMS[form].integers:
+        raise ExportError(
+            f"this student has no quantizers, and form={form} holds integers: "
+            "quantize() it, or export it with form=float"
+        )
 
 
 def _is_quantized(student: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
@@ -24,27 +25,95 @@ class Parity:
     count: int
 
 
-def load_session(path: str | os.PathLike[str], threads: int = 0) -> onnxruntime.InferenceSession:
+# Types for which ONNX Runtime has conversions to and from float and hardly any operator.
+_SUB_BYTE = frozenset(
+    getattr(onnx.TensorProto, name) for name in ("INT2", "UINT2", "INT4", "UINT4")
+)
+
+
+def load_session(
+    model: str | os.PathLike[str] | bytes, threads: int = 0
+) -> onnxruntime.InferenceSession:
     """Open an exported file in ONNX Runtime, on the CPU.
 
+    A file with integers of 2 or 4 bits (form qdq) runs in floats, which give the same result: the
+    runtime would look for kernels on such integers and find none.
+
     Args:
-        path: the ONNX file.
+        model: the ONNX file, or its content.
         threads: of one operator; 0 leaves the choice to the runtime.
 
     Raises:
         ExportError: the file is missing or broken, or holds an operator the runtime lacks.
     """
+    name = "the model" if isinstance(model, bytes) else os.fspath(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # The default kernels on AVX2 add pairs of products in 16 bits, where 8-bit weights saturate.
     options.add_session_config_entry("session.x64quantprecision", "1")
     try:
+        if isinstance(model, bytes):
+            graph = onnx.load_from_string(model).graph
+        else:
+            graph = onnx.load(name, load_external_data=False).graph
+        if any(item.data_type in _SUB_BYTE for item in graph.initializer):
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         return onnxruntime.InferenceSession(
-            os.fspath(path), options, providers=["CPUExecutionProvider"]
+            model if isinstance(model, bytes) else name,
+            options,
+            providers=["CPUExecutionProvider"],
         )
-    except Exception as error:  # The runtime's exceptions have no common base.
-        raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
+    except Exception as error:  # The exceptions of protobuf and the runtime have no common base.
+        raise ExportError(f"ONNX Runtime cannot load {name}: {_first_line(error)}") from error
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, inputs: NDArray[Any], name: str
+) -> list[NDArray[Any]]:
+    """The outputs of a model with one input.
+
+    Args:
+        session: from `load_session`.
+        inputs: (B, C, H, W) float32.
+        name: the file's, for errors.
+
+    Raises:
+        ExportError: the model takes more than one input, or other inputs than these.
+    """
+    feeds = [item.name for item in session.get_inputs()]
+    if len(feeds) != 1:
+        raise ExportError(f"{name} has {len(feeds)} inputs, a student one: export it again")
+    try:
+        return session.run(None, {feeds[0]: inputs})
+    except Exception as error:  # See load_session.
+        raise ExportError(
+            f"ONNX Runtime cannot run {name} on inputs {inputs.shape}: {_first_line(error)}"
+        ) from error
+
+
+def compile_openvino(content: bytes, threads: int = 0) -> Any:
+    """An ONNX model compiled by OpenVINO for the CPU, in float32 where it is float.
+
+    Args:
+        content: the file's content.
+        threads: 0 leaves the choice to the runtime.
+
+    Raises:
+        ExportError: the extra is missing, or OpenVINO cannot read or compile the model.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise ExportError("OpenVINO needs the extra: pip install 'archnet[openvino]'") from error
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = str(threads)
+    try:
+        core = openvino.Core()
+        return core.compile_model(core.read_model(content), "CPU", options)
+    except Exception as error:  # Its exceptions are plain RuntimeErrors, of many lines.
+        raise ExportError(f"OpenVINO cannot compile the model: {_first_line(error)}") from error
 
 
 def parity(
@@ -66,10 +135,9 @@ def parity(
         ``count`` (one for each row along the last axis).
 
     Raises:
-        ExportError: the file cannot be loaded.
+        ExportError: the file cannot be loaded or run, or is that of another network.
     """
     session = load_session(path)
-    (feed,) = [item.name for item in session.get_inputs()]
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     was_training = student.training
     student.eval()
@@ -78,20 +146,29 @@ def parity(
         with torch.no_grad():
             for batch in inputs.split(batch_size):
                 expected = student(batch.to(device)).cpu().numpy()
-                (found,) = session.run(None, {feed: batch.cpu().numpy()})
+                found = run_session(session, batch.cpu().numpy(), os.fspath(path))[0]
+                if found.shape != expected.shape:
+                    raise ExportError(
+                        f"{path} gives {found.shape}, the student {expected.shape}: "
+                        "it is another student's file"
+                    )
                 # Unlike max(), np.maximum keeps a NaN.
                 difference = float(np.maximum(difference, np.abs(expected - found).max()))
-                changed = _changed(expected, found)
-                mismatches, count = mismatches + int(changed.sum()), count + changed.size
+                differs = changed(expected, found)
+                mismatches, count = mismatches + int(differs.sum()), count + differs.size
     finally:
         student.train(was_training)
     return Parity(f"onnxruntime {onnxruntime.__version__}", difference, mismatches, count)
 
 
-def _changed(expected: NDArray[Any], found: NDArray[Any]) -> NDArray[np.bool_]:
+def changed(expected: NDArray[Any], found: NDArray[Any]) -> NDArray[np.bool_]:
     """Rows whose largest entry is another one. Equal scores, which few bits make common, are a
     tie that float rounding decides: either winner is right.
     """
     winner = np.take_along_axis(expected, found.argmax(-1)[..., None], -1)[..., 0]
     rounding = 1e-5 * np.abs(expected).max(-1)
     return ~(expected.max(-1) - winner <= rounding)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -96,9 +96,16 @@ class Writer:
 
     ``origin`` is the teacher's module path that the nodes being written come from; each node
     carries it in its metadata.
+
+    How weights and rounded activations stand in the file is what `weight`, `bias` and `rounded`
+    decide; here it is form qcdq, and other forms override them.
     """
 
-    def __init__(self) -> None:
+    form = "qcdq"
+    domain = ""  # of operators that are not ONNX's own
+
+    def __init__(self, opset: int) -> None:
+        self.opset = opset
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.origin = ""
@@ -162,22 +169,53 @@ class Writer:
         scale = self.constant(f"{grid.name}.scale", grid.scale, np.float32)
         return scale, self.constant(f"{grid.name}.zero", grid.zero, np.uint8)
 
+    def weight(self, name: str, integers: Tensor, scale: Tensor, bits: int) -> str:
+        """A constant float tensor: ``integers`` (O, ...) of ``bits`` times ``scale``."""
+        return self.scaled(name, integers, scale, np.int8)
+
+    def bias(self, name: str, integers: Tensor, scale: Tensor) -> str:
+        """A constant float tensor: ``integers`` (O,), in 32 bits, times ``scale``."""
+        return self.scaled(name, integers, scale, np.int32)
+
+    def rounded(self, tensor: str, source: str, grid: Grid, high: int) -> Grid | None:
+        """Write ``tensor``: the float ``source`` on the grid, no integer being above ``high``.
+
+        Returns:
+            The grid, where ``tensor`` holds its integers; None where it holds their values.
+        """
+        low, high = grid.low + grid.zero, high + grid.zero
+        if low < 0 or high > 255:
+            raise self.too_wide(tensor, grid)
+        # A QuantizeLinear saturates at 0 and 255, so wider bounds need no Clip.
+        clipped = (low, high) != (0, 255)
+        quantized = f"{tensor}.unclipped" if clipped else tensor
+        self.node("QuantizeLinear", [source, *self.grid(grid)], quantized)
+        if clipped:
+            bounds = [
+                self.constant(f"{tensor}.low", low, np.uint8),
+                self.constant(f"{tensor}.high", high, np.uint8),
+            ]
+            self.node("Clip", [quantized, *bounds], tensor)
+        return grid
+
+    def too_wide(self, tensor: str, grid: Grid) -> ExportError:
+        """The error for a grid that no type of this form holds."""
+        return ExportError(
+            f"step {grid.name}: no type of form={self.form} holds its integers {grid.low} to "
+            f"{grid.high}: lower quant.act_bits to 8 or less"
+        )
+
     def scaled(self, name: str, integers: Tensor, scale: Tensor, dtype: Any) -> str:
         """A constant: ``integers`` (O, ...) times ``scale``, (O,) or one number."""
         stored = self.integers(name, integers, dtype)
-        factors = scale.detach().cpu().float().numpy()
-        if not (np.isfinite(factors).all() and (factors > 0).all()):
-            raise ExportError(f"{name} has a scale that is not positive and finite")
-        if factors.size == 1:
-            factors = factors.reshape(())
+        factors = positive(name, scale)
         step = self.constant(f"{name}.scale", factors, np.float32)
+        # ONNX Runtime fuses no Gemm whose weight leaves its zero point out.
         zero = self.constant(f"{name}.zero", np.zeros(factors.shape), dtype)
         axis = {"axis": 0} if factors.ndim else {}
         return self.node("DequantizeLinear", [stored, step, zero], f"{name}.float", **axis)
 
-    def model(
-        self, inputs: dict[str, tuple[int, ...]], output: Value, opset: int
-    ) -> onnx.ModelProto:
+    def model(self, inputs: dict[str, tuple[int, ...]], output: Value) -> onnx.ModelProto:
         """The graph as a checked model; shapes come without the batch, which stays free."""
         result = self.floating(output)
         if result in inputs:
@@ -189,11 +227,13 @@ class Writer:
             [_described(result, output.moved_shape[1:])],
             list(self.constants.values()),
         )
-        opsets = [helper.make_opsetid("", opset)]
+        opsets = [helper.make_opsetid("", self.opset)]
+        if self.domain:
+            opsets.append(helper.make_opsetid(self.domain, 1))
         model = helper.make_model(
             graph,
             opset_imports=opsets,
-            ir_version=helper.find_min_ir_version_for(opsets),
+            ir_version=helper.find_min_ir_version_for(opsets, ignore_unknown=True),
             producer_name="archnet",
         )
         if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
@@ -203,6 +243,14 @@ class Writer:
             )
         onnx.checker.check_model(model, full_check=True)
         return model
+
+
+def positive(name: str, scale: Tensor) -> NDArray[np.float32]:
+    """The scale of ``name`` as float32, (O,) or (); checked to be positive and finite."""
+    factors = scale.detach().cpu().float().numpy()
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise ExportError(f"{name} has a scale that is not positive and finite")
+    return factors.reshape(()) if factors.size == 1 else factors
 
 
 def _described(name: str, shape: Sequence[int]) -> onnx.ValueInfoProto:

@@ -1,0 +1,96 @@
+"""`archnet verify`: a finished run's student in PyTorch and in every form, bit by bit."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from archnet.errors import ArchnetError
+
+if TYPE_CHECKING:
+    from archnet.deploy import Check
+    from archnet.pipeline import Run
+
+HELP = "compare every form of a run's student with its golden integer model"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--inputs", type=int, default=2000, help="images (default: 2000)")
+    parser.add_argument("--forms", help="names, comma-separated (default: all that can be run)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table and write it to ``metrics.json``; 1 if a prediction changed."""
+    from archnet import pipeline
+    from archnet.deploy import verify
+    from archnet.runs import RunError, RunFolder, read_json, write_json
+
+    if options.inputs < 1:
+        raise ArchnetError(f"inputs={options.inputs}: at least one is needed")
+    folder = RunFolder.open(options.run)
+    this, student = pipeline.reopen(folder)
+    if not folder.metrics.is_file():
+        raise RunError(f"{folder.metrics} is missing: finish the run with resume={folder.path}")
+    metrics = read_json(folder.metrics)
+    images = _images(this, options.inputs)
+    forms = options.forms.split(",") if options.forms else None
+    files = {folder.onnx.name: folder.onnx} if folder.onnx.is_file() else {}
+    checks = verify(student, images, forms, files)
+    metrics["verify"] = {
+        "inputs": len(images),
+        "checks": {check.name: check.summary() for check in checks},
+    }
+    write_json(folder.metrics, metrics)
+    _show(folder.path.name, len(images), checks)
+    return 1 if any(check.changed for check in checks) else 0
+
+
+def _images(this: "Run", count: int) -> Any:
+    """(count, C, H, W) float32: the test images; where they are too few, unlabelled ones too."""
+    import torch
+
+    from archnet import pipeline
+
+    images = pipeline.test_images(this.data, count)
+    if len(images) < count:
+        batch_size = this.config.task.data.batch_size
+        more = this.data.calibration_batches(-(-(count - len(images)) // batch_size))
+        images = torch.cat([images, *more])[:count]
+    return images.numpy()
+
+
+def _show(title: str, inputs: int, checks: "list[Check]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{title}: against the golden integer model, {inputs:,} inputs", title_justify="left"
+    )
+    table.add_column("")
+    table.add_column("run by")
+    for name in ("inputs", "largest difference, steps", "bit-equal outputs", "predictions changed"):
+        table.add_column(name, justify="right")
+    for check in checks:
+        if not check.skipped:
+            table.add_row(
+                check.name,
+                check.runtime,
+                f"{check.inputs:,}",
+                f"{check.max_steps:g}",
+                _percent(check.bit_equal),
+                str(check.changed),
+            )
+    console = Console()
+    console.print(table)
+    for check in checks:
+        if check.skipped:
+            console.print(f"{check.name}: skipped, it {check.skipped}", markup=False)
+        elif check.bit_equal < 1:
+            first = check.first or "not seen again with every step read out"
+            console.print(f"{check.name}: first difference at {first}", markup=False)
+
+
+def _percent(share: float) -> str:
+    """Never 100 % where one output differs."""
+    return "100 %" if share == 1 else f"{min(100 * share, 99.999):.3f} %"

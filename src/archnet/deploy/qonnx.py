@@ -1,0 +1,82 @@
+"""Form qonnx: floats that Quant nodes round, of any width (Pappalardo et al. 2022, 2206.07527).
+
+The operator Quant(x, scale, zero point, bits) is that of the package qonnx, whose compilers for
+FPGAs (FINN, hls4ml) read such files. Weights stand in them as floats in front of a Quant node.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from archnet.deploy.writer import ExportError, Grid, Writer, positive
+
+
+class QonnxWriter(Writer):
+    """A Quant node behind every weight, bias and activation."""
+
+    form = "qonnx"
+    domain = "qonnx.custom_op.general"
+
+    def weight(self, name: str, integers: Tensor, scale: Tensor, bits: int) -> str:
+        return self._constant(name, integers, scale, bits)
+
+    def bias(self, name: str, integers: Tensor, scale: Tensor) -> str:
+        return self._constant(name, integers, scale, 32)
+
+    def rounded(self, tensor: str, source: str, grid: Grid, high: int) -> Grid | None:
+        signed = grid.low < 0
+        bits = (grid.high - grid.low).bit_length()
+        narrow = signed and grid.low == -grid.high
+        if (grid.low, grid.high) != quant_range(bits, signed, narrow):
+            raise ExportError(
+                f"step {grid.name}: no Quant node has the integers {grid.low} to {grid.high}"
+            )
+        if high != grid.high:
+            bound = self.constant(f"{tensor}.high", high * np.float32(grid.scale), np.float32)
+            source = self.node("Clip", [source, "", bound], f"{tensor}.clipped")
+        scale = self.constant(f"{grid.name}.scale", grid.scale, np.float32)
+        self._quant(source, scale, grid.name, tensor, bits, signed=signed, narrow=narrow)
+        return None
+
+    def _constant(self, name: str, integers: Tensor, scale: Tensor, bits: int) -> str:
+        factors = positive(name, scale)
+        if factors.ndim:
+            factors = factors.reshape(-1, *[1] * (integers.dim() - 1))
+        values = integers.detach().cpu().numpy() * factors
+        if not np.isfinite(values).all():
+            raise ExportError(f"{name} has values that are not finite: calibrate it")
+        self.constant(name, values, np.float32)
+        step = self.constant(f"{name}.scale", factors, np.float32)
+        return self._quant(name, step, name, f"{name}.float", bits, signed=True, narrow=False)
+
+    def _quant(
+        self,
+        source: str,
+        scale: str,
+        name: str,
+        output: str,
+        bits: int,
+        *,
+        signed: bool,
+        narrow: bool,
+    ) -> str:
+        zero = self.constant(f"{name}.zero", 0, np.float32)
+        width = self.constant(f"{name}.bits", bits, np.float32)
+        return self.node(
+            "Quant",
+            [source, scale, zero, width],
+            output,
+            domain=self.domain,
+            signed=int(signed),
+            narrow=int(narrow),
+            rounding_mode="ROUND",
+        )
+
+
+def quant_range(bits: int, signed: bool, narrow: bool) -> tuple[int, int]:
+    """Lowest and highest integer of a Quant node.
+
+    Example: 4 bits are 0 to 15, signed -8 to 7, signed and narrow -7 to 7.
+    """
+    if not signed:
+        return 0, 2**bits - 1
+    return -(2 ** (bits - 1)) + narrow, 2 ** (bits - 1) - 1

@@ -1,0 +1,397 @@
+"""Every form of a student against its golden model, and the first step where one departs."""
+
+import copy
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from archnet.deploy.export import FORMS, write
+from archnet.deploy.integer import IntegerModel, Integers, execute, lower
+from archnet.deploy.runtime import changed, compile_openvino, load_session, run_session
+from archnet.deploy.writer import ExportError, Transpose, Value
+from archnet.ops import Activation, Concat, LayoutMove, MaxPool2x2, Step, Student
+from archnet.quant import Quantizer
+
+BATCH = 64  # inputs a run
+EXPLAINED = 16  # inputs on which every step is compared, of those whose result differs
+
+# name -> (B, ...) of the result and of further tensors.
+Tensors = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first step whose integers are others than the golden model's.
+
+    ``values`` of ``total`` differ, by ``steps`` of their grid at most, on the inputs looked at.
+    """
+
+    step: str
+    origin: str
+    values: int
+    total: int
+    steps: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.step} ({self.origin or 'the input'}): {self.values:,} of {self.total:,} "
+            f"values differ, by {self.steps:g} steps at most"
+        )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One form, run by one runtime, against the golden model.
+
+    Attributes:
+        name: what was run.
+        runtime: what ran it, with its version.
+        inputs: how many were run.
+        max_steps: largest difference of an output, in units of an output accumulator (or steps
+            of the output's grid); inf where an output is no number.
+        bit_equal: share of the outputs without any difference, 0 to 1.
+        changed: predictions that changed; a tie between equal scores may go either way.
+        first: where they part, if they do; None as well where they do not when every step is read.
+        skipped: why nothing was run; "" where it was.
+    """
+
+    name: str
+    runtime: str
+    inputs: int = 0
+    max_steps: float = 0.0
+    bit_equal: float = 1.0
+    changed: int = 0
+    first: Divergence | None = None
+    skipped: str = ""
+
+    def summary(self) -> dict[str, Any]:
+        """As plain data (JSON); what is no number is None."""
+        if self.skipped:
+            return {"skipped": self.skipped}
+        values = asdict(self)
+        del values["name"], values["skipped"]
+        for part in (values, values["first"] or {}):
+            for key in ("max_steps", "steps"):
+                if key in part and not math.isfinite(part[key]):
+                    part[key] = None
+        return values
+
+
+@dataclass(frozen=True)
+class _Runtime:
+    """How the files of a form are run: ``execute(model, images, tensors)``.
+
+    ``limit`` is the most inputs that it is given.
+    """
+
+    package: str
+    execute: Callable[[onnx.ModelProto, NDArray[np.float32], Sequence[str]], Tensors]
+    limit: float = math.inf
+
+
+def verify(
+    student: Student,
+    images: NDArray[Any],
+    forms: Sequence[str] | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> list[Check]:
+    """Run a student in PyTorch and in its exported forms; compare each with the golden model.
+
+    Args:
+        student: quantized, trained; it stays as it is.
+        images: (N, C, H, W).
+        forms: of `archnet.deploy.FORMS`, those that `RUNTIMES` names; None: all of these.
+        files: name -> an ONNX file that was exported from the student, also to be run in ONNX
+            Runtime; its steps are found by the names that this student's export gives them.
+
+    Returns:
+        A check for PyTorch in float32, one for PyTorch in float64 (where products are exact, and
+        the input is quantized in float32 as everywhere), and one for each file and form.
+
+    Raises:
+        ExportError: an unknown form, a student that is no integer model, or a file that cannot
+            be run.
+    """
+    forms = list(RUNTIMES) if forms is None else forms
+    for form in forms:
+        _check_runnable(form)
+    student = copy.deepcopy(student).cpu().eval()
+    images = np.ascontiguousarray(images, np.float32)
+    golden = _Golden(student, images)
+    checks = [
+        golden.check("pytorch float32", "torch", _PyTorch(student, golden.model, torch.float32)),
+        golden.check("pytorch float64", "torch", _PyTorch(student, golden.model, torch.float64)),
+    ]
+    for name, path in (files or {}).items():
+        file = _File(student, "qcdq", RUNTIMES["qcdq"].execute, _load(path))
+        checks.append(golden.check(name, "onnxruntime", file))
+    for form in forms:
+        runtime = RUNTIMES[form]
+        missing = _missing(runtime.package)
+        if missing:
+            checks.append(Check(form, runtime.package, skipped=missing))
+        else:
+            file = _File(student, form, runtime.execute)
+            checks.append(golden.check(form, runtime.package, file, runtime.limit))
+    return checks
+
+
+class _Golden:
+    """The golden model's results, and what is compared with them."""
+
+    def __init__(self, student: Student, images: NDArray[np.float32]) -> None:
+        self.student, self.images, self.model = student, images, lower(student)
+        self.output = student.graph.output
+        batches = [images[first : first + BATCH] for first in range(0, len(images), BATCH)]
+        parts = [self.model.run(batch)[self.model.output] for batch in batches]
+        self.integers = np.concatenate(parts)
+        self.places = _places(student, self.model)
+
+    def check(
+        self, name: str, package: str, subject: "_PyTorch | _File", limit: float = math.inf
+    ) -> Check:
+        """Run ``subject`` on the first ``limit`` images."""
+        count = int(min(limit, len(self.images)))
+        images, expected = self.images[:count], self.integers[:count]
+        found = subject.run(images, [])[self.output]
+        if found.shape != expected.shape:
+            raise ExportError(
+                f"{name} gives {found.shape}, the student {expected.shape}: "
+                "it is another student's file"
+            )
+        unit = self.model.output_unit
+        difference = _steps(found / unit, expected)
+        wrong = changed(expected * unit, found) | ~np.isfinite(found).all(-1)
+        differing = np.flatnonzero((difference > 0).reshape(count, -1).any(1))
+        return Check(
+            name,
+            f"{package} {version(package)}",
+            count,
+            float(difference.max()),
+            float((difference == 0).mean()),
+            int(wrong.sum()),
+            self._explain(subject, images[differing[:EXPLAINED]]) if differing.size else None,
+        )
+
+    def _explain(
+        self, subject: "_PyTorch | _File", images: NDArray[np.float32]
+    ) -> Divergence | None:
+        """The first step that differs on some images."""
+        names = list(self.places)
+        expected = self.model.run(images, list(self.places.values()))
+        found = subject.run(images, names)
+        for step in self.student.graph.steps:
+            if step.name not in found:
+                continue
+            place = self.places.get(step.name, self.model.output)
+            is_output = step.name == self.output
+            unit = self.model.output_unit if is_output else self.model.grids[place].scale
+            difference = _steps(found[step.name] / unit, expected[place])
+            if difference.any():
+                return Divergence(
+                    step.name,
+                    step.origin,
+                    int((difference > 0).sum()),
+                    difference.size,
+                    float(difference.max()),
+                )
+        return None
+
+
+def _steps(found: NDArray[Any], expected: Integers) -> NDArray[np.float64]:
+    """Distances from the integers expected; what is no number is infinitely far."""
+    difference = np.abs(np.rint(found.astype(np.float64)) - expected)
+    return np.where(np.isnan(difference), np.inf, difference)
+
+
+def _places(student: Student, model: IntegerModel) -> dict[str, str]:
+    """For every step of the student whose values are rounded, their name in the golden model."""
+    rounded: dict[str, str] = {}
+
+    def is_rounded(step: Step) -> bool:
+        module = student.operator(step.name)
+        if isinstance(module, Activation) and isinstance(module.quantizer, Quantizer):
+            return True
+        moves = isinstance(module, LayoutMove | MaxPool2x2 | Concat | Activation)
+        return moves and all(name in rounded for name in step.inputs)
+
+    for step in student.graph.steps:
+        if is_rounded(step):
+            rounded[step.name] = model.aliases.get(step.name, step.name)
+    return rounded
+
+
+class _PyTorch:
+    """The student itself."""
+
+    def __init__(self, student: Student, model: IntegerModel, dtype: torch.dtype) -> None:
+        self.student, self.model, self.dtype = copy.deepcopy(student).to(dtype), model, dtype
+
+    def run(self, images: NDArray[np.float32], names: Sequence[str]) -> Tensors:
+        """The result and the values ``names``, (N, ...)."""
+        wanted = list(dict.fromkeys([*names, self.student.graph.output]))
+        parts = []
+        with torch.inference_mode():
+            for first in range(0, len(images), BATCH):
+                values = self._sources(images[first : first + BATCH])
+                found = self.student.run(values, [name for name in wanted if name not in values])
+                computed = dict(zip([n for n in wanted if n not in values], found, strict=True))
+                parts.append([{**values, **computed}[name].numpy() for name in wanted])
+        return {
+            name: np.concatenate(p)
+            for name, p in zip(wanted, zip(*parts, strict=True), strict=True)
+        }
+
+    def _sources(self, images: NDArray[np.float32]) -> dict[str, torch.Tensor]:
+        """What the student starts from: the input; in float64, the input once it is quantized."""
+        if self.dtype == torch.float32:
+            return {self.model.input: torch.from_numpy(images)}
+        sources = {}
+        for step in self.model.steps:
+            module = step.operator
+            if step.inputs == (self.model.input,) and isinstance(module, Activation):
+                integers = execute(step, [images], self.model)
+                quantizer = self.student.operator(step.name).get_submodule("quantizer")
+                assert isinstance(quantizer, Quantizer)
+                sources[step.name] = torch.from_numpy(integers).to(self.dtype) * quantizer.scale
+        return sources
+
+
+class _File:
+    """An exported file in a runtime.
+
+    Args:
+        student: it was exported from.
+        form: of the file; where its values stand in it follows from it.
+        execute: see `_Runtime`.
+        model: what a file holds; None: it is exported now.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        form: str,
+        execute: Callable[..., Tensors],
+        model: onnx.ModelProto | None = None,
+    ) -> None:
+        written, self.values = write(student, form)
+        self.model, self.execute = model or written, execute
+        self.output = student.graph.output
+
+    def run(self, images: NDArray[np.float32], names: Sequence[str]) -> Tensors:
+        """The result and those of the values ``names`` that the file holds, (N, ...)."""
+        graph = self.model.graph
+        held = {output for node in graph.node for output in node.output}
+        values = {name: self.values[name] for name in names if self.values[name].tensor in held}
+        found = self.execute(self.model, images, [value.tensor for value in values.values()])
+        tensors = {name: _moved(found[value.tensor], value) for name, value in values.items()}
+        return {**tensors, self.output: found[graph.output[0].name]}
+
+
+def _moved(tensor: NDArray[Any], value: Value) -> NDArray[Any]:
+    """What a value's tensor stands for: its moves made, its integers multiplied by their scale."""
+    if value.grid is not None:
+        tensor = (tensor.astype(np.float64) - value.grid.zero) * value.grid.scale
+    for move in value.moves:
+        if isinstance(move, Transpose):
+            tensor = tensor.transpose(move.order)
+        else:
+            tensor = tensor.reshape(move.shape)
+    return tensor
+
+
+def _in_onnxruntime(
+    model: onnx.ModelProto, images: NDArray[np.float32], tensors: Sequence[str]
+) -> Tensors:
+    model = _with_outputs(model, tensors)
+    session = load_session(model.SerializeToString())
+    names = [item.name for item in session.get_outputs()]
+    parts = [
+        run_session(session, images[first : first + BATCH], "the model")
+        for first in range(0, len(images), BATCH)
+    ]
+    return dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True))
+
+
+def _in_openvino(
+    model: onnx.ModelProto, images: NDArray[np.float32], tensors: Sequence[str]
+) -> Tensors:
+    model = _with_outputs(model, tensors)
+    compiled = compile_openvino(model.SerializeToString())
+    names = [item.name for item in model.graph.output]
+    parts = []
+    for first in range(0, len(images), BATCH):
+        results = compiled([images[first : first + BATCH]])
+        parts.append([results[index].copy() for index in range(len(names))])
+    return dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True))
+
+
+def _in_qonnx(
+    model: onnx.ModelProto, images: NDArray[np.float32], tensors: Sequence[str]
+) -> Tensors:
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.core.onnx_exec import execute_onnx
+    from qonnx.transformation.infer_shapes import InferShapes
+
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    # Its executor wants every shape, the batch included.
+    for item in (*fixed.graph.input, *fixed.graph.output):
+        item.type.tensor_type.shape.dim[0].dim_value = len(images)
+    wrapped = ModelWrapper(fixed).transform(InferShapes())
+    feed = {fixed.graph.input[0].name: images}
+    found = execute_onnx(wrapped, feed, return_full_exec_context=True)
+    return {name: found[name] for name in (fixed.graph.output[0].name, *tensors)}
+
+
+# How the forms are run that a runtime for Python exists for.
+RUNTIMES: Mapping[str, _Runtime] = {
+    "qcdq": _Runtime("onnxruntime", _in_onnxruntime),
+    "qdq": _Runtime("onnxruntime", _in_onnxruntime),
+    # It executes node by node, each in a session of its own.
+    "qonnx": _Runtime("qonnx", _in_qonnx, limit=100),
+    "openvino": _Runtime("openvino", _in_openvino),
+}
+
+
+def _with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """The model with further tensors among its outputs."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    known = {item.name for item in result.graph.output}
+    for name in dict.fromkeys(tensors):
+        if name not in known:
+            result.graph.output.append(onnx.ValueInfoProto(name=name))
+    return result
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    load_session(path)  # Whose errors name the file.
+    return onnx.load(path)
+
+
+def _check_runnable(form: str) -> None:
+    if form in RUNTIMES:
+        return
+    near = difflib.get_close_matches(form, RUNTIMES, 1, 0.0)[0]
+    if form in FORMS:
+        raise ExportError(f"form={form} is not run here; these are: {', '.join(RUNTIMES)}")
+    raise ExportError(f"form={form} is not one of {', '.join(RUNTIMES)}; nearest: {near}")
+
+
+def _missing(package: str) -> str:
+    """Why a runtime cannot be used; "" where it can."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return f"needs the extra: pip install 'archnet[{package}]'"
+    return ""

@@ -11,8 +11,20 @@ import torch
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 from torch import nn
 
+import archnet
 from archnet.errors import ConfigError
-from archnet.hardware import AuditError, Target, audit, student_cost, teacher_cost
+from archnet.hardware import (
+    DATAFLOWS,
+    AuditError,
+    Product,
+    SystolicArray,
+    Target,
+    audit,
+    cycles,
+    onnx_cost,
+    student_cost,
+    teacher_cost,
+)
 from archnet.ops import (
     Activation,
     BatchNorm,
@@ -151,6 +163,98 @@ def test_cost_of_a_teacher_with_any_grouping():
     assert cost.bops == expected * 32
     assert cost.weight_bytes == sum(p.numel() for p in teacher.parameters())
     assert all(module.training for module in teacher.modules())
+
+
+class Residual(nn.Module):
+    """A convolution, its batch norm and ReLU, added to the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.up = nn.ConvTranspose2d(4, 6, 2, stride=2)
+
+    def forward(self, x):
+        return self.up(x + torch.relu(self.bn(self.conv(x))))
+
+
+def test_cost_of_a_teacher_module_by_module():
+    cost = teacher_cost(Residual(), torch.randn(3, 4, 8, 8), weight_bits=8, act_bits=8)
+    rows = {row.name: row for row in cost.steps}
+    assert list(rows) == ["conv", "bn", "up"]
+    assert rows["conv"].products == (Product(64, 36, 4),)
+    assert rows["up"].macs == 64 * 4 * 6 * 4
+    assert sum(row.macs for row in cost.steps) == cost.macs
+    assert sum(row.weight_bytes for row in cost.steps) == cost.weight_bytes
+    assert rows["bn"].parameters == 8
+    assert not cost.uncounted
+    # The input stays for the addition; batch norm and ReLU write over what they read.
+    assert rows["conv"].live_bytes == rows["bn"].live_bytes == 2 * 256
+    assert cost.activation_bytes == 256 + 6 * 256
+
+
+def test_a_teacher_that_multiplies_outside_of_modules():
+    class Teacher(nn.Module):
+        def forward(self, x):
+            return (x @ x.mT).softmax(-1) @ x
+
+    cost = teacher_cost(Teacher(), torch.randn(2, 6, 5))
+    (row,) = cost.steps
+    assert (row.name, row.macs) == ("", 2 * 6 * 6 * 5) == ("", cost.macs)
+
+
+# Cycles -------------------------------------------------------------------------------------
+
+
+def one_layer(bits=8):
+    net = student((16, 8, 8), [("conv", Conv3x3(16, 32), ["x"])])
+    (step,) = student_cost(net).steps
+    return replace(step, weight_bits=bits, activation_bits=bits)
+
+
+@pytest.mark.parametrize(
+    ("dataflow", "expected"),
+    [
+        ("output", 4 * 2 * (32 + 16 + 144 - 2)),
+        ("weight", 9 * 2 * (32 + 16 + 64 - 2)),
+        ("input", 9 * 4 * (32 + 16 + 32 - 2)),
+    ],
+)
+def test_cycles_of_a_known_layer(dataflow, expected):
+    assert cycles(one_layer(), SystolicArray(16, 16, dataflow, bandwidth=1e9)) == expected
+
+
+def test_cycles_are_bound_by_bandwidth_where_it_is_low():
+    step = one_layer()
+    # Inputs go in twice (two tiles across), weights four times, results come out once.
+    moved = 2 * 64 * 144 + 4 * 144 * 32 + 64 * 32
+    assert cycles(step, SystolicArray(bandwidth=1)) == moved
+    assert cycles(one_layer(bits=4), SystolicArray(bandwidth=1)) == moved // 2
+    # Nine tiles deep: eight times 32-bit sums go out and come back.
+    weight = 144 * 32 + 2 * 64 * 144 + 2 * 8 * 64 * 32 * 4 + 64 * 32
+    assert cycles(step, SystolicArray(dataflow="weight", bandwidth=1)) == weight
+
+
+@pytest.mark.parametrize("dataflow", DATAFLOWS)
+def test_an_array_is_never_busier_than_it_is_large(dataflow):
+    step = one_layer()
+    for rows, columns in ((1, 1), (4, 64), (256, 256)):
+        taken = cycles(step, SystolicArray(rows, columns, dataflow, bandwidth=1e9))
+        assert taken * rows * columns >= step.macs
+
+
+def test_what_multiplies_nothing_takes_no_cycles():
+    net = student((4, 8, 8), [("pool", MaxPool2x2(), ["x"])])
+    (step,) = student_cost(net).steps
+    assert cycles(step, SystolicArray()) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rows": 0}, {"columns": -1}, {"bandwidth": 0}, {"dataflow": "x"}]
+)
+def test_impossible_arrays(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        SystolicArray(**wrong)
 
 
 # Audit --------------------------------------------------------------------------------------
@@ -336,3 +440,73 @@ def test_a_broken_file_is_a_clear_error(tmp_path):
     for absent in (tmp_path / "absent.onnx", tmp_path):
         with pytest.raises(AuditError, match=str(absent)):
             audit(absent)
+
+
+# Cost of a file -----------------------------------------------------------------------------
+
+
+def test_a_file_costs_what_its_student_costs(tmp_path):
+    steps = [
+        ("conv", Conv3x3(4, 8, stride=2), ["x"]),
+        ("relu", Activation(low=0), ["conv"]),
+        ("pool", MaxPool2x2(), ["relu"]),
+        ("flat", Reshape((32,)), ["pool"]),
+        ("fc", FullyConnected(32, 10), ["flat"]),
+    ]
+    net = student((4, 8, 8), steps)
+    path = tmp_path / "net.onnx"
+    archnet.export(net, path)
+    expected, found = student_cost(net), onnx_cost(path)
+    assert found.totals() == expected.totals()
+    by_name = {step.name: step for step in expected.steps}
+    assert found.steps[0].products == by_name["conv"].products
+    assert found.uncounted == {"MaxPool": 1}
+
+
+def test_the_widths_of_a_file_are_those_it_stores():
+    nodes = [
+        node("QuantizeLinear", "x", "scale", "zero", output="q"),
+        node("DequantizeLinear", "q", "scale", "zero", output="f"),
+        node("DequantizeLinear", "w", "scale", output="wf"),
+        node("Conv", "f", "wf", "b"),
+    ]
+    constants = {
+        "scale": np.float32(0.1),
+        "zero": np.uint8(0),
+        "w": np.zeros((6, 4, 3, 3), np.int8),
+        "b": weight(6),
+    }
+    cost = onnx_cost(model(nodes, **constants))
+    (row,) = cost.steps
+    assert (row.weight_bits, row.activation_bits) == (8, 8)
+    assert row.macs == 36 * 6 * 36
+    assert row.bops == row.macs * 64
+    assert row.weight_bytes == 216 + 4 + 24
+    assert row.live_bytes == 256 + 4 * 216  # bytes read, floats written
+    packed = model(nodes, **constants)
+    item = packed.graph.initializer[2]
+    item.CopyFrom(helper.make_tensor("w", TensorProto.INT4, (6, 4, 3, 3), [1] * 216))
+    (row,) = onnx_cost(packed).steps
+    assert (row.weight_bits, row.weight_bytes) == (4, 108 + 4 + 24)
+
+
+def test_products_of_any_operands():
+    attention = [node("MatMul", "x", "y", output="h"), node("MatMul", "h", "w")]
+    cost = onnx_cost(model(attention, w=weight(8, 5)))
+    assert [step.products[0] for step in cost.steps] == [Product(8, 8, 8, 4), Product(32, 8, 5)]
+    grouped = onnx_cost(model([node("Conv", "x", "w", group=2)], w=weight(6, 2, 3, 3)))
+    assert grouped.steps[0].products == (Product(36, 18, 3, 2),)
+
+
+def test_what_is_not_counted_is_listed():
+    nodes = [node("Sigmoid", "x", output="h"), node("Mul", "h", "y", output="i"), node("Relu", "i")]
+    nodes.append(node("Sigmoid", "out", output="z"))
+    cost = onnx_cost(model(nodes))
+    assert cost.macs == 0
+    assert cost.uncounted == {"Sigmoid": 2, "Mul": 1}
+
+
+def test_files_that_cannot_be_read_have_no_cost(tmp_path):
+    with pytest.raises(AuditError, match="no valid ONNX model"):
+        (tmp_path / "net.onnx").write_bytes(b"nothing")
+        onnx_cost(tmp_path / "net.onnx")

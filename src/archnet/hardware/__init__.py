@@ -1,17 +1,24 @@
 """The hardware target: what it runs, what a network costs on it, and whether a file is pure."""
 
 from archnet.hardware.audit import Audit, AuditError, Violation, audit
-from archnet.hardware.cost import Cost, StepCost, student_cost, teacher_cost
+from archnet.hardware.cost import Cost, Product, StepCost, student_cost, teacher_cost
+from archnet.hardware.cycles import DATAFLOWS, SystolicArray, cycles
+from archnet.hardware.onnx_cost import onnx_cost
 from archnet.hardware.target import Target
 
 __all__ = [
+    "DATAFLOWS",
     "Audit",
     "AuditError",
     "Cost",
+    "Product",
     "StepCost",
+    "SystolicArray",
     "Target",
     "Violation",
     "audit",
+    "cycles",
+    "onnx_cost",
     "student_cost",
     "teacher_cost",
 ]

@@ -1,0 +1,222 @@
+"""`archnet cost`: multiply-accumulates, bit operations, bytes, cycles and, if asked, latency."""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from archnet.errors import ArchnetError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from archnet.hardware import Cost, StepCost, SystolicArray
+    from archnet.runs import RunFolder
+
+HELP = "what a run's teacher and student cost, or an ONNX file: MACs, BOPs, bytes, cycles, latency"
+COLUMNS = ("MACs", "BOPs", "weights", "live", "cycles")
+# Where the output is no terminal, the table is as wide as it needs to be.
+WIDTH = 150
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("source", type=Path, help="run folder or ONNX file")
+    parser.add_argument("--rows", type=int, default=16, help="of the systolic array (16)")
+    parser.add_argument("--columns", type=int, default=16, help="of the systolic array (16)")
+    parser.add_argument(
+        "--dataflow", default="output", help="what stays in the array: output, weight or input"
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, default=64.0, help="on-chip bytes a cycle to and from it (64)"
+    )
+    parser.add_argument(
+        "--latency",
+        default="false",
+        choices=("true", "false"),
+        help="time teacher and student in ONNX Runtime (one thread, batch 1)",
+    )
+    parser.add_argument("--runs", type=int, default=100, help="of each network for its latency")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the tables."""
+    from rich.console import Console
+
+    from archnet.hardware import SystolicArray
+    from archnet.runs import RunFolder
+
+    array = SystolicArray(options.rows, options.columns, options.dataflow, options.bandwidth)
+    if options.runs < 1:
+        raise ArchnetError(f"runs={options.runs} must be at least 1")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    if options.source.is_dir():
+        _run_folder(console, RunFolder.open(options.source), array, options)
+    else:
+        _file(console, options.source, array, options)
+    return 0
+
+
+def _run_folder(
+    console: "Console", folder: "RunFolder", array: "SystolicArray", options: argparse.Namespace
+) -> None:
+    from archnet import pipeline
+    from archnet.hardware import student_cost, teacher_cost
+
+    this, student = pipeline.reopen(folder)
+    example = pipeline.test_images(this.data, 1)
+    before = teacher_cost(this.teacher, example, weight_bits=8, act_bits=8)
+    after = student_cost(student)
+    layers = _layers(before, after)
+    sides = ("teacher", before), ("student", after)
+    _show(console, f"{folder.path} (teacher: as at W8A8)", layers, sides, array)
+    if options.latency == "true":
+        from archnet.deploy.latency import export_teacher, latencies, without_quantizers
+
+        with tempfile.TemporaryDirectory() as temporary:
+            import archnet
+
+            place = Path(temporary)
+            files = {}
+            try:
+                files["teacher, float"] = export_teacher(
+                    this.teacher, example, place / "teacher.onnx"
+                )
+            except ArchnetError as error:
+                console.print(f"left out: {error}", markup=False)
+            floating = without_quantizers(student)
+            files["student, float"] = archnet.export(floating, place / "float.onnx")
+            form = pipeline.form(folder.config())
+            if form != "float":
+                files[f"student, {form}"] = archnet.export(
+                    student, place / "student.onnx", form=form
+                )
+            _show_latencies(console, latencies(files, example, options.runs))
+
+
+def _file(
+    console: "Console", path: Path, array: "SystolicArray", options: argparse.Namespace
+) -> None:
+    from archnet.hardware import onnx_cost
+
+    if not path.is_file():
+        raise ArchnetError(f"{path} is neither a run folder nor a file")
+    cost = onnx_cost(path)
+    layers = [(step.name, step.operator, [[step]]) for step in cost.steps]
+    _show(console, f"{path} (widths as stored)", layers, [("file", cost)], array)
+    if cost.activation_bytes is None:
+        console.print("the activations are not known: a shape in this file cannot be inferred")
+    if options.latency == "true":
+        _show_latencies(console, _file_latency(path, options.runs))
+
+
+def _file_latency(path: Path, runs: int) -> dict[str, float]:
+    import torch
+
+    from archnet.deploy import load_session
+    from archnet.deploy.latency import latencies
+
+    inputs = load_session(path, threads=1).get_inputs()
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)":
+        raise ArchnetError(f"{path}: latency is measured for files with one float input")
+    shape = [size if isinstance(size, int) else 1 for size in inputs[0].shape]
+    return latencies({path.name: path}, torch.zeros(shape), runs)
+
+
+Layer = tuple[str, str, Sequence[Sequence["StepCost"]]]
+
+
+def _layers(teacher: "Cost", student: "Cost") -> list[Layer]:
+    """(module path in the teacher, student's operators, teacher's steps, student's steps)."""
+    paths = list(dict.fromkeys(step.origin for step in student.steps))
+    place = 0
+    for step in teacher.steps:
+        if step.origin in paths:
+            place = paths.index(step.origin) + 1
+        else:
+            # A module that left no step, such as a batch norm folded into its convolution.
+            paths.insert(place, step.origin)
+            place += 1
+    found: list[Layer] = []
+    for path in paths:
+        sides = [[s for s in side.steps if s.origin == path] for side in (teacher, student)]
+        operators = dict.fromkeys(step.operator for step in sides[1])
+        found.append((path or "(no module)", ", ".join(operators), sides))
+    return found
+
+
+def _show(
+    console: "Console",
+    title: str,
+    layers: Sequence[Layer],
+    sides: Sequence[tuple[str, "Cost"]],
+    array: "SystolicArray",
+) -> None:
+    from rich.table import Table
+
+    from archnet.hardware import cycles
+    from archnet.report.table import _amount
+
+    table = Table(title=title, title_justify="left", header_style="")
+    table.add_column("layer", overflow="fold")
+    table.add_column("operators", overflow="fold")
+    for name, _ in sides:
+        for column in COLUMNS:
+            table.add_column(f"{name}\n{column}", justify="right")
+
+    def cells(steps: Sequence["StepCost"]) -> list[str]:
+        return [
+            _amount(sum(step.macs for step in steps), ""),
+            _amount(sum(step.bops for step in steps), ""),
+            _amount(sum(step.weight_bytes for step in steps), "B"),
+            _amount(max((step.live_bytes for step in steps), default=0), "B"),
+            _amount(sum(cycles(step, array) for step in steps), ""),
+        ]
+
+    for name, operators, parts in layers:
+        table.add_row(
+            name,
+            operators,
+            *(cell for steps in parts for cell in (cells(steps) if steps else [""] * 5)),
+        )
+    table.add_section()
+    totals = []
+    for _, cost in sides:
+        totals += cells(cost.steps)[:3]
+        totals.append("?" if cost.activation_bytes is None else _amount(cost.activation_bytes, "B"))
+        totals.append(cells(cost.steps)[4])
+    table.add_row("in all; live: peak", "", *totals)
+    console.print(table, markup=False)
+    console.print(
+        f"cycles: {array.rows}x{array.columns} systolic array, {array.dataflow} stationary, "
+        f"{array.bandwidth:g} bytes a cycle on the chip; products only. "
+        "live: activations in memory, bytes",
+        markup=False,
+        soft_wrap=True,
+    )
+    for name, cost in sides:
+        macs, total = cost.macs, sum(cycles(step, array) for step in cost.steps)
+        if total:
+            busy = macs / (total * array.rows * array.columns)
+            console.print(f"  {name}: {total:,} cycles, multipliers busy {busy:.0%}", markup=False)
+        if cost.uncounted:
+            missing = ", ".join(f"{count:,} {what}" for what, count in cost.uncounted.items())
+            console.print(f"  {name}: not in these MACs: {missing}", markup=False, soft_wrap=True)
+
+
+def _show_latencies(console: "Console", found: dict[str, float]) -> None:
+    from rich.table import Table
+
+    table = Table(title="latency in ONNX Runtime, 1 thread, batch 1", title_justify="left")
+    table.add_column("")
+    table.add_column("median ms", justify="right")
+    reference = found.get("student, float")
+    if reference:
+        table.add_column("times as fast as the float student", justify="right")
+    for name, milliseconds in found.items():
+        ratio = [f"{reference / milliseconds:.2f}"] if reference else []
+        table.add_row(name, f"{milliseconds:.3f}", *ratio)
+    console.print(table, markup=False)

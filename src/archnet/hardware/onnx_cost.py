@@ -8,7 +8,15 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from archnet.hardware.audit import ACTIVATIONS, MOVES, _attributes, _Graph, _is_standard, _read
+from archnet.hardware.audit import (
+    ACTIVATIONS,
+    MOVES,
+    AuditError,
+    _attributes,
+    _Graph,
+    _is_standard,
+    _read,
+)
 from archnet.hardware.cost import Cost, Product, StepCost, live_bytes
 
 # Moves that change nothing in memory.
@@ -112,8 +120,10 @@ class _OnnxCost:
         if any(shape is None or None in shape for shape in shapes) or results is None:
             return None
         left, right = ([size or 0 for size in shape or ()] for shape in shapes)
+        if 0 in (*left, *right):
+            return None
         if node.op_type == "Conv":
-            groups = _attributes(node).get("group", 1)
+            groups = max(1, _attributes(node).get("group", 1))
             filters = right[0] // groups
             return Product(results // right[0], math.prod(right[1:]), filters, groups)
         if node.op_type == "Gemm":
@@ -195,8 +205,9 @@ def _operator(node: onnx.NodeProto) -> str:
 
 def _bits(data_type: int) -> int:
     """Bits of an element; packed types have no NumPy type of their size."""
-    packed = _PACKED_BITS.get(TensorProto.DataType.Name(data_type)) if data_type else None
-    if packed is not None:
-        return packed
-    dtype: Any = helper.tensor_dtype_to_np_dtype(data_type or TensorProto.FLOAT)
-    return 8 * dtype.itemsize
+    known = {value: name for name, value in TensorProto.DataType.items()}
+    data_type = data_type or TensorProto.FLOAT
+    if data_type not in known:
+        raise AuditError(f"the model is no valid ONNX model: element type {data_type}")
+    dtype: Any = helper.tensor_dtype_to_np_dtype(data_type)
+    return _PACKED_BITS.get(known[data_type], 8 * dtype.itemsize)

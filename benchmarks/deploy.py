@@ -1,0 +1,140 @@
+"""File sizes and latencies of integer students beside their float form.
+
+    python benchmarks/deploy.py outputs/cifar10/<run>
+
+quantizes the run's student at each of the widths, by calibration alone (neither bytes nor time
+depend on what the weights are), and adds a row a width to ``results/deploy.csv``; with
+``--as-trained`` it takes the students as the runs left them. Latency is that of ONNX Runtime on one
+image: the median of runs in which teacher, float student and integer student take turns.
+"""
+
+import argparse
+import platform
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import append, command
+
+import archnet
+from archnet import pipeline
+from archnet.deploy.latency import export_teacher, latencies, without_quantizers
+from archnet.hardware import student_cost
+from archnet.ops import Student
+from archnet.pipeline import Run
+from archnet.runs import RunFolder
+
+WIDTHS = ("W8A8", "W4A4", "W2A4", "W3A6")
+SIZED = ("float", "qcdq", "qdq")
+# What decides how fast integers are: without one of the last three, x86 multiplies them no faster
+# than floats.
+EXTENSIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp")
+
+
+def cpu() -> str:
+    """The processor and its vector extensions, in one cell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", text, re.MULTILINE))
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    name = fields.get("model name", platform.machine())
+    number = f"family {fields['cpu family']} model {fields['model']}" if "model" in fields else ""
+    found = " ".join(key for key in EXTENSIONS if key in flags)
+    return ", ".join(part for part in (name, number, found) if part)
+
+
+def bits(width: str) -> tuple[int, int]:
+    """Weight and activation bits of a width such as W2A4."""
+    match = re.fullmatch(r"[Ww](\d+)[Aa](\d+)", width)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{width} is no width such as W2A4")
+    return int(match[1]), int(match[2])
+
+
+def students(this: Run, widths: list[tuple[int, int]]) -> Iterator[tuple[int, int, Student]]:
+    """The run's teacher converted and quantized at each width."""
+    batches = this.data.calibration_batches(this.config.quant.calibration_batches)
+    for weight_bits, act_bits in widths:
+        student = archnet.convert(this.teacher, batches[0][:1], hardware=this.config.hardware)
+        archnet.quantize(student, weight_bits, act_bits, calibration=batches)
+        yield weight_bits, act_bits, student.eval()
+
+
+def measure(this: Run, student: Student, runs: int, threads: int) -> dict[str, Any]:
+    """Bytes of every form and latencies."""
+    example = pipeline.test_images(this.data, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for form in SIZED:
+            source = without_quantizers(student) if form == "float" else student
+            files[form] = archnet.export(source, Path(folder) / form, form=form)
+        teacher = export_teacher(this.teacher, example, Path(folder) / "teacher")
+        timed = {"teacher": teacher, "float": files["float"], "qcdq": files["qcdq"]}
+        taken = latencies(timed, example, runs, threads)
+        sizes = {f"{form}_bytes": path.stat().st_size for form, path in files.items()}
+    return {
+        "teacher_value": round(taken["teacher"], 4),
+        "student_value": round(taken["qcdq"], 4),
+        "float_student_ms": round(taken["float"], 4),
+        "speedup": round(taken["float"] / taken["qcdq"], 3),
+        **sizes,
+    }
+
+
+def main() -> None:
+    """Measure and add the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="run", help="finished run folder")
+    parser.add_argument("--widths", nargs="+", type=bits, default=[bits(w) for w in WIDTHS])
+    parser.add_argument("--as-trained", action="store_true", help="the students of the runs")
+    parser.add_argument("--repeat", type=int, default=300, help="runs of each file")
+    parser.add_argument("--threads", type=int, default=1, help="of an operator")
+    parser.add_argument("--dry-run", action="store_true", help="print the figures, add no row")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for path in options.runs:
+        this, trained = pipeline.reopen(RunFolder.open(path))
+        config = this.config
+        quant = config.quant
+        found = (
+            [(quant.weight_bits, quant.act_bits, trained)]
+            if options.as_trained
+            else students(this, options.widths)
+        )
+        flag = "--as-trained" if options.as_trained else "--widths W{}A{}"
+        for weight_bits, act_bits, student in found:
+            row = measure(this, student, options.repeat, options.threads)
+            cost = student_cost(student)
+            print(f"{config.task.name} W{weight_bits}A{act_bits}", row, flush=True)
+            if options.dry_run:
+                continue
+            append(
+                "deploy",
+                {
+                    "task": config.task.name,
+                    "teacher": config.teacher.name,
+                    "hardware": config.hardware.name,
+                    "weight_bits": weight_bits,
+                    "act_bits": act_bits,
+                    "metric": "ms an image in ONNX Runtime (teacher float, student qcdq)",
+                    "bops": cost.bops,
+                    "weight_bytes": cost.weight_bytes,
+                    "seed": config.seed,
+                    "command": f"python benchmarks/deploy.py {path} "
+                    f"{flag.format(weight_bits, act_bits)} --repeat {options.repeat}"
+                    f" --threads {options.threads}",
+                    **row,
+                    "threads": options.threads,
+                    "cpu": cpu(),
+                    "run": command(config),
+                },
+            )
+
+
+if __name__ == "__main__":
+    main()

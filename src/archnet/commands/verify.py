@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     if not folder.metrics.is_file():
         raise RunError(f"{folder.metrics} is missing: finish the run with resume={folder.path}")
     metrics = read_json(folder.metrics)
-    images = _images(this, options.inputs)
+    images = image_batch(this, options.inputs)
     forms = options.forms.split(",") if options.forms else None
     files = {folder.onnx.name: folder.onnx} if folder.onnx.is_file() else {}
     checks = verify(student, images, forms, files)
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     return 1 if any(check.changed for check in checks) else 0
 
 
-def _images(this: "Run", count: int) -> Any:
+def image_batch(this: "Run", count: int) -> Any:
     """(count, C, H, W) float32: the test images; where they are too few, unlabelled ones too."""
     import torch
 

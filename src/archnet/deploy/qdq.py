@@ -1,6 +1,5 @@
 """Form qdq: integers in ONNX's own types of 2, 4 and 8 bits, the narrowest that holds them."""
 
-import math
 from typing import Any
 
 import ml_dtypes
@@ -25,12 +24,17 @@ class QdqWriter(Writer):
     form = "qdq"
 
     def weight(self, name: str, integers: Tensor, scale: Tensor, bits: int) -> str:
-        low, high = -(2 ** max(1, bits - 1)), 2 ** max(1, bits - 1) - 1
-        return self.scaled(name, integers, scale, self._type(f"{name}: its {bits} bits", low, high))
+        high = 2 ** max(1, bits - 1) - 1
+        dtype = self._type(f"{name}: its {bits} bits", -high - 1, high)
+        if dtype is None:
+            raise ExportError(f"{name}: its {bits} bits fit no type of form={self.form}: 8 at most")
+        return self.scaled(name, integers, scale, dtype)
 
     def rounded(self, tensor: str, source: str, grid: Grid, high: int) -> Grid | None:
         label = f"step {grid.name}: its integers {grid.low} to {grid.high}"
         dtype = self._type(label, grid.low, grid.high)
+        if dtype is None:
+            raise self.too_wide(grid)
         bounds = [
             # Away from the type's own bounds, at which a QuantizeLinear saturates.
             self.constant(f"{tensor}.{key}", bound * np.float32(grid.scale), np.float32)
@@ -51,7 +55,7 @@ class QdqWriter(Writer):
         return None
 
     def _type(self, label: str, low: int, high: int) -> Any:
-        """The narrowest type for the integers ``low`` to ``high``."""
+        """The narrowest type for the integers ``low`` to ``high``; None if 8 bits are too few."""
         for dtype, opset in _SIGNED if low < 0 else _UNSIGNED:
             lowest, highest = _range(dtype)
             if lowest <= low and high <= highest:
@@ -61,9 +65,9 @@ class QdqWriter(Writer):
                         f"export with opset={opset} or more, or form=qcdq"
                     )
                 return dtype
-        raise ExportError(f"{label} fit no type of form={self.form}: lower its width to 8 or less")
+        return None
 
 
 def _range(dtype: Any) -> tuple[int, int]:
     info = ml_dtypes.iinfo(dtype)
-    return math.floor(info.min), math.floor(info.max)
+    return int(info.min), int(info.max)

@@ -27,9 +27,7 @@ class QonnxWriter(Writer):
         bits = (grid.high - grid.low).bit_length()
         narrow = signed and grid.low == -grid.high
         if (grid.low, grid.high) != quant_range(bits, signed, narrow):
-            raise ExportError(
-                f"step {grid.name}: no Quant node has the integers {grid.low} to {grid.high}"
-            )
+            raise self.too_wide(grid)
         if high != grid.high:
             bound = self.constant(f"{tensor}.high", high * np.float32(grid.scale), np.float32)
             source = self.node("Clip", [source, "", bound], f"{tensor}.clipped")

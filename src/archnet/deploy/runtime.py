@@ -25,19 +25,13 @@ class Parity:
     count: int
 
 
-# Types for which ONNX Runtime has conversions to and from float and hardly any operator.
-_SUB_BYTE = frozenset(
-    getattr(onnx.TensorProto, name) for name in ("INT2", "UINT2", "INT4", "UINT4")
-)
-
-
 def load_session(
     model: str | os.PathLike[str] | bytes, threads: int = 0
 ) -> onnxruntime.InferenceSession:
     """Open an exported file in ONNX Runtime, on the CPU.
 
-    A file with integers of 2 or 4 bits (form qdq) runs in floats, which give the same result: the
-    runtime would look for kernels on such integers and find none.
+    A file of form qdq runs in floats, which give the same result: the runtime would look for
+    kernels on its integers and find none for 2 and 4 bits.
 
     Args:
         model: the ONNX file, or its content.
@@ -54,15 +48,19 @@ def load_session(
     options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         if isinstance(model, bytes):
-            graph = onnx.load_from_string(model).graph
+            properties = onnx.load_from_string(model).metadata_props
         else:
-            graph = onnx.load(name, load_external_data=False).graph
-        if any(item.data_type in _SUB_BYTE for item in graph.initializer):
+            properties = onnx.load(name, load_external_data=False).metadata_props
+        without = []
+        if any((item.key, item.value) == ("form", "qdq") for item in properties):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+            # It looks at every QuantizeLinear behind a Clip, and stops at 2 bits.
+            without = ["ClipQuantRewrite"]
         return onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else name,
             options,
             providers=["CPUExecutionProvider"],
+            disabled_optimizers=without,
         )
     except Exception as error:  # The exceptions of protobuf and the runtime have no common base.
         raise ExportError(f"ONNX Runtime cannot load {name}: {_first_line(error)}") from error
@@ -92,12 +90,13 @@ def run_session(
         ) from error
 
 
-def compile_openvino(content: bytes, threads: int = 0) -> Any:
+def compile_openvino(content: bytes, exact: bool = False) -> Any:
     """An ONNX model compiled by OpenVINO for the CPU, in float32 where it is float.
 
     Args:
         content: the file's content.
-        threads: 0 leaves the choice to the runtime.
+        exact: without integer kernels. Those for AVX2 add pairs of products in 16 bits, where
+            8-bit weights saturate; OpenVINO has no option for others.
 
     Raises:
         ExportError: the extra is missing, or OpenVINO cannot read or compile the model.
@@ -107,8 +106,8 @@ def compile_openvino(content: bytes, threads: int = 0) -> Any:
     except ImportError as error:
         raise ExportError("OpenVINO needs the extra: pip install 'archnet[openvino]'") from error
     options = {"INFERENCE_PRECISION_HINT": "f32"}
-    if threads:
-        options["INFERENCE_NUM_THREADS"] = str(threads)
+    if exact:
+        options["LP_TRANSFORMS_MODE"] = "NO"
     try:
         core = openvino.Core()
         return core.compile_model(core.read_model(content), "CPU", options)

@@ -1,10 +1,10 @@
 """Every form of a student against its golden model, and the first step where one departs."""
 
 import copy
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from archnet.deploy.export import FORMS, write
+from archnet.deploy.export import form_named, write
 from archnet.deploy.integer import IntegerModel, Integers, execute, lower
 from archnet.deploy.runtime import changed, compile_openvino, load_session, run_session
 from archnet.deploy.writer import ExportError, Transpose, Value
@@ -33,6 +33,7 @@ class Divergence:
     """The first step whose integers are others than the golden model's.
 
     ``values`` of ``total`` differ, by ``steps`` of their grid at most, on the inputs looked at.
+    ``origin`` is the teacher's module path that the step comes from, "" for the input.
     """
 
     step: str
@@ -93,6 +94,7 @@ class _Runtime:
     ``limit`` is the most inputs that it is given.
     """
 
+    form: str
     package: str
     execute: Callable[[onnx.ModelProto, NDArray[np.float32], Sequence[str]], Tensors]
     limit: float = math.inf
@@ -109,7 +111,7 @@ def verify(
     Args:
         student: quantized, trained; it stays as it is.
         images: (N, C, H, W).
-        forms: of `archnet.deploy.FORMS`, those that `RUNTIMES` names; None: all of these.
+        forms: of `archnet.deploy.FORMS`, those in `RUNNABLE`; None: all of these.
         files: name -> an ONNX file that was exported from the student, also to be run in ONNX
             Runtime; its steps are found by the names that this student's export gives them.
 
@@ -121,7 +123,7 @@ def verify(
         ExportError: an unknown form, a student that is no integer model, or a file that cannot
             be run.
     """
-    forms = list(RUNTIMES) if forms is None else forms
+    forms = RUNNABLE if forms is None else forms
     for form in forms:
         _check_runnable(form)
     student = copy.deepcopy(student).cpu().eval()
@@ -134,14 +136,15 @@ def verify(
     for name, path in (files or {}).items():
         file = _File(student, "qcdq", RUNTIMES["qcdq"].execute, _load(path))
         checks.append(golden.check(name, "onnxruntime", file))
-    for form in forms:
-        runtime = RUNTIMES[form]
+    for name, runtime in RUNTIMES.items():
+        if runtime.form not in forms:
+            continue
         missing = _missing(runtime.package)
         if missing:
-            checks.append(Check(form, runtime.package, skipped=missing))
+            checks.append(Check(name, runtime.package, skipped=missing))
         else:
-            file = _File(student, form, runtime.execute)
-            checks.append(golden.check(form, runtime.package, file, runtime.limit))
+            file = _File(student, runtime.form, runtime.execute)
+            checks.append(golden.check(name, runtime.package, file, runtime.limit))
     return checks
 
 
@@ -199,12 +202,19 @@ class _Golden:
             if difference.any():
                 return Divergence(
                     step.name,
-                    step.origin,
+                    self._origin(step),
                     int((difference > 0).sum()),
                     difference.size,
                     float(difference.max()),
                 )
         return None
+
+    def _origin(self, step: Step) -> str:
+        """The teacher's module path: its own, or that of the nearest step before that has one."""
+        steps = {item.name: item for item in self.student.graph.steps}
+        while not step.origin and step.inputs[0] in steps:
+            step = steps[step.inputs[0]]
+        return step.origin
 
 
 def _steps(found: NDArray[Any], expected: Integers) -> NDArray[np.float64]:
@@ -323,10 +333,13 @@ def _in_onnxruntime(
 
 
 def _in_openvino(
-    model: onnx.ModelProto, images: NDArray[np.float32], tensors: Sequence[str]
+    model: onnx.ModelProto,
+    images: NDArray[np.float32],
+    tensors: Sequence[str],
+    exact: bool = False,
 ) -> Tensors:
     model = _with_outputs(model, tensors)
-    compiled = compile_openvino(model.SerializeToString())
+    compiled = compile_openvino(model.SerializeToString(), exact)
     names = [item.name for item in model.graph.output]
     parts = []
     for first in range(0, len(images), BATCH):
@@ -353,14 +366,18 @@ def _in_qonnx(
     return {name: found[name] for name in (fixed.graph.output[0].name, *tensors)}
 
 
-# How the forms are run that a runtime for Python exists for.
+# How the forms are run that a runtime for Python exists for, by the name of the check.
 RUNTIMES: Mapping[str, _Runtime] = {
-    "qcdq": _Runtime("onnxruntime", _in_onnxruntime),
-    "qdq": _Runtime("onnxruntime", _in_onnxruntime),
+    "qcdq": _Runtime("qcdq", "onnxruntime", _in_onnxruntime),
+    "qdq": _Runtime("qdq", "onnxruntime", _in_onnxruntime),
     # It executes node by node, each in a session of its own.
-    "qonnx": _Runtime("qonnx", _in_qonnx, limit=100),
-    "openvino": _Runtime("openvino", _in_openvino),
+    "qonnx": _Runtime("qonnx", "qonnx", _in_qonnx, limit=100),
+    "openvino": _Runtime("openvino", "openvino", _in_openvino),
+    "openvino without int8 kernels": _Runtime(
+        "openvino", "openvino", partial(_in_openvino, exact=True)
+    ),
 }
+RUNNABLE = tuple(dict.fromkeys(runtime.form for runtime in RUNTIMES.values()))
 
 
 def _with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
@@ -380,12 +397,9 @@ def _load(path: Path) -> onnx.ModelProto:
 
 
 def _check_runnable(form: str) -> None:
-    if form in RUNTIMES:
-        return
-    near = difflib.get_close_matches(form, RUNTIMES, 1, 0.0)[0]
-    if form in FORMS:
-        raise ExportError(f"form={form} is not run here; these are: {', '.join(RUNTIMES)}")
-    raise ExportError(f"form={form} is not one of {', '.join(RUNTIMES)}; nearest: {near}")
+    form_named(form)
+    if form not in RUNNABLE:
+        raise ExportError(f"form={form} is not run here; these are: {', '.join(RUNNABLE)}")
 
 
 def _missing(package: str) -> str:

@@ -185,7 +185,7 @@ class Writer:
         """
         low, high = grid.low + grid.zero, high + grid.zero
         if low < 0 or high > 255:
-            raise self.too_wide(tensor, grid)
+            raise self.too_wide(grid)
         # A QuantizeLinear saturates at 0 and 255, so wider bounds need no Clip.
         clipped = (low, high) != (0, 255)
         quantized = f"{tensor}.unclipped" if clipped else tensor
@@ -198,11 +198,11 @@ class Writer:
             self.node("Clip", [quantized, *bounds], tensor)
         return grid
 
-    def too_wide(self, tensor: str, grid: Grid) -> ExportError:
+    def too_wide(self, grid: Grid) -> ExportError:
         """The error for a grid that no type of this form holds."""
         return ExportError(
-            f"step {grid.name}: no type of form={self.form} holds its integers {grid.low} to "
-            f"{grid.high}: lower quant.act_bits to 8 or less"
+            f"step {grid.name}: its integers {grid.low} to {grid.high} fit no type of "
+            f"form={self.form}: lower quant.act_bits to 8 or less"
         )
 
     def scaled(self, name: str, integers: Tensor, scale: Tensor, dtype: Any) -> str:
@@ -236,6 +236,7 @@ class Writer:
             ir_version=helper.find_min_ir_version_for(opsets, ignore_unknown=True),
             producer_name="archnet",
         )
+        helper.set_model_props(model, {"form": self.form})
         if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
             raise ExportError(
                 f"the student takes {model.ByteSize() / 1e9:.1f} GB, and an ONNX file holds "

@@ -9,6 +9,7 @@ image: the median of runs in which teacher, float student and integer student ta
 """
 
 import argparse
+import os
 import platform
 import re
 import tempfile
@@ -108,6 +109,7 @@ def main() -> None:
         )
         flag = "--as-trained" if options.as_trained else "--widths W{}A{}"
         for weight_bits, act_bits, student in found:
+            load = os.getloadavg()[0]  # what else ran, which favours neither or the smaller file
             row = measure(this, student, options.repeat, options.threads)
             cost = student_cost(student)
             print(f"{config.task.name} W{weight_bits}A{act_bits}", row, flush=True)
@@ -131,6 +133,7 @@ def main() -> None:
                     **row,
                     "threads": options.threads,
                     "cpu": cpu(),
+                    "load": round(load, 1),
                     "run": command(config),
                 },
             )

@@ -193,6 +193,12 @@ def test_cost_of_a_teacher_module_by_module():
     assert cost.activation_bytes == 256 + 6 * 256
 
 
+def test_what_no_later_step_reads_takes_no_memory():
+    teacher = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(4, 4, 1))
+    # The pooling also gives indices, which nobody asked for.
+    assert teacher_cost(teacher, torch.randn(1, 4, 8, 8)).activation_bytes == 4 * (256 + 64)
+
+
 def test_a_teacher_that_multiplies_outside_of_modules():
     class Teacher(nn.Module):
         def forward(self, x):

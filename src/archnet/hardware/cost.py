@@ -313,10 +313,16 @@ class _Trace(TorchDispatchMode):
                 if dies and self._elements[item] == self._elements[fresh[0]]:
                     buffer[fresh[0]] = buffer[item]
                     break
-        accesses = [[buffer[item] for item in (*use.reads, *use.writes)] for use in self.uses]
+        outputs = self._known(result)
+        # What nobody reads, such as the indices of a max-pooling, is never stored.
+        wanted = {*last_read, *outputs}
+        accesses = [
+            [buffer[item] for item in (*use.reads, *use.writes) if item in wanted]
+            for use in self.uses
+        ]
         size = {item: _bytes(count, bits) for item, count in self._elements.items()}
         held = [buffer[item] for item in self._inputs]
-        return live_bytes(accesses, size, held, [buffer[item] for item in self._known(result)])
+        return live_bytes(accesses, size, held, [buffer[item] for item in outputs])
 
 
 def _address(tensor: Tensor) -> int:

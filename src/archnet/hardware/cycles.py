@@ -10,10 +10,14 @@ ceil(S_R / R) * ceil(S_C / C) tiles, with
     weight     depth        filters         positions
     input      depth        positions       filters
 
-The simulator itself goes cycle by cycle through traces in files and needs numba, cython and
-pandas; what it reports without memory stalls is this formula. Beside it stands the bandwidth
-between the buffers on the chip and the array (a roofline): operands are read again for each tile
-that needs them, each at its width, and partial sums that leave the array take 32 bits each way.
+The simulator itself (`scalesim` 3.0) goes cycle by cycle through traces in files, and needs numba,
+cython and pandas. Its demand matrices for the example of `cycles` have as many rows as this
+formula gives for weight and input (1,980 and 2,808); for output it has R fewer a tile (1,392 in
+all), as it does not count what drains the array.
+
+Beside the formula stands the bandwidth between the buffers on the chip and the array (a roofline):
+operands are read again for each tile that needs them, each at its width, and partial sums that
+leave the array take 32 bits each way.
 """
 
 import math

@@ -100,7 +100,7 @@ def test_qonnx_agrees_with_the_golden_model(bits):
 def test_openvino_agrees_with_the_golden_model(bits, tmp_path):
     pytest.importorskip("openvino")
     student = student_of(*bits)
-    check = by_name(verify(student, images(150), ["openvino"]))["openvino without int8 kernels"]
+    check = by_name(verify(student, images(150), ["openvino"]))["openvino in floats"]
     assert (check.max_steps, check.bit_equal, check.changed) == (0, 1, 0)
     qcdq = export(student, tmp_path / "a.onnx", form="qcdq").read_bytes()
     assert export(student, tmp_path / "b.onnx", form="openvino").read_bytes() == qcdq
@@ -428,7 +428,7 @@ def test_verify_takes_further_images_where_the_test_split_is_small(run):
 
 def test_changed_predictions_are_the_exit_code(run, monkeypatch, capsys):
     checks = [
-        Check("qcdq", "onnxruntime 1", 10, 3.0, 0.999999, 2),
+        Check("qcdq", "onnxruntime 1", 10, 3.0, 0.999999, 2, hint="weights of 7 bits"),
         Check("qonnx", "qonnx", skipped="needs the extra: pip install 'archnet[qonnx]'"),
     ]
     monkeypatch.setattr("archnet.deploy.verify", lambda *arguments: checks)
@@ -436,6 +436,7 @@ def test_changed_predictions_are_the_exit_code(run, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "99.999 %" in out
     assert "qcdq: first difference at not seen again" in out
+    assert "qcdq: weights of 7 bits" in out
     assert "qonnx: skipped, it needs the extra: pip install 'archnet[qonnx]'" in out
 
 

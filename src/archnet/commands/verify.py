@@ -65,11 +65,15 @@ def _show(title: str, inputs: int, checks: "list[Check]") -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"{title}: against the golden integer model, {inputs:,} inputs", title_justify="left"
+        title=f"{title}: against the golden integer model, {inputs:,} inputs",
+        title_justify="left",
+        caption="steps off: largest difference of an output, in units of its accumulator\n"
+        "bit-equal: outputs without a difference; changed: predictions",
+        caption_justify="left",
     )
     table.add_column("")
     table.add_column("run by")
-    for name in ("inputs", "largest difference, steps", "bit-equal outputs", "predictions changed"):
+    for name in ("inputs", "steps off", "bit-equal", "changed"):
         table.add_column(name, justify="right")
     for check in checks:
         if not check.skipped:
@@ -89,6 +93,8 @@ def _show(title: str, inputs: int, checks: "list[Check]") -> None:
         elif check.bit_equal < 1:
             first = check.first or "not seen again with every step read out"
             console.print(f"{check.name}: first difference at {first}", markup=False)
+            if check.hint:
+                console.print(f"{check.name}: {check.hint}", markup=False)
 
 
 def _percent(share: float) -> str:

@@ -74,9 +74,9 @@ def to_tflite(model: IntegerModel) -> bytes:
     shape, with a batch of 1. Scale and zero point of both stand in the file, as does the highest
     integer, which is stored as 127.
 
-    A batch norm is a depthwise convolution whose offset is rounded to 1/127 of its slope, which
-    can move a result by one step. Everything else is exact but for the runtime's rounding of
-    accumulators, which settled scales leave in no doubt up to 4 bits (`archnet.quant.settle`).
+    It is exact but for the runtime's rounding of accumulators, which settled scales leave in no
+    doubt up to 4 bits (`archnet.quant.settle`), and for batch norms: one is a depthwise
+    convolution, whose offset is rounded to a hundredth of its slope or finer.
 
     Args:
         model: from `lower`, with any requantization.
@@ -515,7 +515,7 @@ class _Emitter:
         return step.name
 
     def _batch_norm(self, step: IntegerStep, operator: BatchNorm, source: Value) -> Value:
-        """A depthwise 1x1 convolution; its weights are as large as int8 is, for a fine offset."""
+        """A depthwise 1x1 convolution."""
         requantization = step.requantization
         assert requantization is not None
         rank = len(source.moved_shape)
@@ -529,16 +529,12 @@ class _Emitter:
 
         name = step.name
         grid, target = self.model.grids[step.inputs[0]], self.model.grids[name]
-        slope = requantization.scale * target.scale / grid.scale
-        # A bias of 31 bits bounds the unit of a channel that hardly depends on its input.
-        least = np.maximum(np.abs(requantization.offset), 1) * target.scale / grid.scale / 2.0**30
-        units = np.maximum(np.abs(slope) / HIGHEST, least)
-        units = units.astype(np.float32).astype(np.float64)
-        weight = np.rint(slope / units).astype(np.int8)[None, None, None]
-        bias = np.rint(requantization.offset * target.scale / (units * grid.scale)).astype(np.int32)
+        weight, bias, unit = affine(requantization.scale, requantization.offset)
+        weights = Quantized(unit * target.scale / grid.scale, axis=3)
+        biases = Quantized(unit * target.scale, dtype=np.int32)
         constants = [
-            self.file.constant(f"{name}.weight", weight, Quantized(units, axis=3)),
-            self.file.constant(f"{name}.bias", bias, Quantized(units * grid.scale, dtype=np.int32)),
+            self.file.constant(f"{name}.weight", weight[None, None, None], weights),
+            self.file.constant(f"{name}.bias", bias, biases),
         ]
         one = np.int32(1)
         tensor = self._clipped(
@@ -663,6 +659,28 @@ class _Emitter:
         self._padded(source.tensor, step.name, [pads[axis] for axis in undo], quantized.zero)
         shape = self._shape(step.name)
         return Value(step.name, step.name, shape).transposed(order, step.name)
+
+
+def affine(
+    scale: NDArray[np.float64], offset: NDArray[np.float64]
+) -> tuple[NDArray[np.int8], NDArray[np.int32], NDArray[np.float64]]:
+    """Integers (weight, bias) and their unit with (weight * x + bias) * unit = scale * x + offset.
+
+    Of the weights that int8 holds, each channel takes the one that rounds its bias least. All are
+    (C,).
+
+    Example (scale 0.5, offset 0.1): 65 * x + 13 in units of 1/130.
+    """
+    slope, offset = np.broadcast_arrays(np.abs(scale), offset)
+    # A channel that hardly depends on its input has a unit that its bias fits.
+    flat = slope < np.maximum(np.abs(offset), 1) / 2.0**23
+    weights = np.arange((HIGHEST + 1) // 2, HIGHEST + 1)[:, None]  # (64, 1)
+    exact = offset * weights / np.where(flat, 1, slope)
+    weight = weights[np.abs(exact - np.rint(exact)).argmin(0), 0]
+    weight = np.where(flat, 0, weight)
+    unit = np.where(flat, np.maximum(np.abs(offset), 1) / 2.0**30, slope / np.maximum(weight, 1))
+    signed = (weight * np.sign(scale)).astype(np.int8)
+    return signed, np.rint(offset / unit).astype(np.int32), unit
 
 
 def _headroom(weight: Integers, accumulator_bits: int) -> int:

@@ -1,0 +1,266 @@
+"""The TensorFlow Lite file gives the integers of the golden model, and Vela compiles it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import archnet
+from archnet.deploy import ExportError
+from archnet.deploy.integer import IntegerGrid, lower
+from archnet.deploy.tflite import _headroom, affine, to_tflite
+from archnet.deploy.vela import _report, compile_vela
+from archnet.ops import (
+    Activation,
+    Concat,
+    Conv3x3,
+    FullyConnected,
+    MaxPool2x2,
+    Permute,
+    Reshape,
+)
+from archnet.quant import quantize, settle
+from archnet.teachers.nets import CifarResNet, DigitNet
+from test_c_header import NETWORKS
+from test_deploy import TO_LAST, chain, student
+
+# Steps of 16-bit outputs: half of one, and as much for the 16 bits of the runtime's multiplier.
+# Another integer anywhere in the network moves outputs by more.
+ROUNDED = 1
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def interpreted(content, integers):
+    """(N, ...) outputs as numbers, the size of their step, and the names of operators."""
+    runtime = pytest.importorskip("ai_edge_litert.interpreter")
+    network = runtime.Interpreter(model_content=content)
+    network.allocate_tensors()
+    (given,), (result,) = network.get_input_details(), network.get_output_details()
+    found = []
+    for sample in integers:
+        stored = sample.transpose(1, 2, 0) if sample.ndim == 3 else sample
+        stored = stored + given["quantization"][1]
+        network.set_tensor(given["index"], stored[None].astype(np.int8))
+        network.invoke()
+        found.append(network.get_tensor(result["index"])[0])
+    scale, zero = result["quantization"]
+    return (np.stack(found).astype(np.int64) - zero) * scale, scale
+
+
+def quantized(net, weight_bits, act_bits):
+    x = torch.randn(16, *net.graph.shapes["x"])
+    quantize(net, weight_bits, act_bits, [x], first_bits=min(5, weight_bits), last_bits=8)
+    settle(net)
+    return net, 2 * x
+
+
+def differences(net, x):
+    """(N, ...) distances of the file's outputs from PyTorch's, in steps of the file's output."""
+    model = lower(net)
+    entry = model.steps[0].name
+    values = model.run(x.numpy(), [entry])
+    found, scale = interpreted(to_tflite(model), values[entry])
+    with torch.no_grad():
+        expected = net.double()(x.double()).numpy()
+    net.float()
+    return np.abs(found - expected) / scale
+
+
+# The runtime ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [(1, 2), (2, 4), (3, 6), (4, 4), (8, 8)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_runtime_gives_what_pytorch_gives(name, bits):
+    assert differences(*quantized(NETWORKS[name](), *bits)).max() < ROUNDED
+
+
+@pytest.mark.parametrize(
+    ("teacher", "shape"), [(CifarResNet(8, width=4), (3, 12, 12)), (DigitNet(4), (1, 12, 12))]
+)
+def test_converted_teachers_too(teacher, shape):
+    net = archnet.convert(teacher.eval(), torch.zeros(1, *shape))
+    assert differences(*quantized(net, 2, 4)).max() < ROUNDED
+
+
+def test_signed_grids_below_a_byte_are_clipped_at_both_ends():
+    convolutions = Conv3x3(4, 4), Activation(0), Conv3x3(4, 2)
+    pool = MaxPool2x2(1, (1, 0, 0, 1))
+    net = chain((3, 6, 6), Conv3x3(3, 4), Activation(), pool, *convolutions)
+    net, x = quantized(net, 4, 4)
+    model = lower(net)
+    values = model.run(3 * x.numpy(), ["s0"])["s0"]
+    assert (values.min(), values.max()) == (-8, 7)
+    assert operators(to_tflite(model)).count("MAXIMUM") == 1
+    assert differences(net, 3 * x).max() < ROUNDED
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(7, 8), (8, 7)])
+def test_windows_begin_where_ours_begin(stride, size):
+    net = chain((2, *size), Conv3x3(2, 3, stride), Activation(0), MaxPool2x2(2), Conv3x3(3, 2))
+    assert differences(*quantized(net, 4, 4)).max() < ROUNDED
+
+
+def test_operators_of_another_grid_requantize():
+    net = student(
+        (4, 6),
+        ("fc", FullyConnected(6, 4), "x"),
+        ("fine", Activation(), "fc"),
+        ("coarse", Activation(0), "fine"),
+        ("head", FullyConnected(4, 3), "coarse"),
+    )
+    assert differences(*quantized(net, 4, 4)).max() < ROUNDED
+
+
+# The file ---------------------------------------------------------------------------------------
+
+
+def operators(content):
+    """The names of a file's operators, in order, as the schema classes of Vela read them."""
+    pytest.importorskip("ethosu.vela.tflite.Model")
+    from ethosu.vela.tflite.BuiltinOperator import BuiltinOperator
+    from ethosu.vela.tflite.Model import Model
+
+    names = {number: name for name, number in vars(BuiltinOperator).items()}
+    model = Model.GetRootAs(content)
+    graph = model.Subgraphs(0)
+    codes = [graph.Operators(index).OpcodeIndex() for index in range(graph.OperatorsLength())]
+    return [names[model.OperatorCodes(code).BuiltinCode()] for code in codes]
+
+
+def test_moves_round_a_fully_connected_layer_cancel():
+    net = student(
+        (3, 8, 8),
+        ("stem", Conv3x3(3, 8), "x"),
+        ("relu", Activation(0), "stem"),
+        ("last", Permute(TO_LAST), "relu"),
+        ("lanes", Reshape((8, 8, 2, 4)), "last"),
+        ("join", Concat(4), "lanes", "lanes"),
+        ("fc", FullyConnected(8, 4), "join"),
+        ("sum", Activation(0), "fc"),
+        ("map", Reshape((8, 8, 8)), "sum"),
+        ("first", Permute((0, 3, 1, 2)), "map"),
+        ("pool", MaxPool2x2(), "first"),
+        ("flat", Reshape((128,)), "pool"),
+        ("head", FullyConnected(128, 10), "flat"),
+    )
+    net, x = quantized(net, 2, 4)
+    found = operators(to_tflite(lower(net)))
+    assert "TRANSPOSE" not in found
+    assert [name for name in found if name != "RESHAPE"] == [
+        "CONV_2D",
+        "CONCATENATION",
+        "CONV_2D",
+        "MAX_POOL_2D",
+        "QUANTIZE",
+        "CONV_2D",
+    ]
+    assert differences(net, x).max() < ROUNDED
+
+
+@given(
+    scale=st.floats(-4, 4, width=32),
+    offset=st.floats(-300, 300, width=32),
+    x=st.integers(-255, 255),
+)
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+def test_a_batch_norm_is_a_weight_and_a_bias(scale, offset, x):
+    weight, bias, unit = affine(np.array([scale]), np.array([offset]))
+    assert unit > 0
+    found = (int(weight[0]) * x + int(bias[0])) * unit[0]
+    # A rounded bias, and what a slope near zero loses over a whole grid.
+    assert abs(found - (scale * x + offset)) <= abs(scale) / 128 + 1e-2
+
+
+def test_narrow_weights_use_all_of_int8_and_no_accumulator_overflows():
+    weight = np.array([[-2, 1], [0, 1]])
+    assert _headroom(weight, 12) == 63
+    assert _headroom(weight, 27) == 16
+    assert _headroom(np.array([[-128, 127]]), 20) == 1
+
+
+def test_values_that_meet_and_fit_no_byte_together_are_an_error():
+    net = chain((3, 6, 6), Conv3x3(3, 4), Activation(0), Conv3x3(4, 2))
+    net, _ = quantized(net, 8, 8)
+    model = lower(net)
+    model.grids["s0"] = IntegerGrid(1.0, -1, 255)
+    with pytest.raises(ExportError, match=r"step s0: its integers -1 to 255 fit no byte"):
+        to_tflite(model)
+
+
+def test_an_input_on_several_grids_is_an_error():
+    model = lower(quantized(NETWORKS["residual"](), 4, 4)[0])
+    model.steps[3] = replace(model.steps[3], inputs=(model.input,))
+    with pytest.raises(ExportError, match=r"one grid for its input, and .* read it"):
+        to_tflite(model)
+
+
+# Vela -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["all operators", "residual"])
+def test_all_of_a_student_runs_on_the_chip(name):
+    pytest.importorskip("ethosu.vela")
+    net, _ = quantized(NETWORKS[name](), 2, 4)
+    report = compile_vela(to_tflite(lower(net)))
+    assert report.cpu_operators == 0
+    assert report.npu_operators > 5
+    assert report.on_cpu == ()
+    assert report.inferences_per_second > 1000
+    assert 0 < report.encoded_weight_bytes < report.flash_bytes
+
+
+def test_fewer_bits_compress_better():
+    pytest.importorskip("ethosu.vela")
+    sizes = []
+    for bits in (8, 4, 2):
+        torch.manual_seed(0)
+        middle = Conv3x3(64, 64), Activation(0), Conv3x3(64, 64), Activation(0)
+        net = chain((3, 8, 8), Conv3x3(3, 64), Activation(0), *middle, Conv3x3(64, 4))
+        quantize(net, bits, 4, [torch.randn(8, 3, 8, 8)])
+        sizes.append(compile_vela(to_tflite(lower(net))).encoded_weight_bytes)
+    assert sizes[0] > 1.3 * sizes[1] > 1.3 * sizes[2]
+
+
+def test_what_the_chip_cannot_run_is_named():
+    figures = ["core_clock", "inferences_per_second", "cycles_total", "nn_macs"]
+    figures += [f"{name}_memory_used" for name in ("sram", "on_chip_flash", "off_chip_flash")]
+    figures += ["dram_memory_used", "total_original_weights", "total_npu_encoded_weights"]
+    row = dict.fromkeys(figures, "1.5")
+    row |= {"system_config": "fast", "memory_mode": "shared"}
+    printed = (
+        "CPU operators = 1 (50.0%)\nNPU operators = 1 (50.0%)\n"
+        "   CPU: Softmax = probabilities (outputs [1, 10])\n"
+        "   NPU: Conv2D = conv (outputs [1, 8, 8, 4])\n"
+    )
+    report = _report(row, printed, "ethos-u55-128")
+    assert report.on_cpu == ("Softmax = probabilities",)
+    assert report.sram_bytes == 1536
+    with pytest.raises(ExportError, match="no count of operators"):
+        _report(row, "", "ethos-u55-128")
+
+
+def test_an_unknown_accelerator_is_an_error():
+    with pytest.raises(ExportError, match="nearest: ethos-u55-128"):
+        compile_vela(b"", "ethos-u55-129")
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=r"pip install 'archnet\[vela\]'"):
+        compile_vela(b"")
+
+
+def test_a_file_that_is_none_is_one_line():
+    pytest.importorskip("ethosu.vela")
+    with pytest.raises(ExportError, match="Vela cannot compile the file: ") as error:
+        compile_vela(b"nothing")
+    assert "\n" not in str(error.value)

@@ -74,9 +74,11 @@ def to_tflite(model: IntegerModel) -> bytes:
     shape, with a batch of 1. Scale and zero point of both stand in the file, as does the highest
     integer, which is stored as 127.
 
-    It is exact but for the runtime's rounding of accumulators, which settled scales leave in no
-    doubt up to 4 bits (`archnet.quant.settle`), and for batch norms: one is a depthwise
-    convolution, whose offset is rounded to a hundredth of its slope or finer.
+    A batch norm is a depthwise convolution, whose offset is rounded to a hundredth of its slope or
+    finer. For the rest, all depends on how a runtime rounds accumulators. Kernels that round once
+    (XNNPACK's) give these integers where scales are settled (`archnet.quant.settle`). TensorFlow
+    Lite's own round twice, as chips may that do as they do: one activation in ten thousand is
+    then another behind 8-bit weights, and layers after it carry that on.
 
     Args:
         model: from `lower`, with any requantization.

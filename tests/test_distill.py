@@ -21,6 +21,7 @@ from archnet.distill.run import newest_checkpoint
 from archnet.distill.schedule import period_at
 from archnet.quant import grid_steps, quantize
 from archnet.tasks import StepBatchSampler
+from archnet.teachers.nets import CifarResNet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended.*"),
@@ -302,6 +303,33 @@ def test_ctrl_c_stops_with_the_step(tmp_path, monkeypatch):
     with pytest.raises((KeyboardInterrupt, SystemExit, DistillError)):
         train(tmp_path, options())
     assert newest_checkpoint(tmp_path).stem == "step5"
+
+
+def test_a_block_leaves_the_blocks_before_it_as_they_are(tmp_path):
+    """The grid of a block's output is shared with the next block's addition."""
+    torch.manual_seed(0)
+    graph = capture(CifarResNet(8, width=4).eval(), torch.zeros(2, 3, 8, 8))
+    student = convert(graph)
+    quantize(student, 2, 4, [Images().images])
+    teacher = graph.features([tap.node for tap in student.taps])
+    settings = options("local on the student's own", joint_steps=0)
+    module = ArchDistillation(
+        teacher, student, plan(settings, [tap.path for tap in student.taps], True), settings
+    )
+    first, second = (tap.value for tap in student.taps[:2])
+    (before,) = student.run({student.graph.inputs[0]: Images().images}, [first])
+    period = module.periods[1]
+    held = {id(parameter) for parameter in module._held_before(period)}
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], 0.1)
+    values = module.enter(0, before.detach())
+    student.run(values, [second])[0].square().mean().backward()
+    moving = {id(p) for p in student.parameters() if p.grad is not None}
+    assert held & moving  # the shared scale has a gradient, and must not follow it
+    trainer = SimpleNamespace(global_step=period.first)
+    module._fabric, module._trainer = None, trainer
+    module.on_before_optimizer_step(optimizer)
+    optimizer.step()
+    assert torch.equal(student.run({student.graph.inputs[0]: Images().images}, [first])[0], before)
 
 
 def test_numbers_on_a_grid_move_by_a_share_of_its_step():

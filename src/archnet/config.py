@@ -201,7 +201,7 @@ class DistillConfig:
     # `steps` - `joint_steps` steps of its own. 0: calibration only.
     steps: int = _number(1000, 0)
     joint_steps: int = _number(0, 0)  # of `steps`, those on the whole network that end `local`
-    joint_rate: float = _number(0.1, 0)  # learning rate of that last stage, as a share of `lr`
+    joint_rate: float = _number(0.3, 0)  # learning rate of that last stage, as a share of `lr`
     attention: bool = True  # Teacher Attention Mechanism: gate student features by the teacher's
     adaptation: bool = True  # Residual Feature Adaptation: a light map between the features
     inputs: str = _choice("teacher", "teacher", "student")  # what a block reads under `local`

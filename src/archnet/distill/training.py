@@ -129,6 +129,28 @@ class ArchDistillation(lightning.LightningModule):
         self.log("loss", total.detach(), prog_bar=True)
         return total
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A period starts with fresh moments; a block leaves alone what blocks before it hold too.
+
+        Moments of another objective are no measure of this one's gradients: Adam would divide the
+        gradients of the whole network by what a lone block had at its end, and undo the blocks
+        within a few steps. A quantizer may serve both sides of a tap, as the two sides of an
+        addition share one; moving it would change what trained blocks give, and the cached
+        features with it.
+        """
+        period = period_at(self.periods, self.global_step)
+        if self.global_step == period.first:
+            optimizer.state.clear()
+        for parameter in self._held_before(period):
+            parameter.grad = None
+
+    def _held_before(self, period: Period) -> list[nn.Parameter]:
+        if period.source is None or period.source < 0:
+            return []
+        graph, start = self.student.graph, self.student.taps[period.source].value
+        earlier = self.student.steps_between(graph.inputs, [start])
+        return [p for step in earlier for p in self.student.operator(step.name).parameters()]
+
     def _through_the_network(self, images: Tensor, period: Period) -> dict[str, Tensor]:
         images = images.contiguous(memory_format=torch.channels_last)
         features, scores = self.teacher_features(images)

@@ -2,16 +2,19 @@
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from archnet.deploy.writer import ExportError, Grid, Writer
 
-# Narrowest first; (type, the first opset that has it). A width without a type of its own sits in
-# the next larger one.
-_SIGNED = ((ml_dtypes.int2, 25), (ml_dtypes.int4, 21), (np.int8, 10))
-_UNSIGNED = ((ml_dtypes.uint2, 25), (ml_dtypes.uint4, 21), (np.uint8, 10))
+# Narrowest first: bits, signed and unsigned type, and the first opset that has them. A width
+# without a type of its own sits in the next larger one.
+_TYPES = (
+    (2, TensorProto.INT2, TensorProto.UINT2, 25),
+    (4, TensorProto.INT4, TensorProto.UINT4, 21),
+    (8, TensorProto.INT8, TensorProto.UINT8, 10),
+)
 
 
 class QdqWriter(Writer):
@@ -24,25 +27,24 @@ class QdqWriter(Writer):
     form = "qdq"
 
     def weight(self, name: str, integers: Tensor, scale: Tensor, bits: int) -> str:
-        high = 2 ** max(1, bits - 1) - 1
-        dtype = self._type(f"{name}: its {bits} bits", -high - 1, high)
-        if dtype is None:
+        found = self._type(f"{name}: its {bits} bits", max(bits, 2), signed=True)
+        if found is None:
             raise ExportError(f"{name}: its {bits} bits fit no type of form={self.form}: 8 at most")
-        return self.scaled(name, integers, scale, dtype)
+        return self.scaled(name, integers, scale, found[0])
 
     def rounded(self, tensor: str, source: str, grid: Grid, high: int) -> Grid | None:
-        label = f"step {grid.name}: its integers {grid.low} to {grid.high}"
-        dtype = self._type(label, grid.low, grid.high)
-        if dtype is None:
+        signed, label = grid.low < 0, f"step {grid.name}: its integers {grid.low} to {grid.high}"
+        # A signed grid of one bit is -1 to 1.
+        found = self._type(label, max(grid.high, -grid.low - 1).bit_length() + signed, signed)
+        if found is None:
             raise self.too_wide(grid)
+        dtype, *limits = found
         bounds = [
             # Away from the type's own bounds, at which a QuantizeLinear saturates.
             self.constant(f"{tensor}.{key}", bound * np.float32(grid.scale), np.float32)
             if bound != limit
             else ""
-            for key, bound, limit in zip(
-                ("low", "high"), (grid.low, high), _range(dtype), strict=True
-            )
+            for key, bound, limit in zip(("low", "high"), (grid.low, high), limits, strict=True)
         ]
         if any(bounds):
             source = self.node("Clip", [source, *bounds], f"{tensor}.clipped")
@@ -54,20 +56,17 @@ class QdqWriter(Writer):
         self.node("DequantizeLinear", [integers, *constants], tensor)
         return None
 
-    def _type(self, label: str, low: int, high: int) -> Any:
-        """The narrowest type for the integers ``low`` to ``high``; None if 8 bits are too few."""
-        for dtype, opset in _SIGNED if low < 0 else _UNSIGNED:
-            lowest, highest = _range(dtype)
-            if lowest <= low and high <= highest:
-                if opset > self.opset:
-                    raise ExportError(
-                        f"{label} need {np.dtype(dtype)}, which opset={self.opset} lacks: "
-                        f"export with opset={opset} or more, or form=qcdq"
-                    )
-                return dtype
+    def _type(self, label: str, bits: int, signed: bool) -> tuple[Any, int, int] | None:
+        """The narrowest type that holds ``bits`` and its bounds; None if 8 bits are too few."""
+        for width, signed_type, unsigned_type, opset in _TYPES:
+            if bits > width:
+                continue
+            dtype = helper.tensor_dtype_to_np_dtype(signed_type if signed else unsigned_type)
+            if opset > self.opset:
+                raise ExportError(
+                    f"{label} need {dtype}, which opset={self.opset} lacks: "
+                    f"export with opset={opset} or more, or form=qcdq"
+                )
+            low = -(2 ** (width - 1)) if signed else 0
+            return dtype, low, low + 2**width - 1
         return None
-
-
-def _range(dtype: Any) -> tuple[int, int]:
-    info = ml_dtypes.iinfo(dtype)
-    return int(info.min), int(info.max)

@@ -61,6 +61,7 @@ def load_session(
             options,
             providers=["CPUExecutionProvider"],
             disabled_optimizers=without,
+            enable_fallback=0,  # It would print, and try the same provider again.
         )
     except Exception as error:  # The exceptions of protobuf and the runtime have no common base.
         raise ExportError(f"ONNX Runtime cannot load {name}: {_first_line(error)}") from error

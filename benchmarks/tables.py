@@ -155,6 +155,41 @@ TABLES = (
             "peak memory, MB": _number("peak_mb", ",.0f"),
         },
     ),
+    Table(
+        "deploy",
+        "Files and latency in ONNX Runtime",
+        "`python benchmarks/deploy.py <run>`; one thread, batch 1, median of interleaved "
+        "runs, on the CPU that the row names.",
+        ("task", "weight_bits", "act_bits"),
+        {
+            "task": _plain("task"),
+            "bits": _bits,
+            "float, kB": _number("float_bytes", ",.0f", 1000),
+            "qcdq, kB": _number("qcdq_bytes", ",.0f", 1000),
+            "qdq, kB": _number("qdq_bytes", ",.0f", 1000),
+            "float student, ms": _number("float_student_ms"),
+            "qcdq student, ms": _number("student_value"),
+            "times faster": _number("speedup"),
+            "CPU": _plain("cpu"),
+        },
+    ),
+    Table(
+        "vela",
+        "Arm Ethos-U55-128, estimated by Vela",
+        "`python benchmarks/vela.py <run>`; the int8 TFLite form, the teacher by the same route. "
+        "Widths below 8 bits are the same int8 file: Vela compresses their weights.",
+        ("task", "weight_bits", "act_bits", "as_trained"),
+        {
+            "task": _plain("task"),
+            "bits": _bits,
+            "inferences/s": _number("student_value", ",.0f"),
+            "teacher int8, inferences/s": _number("teacher_value", ",.0f"),
+            "encoded weights, kB": _number("encoded_weight_bytes", ",.0f", 1000),
+            "teacher's, kB": _number("teacher_encoded_weight_bytes", ",.0f", 1000),
+            "SRAM, kB": _number("sram_bytes", ",.0f", 1000),
+            "operators on the CPU": _plain("cpu_operators"),
+        },
+    ),
 )
 
 

@@ -20,7 +20,6 @@ from archnet.deploy.integer import (
     IntegerModel,
     IntegerStep,
     Requantization,
-    execute,
 )
 from archnet.deploy.writer import ExportError
 from archnet.ops import (
@@ -123,7 +122,7 @@ class _Header:
             "LONGEST_ROW": self.longest_row,
             "RANK": self.rank,
         }
-        scales = self._output_scales().astype(np.float32)
+        scales = self.model.output_unit.reshape(-1).astype(np.float32)
         kind = "int8_t" if grid.low < 0 else "uint8_t"
         outputs = _array("float", "archnet_output_scale", [f"{s:.9e}f" for s in scales])
         parts = [
@@ -172,24 +171,6 @@ class _Header:
         for name, bits in self.model.accumulators().items():
             if bits > ACCUMULATOR_BITS:
                 raise ExportError(f"step {name}: its accumulator needs {bits} bits; C has int32_t")
-
-    def _output_scales(self) -> NDArray[np.float64]:
-        """Value of a unit of every output: that of the layer behind it, moved as it is."""
-        name, moves = self.model.output, list[IntegerStep]()
-        by_name = {step.name: step for step in self.model.steps}
-        while name not in self.model.grids and by_name[name].unit is None:
-            moves.append(by_name[name])
-            name = by_name[name].inputs[0]
-        units = np.ones((1, *self.model.shapes[name]))
-        if name in self.model.grids:
-            units *= self.model.grids[name].scale
-        else:
-            source = by_name[name]
-            assert source.unit is not None
-            units = np.moveaxis(np.moveaxis(units, source.axis, -1) * source.unit, -1, source.axis)
-        for move in reversed(moves):
-            units = execute(move, [units], self.model).astype(np.float64)
-        return units.reshape(-1)
 
     # Memory ---------------------------------------------------------------------------------
 

@@ -44,8 +44,6 @@ KINDS: tuple[Kind, ...] = ("multiplier", "float", "power_of_two")
 Integers = NDArray[np.int32]
 
 MULTIPLIER_BITS = 31
-# Fraction bits of a batch norm's offset: its result has at most 8 bits, its input at most 8.
-OFFSET_BITS = 24
 ACCUMULATOR_BITS = 32
 
 
@@ -214,12 +212,21 @@ class IntegerModel:
 
     @property
     def output_unit(self) -> NDArray[np.float64]:
-        """Value of one integer of the result, (K,) or (1,): along its last axis."""
-        if self.output in self.grids:
-            return np.array([self.grids[self.output].scale])
-        (source,) = [s for s in self.steps if s.unit is not None and s.requantization is None]
-        assert source.unit is not None
-        return source.unit
+        """Value of one integer of each result, (1, ...), from the layer behind it."""
+        by_name, name, moves = {s.name: s for s in self.steps}, self.output, list[IntegerStep]()
+        while name not in self.grids and by_name[name].unit is None:
+            moves.append(by_name[name])
+            name = by_name[name].inputs[0]
+        units = np.ones((1, *self.shapes[name]))
+        if name in self.grids:
+            units *= self.grids[name].scale
+        else:
+            source = by_name[name]
+            assert source.unit is not None
+            units = np.moveaxis(np.moveaxis(units, source.axis, -1) * source.unit, -1, source.axis)
+        for move in reversed(moves):
+            units = execute(move, [units], self)
+        return units
 
     def accumulators(self) -> dict[str, int]:
         """For every layer the bits of the widest accumulator that any input can bring about."""
@@ -434,7 +441,7 @@ class _Lowering:
         return self.grids[source]
 
 
-def execute(step: IntegerStep, inputs: Sequence[NDArray[Any]], model: IntegerModel) -> Integers:
+def execute(step: IntegerStep, inputs: Sequence[NDArray[Any]], model: IntegerModel) -> NDArray[Any]:
     """One step of the golden model."""
     x, operator = inputs[0], step.operator
     if isinstance(operator, Activation) and step.requantization is None:

@@ -305,6 +305,11 @@ def test_ctrl_c_stops_with_the_step(tmp_path, monkeypatch):
     assert newest_checkpoint(tmp_path).stem == "step5"
 
 
+def test_without_a_number_three_eighths_of_the_steps_are_joint():
+    periods = plan(options("local", steps=16, joint_steps=None), ["a", "b"], False)
+    assert [period.steps for period in periods] == [10, 10, 6]
+
+
 def test_a_block_leaves_the_blocks_before_it_as_they_are(tmp_path):
     """The grid of a block's output is shared with the next block's addition."""
     torch.manual_seed(0)

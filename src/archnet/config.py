@@ -200,7 +200,8 @@ class DistillConfig:
     # Steps of the whole network, or as much work: under `local` every block takes
     # `steps` - `joint_steps` steps of its own. 0: calibration only.
     steps: int = _number(1000, 0)
-    joint_steps: int = _number(0, 0)  # of `steps`, those on the whole network that end `local`
+    # Of `steps`, those on the whole network that end `local`; null: three eighths.
+    joint_steps: int | None = _number(None, 0)
     joint_rate: float = _number(0.3, 0)  # learning rate of that last stage, as a share of `lr`
     attention: bool = True  # Teacher Attention Mechanism: gate student features by the teacher's
     adaptation: bool = True  # Residual Feature Adaptation: a light map between the features
@@ -324,7 +325,7 @@ def validate(config: Config) -> None:
                 f"quant.{name}={bits} is not a width of hardware={config.hardware.name} "
                 f"({', '.join(map(str, allowed))}); nearest valid: {best}"
             )
-    if config.distill.joint_steps > config.distill.steps:
+    if (config.distill.joint_steps or 0) > config.distill.steps:
         raise ConfigError(
             f"distill.joint_steps={config.distill.joint_steps} is part of distill.steps; "
             f"nearest valid: {config.distill.steps}"

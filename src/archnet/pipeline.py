@@ -33,7 +33,7 @@ from archnet.errors import ArchnetError
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
 from archnet.quant import pack, settle, unpack
-from archnet.runs import RunError, RunFolder, atomic, write_json
+from archnet.runs import RunError, RunFolder, atomic, read_json, write_json
 from archnet.tasks import ClassificationData
 from archnet.teachers import load_teacher, train_teacher
 
@@ -216,6 +216,9 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
     finished["parity"] = folder.stage("parity", lambda: _parity(this, student))
     finished["cost"] = folder.stage("cost", lambda: _cost(this, student))
     metrics = _metrics(this, finished)
+    if folder.metrics.is_file():
+        # What `archnet verify` found of this student stays when a finished run is opened again.
+        metrics |= {k: v for k, v in read_json(folder.metrics).items() if k == "verify"}
     write_json(folder.metrics, metrics)
     report.write(folder.path)
     return metrics

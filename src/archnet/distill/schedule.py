@@ -18,7 +18,7 @@ class ScheduleOptions(Protocol):
 
     schedule: str
     steps: int
-    joint_steps: int
+    joint_steps: int | None
     joint_rate: float
     decay: float
 
@@ -88,7 +88,10 @@ def plan(options: ScheduleOptions, taps: Sequence[str], tail_is_trained: bool) -
         done = (count - 1) * share
         periods.append(Period("all", done, options.steps, everything, True))
     else:
-        each = options.steps - options.joint_steps
+        joint_steps = options.joint_steps
+        if joint_steps is None:
+            joint_steps = options.steps * 3 // 8
+        each = options.steps - joint_steps
         for k in range(count + tail_is_trained):
             is_tail = k == count
             periods.append(
@@ -103,9 +106,7 @@ def plan(options: ScheduleOptions, taps: Sequence[str], tail_is_trained: bool) -
             )
         done = periods[-1].last
         even = dict.fromkeys(range(count), 1.0)
-        joint = Period(
-            "joint", done, done + options.joint_steps, even, True, None, options.joint_rate
-        )
+        joint = Period("joint", done, done + joint_steps, even, True, None, options.joint_rate)
         periods.append(joint)
     return [period for period in periods if period.steps > 0]
 

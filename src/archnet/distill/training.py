@@ -29,7 +29,7 @@ class DistillOptions(Protocol):
 
     schedule: str
     steps: int
-    joint_steps: int
+    joint_steps: int | None
     joint_rate: float
     attention: bool
     adaptation: bool

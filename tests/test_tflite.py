@@ -241,11 +241,11 @@ def test_what_the_chip_cannot_run_is_named():
         "   CPU: Softmax = probabilities (outputs [1, 10])\n"
         "   NPU: Conv2D = conv (outputs [1, 8, 8, 4])\n"
     )
-    report = _report(row, printed, "ethos-u55-128")
+    report = _report(row, printed, "ethos-u55-128", "vela 5")
     assert report.on_cpu == ("Softmax = probabilities",)
     assert report.sram_bytes == 1536
     with pytest.raises(ExportError, match="no count of operators"):
-        _report(row, "", "ethos-u55-128")
+        _report(row, "", "ethos-u55-128", "vela 5")
 
 
 def test_an_unknown_accelerator_is_an_error():

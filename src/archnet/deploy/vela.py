@@ -107,7 +107,8 @@ def compile_vela(content: bytes, accelerator: str = ACCELERATOR) -> VelaReport:
         (summary,) = Path(folder).glob("student_summary_*.csv")
         with summary.open(newline="") as file:
             (row,) = csv.DictReader(file)
-    return _report(row, printed, accelerator)
+    compiler = f"ethos-u-vela {importlib.metadata.version('ethos-u-vela')}"
+    return _report(row, printed, accelerator, compiler)
 
 
 def _vela(arguments: list[str]) -> str:
@@ -130,7 +131,7 @@ def _vela(arguments: list[str]) -> str:
     return done.stdout
 
 
-def _report(row: dict[str, str], printed: str, accelerator: str) -> VelaReport:
+def _report(row: dict[str, str], printed: str, accelerator: str, compiler: str) -> VelaReport:
     """A row of the compiler's summary, whose memories are in KiB, and its list of operators."""
     counts = dict(re.findall(r"^(CPU|NPU) operators = (\d+)", printed, re.MULTILINE))
     if not counts:
@@ -153,5 +154,5 @@ def _report(row: dict[str, str], printed: str, accelerator: str) -> VelaReport:
         flash_bytes=round(total("on_chip_flash", "off_chip_flash", "dram")),
         weight_bytes=int(float(row["total_original_weights"])),
         encoded_weight_bytes=int(float(row["total_npu_encoded_weights"])),
-        versions=f"ethos-u-vela {importlib.metadata.version('ethos-u-vela')}",
+        versions=compiler,
     )

@@ -115,6 +115,9 @@ def measure(schedule: str, batch_size: int, steps: int, threads: int) -> dict[st
         CONF,
         [
             f"distill={schedule}",
+            "distill.attention=true",
+            "distill.adaptation=true",
+            "distill.inputs=teacher",
             f"distill.steps={steps}",
             "distill.joint_steps=0",
             f"distill.val_every={10**9}",

@@ -1,7 +1,7 @@
 """The LightningModule: a frozen teacher, a student, and losses at their taps."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import lightning
@@ -74,6 +74,8 @@ class ArchDistillation(lightning.LightningModule):
         # what DDP and the optimizer look after.
         self._teacher = [teacher.requires_grad_(False)]
         self.student = student
+        # Here, where the student is as calibrated: a resumed run moves in the units of the first.
+        self._units = grid_steps(student)
         self.periods, self.options = list(periods), options
         shapes = student.graph.shapes
         self.comparisons = nn.ModuleList(
@@ -205,21 +207,20 @@ class ArchDistillation(lightning.LightningModule):
 
         Adam moves every number by about its learning rate at each update. For a number on a grid
         that rate is `grid_lr` steps of the grid, so that one value serves every width: a weight
-        of 2 bits has a step ten times as long as one of 8 has. Steps are rounded to powers of
-        two, so that a few groups hold all parameters.
+        of 2 bits has a step ten times as long as one of 8 has.
         """
         options = self.options.optimizer
         # SGD moves in proportion to gradients, of which a grid says nothing.
         in_steps = options.grid_lr is not None and options.name != "sgd"
-        sizes = grid_steps(self.student) if in_steps else {}
+        units = self._units if in_steps else {}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        sizes: dict[nn.Parameter, Tensor] = {}
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue
-            size = sizes.get(name.removeprefix("student."))
-            rate = options.lr
+            rate, size = options.lr, units.get(name.removeprefix("student."))
             if size is not None and options.grid_lr is not None:
-                rate = options.grid_lr * 2.0 ** round(math.log2(size))
+                rate, sizes[parameter] = options.grid_lr, size.to(parameter.device)
             decay = 0.0 if name.endswith("log_scale") else options.weight_decay
             groups.setdefault((rate, decay), []).append(parameter)
         settings = [
@@ -232,6 +233,7 @@ class ArchDistillation(lightning.LightningModule):
         else:
             kind = torch.optim.AdamW if options.name == "adamw" else torch.optim.Adam
             optimizer = kind(settings, lr=options.lr)
+            _move_in_units(optimizer, sizes)
         curve = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": curve, "interval": "step"}}
 
@@ -251,3 +253,25 @@ class ArchDistillation(lightning.LightningModule):
             start, end = bounds[stretch], bounds[stretch + 1]
             position = min(1.0, (position - start) / (end - start))
         return period.rate * (0.01 + 0.495 * (1 + math.cos(math.pi * position)))
+
+
+def _move_in_units(optimizer: torch.optim.Optimizer, sizes: Mapping[nn.Parameter, Tensor]) -> None:
+    """Multiply what every update adds to a parameter by its size, which broadcasts to it.
+
+    As if the optimizer held the parameter divided by the size, which for Adam is a learning rate
+    for every channel of a layer.
+    """
+    before: dict[nn.Parameter, Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        # All of them: gradients are made inside the step, by the closure it is given.
+        before.update({parameter: parameter.detach().clone() for parameter in sizes})
+
+    def rescale(*_: Any) -> None:
+        with torch.no_grad():
+            for parameter, start in before.items():
+                parameter.sub_(start).mul_(sizes[parameter]).add_(start)
+        before.clear()
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(rescale)

@@ -135,9 +135,9 @@ class Quantizer(nn.Module):
 
     def integers(self, x: Tensor) -> Tensor:
         """The grid's integers (float dtype) nearest to x."""
-        return torch.round(x / self._along(x)).clamp(self.low, self.high)
+        return torch.round(x / self.along(x)).clamp(self.low, self.high)
 
-    def _along(self, x: Tensor) -> Tensor:
+    def along(self, x: Tensor) -> Tensor:
         """The scale, broadcast along the first axis of x."""
         scale = self.scale
         return scale if self.channels == 1 else scale.reshape(-1, *[1] * (x.dim() - 1))
@@ -177,7 +177,7 @@ class WeightLSQ(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         if self.bits == 1:
             # Two levels without a zero: sign, with the gradient clipped at the outer levels.
-            scale = self._along(x)
+            scale = self.along(x)
             level = (x / scale).clamp(-1, 1)
             return (level + (self.integers(x) - level).detach()) * scale
         return super().forward(x)
@@ -213,7 +213,7 @@ class WeightDoReFa(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         level = self._normalised(x)
-        return (level + (self.integers(x) - level).detach()) * self._along(x)
+        return (level + (self.integers(x) - level).detach()) * self.along(x)
 
 
 class ActivationLSQ(Quantizer):

@@ -1,7 +1,9 @@
 """How large a step of its grid is for every trained number of a student."""
 
-import math
 from collections.abc import Mapping
+
+import torch
+from torch import Tensor
 
 from archnet.ops import Activation, BatchNorm, LayoutMove, Step, Student, WeightedOperator
 from archnet.quant.quantizers import ActivationLSQ, Quantizer
@@ -30,10 +32,11 @@ def rounded_by(
     return None
 
 
-def grid_steps(student: Student) -> dict[str, float]:
+def grid_steps(student: Student) -> dict[str, Tensor]:
     """For every parameter that lies on a grid, by name, the size of one step of that grid.
 
-    A weight's step is its scale (the median over the channels) times the root of the share of
+    A weight's step is the scale of its output channel (else channels of small weights would
+    leave their grid while others cross one level) times the root of the share of the layer's
     weights that are not zero: where an addition is merged, one weight in a hundred is one, and a
     step of every zero would be noise of many times the layer's own size. A bias's step is the
     scale of the grid that the layer's result is rounded to. The logarithm of a scale has taken a
@@ -41,23 +44,27 @@ def grid_steps(student: Student) -> dict[str, float]:
     weights, whose scale moves a whole channel at once, an eighth of that counts as a step: with
     more, blocks at 2 bits drifted away from their teacher instead of towards it.
 
-    Example (2-bit weights of scale 0.1, a quarter of them zero, and a 4-bit result of scale 0.5,
-    unsigned): weight 0.087, bias 0.5, log-scale of the weights 1/16, of the result 1/15.
+    Returns:
+        Positive sizes that broadcast to their parameter: (O, 1, ...) for weights with a scale per
+        channel, else ().
+
+    Example (2-bit weights of scale 0.1, a quarter of them not zero, and a 4-bit result of scale
+    0.5, unsigned): weight 0.05, bias 0.5, log-scale of the weights 1/16, of the result 1/15.
     """
     consumers = student.consumers()
-    sizes: dict[str, float] = {}
+    sizes: dict[str, Tensor] = {}
     for step in student.graph.steps:
         module, path = student.operator(step.name), f"operators.{step.name}"
         target = rounded_by(student, consumers, step)
         if isinstance(module, WeightedOperator) and isinstance(module.weight_quantizer, Quantizer):
-            scales = module.weight_quantizer.log_scale.detach()
-            levels = module.weight_quantizer.integers(module.weight.detach())
-            share = float((levels != 0).float().mean())
-            sizes[f"{path}.weight"] = math.exp(float(scales.median())) * math.sqrt(share)
+            quantizer, weight = module.weight_quantizer, module.weight.detach()
+            share = (quantizer.integers(weight) != 0).float().mean()
+            sizes[f"{path}.weight"] = (quantizer.along(weight) * share.sqrt()).detach()
         if isinstance(module, WeightedOperator | BatchNorm) and target is not None:
-            sizes[f"{path}.bias"] = float(target.scale.detach())
+            sizes[f"{path}.bias"] = target.scale.detach().reshape(())
     for name, quantizer in student.named_modules():
         if isinstance(quantizer, Quantizer):
-            share = 1.0 if isinstance(quantizer, ActivationLSQ) else CHANNEL_SHARE
-            sizes[f"{name}.log_scale"] = share / max(quantizer.high, -quantizer.low)
-    return {name: size for name, size in sizes.items() if math.isfinite(size) and size > 0}
+            part = 1.0 if isinstance(quantizer, ActivationLSQ) else CHANNEL_SHARE
+            size = part / max(quantizer.high, -quantizer.low)
+            sizes[f"{name}.log_scale"] = torch.tensor(size, device=quantizer.log_scale.device)
+    return {name: size for name, size in sizes.items() if bool((size > 0).all())}

@@ -34,6 +34,7 @@ BATCH, IMAGES, STEPS = 8, 48, 12
 SCHEDULES = {
     "joint": {"schedule": "joint"},
     "joint, averaged": {"schedule": "joint", "average": 0.9},
+    "joint, mixed": {"schedule": "joint", "mixup": 0.5},
     "progressive": {"schedule": "progressive"},
     "local": {"schedule": "local", "joint_steps": 4},
     "local on the student's own": {"schedule": "local", "joint_steps": 4, "inputs": "student"},
@@ -189,11 +190,40 @@ def test_no_steps_need_no_periods_and_no_taps_are_refused():
 def test_learning_rates_start_anew_in_every_period(curve, expected):
     periods = plan(options("progressive", steps=2800), ["a", "b"], True)
     teacher, student = pair()
-    module = ArchDistillation(teacher, student, periods, options(lr_schedule=curve))
+    module = ArchDistillation(teacher, student, periods, options(lr_schedule=curve, warmup=0))
     second, length = periods[1].first, periods[1].steps
     at = [0, length * 3 // 7 if curve == "warm_restarts" else length // 2, length - 1]
     rates = [module.rate_at(second + step) for step in at]
     assert rates == pytest.approx(expected, abs=0.01)
+
+
+def test_the_rate_rises_at_the_start_of_every_period():
+    settings = options("progressive", steps=400, lr_schedule="constant", warmup=9)
+    periods = plan(settings, ["a", "b"], True)
+    module = ArchDistillation(*pair(), periods, settings)
+    for period in periods:
+        rates = [module.rate_at(period.first + step) for step in (0, 4, 9, 50)]
+        assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0])
+
+
+def test_mixup_blends_images_of_the_batch_and_asks_the_teacher_about_them(monkeypatch):
+    settings = options(mixup=1.0)
+    teacher, student = pair()
+    module = ArchDistillation(teacher, student, plan(settings, ["a"], True), settings)
+    module._fabric = None
+    module._trainer = SimpleNamespace(global_step=3, world_size=1, global_rank=0)
+    asked = []
+    monkeypatch.setattr(module, "log_dict", lambda *a, **k: None)
+    monkeypatch.setattr(module, "log", lambda *a, **k: None)
+    original = module.teacher_features
+    monkeypatch.setattr(module, "teacher_features", lambda x: asked.append(x) or original(x))
+    constant = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 8, 8)
+    module.training_step(constant, 0)
+    (mixed,) = asked
+    assert mixed.amin() >= 0
+    assert mixed.amax() <= 7
+    assert (mixed - constant).flatten(1).abs().amax(1).count_nonzero() >= 4
+    assert mixed.flatten(1).std(1).amax() < 1e-6
 
 
 # Comparisons --------------------------------------------------------------------------------

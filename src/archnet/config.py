@@ -208,6 +208,8 @@ class DistillConfig:
     inputs: str = _choice("teacher", "teacher", "student")  # what a block reads under `local`
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_schedule: str = _choice("cosine", "cosine", "warm_restarts", "constant")
+    warmup: int = _number(20, 0)  # steps at the start of every period while the rate rises
+    mixup: float = _number(0.0, 0, 1)  # share of whole-network batches blended in pairs; paper: 0.1
     decay: float = _number(0.8, 0, 1)  # of a tap's weight, from each tap to the one before
     logits_loss: str = _choice("kl", "kl", "cosine")  # distance of class scores; paper: cosine
     logits_weight: float = _number(1.0, 0)  # of that distance beside the mean loss of the taps

@@ -35,6 +35,8 @@ class DistillOptions(Protocol):
     adaptation: bool
     inputs: str
     lr_schedule: str
+    warmup: int
+    mixup: float
     decay: float
     logits_loss: str
     logits_weight: float
@@ -154,7 +156,7 @@ class ArchDistillation(lightning.LightningModule):
         return [p for step in earlier for p in self.student.operator(step.name).parameters()]
 
     def _through_the_network(self, images: Tensor, period: Period) -> dict[str, Tensor]:
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = self._mixed(images).contiguous(memory_format=torch.channels_last)
         features, scores = self.teacher_features(images)
         graph = self.student.graph
         taps = [self.student.taps[index] for index in period.weights]
@@ -170,6 +172,23 @@ class ArchDistillation(lightning.LightningModule):
         if period.logits:
             losses["logits"] = self._compare_scores(results[-1], scores)
         return losses
+
+    def _mixed(self, images_BCHW: Tensor) -> Tensor:
+        """Some batches with every image blended with another (mixup, arXiv 1710.09412).
+
+        The teacher is asked what it makes of them, so that few images go further. Drawn from
+        seed, step and rank: a resumed run draws the same.
+        """
+        if not self.options.mixup:
+            return images_BCHW
+        place = self.global_step * self.trainer.world_size + self.global_rank
+        generator = torch.Generator().manual_seed(hash((torch.initial_seed(), place)) % 2**63)
+        if float(torch.rand((), generator=generator)) >= self.options.mixup:
+            return images_BCHW
+        share_B111 = torch.rand(len(images_BCHW), 1, 1, 1, generator=generator)
+        order_B = torch.randperm(len(images_BCHW), generator=generator)
+        share_B111, order_B = share_B111.to(images_BCHW), order_B.to(images_BCHW.device)
+        return torch.lerp(images_BCHW[order_B], images_BCHW, share_B111)
 
     def _through_a_block(self, batch: tuple[Tensor, Tensor], period: Period) -> dict[str, Tensor]:
         (source, target), graph = batch, self.student.graph
@@ -241,18 +260,26 @@ class ArchDistillation(lightning.LightningModule):
         """Learning rate at a step, as a share of the configured one.
 
         ``cosine`` falls to a hundredth within each period; ``warm_restarts`` falls and starts
-        again after one and three sevenths of it (Loshchilov & Hutter 2017, Tmult 2).
+        again after one and three sevenths of it (Loshchilov & Hutter 2017, Tmult 2). Over the
+        first `warmup` steps of a period, at most a fifth of it, the rate rises from zero: Adam's
+        first moves have full length whatever the gradient, and at 2 bits, where many weights
+        come to lie between two levels, they would throw those all over at once.
         """
+        period = period_at(self.periods, step)
+        rising = min(self.options.warmup, period.steps // 5)
+        return period.rate * min(1.0, (step - period.first + 1) / (rising + 1)) * self._curve(step)
+
+    def _curve(self, step: int) -> float:
         period = period_at(self.periods, step)
         position = min(1.0, (step - period.first) / period.steps)
         if self.options.lr_schedule == "constant":
-            return period.rate
+            return 1.0
         if self.options.lr_schedule == "warm_restarts":
             bounds = (0.0, 1 / 7, 3 / 7, 1.0)
             stretch = max(i for i in range(3) if bounds[i] <= position)
             start, end = bounds[stretch], bounds[stretch + 1]
             position = min(1.0, (position - start) / (end - start))
-        return period.rate * (0.01 + 0.495 * (1 + math.cos(math.pi * position)))
+        return 0.01 + 0.495 * (1 + math.cos(math.pi * position))
 
 
 def _move_in_units(optimizer: torch.optim.Optimizer, sizes: Mapping[nn.Parameter, Tensor]) -> None:

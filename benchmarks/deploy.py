@@ -12,13 +12,15 @@ import argparse
 import os
 import platform
 import re
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from record import append, command
+from torch import nn
 
 import archnet
 from archnet import pipeline
@@ -57,7 +59,47 @@ def bits(width: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def students(this: Run, widths: list[tuple[int, int]]) -> Iterator[tuple[int, int, Student]]:
+def arguments(parser: argparse.ArgumentParser, widths: Sequence[str]) -> None:
+    """Declare which students are looked at."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="run", help="finished run folder")
+    parser.add_argument("--widths", nargs="+", type=bits, default=[bits(w) for w in widths])
+    parser.add_argument("--as-trained", action="store_true", help="the students of the runs")
+    parser.add_argument("--dry-run", action="store_true", help="print the figures, add no row")
+
+
+def students(options: argparse.Namespace) -> Iterator[tuple[Run, Student, dict[str, Any]]]:
+    """The students that the arguments ask for, each with its run and what its row says of it."""
+    for path in options.runs:
+        this, trained = pipeline.reopen(RunFolder.open(path))
+        config, quant = this.config, this.config.quant
+        found = (
+            [(quant.weight_bits, quant.act_bits, trained)]
+            if options.as_trained
+            else calibrated(this, options.widths)
+        )
+        for weight_bits, act_bits, student in found:
+            cost = student_cost(student)
+            chosen = "--as-trained" if options.as_trained else f"--widths W{weight_bits}A{act_bits}"
+            yield (
+                this,
+                student,
+                {
+                    "task": config.task.name,
+                    "teacher": config.teacher.name,
+                    "hardware": config.hardware.name,
+                    "weight_bits": weight_bits,
+                    "act_bits": act_bits,
+                    "bops": cost.bops,
+                    "weight_bytes": cost.weight_bytes,
+                    "seed": config.seed,
+                    "command": f"python {Path(sys.argv[0]).as_posix()} {path} {chosen}",
+                    "as_trained": options.as_trained,
+                    "run": command(config),
+                },
+            )
+
+
+def calibrated(this: Run, widths: list[tuple[int, int]]) -> Iterator[tuple[int, int, Student]]:
     """The run's teacher converted and quantized at each width."""
     batches = this.data.calibration_batches(this.config.quant.calibration_batches)
     for weight_bits, act_bits in widths:
@@ -87,56 +129,57 @@ def measure(this: Run, student: Student, runs: int, threads: int) -> dict[str, A
     }
 
 
+def ceiling(runs: int, threads: int) -> float:
+    """How many times faster than in floats one large convolution is in integers on this CPU.
+
+    What the kernels give at best: a network of many layers hardly passes it.
+    """
+    torch.manual_seed(0)
+    images = torch.randn(1, 256, 28, 28)
+    layers = [nn.Conv2d(256, 256, 3, padding=1) for _ in range(3)]
+    network = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU()))).eval()
+    student = archnet.convert(network, images)
+    archnet.quantize(student, 8, 8, calibration=[images])
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {"float": without_quantizers(student), "qcdq": student}
+        files = {
+            form: archnet.export(source, Path(folder) / form, form=form)
+            for form, source in sources.items()
+        }
+        taken = latencies(files, images, runs, threads)
+    return taken["float"] / taken["qcdq"]
+
+
 def main() -> None:
     """Measure and add the rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="run", help="finished run folder")
-    parser.add_argument("--widths", nargs="+", type=bits, default=[bits(w) for w in WIDTHS])
-    parser.add_argument("--as-trained", action="store_true", help="the students of the runs")
+    arguments(parser, WIDTHS)
     parser.add_argument("--repeat", type=int, default=300, help="runs of each file")
     parser.add_argument("--threads", type=int, default=1, help="of an operator")
-    parser.add_argument("--dry-run", action="store_true", help="print the figures, add no row")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for path in options.runs:
-        this, trained = pipeline.reopen(RunFolder.open(path))
-        config = this.config
-        quant = config.quant
-        found = (
-            [(quant.weight_bits, quant.act_bits, trained)]
-            if options.as_trained
-            else students(this, options.widths)
+    best = round(ceiling(max(1, options.repeat // 10), options.threads), 3)
+    print(f"one large convolution: {best} times faster in integers", flush=True)
+    for this, student, about in students(options):
+        load = os.getloadavg()[0]  # what else ran, which favours neither or the smaller file
+        row = measure(this, student, options.repeat, options.threads)
+        print(f"{about['task']} W{about['weight_bits']}A{about['act_bits']}", row, flush=True)
+        if options.dry_run:
+            continue
+        append(
+            "deploy",
+            {
+                **about,
+                "metric": "ms an image in ONNX Runtime (teacher float, student qcdq)",
+                "command": f"{about['command']} --repeat {options.repeat}"
+                f" --threads {options.threads}",
+                **row,
+                "convolution_speedup": best,
+                "threads": options.threads,
+                "cpu": cpu(),
+                "load": round(load, 1),
+            },
         )
-        flag = "--as-trained" if options.as_trained else "--widths W{}A{}"
-        for weight_bits, act_bits, student in found:
-            load = os.getloadavg()[0]  # what else ran, which favours neither or the smaller file
-            row = measure(this, student, options.repeat, options.threads)
-            cost = student_cost(student)
-            print(f"{config.task.name} W{weight_bits}A{act_bits}", row, flush=True)
-            if options.dry_run:
-                continue
-            append(
-                "deploy",
-                {
-                    "task": config.task.name,
-                    "teacher": config.teacher.name,
-                    "hardware": config.hardware.name,
-                    "weight_bits": weight_bits,
-                    "act_bits": act_bits,
-                    "metric": "ms an image in ONNX Runtime (teacher float, student qcdq)",
-                    "bops": cost.bops,
-                    "weight_bytes": cost.weight_bytes,
-                    "seed": config.seed,
-                    "command": f"python benchmarks/deploy.py {path} "
-                    f"{flag.format(weight_bits, act_bits)} --repeat {options.repeat}"
-                    f" --threads {options.threads}",
-                    **row,
-                    "threads": options.threads,
-                    "cpu": cpu(),
-                    "load": round(load, 1),
-                    "run": command(config),
-                },
-            )
 
 
 if __name__ == "__main__":

@@ -156,11 +156,30 @@ TABLES = (
         },
     ),
     Table(
+        "verify",
+        "Trained students against their golden integer models",
+        "`python benchmarks/verify.py <run>`; outputs compared bit by bit, in units of the last "
+        "layer's accumulator.",
+        ("task", "weight_bits", "act_bits"),
+        {
+            "task": _plain("task"),
+            "bits": _bits,
+            "inputs": _number("inputs", ",.0f"),
+            "PyTorch": _plain("pytorch float32"),
+            "qcdq": _plain("qcdq"),
+            "qdq": _plain("qdq"),
+            "QONNX": _plain("qonnx"),
+            "OpenVINO, int8 kernels": _plain("openvino"),
+            "predictions changed": _plain("changed"),
+        },
+    ),
+    Table(
         "deploy",
         "Files and latency in ONNX Runtime",
         "`python benchmarks/deploy.py <run>`; one thread, batch 1, median of interleaved "
-        "runs, on the CPU that the row names.",
-        ("task", "weight_bits", "act_bits"),
+        "runs, on the CPU that the row names. The last but one column is what its kernels give at "
+        "best.",
+        ("task", "weight_bits", "act_bits", "as_trained"),
         {
             "task": _plain("task"),
             "bits": _bits,
@@ -170,6 +189,7 @@ TABLES = (
             "float student, ms": _number("float_student_ms"),
             "qcdq student, ms": _number("student_value"),
             "times faster": _number("speedup"),
+            "one large convolution, times faster": _number("convolution_speedup"),
             "CPU": _plain("cpu"),
         },
     ),

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from deploy import bits, students
+from deploy import arguments, students
 from numpy.typing import NDArray
-from record import append, command, versions
+from record import append, versions
 from torch import Tensor
 
-from archnet import pipeline
 from archnet.capture import TeacherGraph, TeacherNode, capture
 from archnet.deploy import lower
 from archnet.deploy.tflite import (
@@ -38,9 +37,7 @@ from archnet.deploy.tflite import (
 from archnet.deploy.vela import ACCELERATOR, ACCELERATORS, VelaReport, compile_vela
 from archnet.errors import ArchnetError
 from archnet.hardware import student_cost, teacher_cost
-from archnet.ops import Student
 from archnet.pipeline import Run
-from archnet.runs import RunFolder
 
 WIDTHS = ("W8A8", "W4A4", "W2A4")
 SHOWN = (
@@ -213,64 +210,41 @@ def teacher_report(this: Run, accelerator: str) -> tuple[VelaReport, int]:
     return compile_vela(content, accelerator), macs
 
 
-def student_row(student: Student, accelerator: str) -> tuple[VelaReport, dict[str, Any]]:
-    """The compiler's estimates of a student, and the columns about it."""
-    report, cost = compile_vela(to_tflite(lower(student)), accelerator), student_cost(student)
-    row = {"bops": cost.bops, "weight_bytes": cost.weight_bytes}
-    return report, row | {key: getattr(report, key) for key in SHOWN}
-
-
 def main() -> None:
     """Compile and add the rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="run", help="finished run folder")
-    parser.add_argument("--widths", nargs="+", type=bits, default=[bits(w) for w in WIDTHS])
-    parser.add_argument("--as-trained", action="store_true", help="the students of the runs")
+    arguments(parser, WIDTHS)
     parser.add_argument("--accelerator", default=ACCELERATOR, choices=ACCELERATORS)
-    parser.add_argument("--dry-run", action="store_true", help="print the figures, add no row")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for path in options.runs:
-        this, trained = pipeline.reopen(RunFolder.open(path))
-        config = this.config
-        quant = config.quant
-        found = (
-            [(quant.weight_bits, quant.act_bits, trained)]
-            if options.as_trained
-            else students(this, options.widths)
+    teachers: dict[Path, tuple[VelaReport, int]] = {}
+    for this, student, about in students(options):
+        run = this.folder.path
+        if run not in teachers:
+            teachers[run] = teacher_report(this, options.accelerator)
+            print(f"{about['task']} teacher", teachers[run][0], flush=True)
+        before, macs = teachers[run]
+        after = compile_vela(to_tflite(lower(student)), options.accelerator)
+        figures = {key: getattr(after, key) for key in SHOWN}
+        print(f"{about['task']} W{about['weight_bits']}A{about['act_bits']}", figures, flush=True)
+        if options.dry_run:
+            continue
+        append(
+            "vela",
+            {
+                **about,
+                "metric": "inferences a second, estimated (teacher int8)",
+                "teacher_value": round(before.inferences_per_second, 1),
+                "student_value": round(after.inferences_per_second, 1),
+                "macs_ratio": round(student_cost(student).macs / macs, 4),
+                "versions": f"{versions()}; {after.versions}",
+                "command": f"{about['command']} --accelerator {options.accelerator}",
+                **figures,
+                **{f"teacher_{key}": getattr(before, key) for key in SHOWN},
+                "accelerator": after.accelerator,
+                "memory": f"{after.memory}, {after.clock:.0f} MHz",
+            },
         )
-        flag = "--as-trained" if options.as_trained else "--widths W{}A{}"
-        before, macs = teacher_report(this, options.accelerator)
-        print(f"{config.task.name} teacher", before, flush=True)
-        for weight_bits, act_bits, student in found:
-            after, about = student_row(student, options.accelerator)
-            print(f"{config.task.name} W{weight_bits}A{act_bits}", after, flush=True)
-            if options.dry_run:
-                continue
-            append(
-                "vela",
-                {
-                    "task": config.task.name,
-                    "teacher": config.teacher.name,
-                    "hardware": config.hardware.name,
-                    "weight_bits": weight_bits,
-                    "act_bits": act_bits,
-                    "metric": "inferences a second, estimated (teacher int8)",
-                    "teacher_value": round(before.inferences_per_second, 1),
-                    "student_value": round(after.inferences_per_second, 1),
-                    "macs_ratio": round(student_cost(student).macs / macs, 4),
-                    "seed": config.seed,
-                    "versions": f"{versions()}; {after.versions}",
-                    "command": f"python benchmarks/vela.py {path} "
-                    f"{flag.format(weight_bits, act_bits)} --accelerator {options.accelerator}",
-                    **about,
-                    **{f"teacher_{key}": getattr(before, key) for key in SHOWN},
-                    "accelerator": after.accelerator,
-                    "memory": f"{after.memory}, {after.clock:.0f} MHz",
-                    "as_trained": options.as_trained,
-                    "run": command(config),
-                },
-            )
 
 
 if __name__ == "__main__":

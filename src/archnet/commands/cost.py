@@ -158,7 +158,7 @@ def _show(
     from rich.table import Table
 
     from archnet.hardware import cycles
-    from archnet.report.table import _amount
+    from archnet.report.table import amount
 
     table = Table(title=title, title_justify="left", header_style="")
     table.add_column("layer", overflow="fold")
@@ -169,11 +169,11 @@ def _show(
 
     def cells(steps: Sequence["StepCost"]) -> list[str]:
         return [
-            _amount(sum(step.macs for step in steps), ""),
-            _amount(sum(step.bops for step in steps), ""),
-            _amount(sum(step.weight_bytes for step in steps), "B"),
-            _amount(max((step.live_bytes for step in steps), default=0), "B"),
-            _amount(sum(cycles(step, array) for step in steps), ""),
+            amount(sum(step.macs for step in steps), ""),
+            amount(sum(step.bops for step in steps), ""),
+            amount(sum(step.weight_bytes for step in steps), "B"),
+            amount(max((step.live_bytes for step in steps), default=0), "B"),
+            amount(sum(cycles(step, array) for step in steps), ""),
         ]
 
     for name, operators, parts in layers:
@@ -186,7 +186,7 @@ def _show(
     totals = []
     for _, cost in sides:
         totals += cells(cost.steps)[:3]
-        totals.append("?" if cost.activation_bytes is None else _amount(cost.activation_bytes, "B"))
+        totals.append("?" if cost.activation_bytes is None else amount(cost.activation_bytes, "B"))
         totals.append(cells(cost.steps)[4])
     table.add_row("in all; live: peak", "", *totals)
     console.print(table, markup=False)

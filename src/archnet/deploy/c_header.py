@@ -23,7 +23,6 @@ from archnet.deploy.integer import (
 )
 from archnet.deploy.writer import ExportError
 from archnet.ops import (
-    Activation,
     Concat,
     Conv3x3,
     FullyConnected,
@@ -97,7 +96,7 @@ class _Header:
         self.model = model
         self.constants: list[str] = []
         self.calls: list[str] = []
-        self.entry = self._entry()
+        self.entry = model.entry
         self.names = _identifiers([step.name for step in model.steps])
         self.rank = max([4, *(len(model.shapes[step.name]) for step in model.steps)])
         self.roots = self._roots()
@@ -153,13 +152,6 @@ class _Header:
             "",
         ]
         return "\n".join(parts)
-
-    def _entry(self) -> IntegerStep:
-        readers = [step for step in self.model.steps if self.model.input in step.inputs]
-        if len(readers) != 1 or not isinstance(readers[0].operator, Activation):
-            names = ", ".join(step.name for step in readers)
-            raise ExportError(f"the c form has one grid for its input, and {names} read it")
-        return readers[0]
 
     def _check(self) -> None:
         for name, grid in self.model.grids.items():

@@ -182,6 +182,19 @@ class IntegerModel:
     shapes: dict[str, tuple[int, ...]]
     aliases: dict[str, str]
 
+    @property
+    def entry(self) -> IntegerStep:
+        """The step that rounds the input to its grid, where there is one grid for it.
+
+        Raises:
+            ExportError: several steps read the input, each on a grid of its own.
+        """
+        readers = [step for step in self.steps if self.input in step.inputs]
+        if len(readers) != 1 or not isinstance(readers[0].operator, Activation):
+            names = ", ".join(step.name for step in readers)
+            raise ExportError(f"this form has one grid for its input, and {names} read it")
+        return readers[0]
+
     def run(self, images: NDArray[Any], keep: Sequence[str] = ()) -> dict[str, Integers]:
         """Compute the result, and the values named in ``keep``, in integer arithmetic.
 

@@ -251,7 +251,7 @@ class _Emitter:
         self.file = TfliteFile()
         self.values: dict[str, Value] = {}
         self.moved: dict[tuple[str, tuple[Transpose | PendingReshape, ...]], str] = {}
-        self.entry = self._entry()
+        self.entry = model.entry
         self.zeros = self._zeros()
 
     def content(self) -> bytes:
@@ -261,13 +261,6 @@ class _Emitter:
         return self.file.content([self.model.input], [result])
 
     # What stands where ------------------------------------------------------------------------
-
-    def _entry(self) -> IntegerStep:
-        readers = [step for step in self.model.steps if self.model.input in step.inputs]
-        if len(readers) != 1 or not isinstance(readers[0].operator, Activation):
-            names = ", ".join(step.name for step in readers)
-            raise ExportError(f"form=tflite has one grid for its input, and {names} read it")
-        return readers[0]
 
     def _zeros(self) -> dict[str, int]:
         """The stored integer that means 0, for every value on a grid.

@@ -25,7 +25,7 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("bit operations, teacher at W8A8", "bops", "teacher_w8a8", ""),
         ("weights", "weight_bytes", "teacher", "B"),
     ):
-        lines.append((title, _amount(cost[key][side], unit), _amount(cost[key]["student"], unit)))
+        lines.append((title, amount(cost[key][side], unit), amount(cost[key]["student"], unit)))
     lines += [
         ("audit of the file", "", "pure" if audit["pure"] else _count(audit["violations"])),
         (f"parity with {parity['runtime']}", "", _parity(parity)),
@@ -54,7 +54,8 @@ def show(metrics: Mapping[str, Any], folder: Path) -> None:
     console.print(f"Everything is in {folder}", markup=False, soft_wrap=True)
 
 
-def _amount(value: float, unit: str) -> str:
+def amount(value: float, unit: str) -> str:
+    """A number in three digits with its prefix: ``amount(1_234_000, "B")`` is ``1.23 MB``."""
     for prefix in ("", "k", "M", "G"):
         if value < 1000:
             return f"{value:.3g} {prefix}{unit}".strip()

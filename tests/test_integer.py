@@ -273,6 +273,21 @@ def test_a_shift_alone_needs_scales_that_are_powers_of_two():
         lower(student_of(CifarResNet(8, width=4), 4, 4), "power_of_two")
 
 
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(2, 4), (8, 8)])
+def test_scales_that_are_powers_of_two_need_nothing_but_shifts(weight_bits, act_bits):
+    torch.manual_seed(0)
+    student = student_of(CifarResNet(8, width=4), weight_bits, act_bits, power_of_two=True)
+    shifts, multipliers = lower(student, "power_of_two"), lower(student)
+    for step in shifts.steps:
+        if step.requantization is not None:
+            multiplier = np.abs(step.requantization.multiplier)
+            assert not (multiplier & (multiplier - 1)).any()  # 1, or more where it goes left
+    images = torch.randn(8, 3, 12, 12)
+    found = shifts.run(images.numpy())[shifts.output]
+    assert np.array_equal(found, multipliers.run(images.numpy())[multipliers.output])
+    assert np.array_equal(found, pytorch_integers(student, shifts, images, shifts.output))
+
+
 def test_an_unknown_requantization_is_an_error():
     with pytest.raises(ExportError, match="multiplier, float, power_of_two"):
         lower(student_of(CifarResNet(8, width=4), 4, 4), "fixed")

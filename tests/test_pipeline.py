@@ -14,6 +14,7 @@ import torch
 
 from archnet import pipeline
 from archnet.config import Config
+from archnet.deploy import lower
 from archnet.errors import ArchnetError
 from archnet.runs import RunError, RunFolder, read_json
 
@@ -113,6 +114,21 @@ def test_a_full_disk_says_how_to_continue(
     folder = Path(str(caught.value).rpartition("resume=")[2])
     assert (folder / "stages" / "convert.json").is_file()
     assert not (folder / "stages" / "distill.json").exists()
+
+
+def test_an_accumulator_too_narrow_ends_before_training(make_config: Make) -> None:
+    with pytest.raises(ArchnetError, match=r"step \w+: .* need \d+ bits and the target has 12"):
+        pipeline.run(make_config(*DEBUG, "hardware.accumulator_bits=12"))
+
+
+def test_a_target_of_shifts_gets_scales_of_powers_of_two(
+    make_config: Make, finished: RunFolder
+) -> None:
+    cache = finished.config().teacher.cache_dir
+    options = [*DEBUG, "hardware.requantization=power_of_two", f"teacher.cache_dir={cache}"]
+    folder = pipeline.run(make_config(*options))
+    lower(pipeline.load_student(folder), "power_of_two")
+    assert read_json(folder.metrics)["parity"]["mismatches"] == 0
 
 
 def test_translation_ends_with_one_sentence(make_config: Make, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from archnet.quant import (
     ActivationLSQ,
     BiasQuantizer,
     QuantizationError,
+    Quantizer,
     WeightDoReFa,
     WeightLSQ,
     best_scale,
@@ -365,6 +366,38 @@ def test_calibration_leaves_the_weights_alone():
     quantize(network, 2, 2, batches(1))
     assert torch.equal(conv.weight, before)
     assert not torch.equal(conv.parameters_on_grid()[0], before)
+
+
+# Powers of two ------------------------------------------------------------------------------
+
+
+def test_a_power_of_two_is_the_nearest_to_what_is_learned():
+    quantizer = WeightLSQ(4, channels=3, power_of_two=True)
+    quantizer.set_scale(torch.tensor([0.9, 0.3, 0.001]))
+    assert quantizer.scale.tolist() == [1.0, 0.25, 2.0**-10]
+    quantizer(torch.randn(3, 5)).square().sum().backward()
+    assert quantizer.log_scale.grad.abs().min() > 0  # what is learned moves on between powers
+
+
+def test_calibration_takes_the_best_power_of_two():
+    values = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * 3
+    scales = best_scale(values, -8, 7, power_of_two=True)
+    assert torch.equal(scales.log2(), scales.log2().round())
+
+    def error(scale):
+        return ((values / scale).round().clamp(-8, 7) * scale - values).square().sum(1)
+
+    for factor in (0.5, 2.0):
+        assert (error(scales[:, None]) <= error(scales[:, None] * factor)).all()
+
+
+def test_students_of_powers_of_two_come_back_as_such():
+    network = student(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3)))
+    quantize(network, 4, 4, batches(1), power_of_two=True)
+    again = unpack(pack(network))
+    kept = [m for m in again.modules() if isinstance(m, Quantizer)]
+    assert kept
+    assert all(quantizer.power_of_two for quantizer in kept)
 
 
 # Units --------------------------------------------------------------------------------------

@@ -164,6 +164,10 @@ class HardwareConfig:
     merge_lanes: int = _number(64, 1)  # channels a slice where additions are merged by slices
     weight_bits: list[int] = _list(1, 2, 3, 4, 5, 6, 7, 8, 32)  # widths the target computes with
     act_bits: list[int] = _list(1, 2, 3, 4, 5, 6, 7, 8, 32)
+    # How it turns accumulators into integers: by a fixed-point multiplier and a shift, by a float
+    # scale, or by a shift alone, for which all scales are trained as powers of two.
+    requantization: str = _choice("multiplier", "multiplier", "float", "power_of_two")
+    accumulator_bits: int = _number(32, 8, 32)  # width of what products are summed in
     source: str = ""  # where this statement of the target comes from
 
 

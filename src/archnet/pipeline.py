@@ -28,11 +28,12 @@ import archnet
 from archnet import report
 from archnet.capture import capture
 from archnet.config import Config, LoggerConfig
+from archnet.deploy import lower
 from archnet.distill import distill
 from archnet.errors import ArchnetError
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
-from archnet.quant import pack, settle, unpack
+from archnet.quant import FLOAT, pack, settle, unpack
 from archnet.runs import RunError, RunFolder, atomic, read_json, write_json
 from archnet.tasks import ClassificationData
 from archnet.teachers import load_teacher, train_teacher
@@ -302,8 +303,18 @@ def _convert(this: Run) -> Student:
             first_bits=quant.first_bits,
             last_bits=quant.last_bits,
             per_channel=quant.per_channel,
+            power_of_two=config.hardware.requantization == "power_of_two",
         )
+        _check_integers(this, student)
     return student
+
+
+def _check_integers(this: Run, student: Student) -> None:
+    """Refuse a student that the target's arithmetic cannot hold; float parts are not looked at."""
+    quant, target = this.config.quant, this.config.hardware
+    widths = (quant.weight_bits, quant.act_bits, quant.first_bits, quant.last_bits)
+    if FLOAT not in widths:
+        lower(student, cast(Any, target.requantization), target.accumulator_bits)
 
 
 def _distil(this: Run, student: Student) -> dict[str, Any]:
@@ -373,6 +384,8 @@ def _loggers(config: LoggerConfig, folder: RunFolder) -> list[Logger]:
 
 
 def _export(this: Run, student: Student) -> dict[str, Any]:
+    if this.config.quant.method != "none":
+        _check_integers(this, student)
     archnet.export(student, this.folder.onnx, form=form(this.config))
     return {"bytes": this.folder.onnx.stat().st_size}
 

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from archnet.errors import ArchnetError
 
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     images = image_batch(this, options.inputs)
     forms = options.forms.split(",") if options.forms else None
     files = {folder.onnx.name: folder.onnx} if folder.onnx.is_file() else {}
-    checks = verify(student, images, forms, files)
+    checks = verify(student, images, forms, files, cast(Any, this.config.hardware.requantization))
     metrics["verify"] = {
         "inputs": len(images),
         "checks": {check.name: check.summary() for check in checks},

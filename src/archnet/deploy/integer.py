@@ -51,8 +51,8 @@ ACCUMULATOR_BITS = 32
 class Requantization:
     """Accumulators to the integers of a grid: clip(round(acc * scale + offset), low, high).
 
-    scale = multiplier * 2^-shift. ``multiplier`` is a signed 31-bit integer (of size 1 where the
-    kind is ``power_of_two``: a shift is all there is), and the sum is
+    scale = multiplier * 2^-shift. ``multiplier`` is a signed 31-bit integer (a power of two
+    where the kind is ``power_of_two``: a shift is all there is), and the sum is
     (acc * multiplier + offset) >> shift in 64 bits, rounded half to even. Under ``float`` the
     product is taken in float32, as ONNX Runtime's integer kernels take it.
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from archnet.deploy.export import form_named, write
-from archnet.deploy.integer import IntegerModel, Integers, execute, lower
+from archnet.deploy.integer import IntegerModel, Integers, Kind, execute, lower
 from archnet.deploy.runtime import changed, compile_openvino, load_session, run_session
 from archnet.deploy.writer import ExportError, Transpose, Value
 from archnet.ops import Activation, Concat, LayoutMove, MaxPool2x2, Step, Student
@@ -109,6 +109,7 @@ def verify(
     images: NDArray[Any],
     forms: Sequence[str] | None = None,
     files: Mapping[str, Path] | None = None,
+    requantization: Kind = "multiplier",
 ) -> list[Check]:
     """Run a student in PyTorch and in its exported forms; compare each with the golden model.
 
@@ -118,6 +119,7 @@ def verify(
         forms: of `archnet.deploy.FORMS`, those in `RUNNABLE`; None: all of these.
         files: name -> an ONNX file that was exported from the student, also to be run in ONNX
             Runtime; its steps are found by the names that this student's export gives them.
+        requantization: of the golden model, as the target has it; see `lower`.
 
     Returns:
         A check for PyTorch in float32, one for PyTorch in float64 (where products are exact, and
@@ -132,7 +134,7 @@ def verify(
         _check_runnable(form)
     student = copy.deepcopy(student).cpu().eval()
     images = np.ascontiguousarray(images, np.float32)
-    golden = _Golden(student, images)
+    golden = _Golden(student, images, requantization)
     checks = [
         golden.check("pytorch float32", "torch", _PyTorch(student, golden.model, torch.float32)),
         golden.check("pytorch float64", "torch", _PyTorch(student, golden.model, torch.float64)),
@@ -159,8 +161,9 @@ def verify(
 class _Golden:
     """The golden model's results, and what is compared with them."""
 
-    def __init__(self, student: Student, images: NDArray[np.float32]) -> None:
-        self.student, self.images, self.model = student, images, lower(student)
+    def __init__(self, student: Student, images: NDArray[np.float32], requantization: Kind) -> None:
+        self.student, self.images = student, images
+        self.model = lower(student, requantization)
         self.output = student.graph.output
         batches = [images[first : first + BATCH] for first in range(0, len(images), BATCH)]
         parts = [self.model.run(batch)[self.model.output] for batch in batches]

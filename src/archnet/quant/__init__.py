@@ -10,7 +10,7 @@ from archnet.quant.attach import (
     unpack,
 )
 from archnet.quant.calibrate import best_scale, calibrate_weights
-from archnet.quant.quantize import quantize
+from archnet.quant.quantize import FLOAT, quantize
 from archnet.quant.quantizers import (
     ActivationDoReFa,
     ActivationLSQ,
@@ -23,6 +23,7 @@ from archnet.quant.settle import Margin, settle
 from archnet.quant.units import grid_steps
 
 __all__ = [
+    "FLOAT",
     "ActivationDoReFa",
     "ActivationLSQ",
     "BiasQuantizer",

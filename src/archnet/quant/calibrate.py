@@ -12,12 +12,13 @@ CANDIDATES = 64  # scales tried, evenly spaced up to the one that clips nothing
 SAMPLES = 32768  # values kept per activation
 
 
-def best_scale(values: Tensor, low: int, high: int) -> Tensor:
+def best_scale(values: Tensor, low: int, high: int, power_of_two: bool = False) -> Tensor:
     """The scale with the least squared rounding error, for each row.
 
     Args:
         values: (R, N), one row per scale.
         low, high: integer bounds of the grid.
+        power_of_two: whether only powers of two are tried.
 
     Returns:
         (R,) positive scales; a row of zeros gets the floor.
@@ -28,8 +29,13 @@ def best_scale(values: Tensor, low: int, high: int) -> Tensor:
     if low == 0:
         peak = values.amax(1).clamp_min(0) / high
     best, least = peak.clone(), torch.full_like(peak, torch.inf)
-    for index in range(1, CANDIDATES + 1):
-        scale = (peak * (index / CANDIDATES)).clamp_min(SCALE_FLOOR)
+    if power_of_two:
+        outermost = torch.exp2(peak.clamp_min(SCALE_FLOOR).log2().ceil())
+        tried = [outermost / 2**halvings for halvings in range(6)]
+    else:
+        tried = [peak * (index / CANDIDATES) for index in range(1, CANDIDATES + 1)]
+    for candidate in tried:
+        scale = candidate.clamp_min(SCALE_FLOOR)
         levels = (values / scale[:, None]).round_().clamp_(low, high)
         error = levels.mul_(scale[:, None]).sub_(values).square_().sum(1)
         better = error < least
@@ -46,7 +52,7 @@ def weight_scale(quantizer: Quantizer, weight: Tensor) -> Tensor:
         return rows.abs().mean(1) / levels.abs().mean(1).clamp_min(SCALE_FLOOR)
     if quantizer.bits == 1:
         return rows.abs().mean(1)
-    return best_scale(rows, quantizer.low, quantizer.high)
+    return best_scale(rows, quantizer.low, quantizer.high, quantizer.power_of_two)
 
 
 def calibrate_weights(student: Student) -> None:
@@ -80,7 +86,7 @@ def observe(
 
 def activation_scale(samples: Tensor, quantizer: Quantizer) -> Tensor:
     """The scale an activation quantizer starts from, (1,)."""
-    return best_scale(samples[None], quantizer.low, quantizer.high)
+    return best_scale(samples[None], quantizer.low, quantizer.high, quantizer.power_of_two)
 
 
 def placed_activations(student: Student) -> list[str]:

@@ -49,6 +49,7 @@ def quantize(
     first_bits: int = 8,
     last_bits: int = 8,
     per_channel: bool = True,
+    power_of_two: bool = False,
 ) -> Student:
     """Quantize a student in place, with scales of least squared error.
 
@@ -60,6 +61,7 @@ def quantize(
         first_bits, last_bits: width of weights and input of the first and of the last trained
             layer; 32 leaves them float, and they are float where the layers between are.
         per_channel: a weight scale for every output channel, or one for the layer.
+        power_of_two: scales are powers of two, for chips that requantize by shifts.
 
     Raises:
         QuantizationError: a width is impossible, or the student is quantized already.
@@ -90,7 +92,12 @@ def quantize(
         if shared[name] != name:
             activations[name] = {"like": shared[name]}
         else:
-            activations[name] = {"kind": act_kind, "bits": widths[name], "signed": signed[name]}
+            activations[name] = {
+                "kind": act_kind,
+                "bits": widths[name],
+                "signed": signed[name],
+                "power_of_two": power_of_two,
+            }
     weights: dict[str, dict[str, object]] = {}
     for step in student.graph.steps:
         module = student.operator(step.name)
@@ -104,7 +111,12 @@ def quantize(
         if bits == 1 and bool((module.weight == 0).any()):
             bits = 2  # an identity or a lane of a grouped layer needs a level at zero
         channels = module.weight.shape[0] if per_channel else 1
-        weights[step.name] = {"kind": weight_kind, "bits": bits, "channels": channels}
+        weights[step.name] = {
+            "kind": weight_kind,
+            "bits": bits,
+            "channels": channels,
+            "power_of_two": power_of_two,
+        }
     attach(student, {"activations": activations, "weights": weights})
     calibrate_weights(student)
     _calibrate_activations(student, names, shared, samples)

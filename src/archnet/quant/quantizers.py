@@ -22,7 +22,7 @@ SCALE_FLOOR = 1e-8  # a channel without any weight still has a scale to divide b
 
 
 class _LearnedStep(torch.autograd.Function):
-    """Round x / scale to [low, high] and multiply back; gradients for x and for log(scale).
+    """Round x / scale to [low, high] and multiply back; gradients for x and for the scale.
 
     y = s * clamp(round(x / s), low, high). Where x lies inside the range dy/dx = 1 and
     dy/ds = (y - x) / s; outside dy/dx = 0 and dy/ds = y / s. With g the incoming gradient,
@@ -30,10 +30,8 @@ class _LearnedStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, log_scale: Tensor, low: int, high: int, factor: float
-    ) -> Tensor:
-        scale = log_scale.exp().to(x.dtype)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, factor: float) -> Tensor:
+        scale = scale.to(x.dtype)
         y = torch.empty_like(x)
         for x_part, y_part in _parts(scale, x, y):
             # A true division, as ONNX's QuantizeLinear: the same bits in every runtime.
@@ -68,7 +66,7 @@ class _LearnedStep(torch.autograd.Function):
                 )
                 grad_log += torch.dot(g.flatten(), level.flatten())
                 grad_log -= torch.dot(result.flatten(), v.flatten())
-        return inside, (grad_log * ctx.factor).float(), None, None, None
+        return inside, (grad_log * ctx.factor).float() / scale.float(), None, None, None
 
 
 def _parts(scale: Tensor, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -112,16 +110,29 @@ class Quantizer(nn.Module):
         low, high: integer bounds of the grid.
         channels: scales along the first axis of the tensor, 1 for one scale.
         learned: whether training moves the scale.
+        power_of_two: whether the scale is the power of two nearest to what is learned, for chips
+            that requantize by shifts alone.
     """
 
-    def __init__(self, bits: int, low: int, high: int, channels: int, learned: bool) -> None:
+    def __init__(
+        self,
+        bits: int,
+        low: int,
+        high: int,
+        channels: int,
+        learned: bool,
+        power_of_two: bool = False,
+    ) -> None:
         super().__init__()
+        self.power_of_two = power_of_two
         self.bits, self.low, self.high, self.channels = bits, low, high, channels
         self.log_scale = nn.Parameter(torch.zeros(channels), requires_grad=learned)
 
     @property
     def scale(self) -> Tensor:
         """Step between neighbouring levels, (channels,), positive."""
+        if self.power_of_two:
+            return torch.exp2(round_through(self.log_scale / math.log(2)))
         return self.log_scale.exp()
 
     def set_scale(self, scale: Tensor) -> None:
@@ -131,7 +142,12 @@ class Quantizer(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """What rebuilds this quantizer, as plain data."""
-        return {"kind": type(self).__name__, "bits": self.bits, "channels": self.channels}
+        return {
+            "kind": type(self).__name__,
+            "bits": self.bits,
+            "channels": self.channels,
+            "power_of_two": self.power_of_two,
+        }
 
     def integers(self, x: Tensor) -> Tensor:
         """The grid's integers (float dtype) nearest to x."""
@@ -144,10 +160,7 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         factor = 1.0 / math.sqrt(max(1, self._values(x)) * max(1, self.high))
-        log_scale: Tensor = self.log_scale
-        if self.channels > 1:
-            log_scale = log_scale.reshape(-1, *[1] * (x.dim() - 1))
-        return _LearnedStep.apply(x, log_scale, self.low, self.high, factor)
+        return _LearnedStep.apply(x, self.along(x), self.low, self.high, factor)
 
     def _values(self, x: Tensor) -> int:
         """How many values of one sample share a scale (LSQ, section 2.2)."""
@@ -163,8 +176,8 @@ class WeightLSQ(Quantizer):
     Example (2 bits, scale 0.5): levels -1, -0.5, 0, 0.5; 0.3 becomes 0.5, 2.0 becomes 0.5.
     """
 
-    def __init__(self, bits: int, channels: int = 1) -> None:
-        super().__init__(bits, *signed_range(bits), channels, learned=True)
+    def __init__(self, bits: int, channels: int = 1, power_of_two: bool = False) -> None:
+        super().__init__(bits, *signed_range(bits), channels, True, power_of_two)
 
     def _values(self, x: Tensor) -> int:
         return x.numel() // self.channels
@@ -193,9 +206,9 @@ class WeightDoReFa(Quantizer):
     Example (2 bits, max|tanh| 1): weights -0.9, 0.1, 0.6 give -1, 0, 1 times the scale.
     """
 
-    def __init__(self, bits: int, channels: int = 1) -> None:
+    def __init__(self, bits: int, channels: int = 1, power_of_two: bool = False) -> None:
         high = max(1, 2 ** (bits - 1) - 1)
-        super().__init__(bits, -high, high, channels, learned=False)
+        super().__init__(bits, -high, high, channels, False, power_of_two)
 
     def _normalised(self, x: Tensor) -> Tensor:
         squashed = torch.tanh(x)
@@ -226,13 +239,18 @@ class ActivationLSQ(Quantizer):
 
     learned = True
 
-    def __init__(self, bits: int, signed: bool) -> None:
+    def __init__(self, bits: int, signed: bool, power_of_two: bool = False) -> None:
         low, high = signed_range(bits) if signed else (0, 2**bits - 1)
-        super().__init__(bits, low, high, 1, self.learned)
+        super().__init__(bits, low, high, 1, self.learned, power_of_two)
         self.signed = signed
 
     def spec(self) -> dict[str, Any]:
-        return {"kind": type(self).__name__, "bits": self.bits, "signed": self.signed}
+        return {
+            "kind": type(self).__name__,
+            "bits": self.bits,
+            "signed": self.signed,
+            "power_of_two": self.power_of_two,
+        }
 
 
 class ActivationDoReFa(ActivationLSQ):

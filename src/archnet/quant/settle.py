@@ -25,6 +25,7 @@ CANDIDATES = 513  # scales tried per channel, evenly spaced within the reach
 # threshold itself, which a multiplication or division rounds, and of the sum behind it.
 ENOUGH = 16.0
 EPSILON = 2.0**-24
+SAFEST = 1e6  # roundings beyond which nothing more is told
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ def _choose_scales(
 ) -> Margin:
     """The scale of each channel that is safe enough and nearest, else the safest."""
     source = biases.source
+    if all(quantizer.power_of_two for quantizer in (weights, source, target)):
+        # Float32 scales by powers of two without rounding: nothing is in doubt, ties included.
+        return Margin(step.name, target.bits, SAFEST)
     logs = _candidates(weights.log_scale)
     ratio = logs.exp().double() * source.scale.double() / target.scale.double()  # (J, C)
     rows = integers.reshape(len(integers), -1).double()
@@ -163,4 +167,4 @@ def _first_enough(safety: Tensor) -> Tensor:
 
 
 def _least(safety: Tensor, best: Tensor) -> float:
-    return round(min(float(safety.gather(0, best[None]).min()), 1e6), 2)
+    return round(min(float(safety.gather(0, best[None]).min()), SAFEST), 2)

@@ -169,8 +169,9 @@ TABLES = (
             "qcdq": _plain("qcdq"),
             "qdq": _plain("qdq"),
             "QONNX": _plain("qonnx"),
+            "predictions changed in these": _plain("changed"),
             "OpenVINO, int8 kernels": _plain("openvino"),
-            "predictions changed": _plain("changed"),
+            "OpenVINO in floats": _plain("openvino in floats"),
         },
     ),
     Table(

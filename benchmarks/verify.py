@@ -23,13 +23,12 @@ STUDENT = ("task", "teacher", "hardware", "weight_bits", "act_bits", "bops", "we
 
 
 def cell(check: Mapping[str, Any]) -> str:
-    """What was found of a form, in one cell: ``equal``, or how far it is off."""
+    """What was found of a form, in one cell: ``equal``, or outputs and predictions that are not."""
     if "skipped" in check:
         return "not run"
     if check["bit_equal"] == 1:
         return "equal"
-    steps = "inf" if check["max_steps"] is None else f"{check['max_steps']:g}"
-    return f"{min(99.99, 100 * check['bit_equal']):.2f} % equal, {steps} steps at most"
+    return f"{min(99.99, 100 * check['bit_equal']):.2f} % equal, {check['changed']} changed"
 
 
 def row(path: Path, inputs: int, minutes: float) -> dict[str, Any]:
@@ -38,13 +37,13 @@ def row(path: Path, inputs: int, minutes: float) -> dict[str, Any]:
     ran = {name: check for name, check in checks.items() if "skipped" not in check}
     return {
         **{key: run[key] for key in STUDENT},
-        "metric": "share of outputs that are the golden integer model's, least of all forms",
-        "student_value": min(check["bit_equal"] for check in ran.values()),
+        "metric": "share of outputs that are the golden integer model's, in qcdq",
+        "student_value": ran["qcdq"]["bit_equal"],
         "minutes": round(minutes, 2),
         "command": f"archnet verify {path} --inputs {inputs}",
         "run": run["command"],
         "inputs": inputs,
-        "changed": max(check["changed"] for check in ran.values()),
+        "changed": max(ran[name]["changed"] for name in ("pytorch float32", "qcdq", "qdq")),
         "runtimes": "; ".join(dict.fromkeys(check["runtime"] for check in ran.values())),
         **{name: cell(check) for name, check in checks.items()},
     }

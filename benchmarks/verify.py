@@ -40,7 +40,7 @@ def row(path: Path, inputs: int, minutes: float) -> dict[str, Any]:
         "metric": "share of outputs that are the golden integer model's, in qcdq",
         "student_value": ran["qcdq"]["bit_equal"],
         "minutes": round(minutes, 2),
-        "command": f"archnet verify {path} --inputs {inputs}",
+        "command": f"python benchmarks/verify.py {path} --inputs {inputs}",
         "run": run["command"],
         "inputs": inputs,
         "changed": max(ran[name]["changed"] for name in ("pytorch float32", "qcdq", "qdq")),

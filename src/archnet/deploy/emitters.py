@@ -55,7 +55,7 @@ def emit(
     return _EMITTERS[type(operator)](writer, name, operator, (-1, *shape), *inputs)
 
 
-def _parameters(writer: Writer, name: str, op: WeightedOperator) -> tuple[str, str]:
+def parameters(writer: Writer, name: str, op: WeightedOperator) -> tuple[str, str]:
     """Weight and bias: integers and a DequantizeLinear where a quantizer is, else float."""
     weights, biases = op.weight_quantizer, op.bias_quantizer
     if weights is None:
@@ -76,7 +76,7 @@ def _parameters(writer: Writer, name: str, op: WeightedOperator) -> tuple[str, s
 def _convolution(writer: Writer, name: str, op: Conv3x3, shape: tuple[int, ...], x: Value) -> Value:
     writer.node(
         "Conv",
-        [writer.floating(x), *_parameters(writer, name, op)],
+        [writer.floating(x), *parameters(writer, name, op)],
         name,
         kernel_shape=[3, 3],
         strides=[op.stride] * 2,
@@ -93,7 +93,7 @@ def _fully_connected(
     # take the bias for a Gemm, and none for a MatMul.
     rows = x.reshaped((-1, op.in_features), f"{name}.rows")
     tensor = name if len(shape) == 2 else f"{name}.flat"
-    inputs = [writer.floating(rows), *_parameters(writer, name, op)]
+    inputs = [writer.floating(rows), *parameters(writer, name, op)]
     writer.node("Gemm", inputs, tensor, transB=1)
     return Value(name, tensor, (-1, op.out_features)).reshaped(shape, name)
 

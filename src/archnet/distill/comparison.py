@@ -83,11 +83,18 @@ class TapComparison(nn.Module):
         self.attention = TeacherAttention(channels, channels_last) if attention else None
         self.adaptation = ResidualAdaptation(channels, channels_last) if adaptation else None
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Scalar loss of features of one shape, (B, C, H, W) or (B, T, C)."""
+    def forward(self, student: Tensor, teacher: Tensor, real: Tensor | None = None) -> Tensor:
+        """Scalar loss of features of one shape, (B, C, H, W) or (B, T, C).
+
+        Positions of (B, T, C) where ``real`` (B, T) is false do not count.
+        """
+        if real is not None:
+            student, teacher = (x.masked_fill(~real[..., None], 0.0) for x in (student, teacher))
         feature = student if self.attention is None else self.attention(student, teacher)
         if self.adaptation is not None:
             feature = self.adaptation(feature, student)
+        if real is not None:
+            feature, teacher = feature[real], teacher[real]
         return F.mse_loss(feature, teacher) / teacher.var().clamp_min(1e-12)
 
 

@@ -156,7 +156,7 @@ class _Distillation(ArchDistillation):
         self.cache.write([name], len(array), features())
 
 
-class _Speed(Callback):
+class Speed(Callback):
     """Counts what was trained in this session."""
 
     def __init__(self) -> None:
@@ -213,16 +213,46 @@ def distill(
     student.train().to(memory_format=torch.channels_last)
     cache = FeatureCache(folder / "features")
     module = _Distillation(teacher, student, periods, options, data, cache)
-    speed = _Speed()
+    speed = Speed()
+    limit = max(1, options.val_images // data.config.data.eval_batch_size)
+    if fit(module, periods, options, trainer, folder, loggers, speed, limit):
+        cache.clear()
+    seconds = time.monotonic() - speed.began
+    student.eval().to(memory_format=torch.contiguous_format)
+    student.to("cpu")
+    facts["seconds"] = round(seconds, 1)
+    facts["images_per_s"] = round(speed.steps * batch / max(seconds, 1e-9), 1)
+    return facts
+
+
+def fit(
+    module: lightning.LightningModule,
+    periods: Sequence[Period],
+    options: DistillOptions,
+    trainer: TrainerOptions,
+    folder: Path,
+    loggers: Sequence[Logger],
+    speed: Speed,
+    limit_val_batches: int | None = None,
+) -> bool:
+    """Run the periods, from the newest checkpoint in ``folder`` if there is one.
+
+    Returns:
+        Whether this process is the leading one.
+
+    Raises:
+        DistillError: training was interrupted.
+    """
+    last = periods[-1].last
     runner = lightning.Trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         strategy=_strategy(trainer),
         precision=trainer.precision,  # type: ignore[arg-type]
-        max_steps=periods[-1].last,
+        max_steps=last,
         max_epochs=1,
-        val_check_interval=min(options.val_every, periods[-1].last),
-        limit_val_batches=max(1, options.val_images // data.config.data.eval_batch_size),
+        val_check_interval=min(options.val_every, last),
+        limit_val_batches=limit_val_batches,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=list(loggers) or False,
@@ -243,18 +273,9 @@ def distill(
         ],
     )
     runner.fit(module, ckpt_path=newest_checkpoint(folder))
-    if runner.global_step < periods[-1].last:
-        raise DistillError(
-            f"distillation stopped at step {runner.global_step} of {periods[-1].last}"
-        )
-    if runner.is_global_zero:
-        cache.clear()
-    seconds = time.monotonic() - speed.began
-    student.eval().to(memory_format=torch.contiguous_format)
-    student.to("cpu")
-    facts["seconds"] = round(seconds, 1)
-    facts["images_per_s"] = round(speed.steps * batch / max(seconds, 1e-9), 1)
-    return facts
+    if runner.global_step < last:
+        raise DistillError(f"distillation stopped at step {runner.global_step} of {last}")
+    return runner.is_global_zero
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from archnet.distill.comparison import TapComparison, logits_loss
 from archnet.distill.schedule import DistillError, Period, period_at
-from archnet.ops import Activation, Student, WeightedOperator
+from archnet.ops import Activation, Student, Tap, WeightedOperator
 from archnet.quant import grid_steps
 
 
@@ -79,11 +79,12 @@ class ArchDistillation(lightning.LightningModule):
         # Here, where the student is as calibrated: a resumed run moves in the units of the first.
         self._units = grid_steps(student)
         self.periods, self.options = list(periods), options
-        shapes = student.graph.shapes
-        self.comparisons = nn.ModuleList(
-            TapComparison(shapes[tap.value], options.attention, options.adaptation)
-            for tap in student.taps
-        )
+        self.comparisons = nn.ModuleList(self.comparison(tap) for tap in student.taps)
+
+    def comparison(self, tap: Tap) -> nn.Module:
+        """How features at a tap are compared."""
+        shape, options = self.student.graph.shapes[tap.value], self.options
+        return TapComparison(shape, options.attention, options.adaptation)
 
     @property
     def teacher(self) -> nn.Module:

@@ -20,7 +20,8 @@ from archnet.ops import (
     Activation,
     BatchNorm,
     Concat,
-    MaxPool2x2,
+    MatMul,
+    MaxPooling,
     Student,
     WeightedOperator,
 )
@@ -117,6 +118,11 @@ def student_cost(student: Student) -> Cost:
             parameters = module.weight.numel() + module.bias.numel()
             weight_bytes = _bytes(module.weight.numel(), weight_bits)
             weight_bytes += _bytes(module.bias.numel(), BIAS_BITS)
+        elif isinstance(module, MatMul):
+            depth, (*_, filters) = shapes[step.inputs[0]][-1], shapes[step.name]
+            products = (Product(math.prod(shapes[step.name]) // filters, depth, filters),)
+            macs, weight_bits = products[0].macs, bits[step.inputs[1]]
+            read_bits = bits[step.inputs[0]]
         elif isinstance(module, BatchNorm):
             parameters = 2 * module.channels
             weight_bytes = _bytes(parameters, FLOAT_BITS)
@@ -362,7 +368,7 @@ def _value_bits(student: Student) -> dict[str, int]:
         module = student.operator(step.name)
         if isinstance(module, Activation):
             bits[step.name] = _bits(module.quantizer)
-        elif isinstance(module, LayoutMove | MaxPool2x2 | Concat):
+        elif isinstance(module, LayoutMove | MaxPooling | Concat):
             bits[step.name] = max(bits[name] for name in step.inputs)
         else:
             bits[step.name] = FLOAT_BITS

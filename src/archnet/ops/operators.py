@@ -134,7 +134,11 @@ class BatchNorm(Operator):
         )
 
 
-class MaxPool2x2(Operator):
+class MaxPooling(Operator):
+    """A maximum over some values: the result lies on the grid of what it reads."""
+
+
+class MaxPool2x2(MaxPooling):
     """2x2 max-pooling, stride 1 or 2: (B, C, H, W) -> (B, C, H', W').
 
     ``padding`` is (left, right, top, bottom) in pixels of the lowest value, so that windows of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from archnet.errors import ArchnetError
-from archnet.ops import layout, operators
+from archnet.ops import layout, operators, sequence
 from archnet.ops.operators import Operator
 
 OPERATORS: dict[str, type[Operator]] = {
@@ -25,6 +25,15 @@ OPERATORS: dict[str, type[Operator]] = {
         layout.Reshape,
         layout.Slice,
         layout.Pad,
+        sequence.TokenEmbedding,
+        sequence.Window,
+        sequence.SplitHeads,
+        sequence.MergeHeads,
+        sequence.History,
+        sequence.MatMul,
+        sequence.Softmax,
+        sequence.PairFullyConnected,
+        sequence.SourcePool,
     )
 }
 
@@ -67,7 +76,10 @@ class NodeReport:
 
 @dataclass
 class StudentGraph:
-    """The student without its weights: plain data."""
+    """The student without its weights: plain data.
+
+    ``indices`` are the inputs that hold token numbers or marks instead of features.
+    """
 
     inputs: list[str]
     output: str
@@ -75,6 +87,7 @@ class StudentGraph:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     taps: list[Tap] = field(default_factory=list)
     report: list[NodeReport] = field(default_factory=list)
+    indices: list[str] = field(default_factory=list)
 
 
 class Student(nn.Module):
@@ -204,5 +217,6 @@ class Student(nn.Module):
             shapes={name: tuple(shape) for name, shape in spec["shapes"].items()},
             taps=[Tap(**tap) for tap in spec["taps"]],
             report=[NodeReport(**row) for row in spec["report"]],
+            indices=list(spec.get("indices", [])),
         )
         return cls(graph, modules)

@@ -9,7 +9,10 @@ from archnet.ops import (
     BatchNorm,
     Concat,
     LayoutMove,
-    MaxPool2x2,
+    MatMul,
+    MaxPooling,
+    PairFullyConnected,
+    Softmax,
     Step,
     Student,
     Tap,
@@ -23,6 +26,9 @@ from archnet.quant.quantizers import (
 )
 
 
+COMPUTING = WeightedOperator | BatchNorm | MatMul | Softmax  # whose results are rounded
+
+
 class QuantizationError(ArchnetError):
     """The student cannot be quantized as asked."""
 
@@ -32,7 +38,7 @@ def insert_activations(student: Student) -> None:
 
     Where a ReLU or clip follows (through layout moves that nobody else reads), that is the place;
     elsewhere an activation without bounds is inserted. The network's result gets none: the chip
-    gives its accumulators.
+    gives its accumulators; nor does what a softmax reads.
     """
     consumers, graph = student.consumers(), student.graph
 
@@ -45,7 +51,7 @@ def insert_activations(student: Student) -> None:
         module = student.operator(readers[0].name)
         if isinstance(module, LayoutMove):
             return has_place(readers[0].name)
-        return isinstance(module, Activation)
+        return isinstance(module, Activation | Softmax)
 
     renamed: dict[str, str] = {}
     added: dict[str, Activation] = {}
@@ -58,12 +64,12 @@ def insert_activations(student: Student) -> None:
         renamed[name] = place
 
     for name in graph.inputs:
-        if not has_place(name):
+        if name not in graph.indices and not has_place(name):
             insert_after(name, "")
     for step in graph.steps:
         inputs = tuple(renamed.get(name, name) for name in step.inputs)
         steps.append(Step(step.name, inputs, step.origin))
-        computes = isinstance(student.operator(step.name), WeightedOperator | BatchNorm)
+        computes = isinstance(student.operator(step.name), COMPUTING)
         if computes and not has_place(step.name):
             insert_after(step.name, step.origin)
     taps = [Tap(t.path, t.node, renamed.get(t.value, t.value)) for t in graph.taps]
@@ -81,7 +87,7 @@ def grids(student: Student) -> dict[str, frozenset[str]]:
         module = student.operator(step.name)
         if isinstance(module, Activation):
             found[step.name] = frozenset([step.name])
-        elif isinstance(module, LayoutMove | MaxPool2x2 | Concat):
+        elif isinstance(module, LayoutMove | MaxPooling | Concat):
             found[step.name] = frozenset().union(*(found[name] for name in step.inputs))
         else:
             found[step.name] = frozenset()
@@ -89,7 +95,8 @@ def grids(student: Student) -> dict[str, frozenset[str]]:
 
 
 def shared_grids(student: Student) -> dict[str, str]:
-    """Activation steps that must share one quantizer: those whose values meet in a concat.
+    """Activation steps that must share one quantizer: those whose values meet in a concat, or in
+    a layer on pairs, which concatenates what it reads.
 
     Returns a representative for every activation step (the first of its group).
     """
@@ -104,7 +111,12 @@ def shared_grids(student: Student) -> dict[str, str]:
             name = parent[name]
         return name
 
-    for members in grids(student).values():
+    on_grid = grids(student)
+    met = list(on_grid.values())
+    for step in student.graph.steps:
+        if isinstance(student.operator(step.name), PairFullyConnected):
+            met.append(frozenset().union(*(on_grid[name] for name in step.inputs)))
+    for members in met:
         first, *others = sorted(map(root, members), key=list(parent).index) or [""]
         for other in others:
             parent[root(other)] = root(first)

@@ -64,7 +64,10 @@ def calibrate_weights(student: Student) -> None:
 
 
 def observe(
-    student: Student, names: Sequence[str], batches: Iterable[Tensor], seed: int = 0
+    student: Student,
+    names: Sequence[str],
+    batches: Iterable[Tensor | tuple[Tensor, ...]],
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """A sample of each named value over some batches, flattened (at most `SAMPLES` values)."""
     taken: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -74,7 +77,9 @@ def observe(
     device = next(student.parameters()).device
     with torch.no_grad():
         for batch in batches:
-            results = student.run({student.graph.inputs[0]: batch.to(device)}, names)
+            inputs = (batch,) if isinstance(batch, Tensor) else batch
+            given = zip(student.graph.inputs, (x.to(device) for x in inputs), strict=True)
+            results = student.run(dict(given), names)
             for name, value in zip(names, results, strict=True):
                 flat = value.flatten().float().cpu()
                 picks = torch.randint(len(flat), (min(share, len(flat)),), generator=generator)

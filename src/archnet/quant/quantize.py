@@ -13,6 +13,7 @@ from archnet.ops import (
     LayoutMove,
     Step,
     Student,
+    TokenEmbedding,
     WeightedOperator,
 )
 from archnet.quant.attach import (
@@ -43,7 +44,7 @@ def quantize(
     student: Student,
     weight_bits: int,
     act_bits: int,
-    calibration: Iterable[Tensor],
+    calibration: Iterable[Tensor | tuple[Tensor, ...]],
     *,
     method: Method = "lsq",
     first_bits: int = 8,
@@ -56,7 +57,7 @@ def quantize(
     Args:
         student: from `convert`; not quantized before.
         weight_bits, act_bits: widths 1 to 8, or 32 for float.
-        calibration: unlabelled batches (B, C, H, W).
+        calibration: unlabelled batches (B, C, H, W), or tuples of all inputs of the student.
         method: "lsq" (learned steps) or "dorefa" (tanh weights, fixed ranges).
         first_bits, last_bits: width of weights and input of the first and of the last trained
             layer; 32 leaves them float, and they are float where the layers between are.
@@ -104,8 +105,8 @@ def quantize(
         if not isinstance(module, WeightedOperator):
             continue
         bits = weight_bits
-        if weight_bits != FLOAT and step.name in (first, last):
-            bits = first_bits if step.name == first else last_bits
+        if weight_bits != FLOAT and step.name in (*first, last):
+            bits = first_bits if step.name in first else last_bits
         if bits == FLOAT:
             continue
         if bits == 1 and bool((module.weight == 0).any()):
@@ -123,19 +124,24 @@ def quantize(
     return student
 
 
-def _first_and_last(student: Student) -> tuple[str | None, str | None]:
-    """The trained layer that reads the input, and the one nearest to the result."""
+def _first_and_last(student: Student) -> tuple[list[str], str | None]:
+    """The trained layers that read the input, token embeddings among them, and the one nearest to
+    the result.
+    """
     trained = [
         step.name
         for step in student.graph.steps
         if isinstance(module := student.operator(step.name), WeightedOperator) and module.trainable
     ]
-    return (trained[0], trained[-1]) if trained else (None, None)
+    if not trained:
+        return [], None
+    embeddings = [name for name in trained if isinstance(student.operator(name), TokenEmbedding)]
+    return embeddings or trained[:1], trained[-1]
 
 
 def _activation_widths(
     student: Student,
-    first: str | None,
+    first: list[str],
     last: str | None,
     act_bits: int,
     first_bits: int,
@@ -149,9 +155,9 @@ def _activation_widths(
     on_grid = grids(student)
     reached_last = False
     for step in student.graph.steps:
-        if step.name in (first, last):
+        if step.name in (*first, last):
             for name in on_grid[step.inputs[0]]:
-                widths[name] = first_bits if step.name == first else last_bits
+                widths[name] = first_bits if step.name in first else last_bits
         if reached_last and step.name in widths:
             widths[step.name] = last_bits
         reached_last = reached_last or step.name == last

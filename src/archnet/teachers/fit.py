@@ -26,11 +26,15 @@ _log = logging.getLogger(__name__)
 
 # Options that say how fast or where a task is read, not what a teacher learns from it.
 _IRRELEVANT_DATA = ("batch_size", "download", "eval_batch_size", "unlabelled", "workers")
+_IRRELEVANT_TEXT = ("beam", "length_penalty", "cache_dir", "test")
+# What images do not read, and keys that older caches did not have, by the value they then mean.
+_LATER_KEYS: dict[str, Any] = {"optimizer": "sgd", "average": 0}
 
 
 class FitOptions(Protocol):
     """What is read of `teacher.fit`."""
 
+    optimizer: str
     epochs: int
     restarts: list[int]
     batch_size: int
@@ -39,6 +43,7 @@ class FitOptions(Protocol):
     weight_decay: float
     label_smoothing: float
     warmup: float
+    average: int
 
 
 class TrainableTeacher(TeacherSource, Protocol):
@@ -70,9 +75,23 @@ class LabelledData(Protocol):
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]: ...
 
 
+class PairedText(Protocol):
+    """What training needs of translation, as `archnet.tasks.TranslationData` gives it."""
+
+    config: Any
+    train: Any
+
+    def setup(self, stage: str | None = None) -> None: ...
+    def batches_an_epoch(self) -> int: ...
+    def step_batches(
+        self, text: Any, steps: int, *, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Any: ...
+    def valid_batches(self) -> Any: ...
+
+
 def train_teacher(
     model: nn.Module,
-    data: LabelledData,
+    data: Any,
     config: TrainableTeacher,
     *,
     seed: int,
@@ -85,7 +104,7 @@ def train_teacher(
 ) -> nn.Module:
     """The model trained on the labels of `data`'s training part, in eval mode and frozen.
 
-    SGD with Nesterov momentum, a learning rate that rises linearly to its peak and falls linearly
+    SGD with Nesterov momentum or Adam, a learning rate that rises linearly to its peak and falls linearly
     to zero (Smith 2018, arXiv 1803.09820, "one-cycle"), and label smoothing (Szegedy et al. 2015).
     `fit.restarts` adds cycles, each from the weights that the last one ended with (Loshchilov &
     Hutter 2017, arXiv 1608.03983, "warm restarts"); every cycle is cached, so that a teacher that
@@ -98,7 +117,7 @@ def train_teacher(
 
     Args:
         model: the network, trained in place.
-        data: the task.
+        data: the task: `LabelledData`, or `PairedText` for translation.
         config: `teacher`, of which `fit` says how long and how fast.
         seed: of whatever is random inside the network; the data have their own.
         accelerator: Lightning's.
@@ -137,7 +156,8 @@ def train_teacher(
         )
     data.setup()
     model.train().requires_grad_(True)
-    learner = _TeacherTraining(model, data, config.fit, seed)
+    kind = _TranslationTraining if data.config.kind == "translation" else _ClassifierTraining
+    learner = kind(model, data, config.fit, seed)
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / "last.ckpt"
     trainer = lightning.Trainer(
@@ -188,6 +208,12 @@ def teacher_folder(task: Any, teacher: Any, seed: int) -> Path:
         asked["teacher"]["fit"].pop("restarts")
     for name in _IRRELEVANT_DATA:
         asked["task"]["data"].pop(name)
+    for name, value in _LATER_KEYS.items():
+        if asked["teacher"]["fit"][name] == value:
+            asked["teacher"]["fit"].pop(name)
+    text = asked["task"].pop("text")
+    if asked["task"]["kind"] == "translation":
+        asked["text"] = {k: v for k, v in text.items() if k not in _IRRELEVANT_TEXT}
     if asked["task"]["data"]["root"] is not None:
         asked["task"]["data"]["root"] = str(
             Path(asked["task"]["data"]["root"]).expanduser().resolve()
@@ -204,36 +230,125 @@ def _precision(accelerator: str) -> Any:
 
 def _keep(model: nn.Module, folder: Path, learner: _TeacherTraining, seconds: float) -> None:
     """Write the weights, whole or not at all, and what is known of them."""
-    facts = {
-        "val_accuracy": learner.accuracy,
-        "images_seen": (learner.before + learner.steps) * learner.options.batch_size,
-        "seconds_since_start_or_resume": round(seconds, 1),
-    }
+    facts = {**learner.facts(), "seconds_since_start_or_resume": round(seconds, 1)}
     (folder / "teacher.json").write_text(json.dumps(facts, indent=2) + "\n")
     with atomic(folder / "teacher.safetensors", TeacherError) as partial:
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial)
     (folder / "last.ckpt").unlink(missing_ok=True)
-    _log.info("teacher kept in %s, %.2f %% on val", folder, learner.accuracy)
+    _log.info("teacher kept in %s, %.2f %% on val", folder, learner.accuracy)  # of labels or tokens
 
 
 class _TeacherTraining(lightning.LightningModule):
-    """Cross-entropy on labelled batches numbered by step."""
+    """What training has in common for all tasks: cycles, batches numbered by step, val, rates.
+
+    Attributes:
+        steps: of this cycle; ``before`` counts those of earlier cycles, as batches are numbered
+            through all of them.
+        accuracy: on val, in points; of images, or of target tokens.
+    """
+
+    def __init__(self, model: nn.Module, options: FitOptions, epoch: int, seed: int) -> None:
+        super().__init__()
+        self.model, self.options, self.seed = model, options, seed
+        *earlier, self.epochs = options.epochs, *options.restarts
+        self.steps = self.epochs * epoch
+        self.before = sum(earlier) * epoch
+        self.accuracy = 0.0
+        self._seen = torch.zeros(2)
+        # The sum of the weights of the last epochs, and how many they were.
+        self._sums: dict[str, Tensor] = {}
+        self._summed = 0
+
+    def facts(self) -> dict[str, Any]:
+        """What is kept beside the weights."""
+        return {"val_accuracy": self.accuracy}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout, too, must be a function of the step for a resumed run to end as an unbroken one.
+        torch.manual_seed((self.seed << 32) + self.before + self.trainer.global_step)
+
+    def checked(self, loss: Tensor) -> Tensor:
+        """Log a loss, which has to be finite."""
+        if not torch.isfinite(loss):
+            raise TeacherError(
+                f"the teacher's loss is {loss.item()} at step {self.trainer.global_step}: "
+                "lower teacher.fit.lr"
+            )
+        self.log("loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._seen = torch.zeros(2, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        hits, count = self.trainer.strategy.reduce(self._seen, reduce_op="sum").tolist()
+        self.accuracy = 100 * hits / max(count, 1)
+        self.log("val_accuracy", self.accuracy, prog_bar=True)
+        left = (self.steps - self.trainer.global_step) / max(1, self.steps / self.epochs)
+        if round(left) < self.options.average:
+            for name, weight in self.model.state_dict().items():
+                self._sums[name] = self._sums.get(name, 0) + weight.double().cpu()
+            self._summed += 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["averaged"] = {"sums": self._sums, "count": self._summed}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._sums = checkpoint["averaged"]["sums"]
+        self._summed = checkpoint["averaged"]["count"]
+
+    def on_fit_end(self) -> None:
+        """The average of the last epochs' weights takes their place (1706.03762, section 6.1)."""
+        if self._summed:
+            state = self.model.state_dict()
+            averaged = {k: (v / self._summed).to(state[k]) for k, v in self._sums.items()}
+            self.model.load_state_dict(averaged)
+
+    def configure_optimizers(self) -> Any:
+        options = self.options
+        optimizer: torch.optim.Optimizer
+        if options.optimizer == "adam":
+            optimizer = torch.optim.AdamW(
+                self.model.parameters(),
+                lr=options.lr,
+                betas=(0.9, 0.98),
+                eps=1e-9,
+                weight_decay=options.weight_decay,
+            )
+        else:
+            optimizer = torch.optim.SGD(
+                self.model.parameters(),
+                lr=options.lr,
+                momentum=options.momentum,
+                weight_decay=options.weight_decay,
+                nesterov=options.momentum > 0,
+            )
+        rising = options.warmup * self.steps
+
+        def share_of_peak(step: int) -> float:
+            rise = (step + 1) / rising if rising else 1.0
+            return max(0.0, min(rise, (self.steps - step) / max(self.steps - rising, 1.0), 1.0))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class _ClassifierTraining(_TeacherTraining):
+    """Cross-entropy on labelled images."""
 
     def __init__(
         self, model: nn.Module, data: LabelledData, options: FitOptions, seed: int
     ) -> None:
-        super().__init__()
-        # Convolutions on the CPU, and half precision ones on CUDA, are faster with channels last.
-        self.model = model.to(memory_format=torch.channels_last)
-        self.data, self.options, self.seed = data, options, seed
         self.images = data.labelled()
-        *earlier, self.epochs = options.epochs, *options.restarts
         epoch = max(1, len(self.images) // options.batch_size)
-        self.steps = self.epochs * epoch
-        # Steps of the cycles before this one: batches are numbered through all of them.
-        self.before = sum(earlier) * epoch
-        self.accuracy = 0.0
-        self._seen = torch.zeros(2)
+        # Convolutions on the CPU, and half precision ones on CUDA, are faster with channels last.
+        model = model.to(memory_format=torch.channels_last)
+        super().__init__(model, options, epoch, seed)
+        self.data = data
+
+    def facts(self) -> dict[str, Any]:
+        seen = (self.before + self.steps) * self.options.batch_size
+        return {"val_accuracy": self.accuracy, "images_seen": seen}
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
@@ -249,50 +364,52 @@ class _TeacherTraining(lightning.LightningModule):
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         return self.data.val_dataloader()
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Dropout, too, must be a function of the step for a resumed run to end as an unbroken one.
-        torch.manual_seed((self.seed << 32) + self.before + self.trainer.global_step)
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = F.cross_entropy(
-            self.model(images), labels, label_smoothing=self.options.label_smoothing
-        )
-        if not torch.isfinite(loss):
-            raise TeacherError(
-                f"the teacher's loss is {loss.item()} at step {self.trainer.global_step}: "
-                "lower teacher.fit.lr"
+        return self.checked(
+            F.cross_entropy(
+                self.model(images), labels, label_smoothing=self.options.label_smoothing
             )
-        self.log("loss", loss.detach(), prog_bar=True)
-        return loss
-
-    def on_validation_epoch_start(self) -> None:
-        self._seen = torch.zeros(2, device=self.device)
+        )
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         hits = (self.model(images).argmax(1) == labels).sum()
         self._seen += torch.stack([hits, torch.tensor(len(labels), device=hits.device)])
 
-    def on_validation_epoch_end(self) -> None:
-        hits, count = self.trainer.strategy.reduce(self._seen, reduce_op="sum").tolist()
-        self.accuracy = 100 * hits / max(count, 1)
-        self.log("val_accuracy", self.accuracy, prog_bar=True)
 
-    def configure_optimizers(self) -> Any:
-        options = self.options
-        optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=options.lr,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-            nesterov=options.momentum > 0,
+class _TranslationTraining(_TeacherTraining):
+    """Cross-entropy of the next token, averaged over the real tokens of a batch."""
+
+    def __init__(self, model: nn.Module, data: PairedText, options: FitOptions, seed: int) -> None:
+        super().__init__(model, options, data.batches_an_epoch(), seed)
+        self.data = data
+
+    def train_dataloader(self) -> Any:
+        trainer = self.trainer
+        return self.data.step_batches(
+            self.data.train,
+            self.before + self.steps,
+            start=self.before + trainer.global_step,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
         )
-        rising = options.warmup * self.steps
 
-        def share_of_peak(step: int) -> float:
-            rise = (step + 1) / rising if rising else 1.0
-            return max(0.0, min(rise, (self.steps - step) / max(self.steps - rising, 1.0), 1.0))
+    def val_dataloader(self) -> Any:
+        return self.data.valid_batches()
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def _scores(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """(N, V) scores and (N,) tokens of the real target positions."""
+        scores = self.model(batch.source, batch.target_in, batch.source_pad)
+        return scores[batch.real], batch.target_out[batch.real]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        scores, tokens = self._scores(batch)
+        return self.checked(
+            F.cross_entropy(scores, tokens, label_smoothing=self.options.label_smoothing)
+        )
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        scores, tokens = self._scores(batch)
+        hits = (scores.argmax(1) == tokens).sum()
+        self._seen += torch.stack([hits, torch.tensor(len(tokens), device=hits.device)])

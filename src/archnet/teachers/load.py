@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from archnet.errors import ArchnetError
 from archnet.teachers.nets import NETS
+from archnet.teachers.transformer import Transformer
 
 # Keys under which training scripts nest the state dict, and prefixes that wrappers add to its
 # names.
@@ -61,6 +62,33 @@ def load_teacher(
     model.eval().requires_grad_(False)
     _check_logits(config.name, model, num_classes, (1, in_channels, image_size, image_size))
     return model
+
+
+def load_translator(config: TeacherSource, *, vocabulary: int, positions: int) -> Transformer:
+    """A translating teacher in eval mode, its parameters frozen.
+
+    Args:
+        config: `teacher`, with the arguments of `Transformer` in `teacher.kwargs`.
+        vocabulary: tokens of the task's tokenizer.
+        positions: longest sentence of the task, in tokens with the end mark.
+
+    Raises:
+        TeacherError: arguments that do not suit, or weights that do not fit.
+    """
+    if config.source != "archnet":
+        raise TeacherError(
+            f"teacher={config.name} does not translate: take transformer_base, transformer_small "
+            "or transformer_tiny"
+        )
+    try:
+        model = Transformer(vocabulary=vocabulary, positions=positions, **config.kwargs)
+    except (TypeError, ValueError) as error:
+        raise TeacherError(
+            f"teacher.kwargs={config.kwargs} do not suit {config.name}: {error}"
+        ) from error
+    if config.weights not in (None, "published"):
+        fill(model, read_weights(Path(config.weights).expanduser()), config.weights)
+    return model.eval().requires_grad_(False)
 
 
 def _build(config: TeacherSource, num_classes: int, in_channels: int) -> nn.Module:

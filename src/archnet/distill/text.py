@@ -1,0 +1,220 @@
+"""Arch-Distillation of a translator: on the teacher's own translations of unlabelled text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archnet.distill.comparison import TapComparison
+from archnet.distill.run import Speed, TrainerOptions, fit
+from archnet.distill.schedule import Period, plan
+from archnet.distill.training import ArchDistillation, DistillOptions
+from archnet.ops import Student, Tap
+
+
+class Sentences(Protocol):
+    """What is read of a batch, as `archnet.tasks.TextBatch` gives it."""
+
+    source: Tensor
+    target_in: Tensor
+    target_out: Tensor
+
+    @property
+    def source_pad(self) -> Tensor: ...
+    @property
+    def real(self) -> Tensor: ...
+
+
+class TextData(Protocol):
+    """What distillation asks of a translation task."""
+
+    def step_batches(
+        self, text: Any, steps: int, *, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Any: ...
+    def valid_batches(self) -> Any: ...
+
+
+class AttentionComparison(nn.Module):
+    """1 - cosine similarity of attention maps, row by row (arXiv 2111.01135, for text)."""
+
+    def forward(self, student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
+        """Maps (B, H, T, S); rows where ``real`` (B, T) is false do not count."""
+        ours, theirs = (maps.transpose(1, 2)[real] for maps in (student, teacher))
+        return 1 - F.cosine_similarity(ours, theirs, dim=-1).mean()
+
+
+class _Inputs(NamedTuple):
+    """The student's inputs, and the teacher's answers to them."""
+
+    values: dict[str, Tensor]
+    features: Mapping[str, Tensor]
+    scores: Tensor
+    real: dict[str, Tensor]
+
+
+class TextDistillation(ArchDistillation):
+    """`ArchDistillation` on sentences.
+
+    Args:
+        teacher: `archnet.teachers.TappedTeacher` at the student's taps.
+        student, periods, options: as there.
+        data: the task.
+        text: source text with the teacher's translations.
+
+    Only real positions count in any loss. A period with a source trains all blocks at once, each
+    alone on what the teacher has before it: one pass for all of them, at the cost of a step of the
+    network.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: Student,
+        periods: Sequence[Period],
+        options: DistillOptions,
+        data: TextData,
+        text: Any,
+    ) -> None:
+        super().__init__(teacher, student, periods, options)
+        self.data, self.text = data, text
+
+    def comparison(self, tap: Tap) -> nn.Module:
+        if tap.path.endswith(".weights"):
+            return AttentionComparison()
+        shape, options = self.student.graph.shapes[tap.value], self.options
+        return TapComparison(shape, options.attention, options.adaptation)
+
+    def train_dataloader(self) -> Any:
+        trainer = self.trainer
+        return self.data.step_batches(
+            self.text,
+            self.periods[-1].last,
+            start=trainer.global_step,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+        )
+
+    def val_dataloader(self) -> Any:
+        return self.data.valid_batches()
+
+    def _asked(self, batch: Sentences) -> _Inputs:
+        pad = batch.source_pad
+        features, scores = self.teacher(batch.source, batch.target_in, pad)
+        names = self.student.graph.inputs
+        values = dict(zip(names, (batch.source, batch.target_in, pad), strict=True))
+        return _Inputs(values, features, scores, {"encoder": ~pad, "decoder": batch.real})
+
+    def _losses(
+        self, period: Period, asked: _Inputs, results: Mapping[int, Tensor], scores: Tensor | None
+    ) -> dict[str, Tensor]:
+        scale = 1 / max(1e-12, sum(period.weights.values()))
+        losses = {}
+        for index, result in results.items():
+            path = self.student.taps[index].path
+            loss = self.comparisons[index](
+                result, asked.features[path], asked.real[path.split(".")[0]]
+            )
+            losses[path] = period.weights[index] * scale * loss
+        if scores is not None:
+            real = asked.real["decoder"]
+            losses["logits"] = self._compare_scores(scores[real], asked.scores[real])
+        return losses
+
+    def _through_the_network(self, batch: Any, period: Period) -> dict[str, Tensor]:
+        asked, graph = self._asked(batch), self.student.graph
+        targets = [self.student.taps[index].value for index in period.weights]
+        targets += [graph.output] if period.logits else []
+        results = self.student.run(asked.values, targets)
+        scores = results[-1] if period.logits else None
+        by_tap = dict(zip(period.weights, results, strict=False))
+        return self._losses(period, asked, by_tap, scores)
+
+    def _through_a_block(self, batch: Any, period: Period) -> dict[str, Tensor]:
+        asked, graph = self._asked(batch), self.student.graph
+        known, results = dict(asked.values), dict[int, Tensor]()
+        waiting: list[int] = []
+        for index in period.weights:
+            tap = self.student.taps[index]
+            waiting.append(index)
+            if tap.path.endswith(".weights"):
+                continue  # a block's own map, computed on the way to its result
+            found = self.student.run(known, [self.student.taps[i].value for i in waiting])
+            results |= dict(zip(waiting, found, strict=True))
+            waiting = []
+            known |= self.enter(index, asked.features[tap.path])
+        (scores,) = self.student.run(known, [graph.output])
+        return self._losses(period, asked, results, scores)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        asked = self._asked(batch)
+        scores, real = self.student(*asked.values.values()), batch.real
+        ours, theirs = scores[real], asked.scores[real]
+        words = batch.target_out[real]
+        figures = {
+            "val/agreement": (ours.argmax(1) == theirs.argmax(1)).float().mean() * 100,
+            "val/accuracy": (ours.argmax(1) == words).float().mean() * 100,
+            "val/loss": F.cross_entropy(ours, words),
+        }
+        self.log_dict(figures, prog_bar=True, sync_dist=True, batch_size=len(words))
+
+
+def plan_text(options: DistillOptions, taps: Sequence[str]) -> list[Period]:
+    """The periods of a schedule; `local` is one of all blocks at once and one of the network."""
+    if options.schedule != "local" or options.steps == 0:
+        return plan(options, taps, True)
+    joint = options.steps * 3 // 8 if options.joint_steps is None else options.joint_steps
+    even, first = dict.fromkeys(range(len(taps)), 1.0), options.steps - joint
+    periods = [
+        Period("blocks", 0, first, even, True, -1),
+        Period("joint", first, options.steps, even, True, None, options.joint_rate),
+    ]
+    return [period for period in periods if period.steps > 0]
+
+
+def distill_text(
+    teacher: nn.Module,
+    student: Student,
+    data: TextData,
+    text: Any,
+    options: DistillOptions,
+    *,
+    trainer: TrainerOptions,
+    folder: Path,
+    loggers: Sequence[Logger] = (),
+) -> dict[str, Any]:
+    """Train a translating student in place; see `archnet.distill.distill`.
+
+    Args:
+        teacher: gives features at the student's taps by path, and scores.
+        student: from `convert_translator`, quantized or not.
+        data: the task; of its training text only sources are behind ``text``.
+        text: source text with the teacher's translations, as the task encodes text.
+        options, trainer, folder, loggers: as there.
+
+    Returns:
+        ``steps``, ``sentences_seen``, ``unlabelled`` (distinct sentences), ``seconds``.
+
+    Raises:
+        DistillError: a loss is not finite (naming tap and step), or training was interrupted.
+    """
+    periods = plan_text(options, [tap.path for tap in student.taps])
+    steps = periods[-1].last if periods else 0
+    facts: dict[str, Any] = {"steps": steps, "sentences_seen": 0, "unlabelled": len(text)}
+    if not periods:
+        return facts
+    student.train()
+    module = TextDistillation(teacher, student, periods, options, data, text)
+    began = time.monotonic()
+    speed = Speed()
+    fit(module, periods, options, trainer, folder, loggers, speed)
+    student.eval().to("cpu")
+    facts["sentences_seen"] = sum(len(batch.source) for batch in data.step_batches(text, steps))
+    facts["seconds"] = round(time.monotonic() - began, 1)
+    return facts

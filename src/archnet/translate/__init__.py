@@ -1,0 +1,6 @@
+"""From sentences to sentences: one search for teachers, students and exported files."""
+
+from archnet.translate.search import SearchOptions, Translator, search
+from archnet.translate.text import translate, translate_tokens
+
+__all__ = ["SearchOptions", "Translator", "search", "translate", "translate_tokens"]

@@ -1,0 +1,92 @@
+"""Sentences in, as many sentences out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from archnet.translate.search import EOS, SearchOptions, Translator, search
+
+_log = logging.getLogger(__name__)
+
+
+class Subwords(Protocol):
+    """What is asked of a tokenizer."""
+
+    def encode(self, sentences: Sequence[str]) -> list[list[int]]: ...
+    def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]: ...
+
+
+def translate(
+    model: Translator,
+    tokenizer: Subwords,
+    sentences: Sequence[str],
+    options: SearchOptions,
+    *,
+    batch: int = 32,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Translate sentences; an empty one stays empty, and the number of lines stays the same.
+
+    Characters that the tokenizer does not know are lost; a sentence longer than
+    ``options.longest`` tokens is cut there, with a warning.
+
+    Args:
+        model: what translates.
+        tokenizer: the one that it was trained with.
+        sentences: in any order and of any length.
+        options: of the search.
+        batch: sentences that are translated together; those of one length are.
+        device: where the network is.
+        progress: told how many sentences a batch had, after each.
+    """
+    rows = tokenizer.encode([sentence.strip() for sentence in sentences])
+    room = options.longest - 1
+    cut = [number for number, row in enumerate(rows, start=1) if len(row) > room]
+    if cut:
+        _log.warning(
+            "%d sentence(s) are longer than %d tokens and were cut; the first is line %d",
+            len(cut),
+            room,
+            cut[0],
+        )
+    found = translate_tokens(
+        model, [row[:room] for row in rows], options, batch=batch, device=device, progress=progress
+    )
+    return tokenizer.decode(found)
+
+
+def translate_tokens(
+    model: Translator,
+    rows: Sequence[Sequence[int]],
+    options: SearchOptions,
+    *,
+    batch: int = 32,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """As `translate`, from token numbers without marks to such."""
+    found: list[list[int]] = [[] for _ in rows]
+    for group in _groups(rows, batch):
+        source = torch.tensor([[*rows[index], EOS] for index in group], device=device)
+        for index, words in zip(group, search(model, source, options), strict=True):
+            found[index] = words
+        if progress is not None:
+            progress(len(group))
+    return found
+
+
+def _groups(rows: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
+    """Numbers of rows that have one length, at most ``batch`` at a time; empty ones are left."""
+    by_length: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        if row:
+            by_length.setdefault(len(row), []).append(index)
+    for length in sorted(by_length):
+        members = by_length[length]
+        for first in range(0, len(members), batch):
+            yield members[first : first + batch]

@@ -200,6 +200,9 @@ class ConvertConfig:
     """How the teacher becomes a student."""
 
     start: str = _choice("exact", "exact", "random")  # weights: rewritten from the teacher's or new
+    # A finished float run (quant=none) of this task and target whose student is taken, instead of
+    # a new one; null: the teacher is converted.
+    student: str | None = None
     taps: list[str] | None = None  # teacher module paths to compare at; null: every block output
 
 

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from torch import Tensor, nn
 
 import archnet
-from archnet import report
+from archnet import report, text_pipeline
 from archnet.capture import capture
 from archnet.config import Config, LoggerConfig
 from archnet.deploy import lower
@@ -84,7 +84,6 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
         config = folder.resumed(config, overridden)
         folder.write_config(config)
     else:
-        _refuse(config)
         folder = RunFolder.create(config)
     _log.info("run folder: %s", folder.path)
     try:
@@ -107,7 +106,12 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
 def join(path: Path) -> None:
     """Take part in the distillation of a run that another process leads (DDP)."""
     folder = RunFolder.open(path)
-    _distil(_open(folder.config(), folder), load_student(folder, "calibrated"))
+    student = load_student(folder, "calibrated")
+    if folder.config().task.kind == "translation":
+        _hush()
+        _distil_text(text_pipeline.open_run(folder.config(), folder), student)
+    else:
+        _distil(_open(folder.config(), folder), student)
 
 
 def reopen(folder: RunFolder) -> tuple[Run, Student]:
@@ -181,15 +185,11 @@ def _points(hits_N: Tensor) -> float:
     return round(100 * hits_N.double().mean().item(), 4)
 
 
-def _refuse(config: Config) -> None:
-    if config.task.kind == "translation":
-        raise ArchnetError(
-            f"task={config.task.name}: translation is not built yet; "
-            "classification is: task=mnist5k, cifar10, imagenet or images"
-        )
-
-
 def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
+    if config.task.kind == "translation":
+        _hush()
+        done = text_pipeline.stages(config, folder, load_student, _save, _distil_text)
+        return _write_metrics(folder, _text_metrics(config, folder, done))
     this = _open(config, folder)
     finished = {}
 
@@ -216,7 +216,10 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
     finished["audit"] = folder.stage("audit", lambda: _audit(this))
     finished["parity"] = folder.stage("parity", lambda: _parity(this, student))
     finished["cost"] = folder.stage("cost", lambda: _cost(this, student))
-    metrics = _metrics(this, finished)
+    return _write_metrics(folder, _metrics(this, finished))
+
+
+def _write_metrics(folder: RunFolder, metrics: dict[str, Any]) -> dict[str, Any]:
     if folder.metrics.is_file():
         # What `archnet verify` found of this student stays when a finished run is opened again.
         metrics |= {k: v for k, v in read_json(folder.metrics).items() if k == "verify"}
@@ -285,6 +288,8 @@ def _convert(this: Run) -> Student:
     """The student: converted, quantized and calibrated on unlabelled images."""
     config, quant = this.config, this.config.quant
     batches = this.data.calibration_batches(quant.calibration_batches)
+    if config.convert.student is not None:
+        raise RunError("convert.student is for translation: a classifier's student starts exact")
     student = archnet.convert(
         this.teacher,
         batches[0][:1],
@@ -325,21 +330,36 @@ def _distil(this: Run, student: Student) -> dict[str, Any]:
     # The captured teacher gives its features at the taps, by the nodes that conversion named.
     graph = capture(this.teacher, this.data.calibration_batches(1)[0][:1])
     features = graph.features([tap.node for tap in student.taps])
+    several = config.trainer.devices > 1
+    with _closing(loggers), _ranks(this.folder) if several else nullcontext():
+        return distill(
+            features,
+            student,
+            this.data,
+            config.distill,
+            trainer=config.trainer,
+            folder=this.folder.checkpoints,
+            loggers=loggers,
+        )
+
+
+def _distil_text(this: text_pipeline.TextRun, student: Student) -> dict[str, Any]:
+    """As `_distil`, for translation."""
+    loggers = _loggers(this.config.logger, this.folder)
+    several = this.config.trainer.devices > 1
+    with _closing(loggers), _ranks(this.folder) if several else nullcontext():
+        return text_pipeline.distil(this, student, loggers)
+
+
+@contextmanager
+def _closing(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Finish W&B's, else the next run of a sweep would write to it."""
     try:
-        with _ranks(this.folder) if config.trainer.devices > 1 else nullcontext():
-            return distill(
-                features,
-                student,
-                this.data,
-                config.distill,
-                trainer=config.trainer,
-                folder=this.folder.checkpoints,
-                loggers=loggers,
-            )
+        yield
     finally:
         for logger in loggers:
             if isinstance(logger, WandbLogger):
-                logger.experiment.finish()  # else the next run of a sweep would write to it
+                logger.experiment.finish()
 
 
 @contextmanager
@@ -427,11 +447,46 @@ def _save(folder: RunFolder, name: str, student: Student) -> None:
 def _metrics(this: Run, finished: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What ``metrics.json`` says of the run; accuracies in points, sizes in bytes."""
     config, scores = this.config, finished["evaluate"]
-    seconds = this.folder.seconds()
     return {
         "task": config.task.name,
         "teacher": {"name": config.teacher.name, "accuracy": scores["teacher"]},
         "student": {"accuracy": scores["student"], "agreement": scores["agreement"]},
+        **_common_metrics(config, this.folder, finished, ("max_abs_diff", "mismatches")),
+        "data": {
+            "images_seen": finished["distill"]["images_seen"],
+            "unlabelled": finished["distill"]["unlabelled"],
+            "evaluated": scores["images"],
+            "skipped": this.data.skipped,
+        },
+    }
+
+
+def _text_metrics(
+    config: Config, folder: RunFolder, finished: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """As `_metrics`, for translation; BLEU and chrF in points."""
+    scores = finished["evaluate"]
+    keys = ("max_abs_diff", "mismatches", "sentences")
+    return {
+        "task": config.task.name,
+        "teacher": {"name": config.teacher.name, **scores["teacher"]},
+        "student": {**scores["student"], "agreement": scores["agreement"]},
+        **_common_metrics(config, folder, finished, keys),
+        "data": {
+            "sentences_seen": finished["distill"]["sentences_seen"],
+            "unlabelled": finished["distill"]["unlabelled"],
+            "evaluated": scores["sentences"],
+            "dropped": finished["data"]["dropped"],
+            "skipped": [],
+        },
+    }
+
+
+def _common_metrics(
+    config: Config, folder: RunFolder, finished: dict[str, dict[str, Any]], parity: Sequence[str]
+) -> dict[str, Any]:
+    seconds = folder.seconds()
+    return {
         "quant": {
             "method": config.quant.method,
             "weight_bits": config.quant.weight_bits,
@@ -440,15 +495,7 @@ def _metrics(this: Run, finished: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "hardware": config.hardware.name,
         "cost": {key: finished["cost"][key] for key in ("macs", "bops", "weight_bytes")},
         "audit": {key: finished["audit"][key] for key in ("pure", "violations")},
-        "parity": {
-            key: finished["parity"][key] for key in ("runtime", "max_abs_diff", "mismatches")
-        },
-        "data": {
-            "images_seen": finished["distill"]["images_seen"],
-            "unlabelled": finished["distill"]["unlabelled"],
-            "evaluated": scores["images"],
-            "skipped": this.data.skipped,
-        },
+        "parity": {key: finished["parity"][key] for key in ("runtime", *parity)},
         "seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
         "versions": {
             "archnet": archnet.__version__,

@@ -90,7 +90,7 @@ class _Builder:
         return name
 
     def linear(
-        self, name: str, x: str, layer: nn.Linear, origin: str, *, scale: float = 1.0
+        self, name: str, x: str, layer: Any, origin: str, *, scale: float = 1.0
     ) -> str:
         """A linear layer of the teacher, times a number."""
         module = FullyConnected(layer.in_features, layer.out_features)

@@ -3,6 +3,7 @@
 from archnet.deploy.export import FORMS, audit, export, to_onnx
 from archnet.deploy.integer import IntegerModel, lower
 from archnet.deploy.runtime import Parity, load_session, parity
+from archnet.deploy.translator import OnnxTranslator, export_translator
 from archnet.deploy.verify import Check, verify
 from archnet.deploy.writer import ExportError
 
@@ -11,9 +12,11 @@ __all__ = [
     "Check",
     "ExportError",
     "IntegerModel",
+    "OnnxTranslator",
     "Parity",
     "audit",
     "export",
+    "export_translator",
     "load_session",
     "lower",
     "parity",

@@ -8,16 +8,25 @@ from rich.console import Console
 from rich.table import Table
 
 
+METRICS = {"accuracy": "accuracy, points", "bleu": "BLEU", "chrf": "chrF"}
+
+
 def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(what, teacher, student) for every figure worth a line; an empty cell does not apply."""
     teacher, student, cost = metrics["teacher"], metrics["student"], metrics["cost"]
     quant, parity, audit = metrics["quant"], metrics["parity"], metrics["audit"]
+    data = metrics["data"]
+    kind = "sentence" if "sentences_seen" in data else "image"
     name = f"W{quant['weight_bits']}A{quant['act_bits']}, {quant['method']}"
     if quant["method"] == "none":
         name = "float"
     lines = [
         ("network", teacher["name"], f"{metrics['hardware']}, {name}"),
-        ("accuracy, points", f"{teacher['accuracy']:.2f}", f"{student['accuracy']:.2f}"),
+        *(
+            (title, f"{teacher[key]:.2f}", f"{student[key]:.2f}")
+            for key, title in METRICS.items()
+            if key in student
+        ),
         ("agreement, points", "", f"{student['agreement']:.2f}"),
     ]
     for title, key, side, unit in (
@@ -29,8 +38,8 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     lines += [
         ("audit of the file", "", "pure" if audit["pure"] else _count(audit["violations"])),
         (f"parity with {parity['runtime']}", "", _parity(parity)),
-        ("unlabelled images", "", f"{metrics['data']['unlabelled']:,}"),
-        ("image-steps in training", "", f"{metrics['data']['images_seen']:,}"),
+        (f"unlabelled {kind}s", "", f"{data['unlabelled']:,}"),
+        (f"{kind}-steps in training", "", f"{data[f'{kind}s_seen']:,}"),
         ("seconds", "", f"{metrics['seconds']['total']:,.0f}"),
     ]
     return lines

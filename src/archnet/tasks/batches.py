@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count
+from itertools import chain, count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -110,16 +110,15 @@ class StepBatches:
         return self.steps
 
     def __iter__(self) -> Iterator[TextBatch]:
-        step = 0
-        for epoch in count():
-            for index in epoch_batches(self.text, self.tokens, self.seed, epoch):
-                if step >= self.steps:
-                    return
-                if step >= self.start:
-                    # Few pairs and many processes: one that would get none takes the first.
-                    share = index[self.rank :: self.world]
-                    yield collate(self.text, share if len(share) else index[:1])
-                step += 1
+        for index in islice(self.numbers(), self.start, None):
+            # Few pairs and many processes: one that would get none takes the first.
+            share = index[self.rank :: self.world]
+            yield collate(self.text, share if len(share) else index[:1])
+
+    def numbers(self) -> Iterator[NDArray[np.int64]]:
+        """The numbers of the pairs in every batch from the first on, over all processes."""
+        epochs = (epoch_batches(self.text, self.tokens, self.seed, epoch) for epoch in count())
+        return islice(chain.from_iterable(epochs), self.steps)
 
 
 def batches_an_epoch(text: EncodedText, tokens: int, seed: int) -> int:

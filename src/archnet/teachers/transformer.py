@@ -25,11 +25,17 @@ class Embedding(nn.Module):
 
     def __init__(self, tokens: nn.Embedding, positions: int, dropout: float) -> None:
         super().__init__()
-        self.tokens = tokens
+        # In a tuple, so that the one table is not registered here again.
+        self._tokens = (tokens,)
         self.dropout = nn.Dropout(dropout)
         dim = tokens.embedding_dim
         self.scale = math.sqrt(dim)
         self.register_buffer("positions", sinusoids(positions, dim), persistent=False)
+
+    @property
+    def tokens(self) -> nn.Embedding:
+        """The shared table."""
+        return self._tokens[0]
 
     def forward(self, tokens_BT: Tensor, first: int = 0) -> Tensor:
         """(B, T, D); ``first`` is the position of the first token."""
@@ -42,6 +48,24 @@ def sinusoids(positions: int, dim: int) -> Tensor:
     rate = torch.exp(torch.arange((dim + 1) // 2) * (-2 * math.log(10000.0) / dim))
     angle = torch.arange(positions)[:, None] * rate
     return torch.cat([angle.sin(), angle.cos()[:, : dim // 2]], 1)
+
+
+class Projection(nn.Module):
+    """Scores of all tokens: the product with the shared table, and a bias."""
+
+    def __init__(self, tokens: nn.Embedding) -> None:
+        super().__init__()
+        self._tokens = (tokens,)
+        self.out_features, self.in_features = tokens.weight.shape
+        self.bias = nn.Parameter(torch.zeros(self.out_features))
+
+    @property
+    def weight(self) -> Tensor:
+        """The shared table, (V, D)."""
+        return self._tokens[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -184,9 +208,7 @@ class Transformer(nn.Module):
 
         self.encoder = stack(encoder_layers, False)
         self.decoder = stack(decoder_layers, True)
-        self.projection = nn.Linear(dim, vocabulary)
-        self.projection.weight = self.tokens.weight
-        nn.init.zeros_(self.projection.bias)
+        self.projection = Projection(self.tokens)
         for name, weight in self.named_parameters():
             if weight.dim() == 2 and not name.startswith("tokens"):
                 nn.init.xavier_uniform_(weight)

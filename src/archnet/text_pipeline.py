@@ -1,0 +1,331 @@
+"""The conductor's part for translation: from a config to a run folder with a checked translator.
+
+text -> teacher -> its translations of the training sources -> student (converted, norms fitted,
+quantized, calibrated) -> distilled -> evaluated -> exported -> audited -> compared with a runtime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import lightning
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+import archnet
+from archnet.config import Config
+from archnet.convert import convert_translator, fit_norms, stepwise
+from archnet.deploy import OnnxTranslator, export_translator
+from archnet.distill import distill_text
+from archnet.hardware import student_cost, teacher_cost
+from archnet.ops import Student
+from archnet.quant import settle
+from archnet.runs import RunError, RunFolder, atomic, write_json
+from archnet.tasks import EncodedText, TranslationData, scores
+from archnet.teachers import TappedTeacher, load_translator, train_teacher
+from archnet.translate import SearchOptions, StudentTranslator, Translator, translate
+from archnet.translate import translate_tokens as search_tokens
+
+_log = logging.getLogger(__name__)
+
+PARITY_SENTENCES = 200  # that the exported files translate beside the student
+BATCH = 64  # sentences that are translated together
+EXAMPLE = 16  # tokens of the sentence that costs are given for
+
+
+@dataclass
+class TextRun:
+    """What every stage works on."""
+
+    config: Config
+    folder: RunFolder
+    data: TranslationData
+    teacher: nn.Module
+
+    @property
+    def search(self) -> SearchOptions:
+        return search_options(self.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where translating runs: the accelerator that the trainer would take."""
+        wanted = self.config.trainer.accelerator
+        cuda = wanted in ("auto", "gpu") and torch.cuda.is_available()
+        return torch.device("cuda" if cuda else "cpu")
+
+
+def search_options(config: Config) -> SearchOptions:
+    """How a run's networks search."""
+    text = config.task.text
+    return SearchOptions(text.beam, text.length_penalty, text.max_tokens + 1)
+
+
+def open_run(config: Config, folder: RunFolder) -> TextRun:
+    """The text and the trained teacher of a run, made or found."""
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    data = TranslationData(config.task, config.seed)
+    data.setup()
+    kept = folder.path / "tokenizer.model"
+    if not kept.is_file():
+        with atomic(kept) as temporary:
+            shutil.copyfile(data.tokenizer.path, temporary)
+    lightning.seed_everything(config.seed, verbose=False)
+    return TextRun(config, folder, data, _teacher(config, folder, data))
+
+
+def _teacher(config: Config, folder: RunFolder, data: TranslationData) -> nn.Module:
+    sizes = {
+        "vocabulary": len(data.tokenizer),
+        "positions": config.task.text.max_tokens + 1,
+    }
+    if not config.teacher.train:
+        return load_translator(config.teacher, **sizes)
+    kept = folder.checkpoints / "teacher.pt"
+
+    def train() -> dict[str, Any]:
+        lightning.seed_everything(config.seed, verbose=False)
+        model = train_teacher(
+            load_translator(config.teacher, **sizes),
+            data,
+            config.teacher,
+            seed=config.seed,
+            accelerator=config.trainer.accelerator,
+            progress=config.trainer.progress,
+        )
+        with atomic(kept) as temporary:
+            torch.save(model.state_dict(), temporary)
+        return {}
+
+    folder.stage("teacher", train)
+    return load_translator(replace(config.teacher, weights=str(kept)), **sizes)
+
+
+def stages(
+    config: Config,
+    folder: RunFolder,
+    load_student: Callable[..., Student],
+    save_student: Callable[[RunFolder, str, Student], None],
+    distil: Callable[[TextRun, Student], dict[str, Any]],
+) -> dict[str, Any]:
+    """Run what is not finished; returns the figures of every stage."""
+    this = open_run(config, folder)
+    finished: dict[str, Any] = {}
+
+    def write_down() -> dict[str, Any]:
+        text = teacher_text(this)
+        return {"sentences": len(text), "dropped": text.dropped}
+
+    def prepare() -> dict[str, Any]:
+        student, unexplained = _convert(this, load_student)
+        save_student(folder, "calibrated", student)
+        write_json(folder.path / "conversion.json", [asdict(row) for row in student.report])
+        inexact = sorted({row.rule for row in student.report if not row.exact})
+        taps = [tap.path for tap in student.taps]
+        return {"taps": taps, "approximate_rules": inexact, "norms_unexplained": unexplained}
+
+    def train() -> dict[str, Any]:
+        student = load_student(folder, "calibrated")
+        result = distil(this, student)
+        margins = settle(student)
+        save_student(folder, "student", student)
+        return {**result, "margins": {m.step: m.roundings for m in margins}}
+
+    finished["translations"] = folder.stage("translations", write_down)
+    finished["convert"] = folder.stage("convert", prepare)
+    finished["distill"] = folder.stage("distill", train)
+    student = load_student(folder)
+    finished["evaluate"] = folder.stage("evaluate", lambda: evaluate(this, student))
+    finished["export"] = folder.stage("export", lambda: _export(this, student))
+    finished["audit"] = folder.stage("audit", lambda: _audit(this))
+    finished["parity"] = folder.stage("parity", lambda: _parity(this, student))
+    finished["cost"] = folder.stage("cost", lambda: _cost(this, student))
+    finished["data"] = {"dropped": this.data.train.dropped}
+    return finished
+
+
+def teacher_text(this: TextRun) -> EncodedText:
+    """The training sources with the teacher's translations; cached by teacher and search."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(this.teacher.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    settings = (this.search, this.config.task.data.unlabelled, this.config.task.text.max_tokens)
+    digest.update(repr(settings).encode())
+    model = cast(Translator, this.teacher.to(this.device))
+
+    with Progress(disable=not this.config.trainer.progress, transient=True) as bar:
+        limit = this.config.task.data.unlabelled or len(this.data.train)
+        row = bar.add_task("teacher translates", total=min(limit, len(this.data.train)))
+
+        def translated(rows: list[list[int]]) -> list[list[int]]:
+            found = search_tokens(
+                model,
+                rows,
+                this.search,
+                batch=4 * BATCH,
+                device=this.device,
+                progress=lambda count: bar.advance(row, count),
+            )
+            return found
+
+        text = this.data.translated(digest.hexdigest()[:12], translated)
+    this.teacher.cpu()
+    return text
+
+
+def _convert(
+    this: TextRun, load_student: Callable[..., Student]
+) -> tuple[Student, dict[str, float]]:
+    """The student: converted, norms fitted, quantized and calibrated on unlabelled text."""
+    config, quant = this.config, this.config.quant
+    text = teacher_text(this)
+    batches = [
+        (batch.source, batch.target_in, batch.source_pad)
+        for batch in this.data.calibration_batches(text, quant.calibration_batches)
+    ]
+    unexplained: dict[str, float] = {}
+    if config.convert.student is not None:
+        student = load_student(RunFolder.open(config.convert.student))
+        if student.operators and archnet.quant.describe(student):
+            raise RunError(
+                f"convert.student={config.convert.student} is quantized already: name a run of "
+                "quant=none"
+            )
+    else:
+        student, norms = convert_translator(this.teacher, config.hardware, seed=config.seed)
+        fitting = [
+            (batch.source, batch.target_in, batch.source_pad)
+            for batch in this.data.step_batches(text, 2 * quant.calibration_batches)
+        ]
+        tapped = TappedTeacher(this.teacher, [norm.path for norm in norms])
+        unexplained = fit_norms(student, norms, lambda *inputs: tapped(*inputs)[0], fitting)
+    if quant.method != "none":
+        archnet.quantize(
+            student,
+            weight_bits=quant.weight_bits,
+            act_bits=quant.act_bits,
+            calibration=cast(list[Tensor | tuple[Tensor, ...]], batches),
+            method=cast(Any, quant.method),
+            first_bits=quant.first_bits,
+            last_bits=quant.last_bits,
+            per_channel=quant.per_channel,
+            power_of_two=config.hardware.requantization == "power_of_two",
+        )
+    return student, unexplained
+
+
+def distil(this: TextRun, student: Student, loggers: Any) -> dict[str, Any]:
+    """Train the student in place."""
+    config = this.config
+    lightning.seed_everything(config.seed, verbose=False)
+    return distill_text(
+        TappedTeacher(this.teacher, [tap.path for tap in student.taps]),
+        student,
+        this.data,
+        teacher_text(this),
+        config.distill,
+        trainer=config.trainer,
+        folder=this.folder.checkpoints,
+        loggers=loggers,
+    )
+
+
+def evaluate(this: TextRun, student: Student) -> dict[str, Any]:
+    """Teacher and student on the same test sentences.
+
+    Returns:
+        ``teacher`` and ``student`` with BLEU, chrF, the signature and sentences a second,
+        ``agreement`` (identical translations, in points), and the number of ``sentences``.
+    """
+    sources, references = this.data.test_pairs(this.config.trainer.limit_eval)
+    student = student.to(this.device).eval()
+    networks: dict[str, Translator] = {
+        "teacher": cast(Translator, this.teacher.to(this.device).eval()),
+        "student": StudentTranslator(stepwise(student)),
+    }
+    found: dict[str, Any] = {}
+    translations = {}
+    for name, network in networks.items():
+        began = time.monotonic()
+        translations[name] = translate(
+            network, this.data.tokenizer, sources, this.search, batch=BATCH, device=this.device
+        )
+        speed = len(sources) / (time.monotonic() - began)
+        found[name] = scores(translations[name], references) | {"per_second": round(speed, 2)}
+        with atomic(this.folder.path / f"test.{name}.txt") as temporary:
+            temporary.write_text("\n".join(translations[name]) + "\n", encoding="utf-8")
+    this.teacher.cpu()
+    student.cpu()
+    same = [a == b for a, b in zip(translations["teacher"], translations["student"], strict=True)]
+    found["agreement"] = round(100 * sum(same) / len(same), 2)
+    found["sentences"] = len(sources)
+    return found
+
+
+def form(config: Config) -> str:
+    """The form in which a run's student is deployed."""
+    return "float" if config.quant.method == "none" else "qcdq"
+
+
+def files(folder: RunFolder) -> list[Path]:
+    """The exported files of a run."""
+    return [folder.path / f"student.{part}.onnx" for part in ("encoder", "decoder")]
+
+
+def _export(this: TextRun, student: Student) -> dict[str, Any]:
+    written = export_translator(stepwise(student), this.folder.path, form(this.config))
+    return {"bytes": sum(path.stat().st_size for path in written)}
+
+
+def _audit(this: TextRun) -> dict[str, Any]:
+    audits = [archnet.audit(path, hardware=this.config.hardware) for path in files(this.folder)]
+    lines = [str(line) for audit in audits for line in audit.violations]
+    return {"pure": all(audit.pure for audit in audits), "violations": lines}
+
+
+def _parity(this: TextRun, student: Student) -> dict[str, Any]:
+    """The files' translations beside the student's, and the first scores' largest difference."""
+    import onnxruntime
+
+    sources, _ = this.data.test_pairs(PARITY_SENTENCES)
+    here, there = StudentTranslator(stepwise(student)), OnnxTranslator(this.folder.path)
+    both = [
+        translate(network, this.data.tokenizer, sources, this.search, batch=BATCH)
+        for network in (here, there)
+    ]
+    source = torch.tensor([[*this.data.tokenizer.encode([sources[0]])[0], 2]])
+    with torch.inference_mode():
+        first = [n.step(torch.tensor([1]), n.start(source))[0] for n in (here, there)]
+    return {
+        "runtime": f"onnxruntime {onnxruntime.__version__}",
+        "max_abs_diff": float((first[0] - first[1]).abs().max()),
+        "mismatches": sum(a != b for a, b in zip(*both, strict=True)),
+        "sentences": len(sources),
+    }
+
+
+def _cost(this: TextRun, student: Student) -> dict[str, Any]:
+    """Of reading and writing `EXAMPLE` tokens; the teacher as it is, in float.
+
+    The student's embeddings count as the layers on one-hots that they are, the teacher's, which
+    are look-ups, as nothing.
+    """
+    tokens = torch.full((1, EXAMPLE), 5)
+    before, after = teacher_cost(this.teacher, (tokens, tokens)), student_cost(student)
+    return {
+        "macs": {"teacher": before.macs, "student": after.macs},
+        "bops": {
+            "teacher": before.bops,
+            "teacher_w8a8": before.macs * 8 * 8,
+            "student": after.bops,
+        },
+        "weight_bytes": {"teacher": before.weight_bytes, "student": after.weight_bytes},
+    }

@@ -118,9 +118,28 @@ def reopen(folder: RunFolder) -> tuple[Run, Student]:
     """A finished run: its task, teacher and trained student.
 
     Raises:
-        RunError: the run has not come that far.
+        RunError: the run has not come that far, or is no classifier's.
     """
+    if is_translation(folder):
+        raise RunError(
+            f"{folder.path} holds a translator, and this command is for classifiers: what there is "
+            "for translators are translate, evaluate, export and audit"
+        )
     return _open(folder.config(), folder), load_student(folder)
+
+
+def is_translation(folder: RunFolder) -> bool:
+    """Whether a run's student translates."""
+    return folder.config().task.kind == "translation"
+
+
+def reevaluate(folder: RunFolder) -> dict[str, Any]:
+    """The figures of a finished run once more, on the test data of its task."""
+    if not is_translation(folder):
+        return evaluate(*reopen(folder))
+    _hush()
+    this = text_pipeline.open_run(folder.config(), folder)
+    return text_pipeline.evaluate(this, load_student(folder))
 
 
 def load_student(folder: RunFolder, name: str = "student") -> Student:

@@ -26,10 +26,10 @@ from archnet.convert import convert_translator, fit_norms, stepwise
 from archnet.deploy import OnnxTranslator, export_translator
 from archnet.distill import distill_text
 from archnet.hardware import student_cost, teacher_cost
-from archnet.ops import Student
+from archnet.ops import Student, TokenEmbedding
 from archnet.quant import settle
 from archnet.runs import RunError, RunFolder, atomic, write_json
-from archnet.tasks import EncodedText, TranslationData, scores
+from archnet.tasks import EncodedText, Tokenizer, TranslationData, scores
 from archnet.teachers import TappedTeacher, load_translator, train_teacher
 from archnet.translate import SearchOptions, StudentTranslator, Translator, translate
 from archnet.translate import translate_tokens as search_tokens
@@ -107,6 +107,27 @@ def _teacher(config: Config, folder: RunFolder, data: TranslationData) -> nn.Mod
 
     folder.stage("teacher", train)
     return load_translator(replace(config.teacher, weights=str(kept)), **sizes)
+
+
+def tokenizer_of(folder: RunFolder) -> Tokenizer:
+    """The tokenizer that a run was made with."""
+    return Tokenizer(folder.path / "tokenizer.model")
+
+
+def teacher_of(folder: RunFolder, vocabulary: int) -> Translator:
+    """The teacher of a run, without its text."""
+    config = folder.config()
+    kept = folder.checkpoints / "teacher.pt"
+    teacher = config.teacher
+    if kept.is_file():
+        teacher = replace(teacher, weights=str(kept))
+    positions = config.task.text.max_tokens + 1
+    return cast(Translator, load_translator(teacher, vocabulary=vocabulary, positions=positions))
+
+
+def vocabulary_of(student: Student) -> int:
+    """Tokens that a student knows."""
+    return next(m.tokens for m in student.operators.values() if isinstance(m, TokenEmbedding))
 
 
 def stages(

@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--form", help="see below (default: as the run did)")
-    parser.add_argument("--output", type=Path, help="file (default: student_<form>.* there)")
+    parser.add_argument("--output", type=Path, help="file (default: student_<form>.* there); a folder for translators")
     parser.add_argument("--opset", type=int, help="of an ONNX file (default: as the form needs)")
     parser.epilog, parser.formatter_class = _FORMS, _WithForms
 
@@ -42,6 +42,15 @@ def run(options: argparse.Namespace) -> int:
 
     folder = RunFolder.open(options.run)
     form = options.form or pipeline.form(folder.config())
+    if pipeline.is_translation(folder):
+        from archnet.convert import stepwise
+        from archnet.deploy import export_translator
+
+        parts = stepwise(pipeline.load_student(folder))
+        output = options.output or folder.path / f"student_{form}"
+        for path in export_translator(parts, output, form):
+            print(path)
+        return 0
     output = options.output or folder.path / f"student_{form}{form_named(form).suffix}"
     student = pipeline.load_student(folder)
     print(archnet.export(student, output, form=form, opset=options.opset))

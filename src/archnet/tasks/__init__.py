@@ -1,7 +1,7 @@
 """What a network is for: the data it sees and the figure it is judged by."""
 
 from archnet.tasks.classification import ClassificationData
-from archnet.tasks.corpus import EncodedText, read_lines
+from archnet.tasks.corpus import EncodedText, decoded, read_lines
 from archnet.tasks.images import TaskError
 from archnet.tasks.sampling import StepBatchSampler
 from archnet.tasks.tokenizer import Tokenizer
@@ -14,6 +14,7 @@ __all__ = [
     "TaskError",
     "Tokenizer",
     "TranslationData",
+    "decoded",
     "read_lines",
     "scores",
 ]

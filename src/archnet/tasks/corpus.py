@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -104,16 +104,21 @@ def read_lines(path: Path) -> Iterator[str]:
     """
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    yield line.decode("utf-8").rstrip("\n").rstrip("\r")
-                except UnicodeDecodeError as error:
-                    raise TaskError(
-                        f"{path}, line {number}: not UTF-8 (byte {error.start + 1} of the line): "
-                        "convert the file, for example with iconv"
-                    ) from error
+            yield from decoded(file, str(path))
     except OSError as error:
         raise TaskError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
+    """As `read_lines`, from lines of bytes; ``name`` is for errors."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise TaskError(
+                f"{name}, line {number}: not UTF-8 (byte {error.start + 1} of the line): "
+                "convert it, for example with iconv"
+            ) from error
 
 
 def _lines(files: list[Path]) -> Iterator[Pair]:

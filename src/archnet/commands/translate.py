@@ -1,0 +1,79 @@
+"""`archnet translate`: sentences from standard input, their translations to standard output."""
+
+import argparse
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+HELP = "translate lines of text with a run's student or teacher"
+CHUNK = 4096  # lines that are read, sorted by length and translated together
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("run", type=Path, help="run folder of a translation task")
+    parser.add_argument(
+        "--runtime",
+        choices=("pytorch", "onnxruntime"),
+        default="pytorch",
+        help="pytorch, or the exported files in onnxruntime (default: pytorch)",
+    )
+    parser.add_argument(
+        "--network", choices=("student", "teacher"), default="student", help="default: student"
+    )
+    parser.add_argument("--beam", type=int, help="hypotheses (default: task.text.beam of the run)")
+    parser.add_argument("--batch", type=int, default=32, help="sentences together (default: 32)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write one line for every line read, in order; an empty one for an empty one."""
+    from archnet import pipeline
+    from archnet.errors import ArchnetError
+    from archnet.runs import RunFolder
+    from archnet.tasks import decoded
+    from archnet.translate import SearchOptions, translate
+
+    folder = RunFolder.open(options.run)
+    if not pipeline.is_translation(folder):
+        raise ArchnetError(f"{folder.path} is no run of a translation task")
+    for name in ("beam", "batch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ArchnetError(f"{name}={value} must be at least 1")
+    text = folder.config().task.text
+    search = SearchOptions(options.beam or text.beam, text.length_penalty, text.max_tokens + 1)
+    tokenizer = pipeline.text_pipeline.tokenizer_of(folder)
+    model = _network(folder, options, len(tokenizer))
+    lines = decoded(sys.stdin.buffer, "standard input")
+    while chunk := list(islice(lines, CHUNK)):
+        for line in translate(model, tokenizer, chunk, search, batch=options.batch):
+            sys.stdout.buffer.write(" ".join(line.split()).encode() + b"\n")
+        sys.stdout.buffer.flush()
+    return 0
+
+
+def _network(folder: Any, options: argparse.Namespace, vocabulary: int) -> Any:
+    from archnet import pipeline
+    from archnet.convert import stepwise
+    from archnet.deploy import OnnxTranslator
+    from archnet.errors import ArchnetError
+    from archnet.translate import StudentTranslator
+
+    if options.network == "teacher":
+        if options.runtime != "pytorch":
+            raise ArchnetError("the teacher runs in pytorch: leave --runtime out")
+        return pipeline.text_pipeline.teacher_of(folder, vocabulary)
+    if options.runtime == "onnxruntime":
+        network = OnnxTranslator(folder.path)
+        tokens = network.facts["tokens"]
+    else:
+        student = pipeline.load_student(folder)
+        tokens = pipeline.text_pipeline.vocabulary_of(student)
+        network = StudentTranslator(stepwise(student))
+    if tokens != vocabulary:
+        raise ArchnetError(
+            f"{folder.path / 'tokenizer.model'} has {vocabulary} tokens and the student "
+            f"{tokens}: they do not belong together; put the run's own tokenizer back"
+        )
+    return network

@@ -131,17 +131,11 @@ def test_a_target_of_shifts_gets_scales_of_powers_of_two(
     assert read_json(folder.metrics)["parity"]["mismatches"] == 0
 
 
-def test_translation_ends_with_one_sentence(make_config: Make, tmp_path: Path) -> None:
-    with pytest.raises(ArchnetError, match="translation is not built yet"):
-        pipeline.run(make_config("task=wmt14", "quant.bits=6"))
-    assert not (tmp_path / "outputs").exists()
-
-
-def test_the_command_ends_translation_with_code_2(tmp_path: Path) -> None:
+def test_text_that_is_missing_ends_with_one_line_before_anything_is_made(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "task=wmt14", "quant.bits=6"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("archnet: task=wmt14: translation is not built yet")
+    assert done.stderr.startswith("archnet: data/wmt14/train.en is missing")
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

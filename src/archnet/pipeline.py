@@ -35,7 +35,7 @@ from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
 from archnet.quant import FLOAT, pack, settle, unpack
 from archnet.runs import RunError, RunFolder, atomic, read_json, write_json
-from archnet.tasks import ClassificationData
+from archnet.tasks import ClassificationData, TranslationData
 from archnet.teachers import load_teacher, train_teacher
 
 _log = logging.getLogger(__name__)
@@ -84,6 +84,8 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
         config = folder.resumed(config, overridden)
         folder.write_config(config)
     else:
+        if config.task.kind == "translation":
+            TranslationData(config.task, config.seed).text.check()
         folder = RunFolder.create(config)
     _log.info("run folder: %s", folder.path)
     try:

@@ -28,7 +28,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--form", help="see below (default: as the run did)")
-    parser.add_argument("--output", type=Path, help="file (default: student_<form>.* there); a folder for translators")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="file (default: student_<form>.* there); a folder for translators",
+    )
     parser.add_argument("--opset", type=int, help="of an ONNX file (default: as the form needs)")
     parser.epilog, parser.formatter_class = _FORMS, _WithForms
 

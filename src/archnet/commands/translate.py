@@ -4,7 +4,7 @@ import argparse
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 HELP = "translate lines of text with a run's student or teacher"
 CHUNK = 4096  # lines that are read, sorted by length and translated together
@@ -58,19 +58,19 @@ def _network(folder: Any, options: argparse.Namespace, vocabulary: int) -> Any:
     from archnet.convert import stepwise
     from archnet.deploy import OnnxTranslator
     from archnet.errors import ArchnetError
-    from archnet.translate import StudentTranslator
+    from archnet.translate import StudentTranslator, Translator
 
     if options.network == "teacher":
         if options.runtime != "pytorch":
             raise ArchnetError("the teacher runs in pytorch: leave --runtime out")
         return pipeline.text_pipeline.teacher_of(folder, vocabulary)
     if options.runtime == "onnxruntime":
-        network = OnnxTranslator(folder.path)
-        tokens = network.facts["tokens"]
+        exported = OnnxTranslator(folder.path)
+        network, tokens = cast(Translator, exported), exported.facts["tokens"]
     else:
         student = pipeline.load_student(folder)
-        tokens = pipeline.text_pipeline.vocabulary_of(student)
         network = StudentTranslator(stepwise(student))
+        tokens = pipeline.text_pipeline.vocabulary_of(student)
     if tokens != vocabulary:
         raise ArchnetError(
             f"{folder.path / 'tokenizer.model'} has {vocabulary} tokens and the student "

@@ -54,9 +54,7 @@ def stepwise(student: Student) -> Stepwise:
     encoder_steps = [step for step in graph.steps if step.name not in of_target]
     of_source = {step.name for step in encoder_steps}
     memory = tuple(
-        dict.fromkeys(
-            name for step in decoder_steps for name in step.inputs if name in of_source
-        )
+        dict.fromkeys(name for step in decoder_steps for name in step.inputs if name in of_source)
     )
     encoder = _encoder(student, encoder_steps, memory)
     decoder, states = _decoder(student, decoder_steps, memory)
@@ -124,7 +122,9 @@ def _decoder(
 
 
 def _made(student: Student, graph: StudentGraph, made: dict[str, Operator]) -> Student:
-    modules = {step.name: made.get(step.name) or student.operator(step.name) for step in graph.steps}
+    modules = {
+        step.name: made.get(step.name) or student.operator(step.name) for step in graph.steps
+    }
     part = Student(graph, modules)
     part.measure()
     return part.train(student.training)

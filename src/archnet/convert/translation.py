@@ -56,7 +56,7 @@ class TranslationTarget(Protocol):
     """What is read of the target."""
 
     name: str
-    operators: Sequence[str]
+    operators: list[str]
     fc_per_position: bool
 
 
@@ -89,9 +89,7 @@ class _Builder:
         self.modules[name] = operator
         return name
 
-    def linear(
-        self, name: str, x: str, layer: Any, origin: str, *, scale: float = 1.0
-    ) -> str:
+    def linear(self, name: str, x: str, layer: Any, origin: str, *, scale: float = 1.0) -> str:
         """A linear layer of the teacher, times a number."""
         module = FullyConnected(layer.in_features, layer.out_features)
         with torch.no_grad():
@@ -112,7 +110,7 @@ class _Builder:
         return self.add(name, Activation(low=0.0), x, origin=origin)
 
     def sum(self, name: str, x: str, y: str, dim: int, origin: str) -> str:
-        """x + y, exactly: [I, I] behind a concatenation."""
+        """X + y, exactly: [I, I] behind a concatenation."""
         joined = self.add(f"{name}_concat", Concat(2), x, y, origin=origin)
         module = FullyConnected(2 * dim, dim)
         with torch.no_grad():

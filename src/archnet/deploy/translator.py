@@ -389,12 +389,12 @@ class OnnxTranslator:
         source = self._one_hot(source_BS.cpu().numpy(), 0)
         results = self._encoder.run(None, {"source": source})
         state = {}
+        length = self.facts["length"]
         for name, value in zip(self.facts["memory"], results, strict=True):
-            length = self.facts["length"]
-            if length is not None:
-                # Repeating the last position changes no maximum.
-                value = np.pad(value, ((0, 0), (0, length - value.shape[1]), (0, 0)), "edge")
-            state[name] = torch.from_numpy(value)
+            # Repeating the last position changes no maximum.
+            more = 0 if length is None else length - value.shape[1]
+            wide = np.pad(value, ((0, 0), (0, more), (0, 0)), "edge") if more else value
+            state[name] = torch.from_numpy(wide)
         kinds = {item.name: item.type for item in self._decoder.get_inputs()}
         for name, facts in self.facts["states"].items():
             dtype = torch.uint8 if "uint8" in kinds[name] else torch.float32
@@ -414,4 +414,3 @@ class OnnxTranslator:
             state[name] = torch.from_numpy(found[facts["result"]])
         state["position"] = position + 1
         return torch.from_numpy(found[self.facts["scores"]])[:, 0], state
-

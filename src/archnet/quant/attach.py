@@ -25,7 +25,6 @@ from archnet.quant.quantizers import (
     Quantizer,
 )
 
-
 COMPUTING = WeightedOperator | BatchNorm | MatMul | Softmax  # whose results are rounded
 
 

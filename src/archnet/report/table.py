@@ -7,7 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-
 METRICS = {"accuracy": "accuracy, points", "bleu": "BLEU", "chrf": "chrF"}
 
 

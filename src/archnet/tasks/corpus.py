@@ -39,6 +39,10 @@ class ParallelText(Protocol):
         """A hash of the content, by which what is made of it is cached."""
         ...
 
+    def check(self) -> None:
+        """Raise `TaskError` where a split is missing."""
+        ...
+
 
 @dataclass(frozen=True)
 class TextFiles:
@@ -78,6 +82,10 @@ class TextFiles:
             f"'{name}' either: one sentence a line in {texts[0].name} and {texts[1].name}; "
             f"task.text.{split} names the files"
         )
+
+    def check(self) -> None:
+        for split in self.names:
+            self.files(split)
 
     def pairs(self, split: str) -> Iterator[Pair]:
         files = self.files(split)

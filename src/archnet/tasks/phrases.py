@@ -42,6 +42,9 @@ class Phrases:
         except (UnknownLocaleError, ValueError) as error:
             raise TaskError(f"task.text: {error}; CLDR names languages as en, de, pt_BR") from error
 
+    def check(self) -> None:
+        """All splits are always there."""
+
     def pairs(self, split: str) -> Iterator[tuple[str, str]]:
         return iter(self._drawn[split])
 
@@ -94,8 +97,8 @@ class Phrases:
         )
 
     def _quantity(self, drawer: random.Random) -> tuple[str, str]:
-        unit, amount = drawer.choice(UNITS), drawer.randrange(1, 2000)
-        amount = amount / 10 if drawer.random() < 0.3 else amount
+        unit, whole = drawer.choice(UNITS), drawer.randrange(1, 2000)
+        amount = whole / 10 if drawer.random() < 0.3 else whole
         return self._both(lambda locale: units.format_unit(amount, unit, "long", locale=locale))
 
     def _number(self, drawer: random.Random) -> tuple[str, str]:

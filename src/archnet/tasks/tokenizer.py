@@ -57,11 +57,11 @@ def train_tokenizer(
     Raises:
         TaskError: the text is too small for so many tokens.
     """
-    model = io.BytesIO()
+    model, troubles = io.BytesIO(), list[TaskError]()
     sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_usable(sentences),
+            sentence_iterator=_usable(sentences, troubles),
             model_writer=model,
             model_type="bpe",
             vocab_size=size,
@@ -77,6 +77,8 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if troubles:
+            raise troubles[0] from None  # SentencePiece made an error of its own out of it
         line = str(error).strip().splitlines()[-1]
         raise TaskError(
             f"task.text.vocabulary={size} does not suit the training text ({line}): "
@@ -87,11 +89,15 @@ def train_tokenizer(
     return Tokenizer(path)
 
 
-def _usable(sentences: Iterable[str]) -> Iterator[str]:
+def _usable(sentences: Iterable[str], troubles: list[TaskError]) -> Iterator[str]:
     found = False
-    for sentence in sentences:
-        if sentence:
-            found = True
-            yield sentence[:LONGEST_LINE]
-    if not found:
-        raise TaskError("the training text is empty: no sentence has any text in it")
+    try:
+        for sentence in sentences:
+            if sentence:
+                found = True
+                yield sentence[:LONGEST_LINE]
+        if not found:
+            raise TaskError("the training text is empty: no sentence has any text in it")
+    except TaskError as error:
+        troubles.append(error)
+        raise

@@ -25,7 +25,6 @@ from archnet.tasks.images import TaskError
 from archnet.tasks.phrases import Phrases
 from archnet.tasks.tokenizer import Tokenizer, train_tokenizer
 
-
 TRANSLATED = 2048  # sentences that are translated before what is done is written down
 
 
@@ -179,7 +178,8 @@ class TranslationData(lightning.LightningDataModule):
 
     def test_pairs(self, limit: int | None = None) -> tuple[list[str], list[str]]:
         """Sentences of the test split and their references, empty lines included."""
-        sources, references = [], []
+        sources: list[str] = []
+        references: list[str] = []
         for source, reference in self.text.pairs("test"):
             if limit is not None and len(sources) >= limit:
                 break

@@ -7,9 +7,9 @@ from archnet.teachers.taps import TappedTeacher
 from archnet.teachers.transformer import Transformer
 
 __all__ = [
+    "NETS",
     "CifarResNet",
     "DigitNet",
-    "NETS",
     "ResNet9",
     "TappedTeacher",
     "TeacherError",

@@ -104,8 +104,9 @@ def train_teacher(
 ) -> nn.Module:
     """The model trained on the labels of `data`'s training part, in eval mode and frozen.
 
-    SGD with Nesterov momentum or Adam, a learning rate that rises linearly to its peak and falls linearly
-    to zero (Smith 2018, arXiv 1803.09820, "one-cycle"), and label smoothing (Szegedy et al. 2015).
+    SGD with Nesterov momentum or Adam, a learning rate that rises linearly to its peak and falls
+    linearly to zero (Smith 2018, arXiv 1803.09820, "one-cycle"), and label smoothing (Szegedy et
+    al. 2015).
     `fit.restarts` adds cycles, each from the weights that the last one ended with (Loshchilov &
     Hutter 2017, arXiv 1608.03983, "warm restarts"); every cycle is cached, so that a teacher that
     turns out too weak is trained on rather than again. Only the last weights count; nothing is

@@ -148,9 +148,7 @@ class Layer(nn.Module):
         memory: Tensor | None = None,
         memory_hidden: Tensor | None = None,
     ) -> Tensor:
-        x = self.part(
-            "attention", x, lambda y: self.attention(y, self.attention.memory(y), hidden)
-        )
+        x = self.part("attention", x, lambda y: self.attention(y, self.attention.memory(y), hidden))
         if memory is not None:
             seen = self.cross.memory(memory)
             x = self.part("cross", x, lambda y: self.cross(y, seen, memory_hidden))
@@ -221,9 +219,7 @@ class Transformer(nn.Module):
             x = layer(x, hidden)
         return self.encoder.norm(x)
 
-    def forward(
-        self, source_BS: Tensor, target_BT: Tensor, pad_BS: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, source_BS: Tensor, target_BT: Tensor, pad_BS: Tensor | None = None) -> Tensor:
         """Scores (B, T, V) of the token that follows each target position."""
         memory = self.encode(source_BS, pad_BS)
         memory_hidden = None if pad_BS is None else pad_BS[:, None, None]
@@ -236,7 +232,7 @@ class Transformer(nn.Module):
 
     def start(self, source_BS: Tensor) -> State:
         """What decoding needs of sentences of one length; rows stand for sentences."""
-        memory, state = self.encode(source_BS), {}
+        memory, state = self.encode(source_BS), State()
         for index, layer in enumerate(self.decoder.layers):
             assert isinstance(layer, Layer)
             keys, values = layer.cross.memory(memory)

@@ -45,7 +45,9 @@ class StudentTranslator:
         shapes = parts.decoder.graph.shapes
         for name in parts.states:
             # Before the first token a window sees zeros, and attention nothing.
-            shape = shapes[name] if len(shapes[name]) == 2 else (shapes[name][0], 0, shapes[name][2])
+            shape = (
+                shapes[name] if len(shapes[name]) == 2 else (shapes[name][0], 0, shapes[name][2])
+            )
             state[name] = memory[0].new_zeros(len(source_BS), *shape)
         state[POSITION] = source_BS.new_zeros(len(source_BS), 1)
         return state

@@ -27,7 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 # Shared by all tables. Accuracies are in points (0 to 100), bits of 32 mean float, `macs_ratio`
 # is the student's multiply-accumulates over the teacher's, `bops` and `weight_bytes` are the
-# student's, `inputs_seen` counts images through the whole network, `minutes` those of training.
+# student's, `inputs_seen` counts images or sentences through the whole network, `minutes` those of training.
 COLUMNS = (
     "date",
     "task",
@@ -124,6 +124,8 @@ def run_row(path: Path) -> dict[str, Any]:
     started = datetime.strptime("_".join(folder.path.name.split("_")[:2]), "%Y-%m-%d_%H-%M-%S")
     macs, bops = metrics["cost"]["macs"], metrics["cost"]["bops"]
     seconds = metrics["seconds"]
+    translates = config.task.kind == "translation"
+    metric = "bleu" if translates else "accuracy"
     return {
         "date": f"{started:%Y-%m-%d}",
         "task": metrics["task"],
@@ -131,14 +133,14 @@ def run_row(path: Path) -> dict[str, Any]:
         "hardware": metrics["hardware"],
         "weight_bits": metrics["quant"]["weight_bits"],
         "act_bits": metrics["quant"]["act_bits"],
-        "metric": "accuracy",
-        "teacher_value": metrics["teacher"]["accuracy"],
-        "student_value": metrics["student"]["accuracy"],
+        "metric": metric,
+        "teacher_value": metrics["teacher"][metric],
+        "student_value": metrics["student"][metric],
         "agreement": metrics["student"]["agreement"],
         "macs_ratio": round(macs["student"] / macs["teacher"], 4),
         "bops": bops["student"],
         "weight_bytes": metrics["cost"]["weight_bytes"]["student"],
-        "inputs_seen": metrics["data"]["images_seen"],
+        "inputs_seen": metrics["data"]["sentences_seen" if translates else "images_seen"],
         "minutes": round((seconds["convert"] + seconds["distill"]) / 60, 2),
         "seed": metrics["seed"],
         "versions": versions(metrics["versions"]),
@@ -157,6 +159,20 @@ def run_row(path: Path) -> dict[str, Any]:
         "method": config.quant.method,
         "start": config.convert.start,
         **_validation(folder),
+        **(_translation(config, metrics) if translates else {}),
+    }
+
+
+def _translation(config: Config, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What only rows of translation have."""
+    return {
+        "chrf_teacher": metrics["teacher"]["chrf"],
+        "chrf_student": metrics["student"]["chrf"],
+        "signature": metrics["student"]["signature"],
+        "languages": f"{config.task.text.source}-{config.task.text.target}",
+        "test": config.task.text.test,
+        "beam": config.task.text.beam,
+        "minutes_teacher_text": round(metrics["seconds"]["translations"] / 60, 2),
     }
 
 
@@ -186,6 +202,8 @@ def command(config: Config) -> str:
     """
     experiments = [[f"experiment={path.stem}"] for path in (CONF / "experiment").glob("*.yaml")]
     quant = [f"quant={config.quant.method}", f"distill={config.distill.schedule}"]
+    if config.task.kind == "translation":
+        quant = [f"quant={config.quant.method}", f"hardware={config.hardware.name}"]
     groups = [
         [f"task={config.task.name}", f"teacher={teacher}", *quant]
         for teacher in (config.teacher.name, config.teacher.source)

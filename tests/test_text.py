@@ -89,9 +89,7 @@ def test_empty_and_long_pairs_are_dropped_and_counted(
     assert len(data.train) == len(ENGLISH)
 
 
-def test_files_of_unequal_length_are_refused(
-    root: Path, make_config: Make, tmp_path: Path
-) -> None:
+def test_files_of_unequal_length_are_refused(root: Path, make_config: Make, tmp_path: Path) -> None:
     write(root, ENGLISH, GERMAN[:-1])
     with pytest.raises(TaskError, match=r"train\.de ends after line 119 and the other goes on"):
         made(make_config, root, tmp_path)

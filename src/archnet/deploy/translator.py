@@ -370,8 +370,8 @@ class OnnxTranslator:
         paths = [Path(folder) / f"student.{name}.onnx" for name in ("encoder", "decoder")]
         self._encoder, self._decoder = (load_session(path, threads) for path in paths)
         properties = onnx.load(paths[1], load_external_data=False).metadata_props
-        facts = next((item.value for item in properties if item.key == METADATA), None)
-        if facts is None:
+        facts = next((item.value for item in properties if item.key == METADATA), "{}")
+        if "states" not in json.loads(facts):
             raise ExportError(f"{paths[1]} is no decoder that archnet wrote: export it again")
         self.facts: dict[str, Any] = json.loads(facts)
         self._names = [item.name for item in self._decoder.get_outputs()]

@@ -27,7 +27,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 # Shared by all tables. Accuracies are in points (0 to 100), bits of 32 mean float, `macs_ratio`
 # is the student's multiply-accumulates over the teacher's, `bops` and `weight_bytes` are the
-# student's, `inputs_seen` counts images or sentences through the whole network, `minutes` those of training.
+# student's, `inputs_seen` counts images or sentences through the whole network, `minutes` those of
+# training.
 COLUMNS = (
     "date",
     "task",

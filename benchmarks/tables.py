@@ -96,6 +96,42 @@ TABLES = (
         ("teacher", "weight_bits", "act_bits"),
         _ACCURACY,
     ),
+    *(
+        Table(
+            name,
+            title,
+            about,
+            ("teacher", "hardware", "weight_bits", "act_bits"),
+            {
+                "student": _plain("hardware"),
+                "bits": _bits,
+                "teacher, BLEU": _number("teacher_value"),
+                "student, BLEU": _number("student_value"),
+                "chrF, both": lambda row: f"{row['chrf_teacher']}, {row['chrf_student']}",
+                "same sentences, %": _number("agreement", ".1f"),
+                **_COST,
+                "sentence-steps": _number("inputs_seen", ",.0f"),
+                "minutes": _number("minutes", ".1f"),
+                "command": lambda row: f"`{row['command']}`",
+            },
+        )
+        for name, title, about in (
+            (
+                "multi30k",
+                "Multi30k, English to German",
+                "sacreBLEU on test_2016_flickr, raw text, beam 5; the signature is in the rows. "
+                "Trained on the teacher's own translations of the training sources. `arch5_matmul` "
+                "keeps attention, `arch5` has five operators and nothing else. Costs are of reading "
+                "and writing 16 tokens; the student's one-hot embeddings count as layers.",
+            ),
+            (
+                "phrases",
+                "Phrases out of CLDR",
+                "`python train.py experiment=phrases`: a check that the path works, not a figure "
+                "of real text.",
+            ),
+        )
+    ),
     Table(
         "ablation",
         "Ablation: CIFAR-10, W2A4, one equal budget",
@@ -192,6 +228,36 @@ TABLES = (
             "times faster": _number("speedup"),
             "one large convolution, times faster": _number("convolution_speedup"),
             "CPU": _plain("cpu"),
+        },
+    ),
+    Table(
+        "decoding",
+        "Speed of translating",
+        "`python benchmarks/decoding.py <run>`; sentences a second on the first sentences of the "
+        "test split, with the run's own beam.",
+        ("task", "hardware", "weight_bits", "act_bits", "network", "runtime", "batch", "threads"),
+        {
+            "network": lambda row: (
+                f"student, {row['hardware']}, {_bits(row)}" if row["hardware"] else "teacher"
+            ),
+            "runtime": _plain("runtime"),
+            "batch": _plain("batch"),
+            "beam": _plain("beam"),
+            "threads": _plain("threads"),
+            "sentences/s": _plain("per_second"),
+        },
+    ),
+    Table(
+        "memory",
+        "Memory of translation's data",
+        "`python benchmarks/memory.py`; tokenizer, encoding and an epoch of batches, as the "
+        "training text grows.",
+        ("times", "tokenizer_sentences"),
+        {
+            "pairs": _number("pairs", ",.0f"),
+            "sentences the tokenizer reads": _number("tokenizer_sentences", ",.0f"),
+            "peak, MB": _number("peak_mb", ",.0f"),
+            "seconds": _number("seconds", ".0f"),
         },
     ),
     Table(

@@ -231,7 +231,8 @@ class DistillConfig:
     # Steps of the whole network, or as much work: under `local` every block takes
     # `steps` - `joint_steps` steps of its own. 0: calibration only.
     steps: int = _number(1000, 0)
-    # Of `steps`, those on the whole network that end `local`; null: three eighths.
+    # Of `steps`, those on the whole network that end `local`; null: three eighths for images,
+    # five sixths for text.
     joint_steps: int | None = _number(None, 0)
     joint_rate: float = _number(0.3, 0)  # learning rate of that last stage, as a share of `lr`
     attention: bool = True  # Teacher Attention Mechanism: gate student features by the teacher's

@@ -165,10 +165,14 @@ class TextDistillation(ArchDistillation):
 
 
 def plan_text(options: DistillOptions, taps: Sequence[str]) -> list[Period]:
-    """The periods of a schedule; `local` is one of all blocks at once and one of the network."""
+    """The periods of a schedule; `local` is one of all blocks at once and one of the network.
+
+    Blocks are soon as close to the teacher as they get, and what is left is mended by the scores,
+    so that most steps are those of the network.
+    """
     if options.schedule != "local" or options.steps == 0:
         return plan(options, taps, True)
-    joint = options.steps * 3 // 8 if options.joint_steps is None else options.joint_steps
+    joint = options.steps * 5 // 6 if options.joint_steps is None else options.joint_steps
     even, first = dict.fromkeys(range(len(taps)), 1.0), options.steps - joint
     periods = [
         Period("blocks", 0, first, even, True, -1),

@@ -1,0 +1,176 @@
+"""The whole of translation on CLDR's phrases: train, stop, resume, evaluate, translate."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from archnet import pipeline
+from archnet.cli import main as archnet
+from archnet.config import Config
+from archnet.runs import RunFolder, read_json
+from conftest import ROOT
+
+Make = Callable[..., Config]
+SHORT = [
+    "experiment=phrases",
+    "teacher.fit.epochs=4",
+    "distill.steps=6",
+    "distill.val_every=3",
+    "distill.checkpoint_every=1",
+    "task.data.unlabelled=300",
+    "trainer.limit_eval=24",
+    "trainer.accelerator=cpu",
+    "trainer.progress=false",
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("translation")
+    return [
+        f"output_dir={folder}/outputs",
+        f"teacher.cache_dir={folder}/teachers",
+        f"task.text.cache_dir={folder}/text",
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(places: list[str]) -> RunFolder:
+    from archnet.compose import compose
+    from conftest import CONF
+
+    return pipeline.run(compose(CONF, [*SHORT, *places]))
+
+
+def test_a_run_leaves_figures_files_and_a_report(finished: RunFolder) -> None:
+    metrics = read_json(finished.metrics)
+    assert metrics["audit"] == {"pure": True, "violations": []}
+    assert metrics["parity"]["mismatches"] == 0
+    assert metrics["student"]["signature"].startswith("nrefs:1|case:mixed")
+    assert {"bleu", "chrf", "agreement"} <= set(metrics["student"])
+    assert metrics["data"]["unlabelled"] <= 300
+    assert metrics["cost"]["weight_bytes"]["student"] < metrics["cost"]["weight_bytes"]["teacher"]
+    for name in ("student.encoder.onnx", "student.decoder.onnx", "tokenizer.model", "report.html"):
+        assert (finished.path / name).is_file()
+
+
+def test_a_strict_student_is_pure(finished: RunFolder, places: list[str]) -> None:
+    from archnet.compose import compose
+    from conftest import CONF
+
+    folder = pipeline.run(compose(CONF, [*SHORT, *places, "hardware=arch5", "quant=none"]))
+    metrics = read_json(folder.metrics)
+    assert metrics["audit"]["pure"]
+    assert metrics["parity"]["mismatches"] == 0
+    again = pipeline.run(
+        compose(CONF, [*SHORT, *places, "hardware=arch5", f"convert.student={folder.path}"])
+    )
+    assert read_json(again.metrics)["audit"]["pure"]
+
+
+def translated(
+    finished: RunFolder, text: bytes, monkeypatch: pytest.MonkeyPatch, *options: str
+) -> tuple[int, list[bytes]]:
+    class Stream:
+        def __init__(self, content: bytes = b"") -> None:
+            self.buffer = io.BytesIO(content)
+
+        def write(self, _: str) -> None: ...
+
+        def flush(self) -> None: ...
+
+    out = Stream()
+    monkeypatch.setattr(sys, "stdin", Stream(text))
+    monkeypatch.setattr(sys, "stdout", out)
+    code = archnet(["translate", str(finished.path), *options])
+    return code, out.buffer.getvalue().split(b"\n")
+
+
+def test_lines_out_are_lines_in(finished: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "5 kilometers\n\nItaly ☃\n  \nA\u2028B\n" + "long " * 200
+    for runtime in ("pytorch", "onnxruntime"):
+        code, lines = translated(
+            finished, text.encode(), monkeypatch, "--runtime", runtime, "--beam", "2"
+        )
+        assert code == 0
+        assert len(lines) == 7
+        assert lines[-1] == lines[1] == lines[3] == b""
+    code, lines = translated(finished, b"", monkeypatch)
+    assert (code, lines) == (0, [b""])
+
+
+def test_bad_text_and_options_end_with_one_line(
+    finished: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert translated(finished, b"ok\n\xff\n", monkeypatch)[0] == 2
+    assert "standard input, line 2: not UTF-8" in capsys.readouterr().err
+    assert translated(finished, b"", monkeypatch, "--beam", "0")[0] == 2
+    assert "beam=0 must be at least 1" in capsys.readouterr().err
+    options = ("--network", "teacher", "--runtime", "onnxruntime")
+    assert translated(finished, b"", monkeypatch, *options)[0] == 2
+    assert "the teacher runs in pytorch" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_run_is_refused(
+    finished: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from archnet.tasks.tokenizer import train_tokenizer
+
+    model = finished.path / "tokenizer.model"
+    before = model.read_bytes()
+    try:
+        train_tokenizer(model, ["five kilometers", "fünf Kilometer"] * 30, 60, 1000)
+        assert translated(finished, b"5 kilometers\n", monkeypatch)[0] == 2
+        assert "has 60 tokens and the student 600" in capsys.readouterr().err
+    finally:
+        model.write_bytes(before)
+
+
+def test_evaluate_and_export_know_translators(
+    finished: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert archnet(["evaluate", str(finished.path)]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    kept = read_json(finished.metrics)
+    assert figures["student"]["bleu"] == kept["student"]["bleu"]
+    assert archnet(["export", str(finished.path), "--output", str(tmp_path / "files")]) == 0
+    content = (tmp_path / "files" / "student.decoder.onnx").read_bytes()
+    assert content == (finished.path / "student.decoder.onnx").read_bytes()
+    assert archnet(["verify", str(finished.path)]) == 2
+    assert "this command is for classifiers" in capsys.readouterr().err
+
+
+def test_a_killed_run_ends_with_the_same_student(finished: RunFolder, places: list[str]) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *SHORT, *places, "name=killed"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    outputs = Path(places[0].partition("=")[2])
+    deadline = time.monotonic() + 300
+    while not list(outputs.glob("phrases/*_killed/checkpoints/step*.ckpt")):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    (folder,) = outputs.glob("phrases/*_killed")
+    assert not (folder / "metrics.json").exists()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), f"resume={folder}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (
+        torch.load(path / "checkpoints" / "student.pt", weights_only=True)["state"]
+        for path in (folder, finished.path)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

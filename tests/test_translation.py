@@ -336,7 +336,7 @@ class TestSearch:
         teacher, (source, _, _) = make_teacher(), inputs(3)
         (found,) = search(teacher, source[:1], SearchOptions(1, 0.0, 10))
         tokens, state = [1], teacher.start(source[:1])
-        while len(tokens) <= 10:
+        while len(tokens) < 10:
             scores, state = teacher.step(torch.tensor(tokens[-1:]), state)
             scores[:, [0, 1, 3]] = -torch.inf
             tokens.append(int(scores.argmax()))

@@ -59,7 +59,12 @@ def test_a_run_leaves_figures_files_and_a_report(finished: RunFolder) -> None:
     assert {"bleu", "chrf", "agreement"} <= set(metrics["student"])
     assert metrics["data"]["unlabelled"] <= 300
     assert metrics["cost"]["weight_bytes"]["student"] < metrics["cost"]["weight_bytes"]["teacher"]
-    for name in ("student.encoder.onnx", "student.decoder.onnx", "tokenizer.model", "report.html"):
+    for name in (
+        "student.encoder.onnx",
+        "student.decoder.onnx",
+        "tokenizer/tokenizer.model",
+        "report.html",
+    ):
         assert (finished.path / name).is_file()
 
 
@@ -125,7 +130,7 @@ def test_a_tokenizer_of_another_run_is_refused(
 ) -> None:
     from archnet.tasks.tokenizer import train_tokenizer
 
-    model = finished.path / "tokenizer.model"
+    model = finished.path / "tokenizer" / "tokenizer.model"
     before = model.read_bytes()
     try:
         train_tokenizer(model, ["five kilometers", "fünf Kilometer"] * 30, 60, 1000)

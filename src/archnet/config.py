@@ -134,8 +134,9 @@ class TeacherConfig:
 
     name: str = "resnet18"  # model name in the source
     # torchvision, timm (an extra): by name; archnet: the networks of archnet.teachers;
+    # marian (an extra): a translator by hub name or folder;
     # custom: what `factory` returns.
-    source: str = _choice("torchvision", "torchvision", "timm", "archnet", "custom")
+    source: str = _choice("torchvision", "torchvision", "timm", "archnet", "marian", "custom")
     factory: str | None = None  # `package.module:callable` that builds the network, for `custom`
     # published: the weights that come with the name; null: random; else a file (.pt, .pth, .th,
     # .safetensors), read without executing pickled code.

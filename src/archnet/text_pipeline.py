@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,13 +28,20 @@ from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student, TokenEmbedding
 from archnet.quant import settle
 from archnet.runs import RunError, RunFolder, atomic, write_json
-from archnet.tasks import EncodedText, Tokenizer, TranslationData, scores
-from archnet.teachers import TappedTeacher, load_translator, train_teacher
+from archnet.tasks import EncodedText, Subwords, Tokenizer, TranslationData, scores
+from archnet.teachers import (
+    MarianTokens,
+    TappedTeacher,
+    load_marian,
+    load_translator,
+    train_teacher,
+)
 from archnet.translate import SearchOptions, StudentTranslator, Translator, translate
 from archnet.translate import translate_tokens as search_tokens
 
 _log = logging.getLogger(__name__)
 
+TOKENIZER = "tokenizer"  # folder in a run folder
 PARITY_SENTENCES = 200  # that the exported files translate beside the student
 BATCH = 64  # sentences that are translated together
 EXAMPLE = 16  # tokens of the sentence that costs are given for
@@ -72,14 +78,17 @@ def open_run(config: Config, folder: RunFolder) -> TextRun:
     """The text and the trained teacher of a run, made or found."""
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
-    data = TranslationData(config.task, config.seed)
+    published = None
+    if config.teacher.source == "marian":
+        published, tokens = load_marian(config.teacher.name, config.task.text.max_tokens + 1)
+        data = TranslationData(config.task, config.seed, tokens)
+    else:
+        data = TranslationData(config.task, config.seed)
     data.setup()
-    kept = folder.path / "tokenizer.model"
-    if not kept.is_file():
-        with atomic(kept) as temporary:
-            shutil.copyfile(data.tokenizer.path, temporary)
+    if not (folder.path / TOKENIZER).is_dir():
+        data.tokenizer.save(folder.path / TOKENIZER)
     lightning.seed_everything(config.seed, verbose=False)
-    return TextRun(config, folder, data, _teacher(config, folder, data))
+    return TextRun(config, folder, data, published or _teacher(config, folder, data))
 
 
 def _teacher(config: Config, folder: RunFolder, data: TranslationData) -> nn.Module:
@@ -109,19 +118,24 @@ def _teacher(config: Config, folder: RunFolder, data: TranslationData) -> nn.Mod
     return load_translator(replace(config.teacher, weights=str(kept)), **sizes)
 
 
-def tokenizer_of(folder: RunFolder) -> Tokenizer:
+def tokenizer_of(folder: RunFolder) -> Subwords:
     """The tokenizer that a run was made with."""
-    return Tokenizer(folder.path / "tokenizer.model")
+    kept = folder.path / TOKENIZER
+    if folder.config().teacher.source == "marian":
+        return MarianTokens(kept)
+    return Tokenizer(kept / "tokenizer.model")
 
 
 def teacher_of(folder: RunFolder, vocabulary: int) -> Translator:
     """The teacher of a run, without its text."""
     config = folder.config()
+    positions = config.task.text.max_tokens + 1
+    if config.teacher.source == "marian":
+        return cast(Translator, load_marian(config.teacher.name, positions)[0])
     kept = folder.checkpoints / "teacher.pt"
     teacher = config.teacher
     if kept.is_file():
         teacher = replace(teacher, weights=str(kept))
-    positions = config.task.text.max_tokens + 1
     return cast(Translator, load_translator(teacher, vocabulary=vocabulary, positions=positions))
 
 

@@ -73,7 +73,7 @@ def _network(folder: Any, options: argparse.Namespace, vocabulary: int) -> Any:
         tokens = pipeline.text_pipeline.vocabulary_of(student)
     if tokens != vocabulary:
         raise ArchnetError(
-            f"{folder.path / 'tokenizer.model'} has {vocabulary} tokens and the student "
+            f"{folder.path / 'tokenizer'} has {vocabulary} tokens and the student "
             f"{tokens}: they do not belong together; put the run's own tokenizer back"
         )
     return network

@@ -12,6 +12,8 @@ goes through the teacher's layers instead, which are the same for every Transfor
 - attention, where it has not: among the tokens of one sentence a window of neighbours (`Window`,
   causal in the decoder) and two fully connected layers; from target to source a relation,
   FC(relu(FC(concat(g_t, h_s)))) maximised over s, and a fully connected layer. New weights.
+- a feed-forward part: its two layers, exact, with a ReLU between; approximate where the teacher
+  has another activation.
 - dropout: nothing.
 """
 
@@ -303,7 +305,8 @@ class _Translator:
         inner = build.linear(f"{name}_expand", x, layer.expand, f"{path}.expand")
         self._settle(x, f"{name}_expand")
         inner = build.relu(f"{name}_relu", inner, path)
-        self._report(path, "feed-forward", "linear", True)
+        # Another activation becomes a ReLU, which distillation then makes the best of.
+        self._report(path, "feed-forward", "linear", layer.activation == "relu")
         return build.linear(f"{name}_reduce", inner, layer.reduce, f"{path}.reduce")
 
     def _drop_pending(self) -> None:

@@ -52,7 +52,9 @@ def weight_scale(quantizer: Quantizer, weight: Tensor) -> Tensor:
         return rows.abs().mean(1) / levels.abs().mean(1).clamp_min(SCALE_FLOOR)
     if quantizer.bits == 1:
         return rows.abs().mean(1)
-    return best_scale(rows, quantizer.low, quantizer.high, quantizer.power_of_two)
+    scale = best_scale(rows, quantizer.low, quantizer.high, quantizer.power_of_two)
+    # A channel without weights may have a bias, which has to fit an accumulator's integers.
+    return torch.where(rows.abs().amax(1) > 0, scale, scale.max())
 
 
 def calibrate_weights(student: Student) -> None:

@@ -4,13 +4,14 @@ from archnet.tasks.classification import ClassificationData
 from archnet.tasks.corpus import EncodedText, decoded, read_lines
 from archnet.tasks.images import TaskError
 from archnet.tasks.sampling import StepBatchSampler
-from archnet.tasks.tokenizer import Tokenizer
+from archnet.tasks.tokenizer import Subwords, Tokenizer
 from archnet.tasks.translation import TranslationData, scores
 
 __all__ = [
     "ClassificationData",
     "EncodedText",
     "StepBatchSampler",
+    "Subwords",
     "TaskError",
     "Tokenizer",
     "TranslationData",

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from archnet.tasks.images import TaskError
-from archnet.tasks.tokenizer import Tokenizer
+from archnet.tasks.tokenizer import Subwords
 
 CHUNK = 4096  # lines that are read and encoded at a time
 
@@ -173,7 +173,7 @@ def _parquet(files: list[Path], languages: tuple[str, str]) -> Iterator[Pair]:
                     ) from error
 
 
-def encoded(pairs: Iterator[Pair], tokenizer: Tokenizer) -> Iterator[TokenPair]:
+def encoded(pairs: Iterator[Pair], tokenizer: Subwords) -> Iterator[TokenPair]:
     """Pairs of sentences as token numbers, a chunk at a time."""
     while chunk := list(islice(pairs, CHUNK)):
         sources, targets = (tokenizer.encode([pair[side] for pair in chunk]) for side in (0, 1))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import sentencepiece
 
@@ -12,7 +14,19 @@ from archnet.files import atomic
 from archnet.tasks.images import TaskError
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
+MODEL = "tokenizer.model"
 LONGEST_LINE = 4096  # characters of a line that the vocabulary is learned from; the rest is cut
+
+
+class Subwords(Protocol):
+    """What is asked of a tokenizer, with the marks above."""
+
+    def __len__(self) -> int: ...
+    def encode(self, sentences: Sequence[str]) -> list[list[int]]: ...
+    def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]: ...
+    def save(self, folder: Path) -> None: ...
+    @property
+    def identity(self) -> str: ...
 
 
 class Tokenizer:
@@ -40,6 +54,16 @@ class Tokenizer:
         """Text of each list of token numbers; padding, begin and end are left out."""
         plain = [[token for token in row if token > EOS] for row in tokens]
         return self._model.decode(plain)
+
+    def save(self, folder: Path) -> None:
+        """Copy the model to ``folder``."""
+        with atomic(folder / MODEL, TaskError) as part:
+            part.write_bytes(self.path.read_bytes())
+
+    @property
+    def identity(self) -> str:
+        """What tells this vocabulary from others."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
 
 def train_tokenizer(

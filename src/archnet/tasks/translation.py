@@ -23,7 +23,7 @@ from archnet.tasks.batches import (
 from archnet.tasks.corpus import EncodedText, ParallelText, TextFiles, TokenPair, encoded
 from archnet.tasks.images import TaskError
 from archnet.tasks.phrases import Phrases
-from archnet.tasks.tokenizer import Tokenizer, train_tokenizer
+from archnet.tasks.tokenizer import Subwords, Tokenizer, train_tokenizer
 
 TRANSLATED = 2048  # sentences that are translated before what is done is written down
 
@@ -49,17 +49,19 @@ class TranslationData(lightning.LightningDataModule):
     Args:
         config: `task` of the config.
         seed: of shuffling.
+        tokenizer: a published teacher's own; None: one is trained on the training text.
 
     After `setup`, ``tokenizer``, ``train`` and ``valid`` are there; ``dropped`` counts training
     pairs that were empty on a side or too long.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: Subwords
     train: EncodedText
     valid: EncodedText
 
-    def __init__(self, config: Any, seed: int) -> None:
+    def __init__(self, config: Any, seed: int, tokenizer: Subwords | None = None) -> None:
         super().__init__()
+        self._given = tokenizer
         self.config, self.seed = config, seed
         self.options: TextOptions = config.text
         self.text = self._text()
@@ -88,18 +90,21 @@ class TranslationData(lightning.LightningDataModule):
         parts = [
             self.text.fingerprint("train"),
             *self.languages,
-            options.vocabulary,
+            self._given.identity if self._given is not None else options.vocabulary,
             options.tokenizer_sentences,
         ]
         folder = Path(options.cache_dir).expanduser() / f"{self.config.name}-{_key(*parts)}"
-        model = folder / "tokenizer.model"
-        if not model.is_file():
-            sides = (side for pair in self.text.pairs("train") for side in pair)
-            train_tokenizer(model, sides, options.vocabulary, options.tokenizer_sentences)
-        self.tokenizer = Tokenizer(model)
+        self.tokenizer = self._given or self._trained(folder / "tokenizer.model")
         self.train = self._encoded(folder, "train")
         self.valid = self._encoded(folder, "valid")
         self._folder = folder
+
+    def _trained(self, model: Path) -> Tokenizer:
+        if not model.is_file():
+            sides = (side for pair in self.text.pairs("train") for side in pair)
+            options = self.options
+            train_tokenizer(model, sides, options.vocabulary, options.tokenizer_sentences)
+        return Tokenizer(model)
 
     @property
     def folder(self) -> Path:

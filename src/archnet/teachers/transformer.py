@@ -99,16 +99,24 @@ class Attention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+
+
 class FeedForward(nn.Module):
     """Two linear layers with an activation between."""
 
-    def __init__(self, dim: int, inner: int, dropout: float) -> None:
+    def __init__(self, dim: int, inner: int, dropout: float, activation: str) -> None:
         super().__init__()
+        self.activation = activation
         self.expand, self.reduce = nn.Linear(dim, inner), nn.Linear(inner, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.reduce(self.dropout(F.relu(self.expand(x))))
+        return self.reduce(self.dropout(ACTIVATIONS[self.activation](self.expand(x))))
 
 
 class Layer(nn.Module):
@@ -119,7 +127,14 @@ class Layer(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, inner: int, dropout: float, norm: str, decoder: bool
+        self,
+        dim: int,
+        heads: int,
+        inner: int,
+        dropout: float,
+        norm: str,
+        activation: str,
+        decoder: bool,
     ) -> None:
         super().__init__()
         self.pre = norm == "pre"
@@ -130,7 +145,7 @@ class Layer(nn.Module):
             self.cross = Attention(dim, heads)
             self.cross_norm = nn.LayerNorm(dim)
             self.cross_result = nn.Identity()
-        self.feed = FeedForward(dim, inner, dropout)
+        self.feed = FeedForward(dim, inner, dropout, activation)
         self.feed_norm = nn.LayerNorm(dim)
         self.feed_result = nn.Identity()
         self.dropout = nn.Dropout(dropout)
@@ -177,6 +192,7 @@ class Transformer(nn.Module):
         encoder_layers, decoder_layers: how many.
         dropout: on embeddings, sub-layers and inside the feed-forward parts.
         norm: "post" as published, or "pre" (Xiong et al. 2020, arXiv 2002.04745).
+        activation: inside the feed-forward parts: "relu", "silu" or "gelu".
     """
 
     def __init__(
@@ -190,10 +206,13 @@ class Transformer(nn.Module):
         decoder_layers: int = 6,
         dropout: float = 0.1,
         norm: Literal["pre", "post"] = "post",
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         if norm not in ("pre", "post"):
             raise ValueError(f"norm={norm}: choose pre or post")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation}: choose one of {', '.join(ACTIVATIONS)}")
         if dim % heads:
             raise ValueError(f"dim={dim} is no multiple of heads={heads}")
         self.positions = positions
@@ -201,7 +220,9 @@ class Transformer(nn.Module):
         nn.init.normal_(self.tokens.weight, std=dim**-0.5)
 
         def stack(layers: int, decoder: bool) -> Stack:
-            made = [Layer(dim, heads, inner, dropout, norm, decoder) for _ in range(layers)]
+            made = [
+                Layer(dim, heads, inner, dropout, norm, activation, decoder) for _ in range(layers)
+            ]
             return Stack(Embedding(self.tokens, positions, dropout), made, norm)
 
         self.encoder = stack(encoder_layers, False)

@@ -67,19 +67,19 @@ def search(model: Translator, source_BS: Tensor, options: SearchOptions) -> list
             scores_NV, state = model.step(tokens_N, state)
             logs_NV = scores_NV.float().log_softmax(-1)
             logs_NV[:, [PAD, BOS, UNK]] = -torch.inf
+            if length == limit:  # the end mark is the only way on
+                ended_N = logs_NV[:, EOS].clone()
+                logs_NV.fill_(-torch.inf)
+                logs_NV[:, EOS] = ended_N
             size = logs_NV.shape[1]
             reached = total_BK[:, :, None] + logs_NV.view(len(alive), beam, size)
             best_BJ, place_BJ = reached.flatten(1).topk(2 * beam)
             parent_BJ, token_BJ = place_BJ // size, place_BJ % size
             ends_BJ = token_BJ == EOS
-            if length == limit:
-                ends_BJ = torch.ones_like(ends_BJ)
             for row, rank in ends_BJ[:, :beam].nonzero().tolist():
                 value = float(best_BJ[row, rank])
                 if value > -torch.inf:
                     words = past_BKT[row, parent_BJ[row, rank]].tolist()
-                    if int(token_BJ[row, rank]) != EOS:
-                        words.append(int(token_BJ[row, rank]))
                     score = value / length**options.length_penalty
                     ended[alive[row]].append((score, words))
             going = [row for row, item in enumerate(alive) if len(ended[item]) < beam]

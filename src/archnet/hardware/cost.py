@@ -362,8 +362,12 @@ def _bytes(count: int, bits: int) -> int:
 
 
 def _value_bits(student: Student) -> dict[str, int]:
-    """Bits of every value: an activation sets them, what computes nothing hands them on."""
+    """Bits of every value: an activation sets them, what computes nothing hands them on.
+
+    Token numbers reach a layer as one-hots, whose members have one bit.
+    """
     bits = dict.fromkeys(student.graph.inputs, FLOAT_BITS)
+    bits |= dict.fromkeys(student.graph.indices, 1)
     for step in student.graph.steps:
         module = student.operator(step.name)
         if isinstance(module, Activation):

@@ -150,8 +150,9 @@ def test_evaluate_and_export_know_translators(
     assert archnet(["export", str(finished.path), "--output", str(tmp_path / "files")]) == 0
     content = (tmp_path / "files" / "student.decoder.onnx").read_bytes()
     assert content == (finished.path / "student.decoder.onnx").read_bytes()
-    assert archnet(["verify", str(finished.path)]) == 2
-    assert "this command is for classifiers" in capsys.readouterr().err
+    for command in ("verify", "cost", "vela"):
+        assert archnet([command, str(finished.path)]) == 2
+        assert "this command is for classifiers" in capsys.readouterr().err
 
 
 def test_a_killed_run_ends_with_the_same_student(finished: RunFolder, places: list[str]) -> None:

@@ -122,12 +122,17 @@ def reopen(folder: RunFolder) -> tuple[Run, Student]:
     Raises:
         RunError: the run has not come that far, or is no classifier's.
     """
+    require_classifier(folder)
+    return _open(folder.config(), folder), load_student(folder)
+
+
+def require_classifier(folder: RunFolder) -> None:
+    """Raise `RunError` where a run's student translates."""
     if is_translation(folder):
         raise RunError(
             f"{folder.path} holds a translator, and this command is for classifiers: what there is "
             "for translators are translate, evaluate, export and audit"
         )
-    return _open(folder.config(), folder), load_student(folder)
 
 
 def is_translation(folder: RunFolder) -> bool:

@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
 
     accelerator = check_accelerator(options.accelerator or ACCELERATOR)
     folder = RunFolder.open(options.run)
+    pipeline.require_classifier(folder)
     report = compile_vela(to_tflite(lower(pipeline.load_student(folder))), accelerator)
     table = Table(title=f"{report.accelerator}, {report.memory}", title_justify="left")
     table.add_column("")

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from archnet.config import DistillConfig
 from archnet.convert import (
     ConversionError,
-    Stepwise,
     convert_translator,
     fit_norms,
     stepwise,
@@ -20,7 +19,7 @@ from archnet.deploy import OnnxTranslator, audit, export_translator
 from archnet.deploy.writer import ExportError
 from archnet.distill.text import TextDistillation, plan_text
 from archnet.hardware import Target, student_cost, teacher_cost
-from archnet.ops import Student, TokenEmbedding
+from archnet.ops import Stepwise, Student, TokenEmbedding
 from archnet.quant import describe, pack, quantize, settle, unpack
 from archnet.tasks.batches import TextBatch
 from archnet.teachers import TappedTeacher, TeacherError, Transformer, load_translator

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -34,9 +34,10 @@ from archnet.errors import ArchnetError
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
 from archnet.quant import FLOAT, pack, settle, unpack
+from archnet.run_teacher import run_teacher
 from archnet.runs import RunError, RunFolder, atomic, read_json, write_json
 from archnet.tasks import ClassificationData, TranslationData
-from archnet.teachers import load_teacher, train_teacher
+from archnet.teachers import load_teacher
 
 _log = logging.getLogger(__name__)
 
@@ -287,27 +288,7 @@ def _teacher(config: Config, folder: RunFolder, data: ClassificationData) -> nn.
         "in_channels": data.in_channels,
         "image_size": data.image_size,
     }
-    if not config.teacher.train:
-        return load_teacher(config.teacher, **task)
-    kept = folder.checkpoints / "teacher.pt"
-
-    def train() -> dict[str, Any]:
-        lightning.seed_everything(config.seed, verbose=False)
-        # One process: a teacher is quick to train, and ranks would have to share its cache.
-        model = train_teacher(
-            load_teacher(config.teacher, **task),
-            data,
-            config.teacher,
-            seed=config.seed,
-            accelerator=config.trainer.accelerator,
-            progress=config.trainer.progress,
-        )
-        with atomic(kept) as temporary:
-            torch.save(model.state_dict(), temporary)
-        return {}
-
-    folder.stage("teacher", train)
-    return load_teacher(replace(config.teacher, weights=str(kept)), **task)
+    return run_teacher(config, folder, data, lambda source: load_teacher(source, **task))
 
 
 def _convert(this: Run) -> Student:

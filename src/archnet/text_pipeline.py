@@ -27,6 +27,7 @@ from archnet.distill import distill_text
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student, TokenEmbedding
 from archnet.quant import settle
+from archnet.run_teacher import run_teacher
 from archnet.runs import RunError, RunFolder, atomic, write_json
 from archnet.tasks import EncodedText, Subwords, Tokenizer, TranslationData, scores
 from archnet.teachers import (
@@ -34,7 +35,6 @@ from archnet.teachers import (
     TappedTeacher,
     load_marian,
     load_translator,
-    train_teacher,
 )
 from archnet.translate import SearchOptions, StudentTranslator, Translator, translate
 from archnet.translate import translate_tokens as search_tokens
@@ -96,26 +96,7 @@ def _teacher(config: Config, folder: RunFolder, data: TranslationData) -> nn.Mod
         "vocabulary": len(data.tokenizer),
         "positions": config.task.text.max_tokens + 1,
     }
-    if not config.teacher.train:
-        return load_translator(config.teacher, **sizes)
-    kept = folder.checkpoints / "teacher.pt"
-
-    def train() -> dict[str, Any]:
-        lightning.seed_everything(config.seed, verbose=False)
-        model = train_teacher(
-            load_translator(config.teacher, **sizes),
-            data,
-            config.teacher,
-            seed=config.seed,
-            accelerator=config.trainer.accelerator,
-            progress=config.trainer.progress,
-        )
-        with atomic(kept) as temporary:
-            torch.save(model.state_dict(), temporary)
-        return {}
-
-    folder.stage("teacher", train)
-    return load_translator(replace(config.teacher, weights=str(kept)), **sizes)
+    return run_teacher(config, folder, data, lambda source: load_translator(source, **sizes))
 
 
 def tokenizer_of(folder: RunFolder) -> Subwords:

@@ -1,14 +1,13 @@
 """The compiler: a captured teacher becomes a student of five operators."""
 
 from archnet.convert.builder import ConversionError, TargetLimits
-from archnet.convert.stepwise import Stepwise, stepwise
+from archnet.convert.stepwise import stepwise
 from archnet.convert.translation import Norm, convert_translator, fit_norms
 from archnet.convert.walk import convert
 
 __all__ = [
     "ConversionError",
     "Norm",
-    "Stepwise",
     "TargetLimits",
     "convert",
     "convert_translator",

@@ -7,8 +7,6 @@ operators of the student that they come from, weights and quantizers included.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from archnet.ops import (
     Concat,
     History,
@@ -17,30 +15,13 @@ from archnet.ops import (
     Slice,
     Softmax,
     Step,
+    Stepwise,
     Student,
     StudentGraph,
     Window,
 )
 
 PAST = 8  # earlier tokens for which shapes are given where their number is free
-
-
-@dataclass(frozen=True)
-class Stepwise:
-    """Encoder and decoder of a translating student.
-
-    Args:
-        encoder: reads ``source`` (B, S), one length a call; gives the values ``memory``.
-        decoder: reads the token ``target`` (B, 1), its ``position`` (B, 1), ``memory`` and the
-            states; gives scores (B, 1, V).
-        memory: names of values, results of the encoder and inputs of the decoder.
-        states: input of the decoder -> the value that it has at the next token.
-    """
-
-    encoder: Student
-    decoder: Student
-    memory: tuple[str, ...]
-    states: dict[str, str]
 
 
 def stepwise(student: Student) -> Stepwise:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
@@ -35,6 +35,7 @@ from archnet.ops import (
     Softmax,
     SourcePool,
     SplitHeads,
+    Stepwise,
     Student,
     TokenEmbedding,
     Window,
@@ -45,19 +46,6 @@ FORMS = ("float", "qcdq")
 OPSET = 21
 METADATA = "translator"
 END = np.iinfo(np.int64).max  # the end of an axis, whatever its length
-
-
-class Parts(Protocol):
-    """What is read of `archnet.convert.Stepwise`."""
-
-    @property
-    def encoder(self) -> Student: ...
-    @property
-    def decoder(self) -> Student: ...
-    @property
-    def memory(self) -> tuple[str, ...]: ...
-    @property
-    def states(self) -> Mapping[str, str]: ...
 
 
 class SentenceWriter(Writer):
@@ -176,7 +164,7 @@ def _source_pool(
     return Value(name, tensor, (-1, channels, 1, 1), x.grid).reshaped(shape, name)
 
 
-def export_translator(parts: Parts, folder: str | os.PathLike[str], form: str) -> list[Path]:
+def export_translator(parts: Stepwise, folder: str | os.PathLike[str], form: str) -> list[Path]:
     """Write ``student.encoder.onnx`` and ``student.decoder.onnx``.
 
     Args:
@@ -203,7 +191,7 @@ def export_translator(parts: Parts, folder: str | os.PathLike[str], form: str) -
     return written
 
 
-def _encoder(parts: Parts, form: str) -> tuple[onnx.ModelProto, dict[str, Value]]:
+def _encoder(parts: Stepwise, form: str) -> tuple[onnx.ModelProto, dict[str, Value]]:
     student, writer = parts.encoder, SentenceWriter(OPSET)
     writer.form = form
     values = {"source": Value("source", "source", (-1, -1, _width(student)))}
@@ -217,7 +205,7 @@ def _encoder(parts: Parts, form: str) -> tuple[onnx.ModelProto, dict[str, Value]
     return _model(writer, inputs, outputs, {}), results
 
 
-def _decoder(parts: Parts, form: str, memory: Mapping[str, Value]) -> onnx.ModelProto:
+def _decoder(parts: Stepwise, form: str, memory: Mapping[str, Value]) -> onnx.ModelProto:
     student, writer = parts.decoder, SentenceWriter(OPSET)
     writer.form = form
     length = _fixed_length(student)

@@ -23,6 +23,7 @@ from archnet.ops.sequence import (
     TokenEmbedding,
     Window,
 )
+from archnet.ops.stepwise import Stepwise
 from archnet.ops.student import NodeReport, Step, Student, StudentGraph, Tap
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "SourcePool",
     "SplitHeads",
     "Step",
+    "Stepwise",
     "Student",
     "StudentGraph",
     "Tap",

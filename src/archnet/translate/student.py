@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from archnet.ops import Student, WeightedOperator
+from archnet.ops import Stepwise, Student, WeightedOperator
 from archnet.translate.search import State
 
 POSITION = "position"
-
-
-class Parts(Protocol):
-    """What is read of `archnet.convert.Stepwise`."""
-
-    @property
-    def encoder(self) -> Student: ...
-    @property
-    def decoder(self) -> Student: ...
-    @property
-    def memory(self) -> tuple[str, ...]: ...
-    @property
-    def states(self) -> Mapping[str, str]: ...
 
 
 class StudentTranslator:
@@ -34,7 +21,7 @@ class StudentTranslator:
         parts: from `archnet.convert.stepwise`. Weights are rounded once, here.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Stepwise) -> None:
         self.parts = parts
         self._baked = Baked(parts.encoder), Baked(parts.decoder)
 

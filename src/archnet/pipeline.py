@@ -473,7 +473,7 @@ def _text_metrics(
 ) -> dict[str, Any]:
     """As `_metrics`, for translation; BLEU and chrF in points."""
     scores = finished["evaluate"]
-    keys = ("max_abs_diff", "mismatches", "sentences")
+    keys = ("max_abs_diff", "mismatches", "sentences", "tokens_changed", "tokens")
     return {
         "task": config.task.name,
         "teacher": {"name": config.teacher.name, **scores["teacher"]},

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning
+import numpy as np
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 import archnet
 from archnet.config import Config
 from archnet.convert import convert_translator, fit_norms, stepwise
-from archnet.deploy import OnnxTranslator, export_translator
+from archnet.deploy import OnnxTranslator, changed, export_translator
 from archnet.distill import distill_text
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student, TokenEmbedding
@@ -36,7 +37,15 @@ from archnet.teachers import (
     load_marian,
     load_translator,
 )
-from archnet.translate import SearchOptions, StudentTranslator, Translator, translate
+from archnet.translate import (
+    BOS,
+    EOS,
+    SearchOptions,
+    StudentTranslator,
+    Translator,
+    scores_along,
+    translate,
+)
 from archnet.translate import translate_tokens as search_tokens
 
 _log = logging.getLogger(__name__)
@@ -308,23 +317,35 @@ def _audit(this: TextRun) -> dict[str, Any]:
 
 
 def _parity(this: TextRun, student: Student) -> dict[str, Any]:
-    """The files' translations beside the student's, and the first scores' largest difference."""
+    """The files' translations beside the student's, and both's scores along the student's.
+
+    A sentence changes with one token, and where attention stays in float a value between two
+    levels is rounded to either: tokens tell how much of that there is.
+    """
     import onnxruntime
 
     sources, _ = this.data.test_pairs(PARITY_SENTENCES)
+    rows = [row[: this.search.longest - 1] for row in this.data.tokenizer.encode(sources)]
     here, there = StudentTranslator(stepwise(student)), OnnxTranslator(this.folder.path)
-    both = [
-        translate(network, this.data.tokenizer, sources, this.search, batch=BATCH)
-        for network in (here, there)
-    ]
-    source = torch.tensor([[*this.data.tokenizer.encode([sources[0]])[0], 2]])
-    with torch.inference_mode():
-        first = [n.step(torch.tensor([1]), n.start(source))[0] for n in (here, there)]
+    words, others = (search_tokens(n, rows, this.search, batch=BATCH) for n in (here, there))
+    difference, tokens, tokens_changed = 0.0, 0, 0
+    for row, translation in zip(rows, words, strict=True):
+        if not row:
+            continue
+        source, target = torch.tensor([[*row, EOS]]), torch.tensor([[BOS, *translation]])
+        expected, found = (scores_along(n, source, target)[0].numpy() for n in (here, there))
+        difference = float(np.maximum(difference, np.abs(expected - found).max()))
+        tokens, tokens_changed = (
+            tokens + len(found),
+            tokens_changed + int(changed(expected, found).sum()),
+        )
     return {
         "runtime": f"onnxruntime {onnxruntime.__version__}",
-        "max_abs_diff": float((first[0] - first[1]).abs().max()),
-        "mismatches": sum(a != b for a, b in zip(*both, strict=True)),
+        "max_abs_diff": difference,
+        "mismatches": sum(a != b for a, b in zip(words, others, strict=True)),
         "sentences": len(sources),
+        "tokens_changed": tokens_changed,
+        "tokens": tokens,
     }
 
 

@@ -2,7 +2,7 @@
 
 from archnet.deploy.export import FORMS, audit, export, to_onnx
 from archnet.deploy.integer import IntegerModel, lower
-from archnet.deploy.runtime import Parity, load_session, parity
+from archnet.deploy.runtime import Parity, changed, load_session, parity
 from archnet.deploy.translator import OnnxTranslator, export_translator
 from archnet.deploy.verify import Check, verify
 from archnet.deploy.writer import ExportError
@@ -15,6 +15,7 @@ __all__ = [
     "OnnxTranslator",
     "Parity",
     "audit",
+    "changed",
     "export",
     "export_translator",
     "load_session",

@@ -76,4 +76,8 @@ def _count(violations: list[str]) -> str:
 
 
 def _parity(parity: Mapping[str, Any]) -> str:
-    return f"{parity['mismatches']} predictions changed, {parity['max_abs_diff']:.1e} at most"
+    what = f"{parity['mismatches']} predictions"
+    if "tokens" in parity:
+        tokens = f"{parity['tokens_changed']} of {parity['tokens']} tokens"
+        what = f"{parity['mismatches']} sentences, {tokens}"
+    return f"{what} changed, {parity['max_abs_diff']:.1e} at most"

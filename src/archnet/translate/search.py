@@ -99,3 +99,13 @@ def search(model: Translator, source_BS: Tensor, options: SearchOptions) -> list
 
 def _take(state: State, rows: Tensor) -> State:
     return {name: tensor.index_select(0, rows) for name, tensor in state.items()}
+
+
+def scores_along(model: Translator, source_BS: Tensor, target_BT: Tensor) -> Tensor:
+    """Scores (B, T, V) of what follows each token of given translations, which start with BOS."""
+    with torch.inference_mode():
+        state, found = model.start(source_BS), []
+        for tokens_B in target_BT.unbind(1):
+            scores_BV, state = model.step(tokens_B, state)
+            found.append(scores_BV)
+        return torch.stack(found, 1)

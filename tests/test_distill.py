@@ -324,8 +324,9 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, monkeypatch, schedule,
             train(tmp_path / "broken", options(schedule))
     assert newest_checkpoint(tmp_path / "broken").stem == f"step{at // 5 * 5}"
     data = Data()
-    resumed, _ = train(tmp_path / "broken", options(schedule), data)
+    resumed, facts = train(tmp_path / "broken", options(schedule), data)
     assert_equal(resumed, unbroken)
+    assert facts["earlier"] > 0
 
 
 def test_ctrl_c_stops_with_the_step(tmp_path, monkeypatch):

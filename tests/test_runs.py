@@ -91,6 +91,11 @@ def test_a_finished_stage_is_not_done_again(folder: RunFolder) -> None:
     assert folder.stage("export", lambda: {"bytes": 2}) == first
 
 
+def test_a_resumed_stage_counts_the_time_before(folder: RunFolder) -> None:
+    assert folder.stage("distill", lambda: {"earlier": 60.0})["seconds"] >= 60
+    assert folder.seconds()["distill"] >= 60
+
+
 def test_a_stage_that_failed_is_done_again(folder: RunFolder) -> None:
     with pytest.raises(ZeroDivisionError):
         folder.stage("export", lambda: {"bytes": 1 // 0})

@@ -166,8 +166,9 @@ class RunFolder:
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``work`` returns (plain data), with its ``seconds``; from a file if done before.
 
-        Files that ``work`` leaves must be written before it returns: the stage's own file is what
-        says that it is finished.
+        A stage that was resumed returns the seconds it took before that as ``earlier``. Files that
+        ``work`` leaves must be written before it returns: the stage's own file is what says that
+        it is finished.
         """
         path = self.path / "stages" / f"{name}.json"
         if path.is_file():
@@ -175,7 +176,8 @@ class RunFolder:
             return read_json(path)
         started = time.perf_counter()
         result = work()
-        result["seconds"] = round(time.perf_counter() - started, 2)
+        elapsed = time.perf_counter() - started
+        result["seconds"] = round(elapsed + result.pop("earlier", 0.0), 2)
         write_json(path, result)
         _log.info("%s: %.1f s", name, result["seconds"])
         return result
@@ -183,7 +185,8 @@ class RunFolder:
     def seconds(self) -> dict[str, float]:
         """What each finished stage took, in the order of the stages.
 
-        A stage that was interrupted counts from where it was resumed.
+        Training that was interrupted counts up to the checkpoint it was resumed from; another stage
+        from where it was begun again.
         """
         files = sorted(
             (self.path / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime_ns

@@ -157,10 +157,19 @@ class _Distillation(ArchDistillation):
 
 
 class Speed(Callback):
-    """Counts what was trained in this session."""
+    """Counts what is trained in this session.
+
+    ``earlier`` are the seconds of the sessions before, up to the checkpoint it goes on from.
+    """
 
     def __init__(self) -> None:
-        self.steps, self.began = 0, time.monotonic()
+        self.steps, self.began, self.earlier = 0, time.monotonic(), 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.earlier + time.monotonic() - self.began}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.earlier = state_dict["seconds"]
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.began = time.monotonic()
@@ -193,8 +202,8 @@ def distill(
 
     Returns:
         ``steps``, ``images_seen`` (images through the whole network, or image-blocks divided by
-        the number of blocks), ``unlabelled`` (distinct images), ``seconds`` and ``images_per_s``
-        of this session.
+        the number of blocks), ``unlabelled`` (distinct images), ``earlier`` (seconds before it was
+        resumed) and ``images_per_s`` of this session.
 
     Raises:
         DistillError: a loss is not finite (naming tap and step), or training was interrupted.
@@ -220,7 +229,7 @@ def distill(
     seconds = time.monotonic() - speed.began
     student.eval().to(memory_format=torch.contiguous_format)
     student.to("cpu")
-    facts["seconds"] = round(seconds, 1)
+    facts["earlier"] = speed.earlier
     facts["images_per_s"] = round(speed.steps * batch / max(seconds, 1e-9), 1)
     return facts
 

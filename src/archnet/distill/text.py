@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -202,7 +201,8 @@ def distill_text(
         options, trainer, folder, loggers: as there.
 
     Returns:
-        ``steps``, ``sentences_seen``, ``unlabelled`` (distinct sentences), ``seconds``.
+        ``steps``, ``sentences_seen``, ``unlabelled`` (distinct sentences), ``earlier`` (seconds
+        before it was resumed).
 
     Raises:
         DistillError: a loss is not finite (naming tap and step), or training was interrupted.
@@ -214,10 +214,9 @@ def distill_text(
         return facts
     student.train()
     module = TextDistillation(teacher, student, periods, options, data, text)
-    began = time.monotonic()
     speed = Speed()
     fit(module, periods, options, trainer, folder, loggers, speed)
     student.eval().to("cpu")
     facts["sentences_seen"] = sum(map(len, data.step_batches(text, steps).numbers()))
-    facts["seconds"] = round(time.monotonic() - began, 1)
+    facts["earlier"] = speed.earlier
     return facts

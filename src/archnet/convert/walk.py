@@ -61,6 +61,8 @@ def convert(
         name: builder.input(name, shape) for name, shape in graph.inputs.items()
     }
     uses, tapped = graph.uses(), {node.name for _, node in tap_nodes}
+    last_reader = {name: node.name for node in graph.nodes for name in node.refs()}
+    last_reader[graph.output] = ""
     for node in graph.nodes:
         builder.owner = node.name
         value = RULES[node.operator].apply(Site(node, values, builder))
@@ -78,6 +80,10 @@ def convert(
                 f"{value.shape} in the student: its rule has a fault"
             )
         values[node.name] = value
+        # Forms hold weights in float64: one that nobody reads again is let go.
+        for name in set(node.refs()):
+            if last_reader[name] == node.name and name not in tapped:
+                del values[name]
     builder.owner = graph.output
     builder.graph.output = builder.first(builder.build(values[graph.output]))
     builder.graph.taps = [

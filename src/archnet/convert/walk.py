@@ -114,17 +114,30 @@ def _name_of(value: Value) -> str:
     return value.first
 
 
-def _require_rules(graph: TeacherGraph) -> None:
+def missing_rules(graph: TeacherGraph) -> dict[str, list[str]]:
+    """The operators that no rule converts, with the module path of every node, in forward order."""
+    missing: dict[str, list[str]] = {}
     for node in graph.nodes:
         if node.operator not in RULES:
-            short = node.operator.removeprefix("aten.").split(".")[0].strip("_")
-            near = difflib.get_close_matches(node.operator, RULES, 1, 0.6)
-            like = f" (compare the rule of {near[0]})" if near else ""
-            raise ConversionError(
-                f"no rule for {node.operator} at '{node.path}': add one with "
-                f'@rule("{node.operator}") in src/archnet/convert/rules/{short}.py, '
-                f"and list the file in rules/__init__.py{like}"
-            )
+            missing.setdefault(node.operator, []).append(node.path)
+    return missing
+
+
+def _require_rules(graph: TeacherGraph) -> None:
+    missing = missing_rules(graph)
+    if not missing:
+        return
+    operator, *others = missing
+    short = operator.removeprefix("aten.").split(".")[0].strip("_")
+    near = difflib.get_close_matches(operator, RULES, 1, 0.6)
+    like = f" (compare the rule of {near[0]})" if near else ""
+    # The first is enough to start with, and all of them tell how far the teacher is.
+    more = f"; no rule either for {', '.join(others)}" if others else ""
+    raise ConversionError(
+        f"no rule for {operator} at '{missing[operator][0]}': add one with "
+        f'@rule("{operator}") in src/archnet/convert/rules/{short}.py, '
+        f"and list the file in rules/__init__.py{like}{more}"
+    )
 
 
 def teacher_macs(node: TeacherNode) -> int:

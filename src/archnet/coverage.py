@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -112,14 +113,11 @@ def _load_everything(hardware: str) -> None:
 def _convert(
     network: nn.Module, examples: tuple[Tensor, ...], hardware: str, row: Coverage
 ) -> Student:
-    before = _restart_peak()
-    began, cpu = time.perf_counter(), time.process_time()
-    graph = capture(network, examples)
-    row.nodes, row.missing = len(graph.nodes), missing_rules(graph)
-    student = convert(graph, hardware=hardware)
-    row.seconds, row.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
-    if before is not None:
-        row.peak_mb = _status("VmHWM") - before
+    with Spent() as spent:
+        graph = capture(network, examples)
+        row.nodes, row.missing = len(graph.nodes), missing_rules(graph)
+        student = convert(graph, hardware=hardware)
+    row.seconds, row.cpu_seconds, row.peak_mb = spent.seconds, spent.cpu_seconds, spent.peak_mb
     row.exact = sum(entry.exact for entry in student.report)
     row.approximate = len(student.report) - row.exact
     row.approximations = dict(
@@ -150,19 +148,38 @@ def _relative_error(network: nn.Module, student: Student, examples: tuple[Tensor
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-# Memory -------------------------------------------------------------------------------------
+# Time and memory ----------------------------------------------------------------------------
 
 
-def _restart_peak() -> float | None:
-    """Let the process's peak memory start again from what it holds, in MB; None if not on Linux."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return _status("VmRSS")
-    return None
+class Spent:
+    """What the block of a ``with`` took.
+
+    ``seconds`` pass on the clock and ``cpu_seconds`` in this process; ``peak_mb`` is the most
+    memory that it held above what it held before, None where the system does not tell (it is
+    read from Linux's ``/proc``).
+    """
+
+    seconds = cpu_seconds = 0.0
+    peak_mb: float | None = None
+
+    def __enter__(self) -> Self:
+        self._held: float | None = None
+        with suppress(OSError):
+            # The peak that Linux keeps starts again from what is held now.
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            self._held = _status("VmRSS")
+        self._began, self._cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._began
+        self.cpu_seconds = time.process_time() - self._cpu
+        if self._held is not None:
+            self.peak_mb = _status("VmHWM") - self._held
 
 
 def _status(key: str) -> float:
-    """A line of the process's status in MB."""
+    """A figure of this process in Linux's ``/proc``, in MB."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) / 1024

@@ -83,7 +83,7 @@ def convert(
         # Forms hold weights in float64: one that nobody reads again is let go.
         for name in set(node.refs()):
             if last_reader[name] == node.name and name not in tapped:
-                del values[name]
+                values.pop(name, None)  # the size of a batch is none of them
     builder.owner = graph.output
     builder.graph.output = builder.first(builder.build(values[graph.output]))
     builder.graph.taps = [

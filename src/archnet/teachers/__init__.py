@@ -1,7 +1,9 @@
-"""Where a trained teacher comes from."""
+"""Where a trained teacher comes from.
+
+Training one is `archnet.teachers.fit`, which is imported where that is done: it loads lightning.
+"""
 
 from archnet.teachers.families import MEMBERS, Member, member, random_network
-from archnet.teachers.fit import teacher_folder, train_teacher
 from archnet.teachers.load import TeacherError, from_factory, load_teacher, load_translator
 from archnet.teachers.marian import MarianTokens, load_marian
 from archnet.teachers.nets import NETS, CifarResNet, DigitNet, ResNet9
@@ -25,6 +27,4 @@ __all__ = [
     "load_translator",
     "member",
     "random_network",
-    "teacher_folder",
-    "train_teacher",
 ]

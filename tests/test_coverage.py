@@ -13,6 +13,9 @@ import archnet
 from archnet.cli import main
 from archnet.commands.coverage import isolated
 from archnet.convert import ConversionError
+from archnet.convert.feature import Value
+from archnet.convert.rules import RULES, Rule
+from archnet.convert.rules.base import Site
 from archnet.coverage import Coverage, Spent, measure, page
 from archnet.deploy import load_session
 from archnet.errors import ArchnetError
@@ -66,8 +69,8 @@ def test_every_operator_without_a_rule_is_named(
     assert main(["coverage", f"model={networks}:odd", "input=3x8x8"]) == 1
     out = capsys.readouterr().out
     assert "no rule for aten.log_sigmoid.default at '1'" in out
-    assert "`aten.log_sigmoid.default`: 2 nodes, first at '1'" in out
-    assert "`aten.softshrink.default`: 1 node, first at '2.0'" in out
+    assert "`aten.log_sigmoid.default`: 2 nodes without a rule, first at '1'" in out
+    assert "`aten.softshrink.default`: 1 node without a rule, first at '2.0'" in out
 
 
 def test_the_error_names_all_of_them_too() -> None:
@@ -104,6 +107,19 @@ def test_an_input_that_does_not_fit_stops_the_row() -> None:
     assert "torch.export cannot capture Linear" in row.stopped
 
 
+def test_a_rule_that_is_not_as_exact_as_it_says_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def shifted(site: Site) -> Value:
+        return site.builder.activation(site.feature("self"), 0.1, 1e9)
+
+    operator = "aten.relu.default"
+    monkeypatch.setitem(RULES, operator, Rule("relu", (operator,), True, shifted))
+    row = measure(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), [(4,)], "arch5")
+    assert row.converts == "no"
+    assert "another function" in row.stopped
+
+
 def test_a_page_counts_and_keeps_what_stopped() -> None:
     rows = [
         Coverage("A", "a", ((3, 8, 8),), nodes=4, exact=4, approximate=0),
@@ -116,7 +132,7 @@ def test_a_page_counts_and_keeps_what_stopped() -> None:
     assert "Left out: deit_tiny: no timm." in text
     approximate, stops = text.split("## Where it stops")
     assert "- **b**\n  - `aten.gelu.default` (gelu): 1 node\n" in approximate
-    assert "- **c**: why\n  - `aten.erf.default`: 2 nodes, first at 'x'\n" in stops
+    assert "- **c**: why\n  - `aten.erf.default`: 2 nodes without a rule, first at 'x'\n" in stops
 
 
 def test_a_process_that_dies_or_fails_loses_only_itself() -> None:

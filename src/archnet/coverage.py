@@ -61,7 +61,7 @@ class Coverage:
     @property
     def converts(self) -> str:
         """Exactly, approximately, or no."""
-        if self.exact is None:
+        if self.exact is None or not (self.relative_error or 0.0) <= TOLERANCE:
             return "no"
         return "approximately" if self.approximate else "exactly"
 
@@ -96,6 +96,8 @@ def measure(
         row.violations = len(audit(student, hardware).violations)
         if not row.approximate:
             row.relative_error = _relative_error(network, student, examples)
+            if not row.relative_error <= TOLERANCE:
+                row.stopped = "the float student is another function although every rule is exact"
         quantize(student, WEIGHT_BITS, ACT_BITS, [tuple(x[:1] for x in examples)])
         teacher = teacher_cost(network, examples, TEACHER_BITS, TEACHER_BITS)
         row.bops_ratio = _ratio(student_cost(student).bops, teacher.bops)
@@ -234,12 +236,11 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def gaps(row: Coverage) -> list[str]:
-    """What of a network is approximate and what has no rule, as a Markdown list."""
-    lines = [f"- **{row.name}**: {row.stopped}" if row.stopped else f"- **{row.name}**"]
-    lines += [f"  - {what}: {_nodes(count)}" for what, count in row.approximations.items()]
+    """What of a network is approximate and what has no rule, a line each."""
+    lines = [f"{what}: {_nodes(count)}" for what, count in row.approximations.items()]
     for operator, paths in row.missing.items():
         where = f"'{paths[0]}'" if paths[0] else "no module"
-        lines.append(f"  - `{operator}`: {_nodes(len(paths))}, first at {where}")
+        lines.append(f"`{operator}`: {_nodes(len(paths))} without a rule, first at {where}")
     return lines
 
 
@@ -282,11 +283,19 @@ def page(
     if approximate:
         text += ["", "## What is approximate", ""]
         text += ["Operators of the teacher, with the rule that replaces them in brackets.", ""]
-        text += [line for row in approximate for line in gaps(row)]
+        text += _listed(approximate)
     if stopped:
         text += ["", "## Where it stops", ""]
-        text += [line for row in stopped for line in gaps(row)]
+        text += _listed(stopped)
     return "\n".join(text) + "\n"
+
+
+def _listed(rows: Sequence[Coverage]) -> list[str]:
+    lines = []
+    for row in rows:
+        lines.append(f"- **{row.name}**" + (f": {row.stopped}" if row.stopped else ""))
+        lines += [f"  - {line}" for line in gaps(row)]
+    return lines
 
 
 def _installed(package: str) -> bool:

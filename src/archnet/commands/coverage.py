@@ -62,7 +62,6 @@ def run(options: argparse.Namespace) -> int:
         print(f"[{len(rows)}/{len(members)}] {_line(row)}", flush=True)
     minutes = (time.perf_counter() - began) / 60
     measured = f"in {minutes:.0f} minutes on {os.cpu_count()} cores, {options.jobs} at a time"
-    rows.sort(key=lambda row: [member.name for member in members].index(row.name))
     _write(output, rows, options.hardware, measured, left_out)
     return 0
 
@@ -87,7 +86,7 @@ def _own(options: argparse.Namespace) -> int:
             table.add_row(name, cell)
     console = Console()
     console.print(table)
-    for line in gaps(row)[0 if row.stopped else 1 :]:
+    for line in [f"stops: {row.stopped}", *gaps(row)] if row.stopped else gaps(row):
         console.print(line, markup=False, soft_wrap=True)
     _write(options.output, [row], options.hardware, "one network", [])
     return 0 if row.violations == 0 and not row.stopped else 1

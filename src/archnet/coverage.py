@@ -93,14 +93,16 @@ def measure(
     _load_everything(hardware)
     try:
         student = _convert(network, examples, hardware, row)
-        _count_costs(network, student, examples, row)
+        teacher = teacher_cost(network, examples, TEACHER_BITS, TEACHER_BITS)
+        cost = student_cost(student)
+        row.macs_ratio = _ratio(cost.macs, teacher.macs)
+        row.parameters_ratio = _ratio(cost.parameters, teacher.parameters)
         row.violations = len(audit(student, hardware).violations)
         if not row.approximate:
             row.relative_error = _relative_error(network, student, examples)
             if not row.relative_error <= TOLERANCE:
                 row.stopped = "the float student is another function although every rule is exact"
         quantize(student, WEIGHT_BITS, ACT_BITS, [tuple(x[:1] for x in examples)])
-        teacher = teacher_cost(network, examples, TEACHER_BITS, TEACHER_BITS)
         row.bops_ratio = _ratio(student_cost(student).bops, teacher.bops)
     except ArchnetError as error:
         row.stopped = str(error)
@@ -127,14 +129,6 @@ def _convert(
         Counter(f"`{node.operator}` ({node.rule})" for node in student.report if not node.exact)
     )
     return student
-
-
-def _count_costs(
-    network: nn.Module, student: Student, examples: tuple[Tensor, ...], row: Coverage
-) -> None:
-    before, after = teacher_cost(network, examples), student_cost(student)
-    row.macs_ratio = _ratio(after.macs, before.macs)
-    row.parameters_ratio = _ratio(after.parameters, before.parameters)
 
 
 def _ratio(after: int, before: int) -> float | None:

@@ -12,35 +12,19 @@ from typing import Any
 
 import torch
 from record import append
-from torch import nn
-from torchvision import models
 
 import archnet
 from archnet.hardware import student_cost, teacher_cost
+from archnet.teachers import member, random_network
 
 TEACHERS = ("resnet18", "resnet50", "mobilenet_v2")
 IMAGE_SIZE = 224
 WEIGHT_BITS, ACT_BITS = 2, 4
 
 
-def random_teacher(name: str, seed: int) -> nn.Module:
-    """A torchvision network with random weights and statistics, in eval mode."""
-    torch.manual_seed(seed)
-    model = models.get_model(name, weights=None)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model.eval()
-
-
 def measure(name: str, hardware: str, seed: int) -> dict[str, Any]:
     """The row of one teacher."""
-    teacher = random_teacher(name, seed)
+    teacher = random_network(member(name), seed=seed)
     images = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     before = teacher_cost(teacher, images, weight_bits=8, act_bits=8)
     student = archnet.convert(teacher, images, hardware=hardware)
@@ -76,7 +60,9 @@ def measure(name: str, hardware: str, seed: int) -> dict[str, Any]:
 def main() -> None:
     """Measure and add the rows to ``results/cost.csv``."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("teachers", nargs="*", default=TEACHERS, help="torchvision names")
+    parser.add_argument(
+        "teachers", nargs="*", default=TEACHERS, help="names in archnet.teachers.MEMBERS"
+    )
     parser.add_argument("--hardware", default="arch5", help="target")
     parser.add_argument("--seed", type=int, default=0, help="of weights and images")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")

@@ -5,8 +5,6 @@ from functools import lru_cache
 
 import pytest
 import torch
-import torchvision
-from torch import nn
 
 import archnet
 from archnet.hardware import Target
@@ -19,7 +17,7 @@ from archnet.ops import (
     LayoutMove,
     MaxPool2x2,
 )
-from archnet.teachers.nets import CifarResNet
+from archnet.teachers import member, random_network
 
 ALLOWED = (Conv3x3, MaxPool2x2, BatchNorm, FullyConnected, Concat, Activation, LayoutMove)
 TOLERANCE = 1e-4  # what "exact" means in float32, as a relative error
@@ -38,20 +36,7 @@ FAMILIES = {
 
 @lru_cache(maxsize=1)
 def build(name):
-    """A network in eval mode: random weights, and batch norms of random statistics."""
-    torch.manual_seed(0)
-    if name == "cifar_resnet20":
-        network = CifarResNet(20)
-    else:
-        options = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
-        network = torchvision.models.get_model(name, num_classes=10, **options)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, 0, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.2)
-    return network.eval()
+    return random_network(member(name), num_classes=10)
 
 
 def assert_same_function(student, teacher, images):

@@ -16,7 +16,8 @@ from torch import nn
 
 from archnet.config import AugmentConfig, DataConfig, FitConfig, TaskConfig, TeacherConfig
 from archnet.tasks import ClassificationData
-from archnet.teachers import TeacherError, load_teacher, teacher_folder, train_teacher
+from archnet.teachers import TeacherError, load_teacher
+from archnet.teachers.fit import teacher_folder, train_teacher
 from archnet.teachers.load import fill, read_weights
 
 DIGITS = {"num_classes": 10, "in_channels": 1, "image_size": 28}

@@ -10,7 +10,7 @@ from torch import nn
 
 from archnet.config import Config, TeacherConfig
 from archnet.runs import RunFolder, atomic
-from archnet.teachers import train_teacher
+from archnet.teachers.fit import train_teacher
 
 
 def run_teacher(

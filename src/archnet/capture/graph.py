@@ -94,6 +94,9 @@ class TeacherGraph:
 def capture(teacher: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> TeacherGraph:
     """Capture a network in eval mode; it is left untouched.
 
+    The graph shares the memory of the teacher's weights: who trains the teacher further captures
+    it again.
+
     Args:
         teacher: any `nn.Module` that `torch.export` can trace.
         example_inputs: one tensor (B, ...) or a tuple of them. The batch size is free
@@ -106,7 +109,7 @@ def capture(teacher: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> 
     device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
     # A batch of one would be taken for a constant, so the batch is always two.
     examples = tuple(x[:1].to(device).expand(2, *x.shape[1:]).contiguous() for x in examples)
-    frozen = copy.deepcopy(teacher).eval()
+    frozen = _view(teacher).eval()
     try:
         program = torch.export.export(
             frozen, examples, dynamic_shapes=tuple({0: Dim.AUTO} for _ in examples), strict=False
@@ -118,6 +121,19 @@ def capture(teacher: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> 
             "(branches on tensor values have to leave the forward pass)"
         ) from error
     return _read(program)
+
+
+def _view(teacher: nn.Module) -> nn.Module:
+    """A copy whose modules are its own and whose weights lie in the teacher's memory."""
+    memo: dict[int, Any] = {}
+    for tensor in (*teacher.parameters(), *teacher.buffers()):
+        shared = tensor.detach()
+        memo[id(tensor)] = (
+            nn.Parameter(shared, tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter)
+            else shared
+        )
+    return copy.deepcopy(teacher, memo)
 
 
 def _read(program: ExportedProgram) -> TeacherGraph:

@@ -5,9 +5,19 @@ Each has `HELP` (one line), `arguments(parser)` and `run(options)`, which return
 
 from types import ModuleType
 
-from archnet.commands import audit, cost, evaluate, export, report, translate, vela, verify
+from archnet.commands import (
+    audit,
+    cost,
+    coverage,
+    evaluate,
+    export,
+    report,
+    translate,
+    vela,
+    verify,
+)
 
 COMMANDS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (audit, cost, export, verify, vela, evaluate, translate, report)
+    for module in (audit, cost, coverage, export, verify, vela, evaluate, translate, report)
 }

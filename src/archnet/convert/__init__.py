@@ -3,7 +3,7 @@
 from archnet.convert.builder import ConversionError, TargetLimits
 from archnet.convert.stepwise import stepwise
 from archnet.convert.translation import Norm, convert_translator, fit_norms
-from archnet.convert.walk import convert
+from archnet.convert.walk import convert, missing_rules
 
 __all__ = [
     "ConversionError",
@@ -12,5 +12,6 @@ __all__ = [
     "convert",
     "convert_translator",
     "fit_norms",
+    "missing_rules",
     "stepwise",
 ]

@@ -521,7 +521,9 @@ class Builder:
         if pointwise:
             owner, self.owner = self.owner, pointwise[-1].owner
             joined = self.concat([t.feature for t in pointwise])
-            matrix = torch.cat([t.weight[:, :, 0, 0] for t in pointwise], 1)
+            matrices = [t.weight[:, :, 0, 0] for t in pointwise]
+            # Joining even a single one would copy it.
+            matrix = matrices[0] if len(matrices) == 1 else torch.cat(matrices, 1)
             parts.append(self.matrix_at_positions(joined, matrix, bias))
             bias = torch.zeros_like(bias)
             self.owner = owner

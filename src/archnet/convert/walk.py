@@ -61,6 +61,8 @@ def convert(
         name: builder.input(name, shape) for name, shape in graph.inputs.items()
     }
     uses, tapped = graph.uses(), {node.name for _, node in tap_nodes}
+    last_reader = {name: node.name for node in graph.nodes for name in node.refs()}
+    last_reader[graph.output] = ""
     for node in graph.nodes:
         builder.owner = node.name
         value = RULES[node.operator].apply(Site(node, values, builder))
@@ -78,6 +80,10 @@ def convert(
                 f"{value.shape} in the student: its rule has a fault"
             )
         values[node.name] = value
+        # Forms hold weights in float64: one that nobody reads again is let go.
+        for name in set(node.refs()):
+            if last_reader[name] == node.name and name not in tapped:
+                values.pop(name, None)  # the size of a batch is none of them
     builder.owner = graph.output
     builder.graph.output = builder.first(builder.build(values[graph.output]))
     builder.graph.taps = [
@@ -108,17 +114,30 @@ def _name_of(value: Value) -> str:
     return value.first
 
 
-def _require_rules(graph: TeacherGraph) -> None:
+def missing_rules(graph: TeacherGraph) -> dict[str, list[str]]:
+    """The operators that no rule converts, with the module path of every node, in forward order."""
+    missing: dict[str, list[str]] = {}
     for node in graph.nodes:
         if node.operator not in RULES:
-            short = node.operator.removeprefix("aten.").split(".")[0].strip("_")
-            near = difflib.get_close_matches(node.operator, RULES, 1, 0.6)
-            like = f" (compare the rule of {near[0]})" if near else ""
-            raise ConversionError(
-                f"no rule for {node.operator} at '{node.path}': add one with "
-                f'@rule("{node.operator}") in src/archnet/convert/rules/{short}.py, '
-                f"and list the file in rules/__init__.py{like}"
-            )
+            missing.setdefault(node.operator, []).append(node.path)
+    return missing
+
+
+def _require_rules(graph: TeacherGraph) -> None:
+    missing = missing_rules(graph)
+    if not missing:
+        return
+    operator, *others = missing
+    short = operator.removeprefix("aten.").split(".")[0].strip("_")
+    near = difflib.get_close_matches(operator, RULES, 1, 0.6)
+    like = f" (compare the rule of {near[0]})" if near else ""
+    # The first is enough to start with, and all of them tell how far the teacher is.
+    more = f"; no rule either for {', '.join(others)}" if others else ""
+    raise ConversionError(
+        f"no rule for {operator} at '{missing[operator][0]}': add one with "
+        f'@rule("{operator}") in src/archnet/convert/rules/{short}.py, '
+        f"and list the file in rules/__init__.py{like}{more}"
+    )
 
 
 def teacher_macs(node: TeacherNode) -> int:

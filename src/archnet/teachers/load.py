@@ -32,11 +32,16 @@ class TeacherError(ArchnetError):
 class TeacherSource(Protocol):
     """What is read of `teacher` to build it; `archnet.config.TeacherConfig` explains each key."""
 
-    name: str
-    source: str
-    factory: str | None
-    weights: str | None
-    kwargs: dict[str, Any]
+    @property
+    def name(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def factory(self) -> str | None: ...
+    @property
+    def weights(self) -> str | None: ...
+    @property
+    def kwargs(self) -> dict[str, Any]: ...
 
 
 def load_teacher(
@@ -103,7 +108,7 @@ def _build(config: TeacherSource, num_classes: int, in_channels: int) -> nn.Modu
             "name a file, or set teacher.train=true"
         )
     if config.source == "custom":
-        return _from_factory(config)
+        return from_factory(config.factory or "", config.kwargs)
     if config.name not in NETS:
         raise TeacherError(
             f"teacher.name={config.name} is not among archnet's own: {', '.join(NETS)}"
@@ -149,22 +154,30 @@ def _from_timm(
         raise TeacherError(f"timm could not make {config.name}: {error}") from error
 
 
-def _from_factory(config: TeacherSource) -> nn.Module:
-    """What `package.module:callable` returns for `teacher.kwargs`."""
-    module_name, colon, attribute = (config.factory or "").partition(":")
+def from_factory(
+    factory: str, kwargs: Mapping[str, Any], key: str = "teacher.factory"
+) -> nn.Module:
+    """What ``package.module:callable`` returns for ``kwargs``.
+
+    Args:
+        factory: where the callable is.
+        kwargs: its arguments.
+        key: the option that named it, for errors.
+
+    Raises:
+        TeacherError: it cannot be imported, or returns no network.
+    """
+    module_name, colon, attribute = factory.partition(":")
     if not (module_name and colon and attribute):
-        raise TeacherError(f"teacher.factory={config.factory}: write package.module:callable")
+        raise TeacherError(f"{key}={factory}: write package.module:callable")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise TeacherError(
-            f"teacher.factory={config.factory} cannot be imported: {error}"
-        ) from error
-    model = factory(**config.kwargs)
+        raise TeacherError(f"{key}={factory} cannot be imported: {error}") from error
+    model = function(**kwargs)
     if not isinstance(model, nn.Module):
         raise TeacherError(
-            f"teacher.factory={config.factory} returned {type(model).__name__}, "
-            "not a torch.nn.Module"
+            f"{key}={factory} returned {type(model).__name__}, not a torch.nn.Module"
         )
     return model
 

@@ -122,8 +122,8 @@ TABLES = (
                 "sacreBLEU on test_2016_flickr, raw text, beam 5; the signature is in the rows. "
                 "Trained on the teacher's own translations of the training sources. `arch5_matmul` "
                 "keeps attention, `arch5` has five operators and nothing else. Costs are of "
-                "reading and writing 16 tokens; the student's one-hot embeddings count as layers. A "
-                "command with `convert.student` goes on from another row's student, whose steps "
+                "reading and writing 16 tokens; the student's one-hot embeddings count as layers. "
+                "A command with `convert.student` goes on from another row's student, whose steps "
                 "and minutes come on top.",
             ),
             (

@@ -238,9 +238,9 @@ def solve(
                     equal.append((row | {columns[name, bits]: -1.0}, 0.0))
     matrix = lil_array((len(equal) + 1, len(columns)))
     room = limit - spent
-    for row, (entries, _) in enumerate(equal):
+    for line, (entries, _) in enumerate(equal):
         for column, value in entries.items():
-            matrix[row, column] = value
+            matrix[line, column] = value
     for column, value in price.items():
         matrix[len(equal), column] = value / max(room, 1e-9)
     sides = np.array([side for _, side in equal])

@@ -158,6 +158,8 @@ def run_row(path: Path) -> dict[str, Any]:
         "adaptation": config.distill.adaptation,
         "block_inputs": config.distill.inputs if config.distill.schedule == "local" else "",
         "method": config.quant.method,
+        "budget": metrics["quant"].get("budget", ""),
+        "budget_of": metrics["quant"].get("budget_of", ""),
         "start": config.convert.start,
         **_validation(folder),
         **(_translation(config, metrics) if translates else {}),
@@ -202,9 +204,10 @@ def command(config: Config) -> str:
     from what these compose to are given one by one.
     """
     experiments = [[f"experiment={path.stem}"] for path in (CONF / "experiment").glob("*.yaml")]
-    quant = [f"quant={config.quant.method}", f"distill={config.distill.schedule}"]
+    option = config.quant.method if config.quant.budget is None else "mixed"
+    quant = [f"quant={option}", f"distill={config.distill.schedule}"]
     if config.task.kind == "translation":
-        quant = [f"quant={config.quant.method}", f"hardware={config.hardware.name}"]
+        quant = [f"quant={option}", f"hardware={config.hardware.name}"]
     groups = [
         [f"task={config.task.name}", f"teacher={teacher}", *quant]
         for teacher in (config.teacher.name, config.teacher.source)

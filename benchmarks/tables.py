@@ -39,7 +39,10 @@ class Table:
 def _bits(row: Row) -> str:
     if row["weight_bits"] == "32":
         return "float"
-    return f"W{row['weight_bits']}A{row['act_bits']}"
+    uniform = f"W{row['weight_bits']}A{row['act_bits']}"
+    if row.get("budget"):
+        return f"mixed, {row['budget']} of {uniform}'s {row['budget_of']}"
+    return uniform
 
 
 def _plain(column: str) -> Callable[[Row], str]:
@@ -84,7 +87,7 @@ TABLES = (
         "digits",
         "Digits (mnist5k)",
         "What `make demo` does: 5,000 MNIST digits, 1,000 of them for the test.",
-        ("teacher", "weight_bits", "act_bits"),
+        ("teacher", "weight_bits", "act_bits", "budget", "budget_of"),
         _ACCURACY,
     ),
     Table(
@@ -93,7 +96,7 @@ TABLES = (
         "Test split of a JPEG copy, which costs accuracy: not comparable with published figures "
         "for CIFAR-10. No labels, at most 30,000 images; schedules were chosen on a validation "
         "split.",
-        ("teacher", "weight_bits", "act_bits"),
+        ("teacher", "weight_bits", "act_bits", "budget", "budget_of"),
         _ACCURACY,
     ),
     *(
@@ -101,7 +104,7 @@ TABLES = (
             name,
             title,
             about,
-            ("teacher", "hardware", "weight_bits", "act_bits"),
+            ("teacher", "hardware", "weight_bits", "act_bits", "budget", "budget_of"),
             {
                 "student": _plain("hardware"),
                 "bits": _bits,

@@ -29,7 +29,7 @@ from archnet.quant import (
     unpack,
 )
 from archnet.quant.attach import insert_activations, shared_grids
-from archnet.quant.calibrate import observe, placed_activations
+from archnet.quant.calibrate import observe
 from archnet.quant.quantize import _signed_groups
 from archnet.teachers.nets import CifarResNet
 
@@ -285,7 +285,7 @@ def test_a_value_of_both_signs_is_lifted_exactly():
     before = network(images[0])
     biases = {name: module.bias.clone() for name, module in weighted(network).items()}
     insert_activations(network)
-    samples = observe(network, placed_activations(network), images)
+    samples = observe(network, list(shared_grids(network)), images)
     negative = {name for name, values in samples.items() if values.min() < 0}
     signed = _signed_groups(network, shared_grids(network), samples)
     moved = [n for n, m in weighted(network).items() if not torch.equal(m.bias, biases[n])]

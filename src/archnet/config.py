@@ -163,6 +163,14 @@ class QuantConfig:
     last_bits: int = _width(8)  # weights and input of the last layer
     per_channel: bool = True  # one weight scale an output channel; false: one a tensor
     calibration_batches: int = _number(8, 1)  # unlabelled batches that set the first scales
+    # Mixed widths: every layer and every grid of activations gets its own of `widths`, so that the
+    # student costs at most this share of one with the widths above; null: the widths above.
+    budget: float | None = _number(None, 0)
+    # bops: MACs x weight bits x activation bits; bytes: of weights, biases and norms.
+    budget_of: str = _choice("bops", "bops", "bytes")
+    widths: list[int] = _list(2, 3, 4, 6, 8)  # on offer, where the target has them
+    free_ends: bool = False  # the first and the last layer choose too, instead of keeping theirs
+    sensitivity_inputs: int = _number(256, 1)  # unlabelled, on which each width's loss is measured
 
 
 OPERATORS = (
@@ -361,11 +369,39 @@ def validate(config: Config) -> None:
                 f"quant.{name}={bits} is not a width of hardware={config.hardware.name} "
                 f"({', '.join(map(str, allowed))}); nearest valid: {best}"
             )
+    if config.quant.budget is not None:
+        _validate_budget(config.quant, config.hardware)
     if (config.distill.joint_steps or 0) > config.distill.steps:
         raise ConfigError(
             f"distill.joint_steps={config.distill.joint_steps} is part of distill.steps; "
             f"nearest valid: {config.distill.steps}"
         )
+
+
+def offered(quant: QuantConfig, allowed: Iterable[int]) -> list[int]:
+    """The widths that a budget chooses from, of those that a target allows."""
+    return [bits for bits in quant.widths if bits in allowed]
+
+
+def _validate_budget(quant: QuantConfig, hardware: HardwareConfig) -> None:
+    for bits in quant.widths:
+        if not 1 <= bits <= 8:
+            raise ConfigError(
+                f"quant.widths={quant.widths} holds {bits}, not a width to choose: 1..8; "
+                f"nearest valid: {min(max(bits, 1), 8)}"
+            )
+    for name in ("weight_bits", "act_bits"):
+        if quant.method == "none" or getattr(quant, name) == 32:
+            raise ConfigError(
+                f"quant.budget={quant.budget:g} is a share of a quantized student: "
+                f"quant=mixed, and quant.{name} of 1..8"
+            )
+        allowed = getattr(hardware, name)
+        if not offered(quant, allowed):
+            raise ConfigError(
+                f"quant.widths={quant.widths} holds no width of hardware={hardware.name}: "
+                f"its {name} are {', '.join(map(str, allowed))}"
+            )
 
 
 def _validate(node: Any, prefix: str) -> None:

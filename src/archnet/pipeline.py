@@ -34,6 +34,7 @@ from archnet.errors import ArchnetError
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
 from archnet.quant import FLOAT, pack, settle, unpack
+from archnet.run_quant import run_quant
 from archnet.run_teacher import run_teacher
 from archnet.runs import RunError, RunFolder, atomic, read_json, write_json
 from archnet.tasks import ClassificationData, TranslationData
@@ -221,12 +222,13 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
     finished = {}
 
     def prepare() -> dict[str, Any]:
-        student = _convert(this)
+        student, widths = _convert(this)
         _save(folder, "calibrated", student)
         rows = [asdict(row) for row in student.report]
         write_json(folder.path / "conversion.json", rows)
         inexact = sorted({row["rule"] for row in rows if not row["exact"]})
-        return {"taps": [tap.path for tap in student.taps], "approximate_rules": inexact}
+        taps = [tap.path for tap in student.taps]
+        return {"taps": taps, "approximate_rules": inexact, "mixed": widths}
 
     def train() -> dict[str, Any]:
         student = load_student(folder, "calibrated")
@@ -291,8 +293,12 @@ def _teacher(config: Config, folder: RunFolder, data: ClassificationData) -> nn.
     return run_teacher(config, folder, data, lambda source: load_teacher(source, **task))
 
 
-def _convert(this: Run) -> Student:
-    """The student: converted, quantized and calibrated on unlabelled images."""
+def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
+    """The student: converted, quantized and calibrated on unlabelled images.
+
+    Returns:
+        The student, and what `run_quant` says of its widths.
+    """
     config, quant = this.config, this.config.quant
     batches = this.data.calibration_batches(quant.calibration_batches)
     if config.convert.student is not None:
@@ -305,20 +311,10 @@ def _convert(this: Run) -> Student:
         taps=config.convert.taps,
         seed=config.seed,
     )
+    widths = run_quant(config, student, batches)
     if quant.method != "none":
-        archnet.quantize(
-            student,
-            weight_bits=quant.weight_bits,
-            act_bits=quant.act_bits,
-            calibration=batches,
-            method=cast(Any, quant.method),  # lsq or dorefa: the config is checked
-            first_bits=quant.first_bits,
-            last_bits=quant.last_bits,
-            per_channel=quant.per_channel,
-            power_of_two=config.hardware.requantization == "power_of_two",
-        )
         _check_integers(this, student)
-    return student
+    return student, widths
 
 
 def _check_integers(this: Run, student: Student) -> None:
@@ -489,6 +485,14 @@ def _text_metrics(
     }
 
 
+def _mixed(config: Config, converted: dict[str, Any]) -> dict[str, Any]:
+    """What a budget chose; nothing where widths are uniform."""
+    if config.quant.budget is None:
+        return {}
+    budget = {"budget": config.quant.budget, "budget_of": config.quant.budget_of}
+    return budget | converted["mixed"]
+
+
 def _common_metrics(
     config: Config, folder: RunFolder, finished: dict[str, dict[str, Any]], parity: Sequence[str]
 ) -> dict[str, Any]:
@@ -498,6 +502,7 @@ def _common_metrics(
             "method": config.quant.method,
             "weight_bits": config.quant.weight_bits,
             "act_bits": config.quant.act_bits,
+            **_mixed(config, finished["convert"]),
         },
         "hardware": config.hardware.name,
         "cost": {key: finished["cost"][key] for key in ("macs", "bops", "weight_bytes")},

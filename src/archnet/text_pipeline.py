@@ -18,7 +18,7 @@ import lightning
 import numpy as np
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
 import archnet
 from archnet.config import Config
@@ -28,6 +28,7 @@ from archnet.distill import distill_text
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student, TokenEmbedding
 from archnet.quant import settle
+from archnet.run_quant import run_quant
 from archnet.run_teacher import run_teacher
 from archnet.runs import RunError, RunFolder, atomic, write_json
 from archnet.tasks import EncodedText, Subwords, Tokenizer, TranslationData, scores
@@ -150,12 +151,12 @@ def stages(
         return {"sentences": len(text), "dropped": text.dropped}
 
     def prepare() -> dict[str, Any]:
-        student, unexplained = _convert(this, load_student)
+        student, facts = _convert(this, load_student)
         save_student(folder, "calibrated", student)
         write_json(folder.path / "conversion.json", [asdict(row) for row in student.report])
         inexact = sorted({row.rule for row in student.report if not row.exact})
         taps = [tap.path for tap in student.taps]
-        return {"taps": taps, "approximate_rules": inexact, "norms_unexplained": unexplained}
+        return {"taps": taps, "approximate_rules": inexact, **facts}
 
     def train() -> dict[str, Any]:
         student = load_student(folder, "calibrated")
@@ -206,10 +207,12 @@ def teacher_text(this: TextRun) -> EncodedText:
     return text
 
 
-def _convert(
-    this: TextRun, load_student: Callable[..., Student]
-) -> tuple[Student, dict[str, float]]:
-    """The student: converted, norms fitted, quantized and calibrated on unlabelled text."""
+def _convert(this: TextRun, load_student: Callable[..., Student]) -> tuple[Student, dict[str, Any]]:
+    """The student: converted, norms fitted, quantized and calibrated on unlabelled text.
+
+    Returns:
+        The student, how much of each norm is unexplained, and what `run_quant` says of widths.
+    """
     config, quant = this.config, this.config.quant
     text = teacher_text(this)
     batches = [
@@ -232,19 +235,8 @@ def _convert(
         ]
         tapped = TappedTeacher(this.teacher, [norm.path for norm in norms])
         unexplained = fit_norms(student, norms, lambda *inputs: tapped(*inputs)[0], fitting)
-    if quant.method != "none":
-        archnet.quantize(
-            student,
-            weight_bits=quant.weight_bits,
-            act_bits=quant.act_bits,
-            calibration=cast(list[Tensor | tuple[Tensor, ...]], batches),
-            method=cast(Any, quant.method),
-            first_bits=quant.first_bits,
-            last_bits=quant.last_bits,
-            per_channel=quant.per_channel,
-            power_of_two=config.hardware.requantization == "power_of_two",
-        )
-    return student, unexplained
+    widths = run_quant(config, student, batches)
+    return student, {"norms_unexplained": unexplained, "mixed": widths}
 
 
 def distil(this: TextRun, student: Student, loggers: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Quantizers, where they sit, and their calibration."""
 
+from archnet.quant.allocate import Allocation, allocate
 from archnet.quant.attach import (
     QuantizationError,
     attach,
@@ -10,7 +11,7 @@ from archnet.quant.attach import (
     unpack,
 )
 from archnet.quant.calibrate import best_scale, calibrate_weights
-from archnet.quant.quantize import FLOAT, quantize
+from archnet.quant.quantize import quantize
 from archnet.quant.quantizers import (
     ActivationDoReFa,
     ActivationLSQ,
@@ -21,17 +22,20 @@ from archnet.quant.quantizers import (
 )
 from archnet.quant.settle import Margin, settle
 from archnet.quant.units import grid_steps
+from archnet.quant.widths import FLOAT
 
 __all__ = [
     "FLOAT",
     "ActivationDoReFa",
     "ActivationLSQ",
+    "Allocation",
     "BiasQuantizer",
     "Margin",
     "QuantizationError",
     "Quantizer",
     "WeightDoReFa",
     "WeightLSQ",
+    "allocate",
     "attach",
     "best_scale",
     "calibrate_weights",

@@ -167,11 +167,11 @@ def attach(student: Student, description: Mapping[str, Any]) -> None:
             assert isinstance(holder, Activation)
             module.quantizer = holder.quantizer
         else:
-            module.quantizer = _build(spec)
+            module.quantizer = build(spec)
     for name, spec in description.get("weights", {}).items():
         weighted = student.operator(name)
         assert isinstance(weighted, WeightedOperator)
-        weighted.weight_quantizer = _build(spec)
+        weighted.weight_quantizer = build(spec)
     on_grid = grids(student)
     for step in student.graph.steps:
         weighted = student.operator(step.name)
@@ -181,7 +181,8 @@ def attach(student: Student, description: Mapping[str, Any]) -> None:
                 weighted.bias_quantizer = BiasQuantizer(weighted.weight_quantizer, source)
 
 
-def _build(spec: Mapping[str, Any]) -> Quantizer:
+def build(spec: Mapping[str, Any]) -> Quantizer:
+    """The quantizer that `Quantizer.spec` described, not yet calibrated."""
     arguments = dict(spec)
     kind = arguments.pop("kind")
     return QUANTIZERS[kind](**arguments)

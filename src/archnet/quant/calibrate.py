@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from archnet.ops import Activation, Student, WeightedOperator
+from archnet.ops import Student, WeightedOperator
 from archnet.quant.quantizers import SCALE_FLOOR, Quantizer, WeightDoReFa
 
 CANDIDATES = 64  # scales tried, evenly spaced up to the one that clips nothing
@@ -94,12 +94,3 @@ def observe(
 def activation_scale(samples: Tensor, quantizer: Quantizer) -> Tensor:
     """The scale an activation quantizer starts from, (1,)."""
     return best_scale(samples[None], quantizer.low, quantizer.high, quantizer.power_of_two)
-
-
-def placed_activations(student: Student) -> list[str]:
-    """Names of all activation steps, in order."""
-    return [
-        step.name
-        for step in student.graph.steps
-        if isinstance(student.operator(step.name), Activation)
-    ]

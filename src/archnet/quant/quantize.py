@@ -1,7 +1,8 @@
 """`quantize`: put quantizers into a student and calibrate them."""
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,31 +14,63 @@ from archnet.ops import (
     LayoutMove,
     Step,
     Student,
-    TokenEmbedding,
     WeightedOperator,
 )
 from archnet.quant.attach import (
     QuantizationError,
     attach,
     describe,
-    grids,
     insert_activations,
     shared_grids,
 )
-from archnet.quant.calibrate import (
-    activation_scale,
-    calibrate_weights,
-    observe,
-    placed_activations,
-)
+from archnet.quant.calibrate import activation_scale, calibrate_weights, observe
 from archnet.quant.quantizers import ActivationLSQ
+from archnet.quant.widths import FLOAT, merged, uniform_widths, weighted, width_for
 
-FLOAT = 32
 Method = Literal["lsq", "dorefa"]
 KINDS = {
     "lsq": ("WeightLSQ", "ActivationLSQ"),
     "dorefa": ("WeightDoReFa", "ActivationDoReFa"),
 }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How quantizers are built; `quantize` says what each field means."""
+
+    method: Method = "lsq"
+    per_channel: bool = True
+    power_of_two: bool = False
+
+    def weights(self, module: WeightedOperator, bits: int) -> dict[str, Any]:
+        """The description, for `attach`, of a quantizer of a layer's weights."""
+        return {
+            "kind": KINDS[self.method][0],
+            "bits": bits,
+            "channels": module.weight.shape[0] if self.per_channel else 1,
+            "power_of_two": self.power_of_two,
+        }
+
+    def activations(self, bits: int, signed: bool) -> dict[str, Any]:
+        """The description, for `attach`, of a quantizer of activations."""
+        return {
+            "kind": KINDS[self.method][1],
+            "bits": bits,
+            "signed": signed,
+            "power_of_two": self.power_of_two,
+        }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the activation quantizers of a student will see.
+
+    By the first activation step of every shared grid: ``samples`` of its values, and whether it
+    has negative ones (``signed``).
+    """
+
+    samples: Mapping[str, Tensor]
+    signed: Mapping[str, bool]
 
 
 def quantize(
@@ -51,6 +84,7 @@ def quantize(
     last_bits: int = 8,
     per_channel: bool = True,
     power_of_two: bool = False,
+    widths: Mapping[str, int] | None = None,
 ) -> Student:
     """Quantize a student in place, with scales of least squared error.
 
@@ -63,6 +97,8 @@ def quantize(
             layer; 32 leaves them float, and they are float where the layers between are.
         per_channel: a weight scale for every output channel, or one for the layer.
         power_of_two: scales are powers of two, for chips that requantize by shifts.
+        widths: of single layers and grids by step, as `allocate` chooses them; what they do not
+            name has the widths above.
 
     Raises:
         QuantizationError: a width is impossible, or the student is quantized already.
@@ -78,94 +114,49 @@ def quantize(
     if describe(student):
         raise QuantizationError("the student is quantized already; convert the teacher again")
     insert_activations(student)
-    names = placed_activations(student)
-    samples = observe(student, names, calibration)
-    first, last = _first_and_last(student)
-    weight_kind, act_kind = KINDS[method]
-
-    widths = _activation_widths(student, first, last, act_bits, first_bits, last_bits)
-    activations: dict[str, dict[str, object]] = {}
+    own = uniform_widths(student, weight_bits, act_bits, first_bits, last_bits)
+    own = merged(own, widths) if widths is not None else own
     shared = shared_grids(student)
-    signed = _signed_groups(student, shared, samples) if act_bits != FLOAT else {}
-    for name in names:
-        if widths[name] == FLOAT:
-            continue
-        if shared[name] != name:
-            activations[name] = {"like": shared[name]}
-        else:
-            activations[name] = {
-                "kind": act_kind,
-                "bits": widths[name],
-                "signed": signed[name],
-                "power_of_two": power_of_two,
-            }
-    weights: dict[str, dict[str, object]] = {}
-    for step in student.graph.steps:
-        module = student.operator(step.name)
-        if not isinstance(module, WeightedOperator):
-            continue
-        bits = weight_bits
-        if weight_bits != FLOAT and step.name in (*first, last):
-            bits = first_bits if step.name in first else last_bits
-        if bits == FLOAT:
-            continue
-        if bits == 1 and bool((module.weight == 0).any()):
-            bits = 2  # an identity or a lane of a grouped layer needs a level at zero
-        channels = module.weight.shape[0] if per_channel else 1
-        weights[step.name] = {
-            "kind": weight_kind,
-            "bits": bits,
-            "channels": channels,
-            "power_of_two": power_of_two,
-        }
+    lift = any(own[group] != FLOAT for group in shared.values())
+    seen = prepare(student, calibration, lift=lift)
+    recipe = Recipe(method, per_channel, power_of_two)
+    activations = {
+        name: {"like": group} if group != name else recipe.activations(own[name], seen.signed[name])
+        for name, group in shared.items()
+        if own[group] != FLOAT
+    }
+    weights = {
+        name: recipe.weights(module, width_for(module, own[name]))
+        for name, module in weighted(student).items()
+        if own[name] != FLOAT
+    }
     attach(student, {"activations": activations, "weights": weights})
     calibrate_weights(student)
-    _calibrate_activations(student, names, shared, samples)
+    for group, samples in seen.samples.items():
+        place = student.operator(group)
+        assert isinstance(place, Activation)
+        if isinstance(place.quantizer, ActivationLSQ):
+            place.quantizer.set_scale(activation_scale(samples, place.quantizer))
     return student
 
 
-def _first_and_last(student: Student) -> tuple[list[str], str | None]:
-    """The trained layers that read the input, token embeddings among them, and the one nearest to
-    the result.
+def prepare(
+    student: Student, calibration: Iterable[Tensor | tuple[Tensor, ...]], *, lift: bool
+) -> Seen:
+    """Run a float student on the batches, and shift what can be (`_lift`).
+
+    Args:
+        student: with a place for every activation (`insert_activations`).
+        calibration: as in `quantize`.
+        lift: whether activations will be quantized at all.
     """
-    trained = [
-        step.name
-        for step in student.graph.steps
-        if isinstance(module := student.operator(step.name), WeightedOperator) and module.trainable
-    ]
-    if not trained:
-        return [], None
-    embeddings = [name for name in trained if isinstance(student.operator(name), TokenEmbedding)]
-    return embeddings or trained[:1], trained[-1]
-
-
-def _activation_widths(
-    student: Student,
-    first: list[str],
-    last: str | None,
-    act_bits: int,
-    first_bits: int,
-    last_bits: int,
-) -> dict[str, int]:
-    """Bits of every activation step; what meets in a concat has one width, the widest."""
-    names = placed_activations(student)
-    if act_bits == FLOAT:
-        return dict.fromkeys(names, FLOAT)
-    widths = dict.fromkeys(names, act_bits)
-    on_grid = grids(student)
-    reached_last = False
-    for step in student.graph.steps:
-        if step.name in (*first, last):
-            for name in on_grid[step.inputs[0]]:
-                widths[name] = first_bits if step.name in first else last_bits
-        if reached_last and step.name in widths:
-            widths[step.name] = last_bits
-        reached_last = reached_last or step.name == last
     shared = shared_grids(student)
-    return {
-        name: max(widths[other] for other in names if shared[other] == shared[name])
-        for name in names
-    }
+    samples = observe(student, list(shared), calibration)
+    signed = _signed_groups(student, shared, samples) if lift else {}
+    groups: dict[str, list[Tensor]] = {}
+    for name, group in shared.items():
+        groups.setdefault(group, []).append(samples[name])
+    return Seen({name: torch.cat(parts) for name, parts in groups.items()}, signed)
 
 
 def _signed_groups(
@@ -263,15 +254,3 @@ def _indicator(student: Student, chain: list[Step], name: str, reader: Step) -> 
         inputs = [values.get(i, torch.zeros(1, *student.graph.shapes[i])) for i in step.inputs]
         values[step.name] = student.operator(step.name)(*inputs)
     return values[reader.inputs[0]]
-
-
-def _calibrate_activations(
-    student: Student, names: list[str], shared: dict[str, str], samples: dict[str, Tensor]
-) -> None:
-    for group in sorted(set(shared.values())):
-        module = student.operator(group)
-        assert isinstance(module, Activation)
-        if not isinstance(module.quantizer, ActivationLSQ):
-            continue
-        values = torch.cat([samples[name] for name in names if shared[name] == group])
-        module.quantizer.set_scale(activation_scale(values, module.quantizer))

@@ -1,6 +1,6 @@
 """The table that ends a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     name = f"W{quant['weight_bits']}A{quant['act_bits']}, {quant['method']}"
     if quant["method"] == "none":
         name = "float"
+    elif "widths" in quant:
+        name = f"mixed, {quant['share']:.3f} of the {quant['budget_of']} at {name}"
     lines = [
         ("network", teacher["name"], f"{metrics['hardware']}, {name}"),
         *(
@@ -34,6 +36,8 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("weights", "weight_bytes", "teacher", "B"),
     ):
         lines.append((title, amount(cost[key][side], unit), amount(cost[key]["student"], unit)))
+    if "widths" in quant:
+        lines += [(f"bits of {what}", "", counts) for what, counts in _widths(quant["widths"])]
     lines += [
         ("audit of the file", "", "pure" if audit["pure"] else _count(audit["violations"])),
         (f"parity with {parity['runtime']}", "", _parity(parity)),
@@ -69,6 +73,16 @@ def amount(value: float, unit: str) -> str:
             return f"{value:.3g} {prefix}{unit}".strip()
         value /= 1000
     return f"{value:.3g} T{unit}"
+
+
+def _widths(chosen: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """How many layers, and how many grids of activations, have which width."""
+    found = []
+    for what, grid in (("weights", False), ("activations", True)):
+        bits = [row["bits"] for row in chosen if (row["operator"] == "Activation") == grid]
+        counts = [f"{width}: {bits.count(width)}" for width in sorted(set(bits))]
+        found.append((f"{what} (number of {'grids' if grid else 'layers'})", ", ".join(counts)))
+    return found
 
 
 def _count(violations: list[str]) -> str:

@@ -1,0 +1,94 @@
+"""Which width everything has that a student multiplies.
+
+Widths are named by steps: of a weighted layer the bits of its weights, of an activation the bits
+of its grid. Activations whose values meet in a concatenation share a grid; the first one names it.
+"""
+
+from collections.abc import Mapping
+
+from archnet.ops import Activation, Student, TokenEmbedding, WeightedOperator
+from archnet.quant.attach import QuantizationError, grids, shared_grids
+
+FLOAT = 32
+
+
+def uniform_widths(
+    student: Student, weight_bits: int, act_bits: int, first_bits: int = 8, last_bits: int = 8
+) -> dict[str, int]:
+    """One width for all weights and one for all activations, but for the first and last layer.
+
+    Args:
+        student: with a place for every activation (`insert_activations`).
+        weight_bits, act_bits: widths 1 to 8, or 32 for float.
+        first_bits, last_bits: of weights and input of the first and last trained layer. A grid
+            that other values share takes the widest of what they ask for. Without effect on
+            weights, or activations, where those between are float.
+    """
+    ends = _ends(student, first_bits, last_bits)
+    widths: dict[str, int] = {}
+    for name, module in weighted(student).items():
+        bits = weight_bits if weight_bits == FLOAT else ends.get(name, weight_bits)
+        widths[name] = width_for(module, bits)
+    for name, group in shared_grids(student).items():
+        bits = act_bits if act_bits == FLOAT else ends.get(name, act_bits)
+        widths[group] = max(bits, widths.get(group, 0))
+    return widths
+
+
+def end_names(student: Student) -> set[str]:
+    """The layers and grids whose width ``first_bits`` and ``last_bits`` decide."""
+    shared = shared_grids(student)
+    return {shared.get(name, name) for name in _ends(student, 0, 0)}
+
+
+def merged(uniform: Mapping[str, int], chosen: Mapping[str, int]) -> dict[str, int]:
+    """``uniform`` where ``chosen`` says nothing.
+
+    Raises:
+        QuantizationError: ``chosen`` holds a name that has no width here, or no width.
+    """
+    for name, bits in chosen.items():
+        if name not in uniform:
+            raise QuantizationError(
+                f"widths: {name} is neither a weighted layer of this student nor the first "
+                "activation of those that share a grid"
+            )
+        if bits != FLOAT and not 1 <= bits <= 8:
+            raise QuantizationError(
+                f"widths: {name}={bits} is not a width: 1 to 8, or 32 for float"
+            )
+    return {**uniform, **chosen}
+
+
+def weighted(student: Student) -> dict[str, WeightedOperator]:
+    """The layers with weights, by step, in order."""
+    return {
+        step.name: module
+        for step in student.graph.steps
+        if isinstance(module := student.operator(step.name), WeightedOperator)
+    }
+
+
+def width_for(module: WeightedOperator, bits: int) -> int:
+    """``bits``, or 2 for 1 where a weight is zero: an identity, a lane of a grouped layer."""
+    return 2 if bits == 1 and bool((module.weight == 0).any()) else bits
+
+
+def _ends(student: Student, first_bits: int, last_bits: int) -> dict[str, int]:
+    """Own widths of the first and last layer's weights, and of the activations that they read."""
+    trained = [name for name, module in weighted(student).items() if module.trainable]
+    if not trained:
+        return {}
+    # Token embeddings all read the input.
+    embeddings = [name for name in trained if isinstance(student.operator(name), TokenEmbedding)]
+    first, last = embeddings or trained[:1], trained[-1]
+    found = {last: last_bits} | dict.fromkeys(first, first_bits)
+    on_grid = grids(student)
+    reached_last = False
+    for step in student.graph.steps:
+        if step.name in (*first, last):
+            found |= dict.fromkeys(on_grid[step.inputs[0]], found[step.name])
+        if reached_last and isinstance(student.operator(step.name), Activation):
+            found[step.name] = last_bits
+        reached_last = reached_last or step.name == last
+    return found

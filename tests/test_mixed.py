@@ -274,12 +274,9 @@ def test_a_run_tells_its_widths_and_resumes_with_them(make_config: Make) -> None
 
 
 def test_an_impossible_budget_ends_a_run_before_training(make_config: Make) -> None:
+    options = ["trainer=debug", "trainer.progress=false", "quant=mixed", "quant.budget=0.05"]
     with pytest.raises(QuantizationError, match=r"quant.budget=0.05 .* narrowest widths take 0"):
-        pipeline.run(
-            make_config(
-                "trainer=debug", "trainer.progress=false", "quant=mixed", "quant.budget=0.05"
-            )  # fmt: skip
-        )
+        pipeline.run(make_config(*options))
 
 
 @pytest.mark.parametrize(

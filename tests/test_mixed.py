@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +50,12 @@ def macs(student: Student) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def chosen(student: Student, images: torch.Tensor, macs: dict[str, int]) -> Allocation:
     return allocate(student, [images], macs, budget=0.8)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where the runs below keep the teacher that the first one trains."""
+    return f"teacher.cache_dir={tmp_path_factory.mktemp('teachers')}"
 
 
 def placed(student: Student) -> Student:
@@ -141,19 +148,16 @@ def test_a_loss_is_that_of_the_student_with_one_layer_rounded(
     layer = next(name for name, m in network.operators.items() if type(m).__name__ == "Conv3x3")
     shared = shared_grids(network)
     group = next(g for g in shared.values() if list(shared.values()).count(g) > 1)
-    halves = [images[:4], images[4:]]
-    found = sensitivity(network, halves, {layer: [3], group: [2, 4]})
+    batches = [images[:4], images[4:]]
+    found = sensitivity(network, batches, {layer: [3], group: [2, 4]})
     for name, losses in found.items():
         for bits, loss in losses.items():
             alone = dict.fromkeys(uniform_widths(network, 32, 32), 32) | {name: bits}
-            rounded = quantize(copy.deepcopy(student), 32, 32, halves, widths=alone)
+            rounded = quantize(copy.deepcopy(student), 32, 32, batches, widths=alone)
             with torch.no_grad():
-                wanted, scores = (
-                    torch.cat([net(half) for half in halves]).double().log_softmax(-1)
-                    for net in (student, rounded)
-                )
+                wanted, scores = (net(images).log_softmax(-1) for net in (student, rounded))
             kl = nn.functional.kl_div(scores, wanted, reduction="batchmean", log_target=True)
-            assert loss == pytest.approx(float(kl), rel=0.02)
+            assert loss == pytest.approx(float(kl), rel=1e-3)
     assert found[group][2] > found[group][4] > 0
 
 
@@ -253,10 +257,10 @@ def test_files_and_integers_of_mixed_widths(
     assert torch.equal(scores.argmax(1), mixed(images).argmax(1))
 
 
-def test_a_run_tells_its_widths_and_resumes_with_them(make_config: Make) -> None:
+def test_a_run_tells_its_widths_and_resumes_with_them(make_config: Make, teachers: str) -> None:
     options = ["trainer=debug", "trainer.progress=false", "quant=mixed", "quant.budget=0.9",
                "quant.widths=[2,4,8]", "hardware.act_bits=[4,8]", "quant.sensitivity_inputs=8",
-               "distill.steps=2", "distill.joint_steps=1"]  # fmt: skip
+               "distill.steps=2", "distill.joint_steps=1", teachers]  # fmt: skip
     folder = pipeline.run(make_config(*options))
     quant = read_json(folder.metrics)["quant"]
     assert (quant["budget"], quant["budget_of"], quant["inputs"]) == (0.9, "bops", 8)
@@ -264,21 +268,23 @@ def test_a_run_tells_its_widths_and_resumes_with_them(make_config: Make) -> None
     own = pipeline.load_student(folder)
     bits = {row["name"]: row["bits"] for row in quant["widths"]}
     for row in student_cost(own).steps:
-        assert row.weight_bits == bits.get(row.name, 32)
+        if row.macs:
+            assert row.weight_bits == bits[row.name]
     for row in quant["widths"]:
         assert row["operator"] != "Activation" or row["bits"] in (4, 8)
         assert not row["loss"] or str(row["bits"]) in row["loss"]
     assert "<h2>Widths</h2>" in (folder.path / "report.html").read_text()
     shown = {what: text for what, _, text in report.rows(read_json(folder.metrics))}
-    assert "of the bops at W4A4" in shown["network"]
-    assert shown["bits of weights (number of layers)"].count(":") >= 1
+    assert "of W4A4's bops" in shown["network"]
+    assert " x " in shown["layers x bits of weights"]
     (folder.path / "stages" / "evaluate.json").unlink()
     pipeline.run(make_config(f"resume={folder.path}"), ["resume"])
     assert read_json(folder.metrics)["quant"] == quant
 
 
-def test_an_impossible_budget_ends_a_run_before_training(make_config: Make) -> None:
-    options = ["trainer=debug", "trainer.progress=false", "quant=mixed", "quant.budget=0.05"]
+def test_an_impossible_budget_ends_a_run_before_training(make_config: Make, teachers: str) -> None:
+    options = ["trainer=debug", "trainer.progress=false", "quant=mixed", "quant.budget=0.05",
+               teachers]  # fmt: skip
     with pytest.raises(QuantizationError, match=r"quant.budget=0.05 .* narrowest widths take 0"):
         pipeline.run(make_config(*options))
 
@@ -295,7 +301,7 @@ def test_an_impossible_budget_ends_a_run_before_training(make_config: Make) -> N
 )
 def test_budgets_that_cannot_be_are_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        compose(pipeline.Path(__file__).parents[1] / "conf", ["quant=mixed", *overrides])
+        compose(Path(__file__).parents[1] / "conf", ["quant=mixed", *overrides])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -393,7 +393,7 @@ def _validate_budget(quant: QuantConfig, hardware: HardwareConfig) -> None:
     for name in ("weight_bits", "act_bits"):
         if quant.method == "none" or getattr(quant, name) == 32:
             raise ConfigError(
-                f"quant.budget={quant.budget:g} is a share of a quantized student: "
+                f"quant.budget={quant.budget} is a share of a quantized student: "
                 f"quant=mixed, and quant.{name} of 1..8"
             )
         allowed = getattr(hardware, name)

@@ -20,7 +20,9 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if quant["method"] == "none":
         name = "float"
     elif "widths" in quant:
-        name = f"mixed, {quant['share']:.3f} of the {quant['budget_of']} at {name}"
+        uniform = f"W{quant['weight_bits']}A{quant['act_bits']}"
+        share = f"{quant['share']:.3f} of {uniform}'s {quant['budget_of']}"
+        name = f"mixed, {share}, {quant['method']}"
     lines = [
         ("network", teacher["name"], f"{metrics['hardware']}, {name}"),
         *(
@@ -37,7 +39,7 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ):
         lines.append((title, amount(cost[key][side], unit), amount(cost[key]["student"], unit)))
     if "widths" in quant:
-        lines += [(f"bits of {what}", "", counts) for what, counts in _widths(quant["widths"])]
+        lines += [(what, "", counts) for what, counts in _widths(quant["widths"])]
     lines += [
         ("audit of the file", "", "pure" if audit["pure"] else _count(audit["violations"])),
         (f"parity with {parity['runtime']}", "", _parity(parity)),
@@ -78,10 +80,10 @@ def amount(value: float, unit: str) -> str:
 def _widths(chosen: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """How many layers, and how many grids of activations, have which width."""
     found = []
-    for what, grid in (("weights", False), ("activations", True)):
+    for what, grid in (("layers x bits of weights", False), ("grids x bits of activations", True)):
         bits = [row["bits"] for row in chosen if (row["operator"] == "Activation") == grid]
-        counts = [f"{width}: {bits.count(width)}" for width in sorted(set(bits))]
-        found.append((f"{what} (number of {'grids' if grid else 'layers'})", ", ".join(counts)))
+        counts = [f"{bits.count(width)} x {width}" for width in sorted(set(bits))]
+        found.append((what, ", ".join(counts)))
     return found
 
 

@@ -200,16 +200,20 @@ def _validation(folder: RunFolder) -> dict[str, float]:
 def command(config: Config) -> str:
     """The shortest command that composes to a config, up to where files are left.
 
-    Tried are every experiment, and the groups that carry the config's names; keys that differ
-    from what these compose to are given one by one.
+    Tried are every experiment, with other groups in it, and the groups that carry the config's
+    names; keys that differ from what these compose to are given one by one.
     """
-    experiments = [[f"experiment={path.stem}"] for path in (CONF / "experiment").glob("*.yaml")]
-    option = config.quant.method if config.quant.budget is None else "mixed"
-    quant = [f"quant={option}", f"distill={config.distill.schedule}"]
-    if config.task.kind == "translation":
-        quant = [f"quant={option}", f"hardware={config.hardware.name}"]
+    quant = f"quant={config.quant.method if config.quant.budget is None else 'mixed'}"
+    hardware = f"hardware={config.hardware.name}"
+    experiments = [
+        [f"experiment={path.stem}", *others]
+        for path in sorted((CONF / "experiment").glob("*.yaml"))
+        for others in ([], [quant], [hardware], [quant, hardware])
+    ]
+    translates = config.task.kind == "translation"
+    group = hardware if translates else f"distill={config.distill.schedule}"
     groups = [
-        [f"task={config.task.name}", f"teacher={teacher}", *quant]
+        [f"task={config.task.name}", f"teacher={teacher}", quant, group]
         for teacher in (config.teacher.name, config.teacher.source)
     ]
     written = []

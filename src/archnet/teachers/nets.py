@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archnet.teachers.modern import ConvNeXt, MobileNetV3, ViT
+
 
 def _conv_bn(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
     return [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs)]
@@ -138,4 +140,7 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     **{f"cifar_resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56)},
     "resnet9": ResNet9,
     "digits": DigitNet,
+    "cifar_convnext": ConvNeXt,
+    "cifar_vit": ViT,
+    "cifar_mobilenet_v3": MobileNetV3,
 }

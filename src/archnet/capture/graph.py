@@ -1,11 +1,14 @@
 """Teacher to graph: `torch.export` runs the network once and lists its ATen operators.
 
 The graph knows no class names. Each node keeps the path of the module that ran it, its
-arguments by the name that the operator's schema gives them, and the shape of its result.
+arguments by the name that the operator's schema gives them, and the shape of its result. What
+depends on no input (a table of positions that is looked up, a mask that is drawn) is computed
+here and stands in the arguments as a tensor.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +31,57 @@ class Ref:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Where the samples of a batch lie in a tensor of the teacher.
+
+    Networks move the batch axis (sequence first) and join it with others (windows of an image as
+    samples of their own). A student's values have it in front and alone: sample by sample they
+    hold the same numbers in the same order.
+
+    Attributes:
+        rank: axes of the teacher's tensor.
+        axis: the one with the samples; -1 if no single axis has them.
+        folded: how many entries of that axis belong to one sample.
+        outer: entries of a sample before the samples, in the order of memory.
+    """
+
+    rank: int
+    axis: int = 0
+    folded: int = 1
+    outer: int = 1
+
+    @property
+    def plain(self) -> bool:
+        """The batch is the first axis and holds nothing else."""
+        return self.axis == 0 and self.folded == 1
+
+    def student_axis(self, axis: int) -> int:
+        """The student's axis (its batch is 0) of an axis that is not the plain batch."""
+        axis %= self.rank
+        if axis < self.axis:
+            return axis + 1
+        return axis + 1 if self.folded > 1 else axis
+
+    def student_order(self, order: Sequence[int]) -> tuple[int, ...]:
+        """A permutation of the teacher's axes as one of the student's."""
+        moved = (axis % self.rank for axis in order)
+        kept = [axis for axis in moved if axis != self.axis or self.folded > 1]
+        return (0, *(self.student_axis(axis) for axis in kept))
+
+    def samples(self, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The teacher's tensor as the student would have it: (B, *shape)."""
+        count = value.numel() // math.prod(shape)
+        return value.reshape(self.outer, count, -1).movedim(1, 0).reshape(count, *shape)
+
+
+@dataclass(frozen=True)
 class TeacherNode:
     """One ATen operator at work.
 
     ``operator`` is the overload's name (``aten.conv2d.default``), ``path`` the teacher's module
-    that ran it, ``arguments`` maps schema names to plain values, tensors (weights) or `Ref`,
-    ``shape`` is the result's without the batch axis.
+    that ran it, ``arguments`` maps schema names to plain values, tensors (constants of the
+    teacher) or `Ref`, ``shape`` is that of the result for one sample: without the batch axis, or
+    where that is joined with another, with the other alone.
     """
 
     name: str
@@ -41,6 +89,7 @@ class TeacherNode:
     path: str
     arguments: Mapping[str, Any]
     shape: tuple[int, ...]
+    batch: Batch
 
     def refs(self) -> list[str]:
         """Names of the values that this node reads, in order, with repetitions."""
@@ -59,6 +108,11 @@ class TeacherGraph:
     nodes: list[TeacherNode]
     output: str
     program: ExportedProgram
+
+    def batches(self) -> dict[str, Batch]:
+        """Where the samples lie, for every value."""
+        found = {name: Batch(len(shape) + 1) for name, shape in self.inputs.items()}
+        return found | {node.name: node.batch for node in self.nodes}
 
     def uses(self) -> dict[str, int]:
         """How many times each value is read (the result of the network counts as a reader)."""
@@ -141,7 +195,8 @@ def _read(program: ExportedProgram) -> TeacherGraph:
     parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
     inputs: dict[str, tuple[int, ...]] = {}
-    constants: dict[str, Tensor] = {}
+    batches: dict[str, Batch] = {}
+    constants: dict[str, Any] = {}
     nodes: list[TeacherNode] = []
     # In-place operators rebind: whoever reads x after x.relu_() reads the rectified value.
     alias: dict[str, str] = {}
@@ -157,6 +212,7 @@ def _read(program: ExportedProgram) -> TeacherGraph:
         return argument
 
     for node in program.graph.nodes:
+        value = node.meta.get("val")
         if node.op == "placeholder":
             if node.name in parameters:
                 name = parameters[node.name]
@@ -165,20 +221,31 @@ def _read(program: ExportedProgram) -> TeacherGraph:
             elif node.name in lifted:
                 constants[node.name] = _detached(program.constants[lifted[node.name]])
             else:
-                inputs[node.name] = _sample_shape(node)
+                inputs[node.name] = tuple(map(_of_one, value.shape[1:]))
+                batches[node.name] = Batch(value.dim())
         elif node.op == "call_function":
-            value = node.meta.get("val")
+            if value is None:
+                continue  # an assertion of the export
             if isinstance(value, torch.SymInt | int):
-                continue  # A batch size read back from a tensor; shapes come from the results.
+                constants[node.name] = _of_one(value)
+                continue
+            arguments = _named_arguments(node, resolve)
+            read = _refs(list(arguments.values()))
+            if not read or str(node.target).startswith("aten.new_"):
+                constants[node.name] = _compute(node, resolve)
+                continue
+            batch = _batch_of(node, batches[read[0]])
             nodes.append(
                 TeacherNode(
                     node.name,
                     str(node.target),
                     _module_path(node),
-                    _named_arguments(node, resolve),
-                    _sample_shape(node),
+                    arguments,
+                    _sample_shape(value, batch),
+                    batch,
                 )
             )
+            batches[node.name] = batch
             schema = getattr(node.target, "_schema", None)
             if schema is not None and schema.name.endswith("_") and node.args:
                 for old, new in list(alias.items()):
@@ -191,7 +258,70 @@ def _read(program: ExportedProgram) -> TeacherGraph:
         raise CaptureError(
             f"the teacher returns {len(results)} values; wrap it so that it returns one tensor"
         )
-    return TeacherGraph(inputs, nodes, resolve(results[0]).name, program)
+    result = resolve(results[0])
+    if not isinstance(result, Ref):
+        raise CaptureError("the teacher's result does not depend on its input")
+    return TeacherGraph(inputs, nodes, result.name, program)
+
+
+# Operators that keep the order of memory whatever they do to the axes.
+_RESHAPES = ("view", "reshape", "flatten", "unflatten", "_unsafe_view")
+
+
+def _batch_of(node: torch.fx.Node, before: Batch) -> Batch:
+    """Where the samples lie in a result, by its symbolic sizes and what the operator read."""
+    value = node.meta["val"]
+    if isinstance(value, list | tuple):
+        return before
+    sizes = list(value.shape)
+    symbolic = [axis for axis, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
+    if not symbolic and before.plain:
+        return Batch(len(sizes))  # the teacher fixes the size of its batches
+    if len(symbolic) != 1 or before.axis < 0:
+        return Batch(len(sizes), axis=-1)
+    (axis,) = symbolic
+    folded, ahead = _of_one(sizes[axis]), math.prod(map(_of_one, sizes[:axis]))
+    if getattr(node.target, "__name__", "").split(".")[0] in _RESHAPES:
+        outer = before.outer
+    else:
+        # Within its axis a batch stays where it is, and the axis may have moved.
+        first = next(shape for shape in map(_shape, node.all_input_nodes) if _symbolic(shape))
+        outer = ahead * (before.outer // math.prod(map(_of_one, first[: before.axis])))
+    if outer % ahead or folded % (outer // ahead):
+        return Batch(len(sizes), axis=-1)
+    return Batch(len(sizes), axis, folded, outer)
+
+
+def _shape(node: torch.fx.Node) -> Sequence[Any]:
+    value = node.meta.get("val")
+    if isinstance(value, list | tuple):
+        value = value[0]
+    return value.shape if isinstance(value, Tensor) else ()
+
+
+def _symbolic(shape: Sequence[Any]) -> bool:
+    return any(isinstance(size, torch.SymInt) for size in shape)
+
+
+def _compute(node: torch.fx.Node, resolve: Callable[[Any], Any]) -> Any:
+    """A node that depends on no input, for a batch of one.
+
+    ``new_zeros`` and its kin read a tensor for its type alone: any of one element will do.
+    """
+
+    def known(argument: Any) -> Any:
+        if isinstance(argument, Ref):
+            return torch.empty(1)
+        if isinstance(argument, list | tuple):
+            return type(argument)(known(item) for item in argument)
+        return argument
+
+    assert callable(node.target)
+    with torch.no_grad():
+        return node.target(
+            *(known(resolve(item)) for item in node.args),
+            **{key: known(resolve(item)) for key, item in node.kwargs.items()},
+        )
 
 
 def _refs(arguments: Any) -> list[str]:
@@ -207,11 +337,21 @@ def _detached(tensor: Any) -> Tensor:
     return tensor.detach()
 
 
-def _sample_shape(node: torch.fx.Node) -> tuple[int, ...]:
-    value = node.meta["val"]
+def _of_one(size: Any) -> int:
+    """A size, for a batch of one."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+
+
+def _sample_shape(value: Any, batch: Batch) -> tuple[int, ...]:
     if isinstance(value, list | tuple):
         return ()
-    return tuple(int(size) for size in value.shape[1:])
+    sizes = [_of_one(size) for size in value.shape]
+    if batch.axis >= 0 and batch.folded == 1:
+        del sizes[batch.axis]
+    return tuple(sizes)
 
 
 def _module_path(node: torch.fx.Node) -> str:

@@ -101,13 +101,27 @@ class TeacherGraph:
     """The captured teacher.
 
     ``program`` is what `torch.export` gave: it runs with any batch size, and from it the values
-    at taps are read while distilling.
+    at taps are read while distilling. ``fixed_batch`` says that the teacher's own code has turned
+    the batch size into a number (`len(x)`, `int(x.shape[0])`), so that it does not.
     """
 
     inputs: dict[str, tuple[int, ...]]
     nodes: list[TeacherNode]
     output: str
     program: ExportedProgram
+    fixed_batch: bool = False
+
+    def require_free_batch(self) -> None:
+        """
+        Raises:
+            CaptureError: the teacher's code fixes the size of its batches.
+        """
+        if self.fixed_batch:
+            raise CaptureError(
+                "the teacher's forward turns the batch size into a number (len(x), int(...) or a "
+                "branch on it), so that its features cannot be read for batches of another size: "
+                "write x.shape[0] instead"
+            )
 
     def batches(self) -> dict[str, Batch]:
         """Where the samples lie, for every value."""
@@ -126,7 +140,11 @@ class TeacherGraph:
         """The teacher as a module that returns the values of ``nodes`` and then its own result.
 
         The module shares the captured weights; it is in eval mode, as captured.
+
+        Raises:
+            CaptureError: there is no such node, or the teacher fixes the size of its batches.
         """
+        self.require_free_batch()
         module = self.program.module()
         graph = module.graph
         (result,) = [node for node in graph.nodes if node.op == "output"]
@@ -201,6 +219,7 @@ def _read(program: ExportedProgram) -> TeacherGraph:
     # In-place operators rebind: whoever reads x after x.relu_() reads the rectified value.
     alias: dict[str, str] = {}
     results: Sequence[Any] = ()
+    fixed_batch = False
 
     def resolve(argument: Any) -> Any:
         if isinstance(argument, torch.fx.Node):
@@ -223,6 +242,7 @@ def _read(program: ExportedProgram) -> TeacherGraph:
             else:
                 inputs[node.name] = tuple(map(_of_one, value.shape[1:]))
                 batches[node.name] = Batch(value.dim())
+                fixed_batch |= not _is_symbolic(value.shape[0])
         elif node.op == "call_function":
             if value is None:
                 continue  # an assertion of the export
@@ -261,7 +281,7 @@ def _read(program: ExportedProgram) -> TeacherGraph:
     result = resolve(results[0])
     if not isinstance(result, Ref):
         raise CaptureError("the teacher's result does not depend on its input")
-    return TeacherGraph(inputs, nodes, result.name, program)
+    return TeacherGraph(inputs, nodes, result.name, program, fixed_batch)
 
 
 # Operators that keep the order of memory whatever they do to the axes.
@@ -274,7 +294,7 @@ def _batch_of(node: torch.fx.Node, before: Batch) -> Batch:
     if isinstance(value, list | tuple):
         return before
     sizes = list(value.shape)
-    symbolic = [axis for axis, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
+    symbolic = [axis for axis, size in enumerate(sizes) if _is_symbolic(size)]
     if not symbolic and before.plain:
         return Batch(len(sizes))  # the teacher fixes the size of its batches
     if len(symbolic) != 1 or before.axis < 0:
@@ -300,7 +320,12 @@ def _shape(node: torch.fx.Node) -> Sequence[Any]:
 
 
 def _symbolic(shape: Sequence[Any]) -> bool:
-    return any(isinstance(size, torch.SymInt) for size in shape)
+    return any(map(_is_symbolic, shape))
+
+
+def _is_symbolic(size: Any) -> bool:
+    """Whether a size depends on the batch's; the export may have settled it to a number."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
 def _compute(node: torch.fx.Node, resolve: Callable[[Any], Any]) -> Any:

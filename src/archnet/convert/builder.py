@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from archnet.convert.feature import Carry, Convolution, Feature, Form, Value
+from archnet.convert.feature import Carry, Convolution, Feature, Form, Value, resized
 from archnet.errors import ArchnetError
 from archnet.ops import (
     Activation,
@@ -25,7 +26,12 @@ from archnet.ops import (
     StudentGraph,
 )
 
-TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+
+def _move(axis: int, to: int, rank: int) -> tuple[int, ...]:
+    """The order of axes that moves one of them; ``rank`` counts the batch."""
+    order = [other for other in range(rank) if other != axis]
+    order.insert(to, axis)
+    return tuple(order)
 
 
 class ConversionError(ArchnetError):
@@ -49,7 +55,7 @@ class Builder:
     """Adds steps to a student.
 
     Methods take and give `Feature` handles. ``owner`` is the teacher node at work: the
-    multiply-accumulates of every step are charged to it.
+    multiply-accumulates of every step are charged to it, and ``owners`` tells whose a step is.
     """
 
     def __init__(self, target: TargetLimits) -> None:
@@ -58,6 +64,7 @@ class Builder:
         self.modules: dict[str, Operator] = {}
         self.owner = ""
         self.macs: dict[str, int] = {}
+        self.owners: dict[str, str] = {}
         self.paths: dict[str, str] = {}
 
     # -- steps ---------------------------------------------------------------------------------
@@ -81,6 +88,7 @@ class Builder:
         self.graph.shapes[name] = shape
         self.graph.steps.append(Step(name, tuple(inputs), self.paths.get(self.owner, "")))
         self.modules[name] = module
+        self.owners[name] = self.owner
         macs = 0
         if isinstance(module, Conv3x3):
             macs = math.prod(shape) * module.in_channels * 9
@@ -89,31 +97,80 @@ class Builder:
         self.macs[self.owner] = self.macs.get(self.owner, 0) + macs
         return name
 
+    def step(self, name: str) -> Step:
+        """The step that computes a named value."""
+        for step in reversed(self.graph.steps):
+            if step.name == name:
+                return step
+        raise KeyError(name)
+
     def first(self, feature: Feature) -> str:
-        """The value with channels first."""
+        """The value in the order of the feature's shape."""
         self._join(feature)
         if feature.first is None:
             assert feature.last is not None
-            feature.first = self.emit("first", Permute(TO_FIRST), feature.last)
+            rank = len(feature.shape) + 1
+            order = _move(rank - 1, feature.axis, rank)
+            feature.first = self.emit("first", Permute(order), feature.last)
         return feature.first
 
     def last(self, feature: Feature) -> str:
         """The value with channels last, where a fully connected layer reads it."""
-        if not feature.is_map:
+        rank = len(feature.shape) + 1
+        if feature.axis == rank - 1:
             return self.first(feature)
         self._join(feature)
         if feature.last is None:
             assert feature.first is not None
-            feature.last = self.emit("last", Permute(TO_LAST), feature.first)
+            order = _move(feature.axis, rank - 1, rank)
+            feature.last = self.emit("last", Permute(order), feature.first)
         return feature.last
+
+    def from_last(self, shape: tuple[int, ...], axis: int, name: str) -> Feature:
+        """A value with channels last as a feature of ``shape``, whose channels are at ``axis``."""
+        if axis == len(shape):
+            return Feature(shape, first=name, axis=axis)
+        return Feature(shape, last=name, axis=axis)
+
+    def tagged(self, value: Value, axis: int) -> Value:
+        """The same value, its channels taken to be at ``axis``."""
+        if value.axis == axis:
+            return value
+        feature = self.build(value)
+        return Feature(feature.shape, first=self.first(feature), axis=axis)
+
+    def permuted(self, value: Value, order: tuple[int, ...]) -> Value:
+        """Axes in another order (the batch is axis 0), moved only if somebody asks.
+
+        Where the axes beside the channels keep their order, both values are one with the channels
+        last; linear forms go through such a move.
+        """
+        if order == tuple(range(len(order))):
+            return value
+        shape = tuple(value.shape[axis - 1] for axis in order[1:])
+        axis = order.index(value.axis)
+        others = [other for other in order if other != value.axis]
+        kept = others == sorted(others)
+        if isinstance(value, Form) and kept and value.is_pointwise and not value.has_spread:
+            terms = []
+            for term in value.terms:
+                moved = self.permuted(term.feature, order)
+                assert isinstance(moved, Feature)
+                terms.append(replace(term, feature=moved))
+            return Form(shape, terms, value.bias, value.owner, axis)
+        feature = self.build(value)
+        if kept:
+            return self.from_last(shape, axis, self.last(feature))
+        return self.layout(feature, "permute", Permute(order), axis)
 
     def _on_either_layout(self, feature: Feature, kind: str, module: Operator) -> Feature:
         """An element-wise operator, on the layout that exists (first, if both do)."""
         self._join(feature)
+        shape, axis = feature.shape, feature.axis
         if feature.first is not None:
-            return Feature(feature.shape, first=self.emit(kind, module, feature.first))
+            return Feature(shape, first=self.emit(kind, module, feature.first), axis=axis)
         assert feature.last is not None
-        return Feature(feature.shape, last=self.emit(kind, module, feature.last))
+        return Feature(shape, last=self.emit(kind, module, feature.last), axis=axis)
 
     def activation(self, feature: Feature, low: float, high: float) -> Feature:
         """A ReLU or clip; on parts that nobody has joined yet it acts before the concatenation,
@@ -123,16 +180,28 @@ class Builder:
             return self.concat([self.activation(part, low, high) for part in feature.parts])
         return self._on_either_layout(feature, "act", Activation(low, high))
 
-    def layout(self, feature: Feature, kind: str, move: Operator) -> Feature:
-        """A layout move on the channels-first value."""
+    def layout(self, feature: Feature, kind: str, move: Operator, axis: int = 0) -> Feature:
+        """A layout move on the value in the order of its shape; ``axis`` is the result's."""
         name = self.emit(kind, move, self.first(feature))
-        return Feature(self.graph.shapes[name], first=name)
+        return Feature(self.graph.shapes[name], first=name, axis=axis)
 
     def slice(self, feature: Feature, axis: int, start: int, stop: int, step: int = 1) -> Feature:
-        """``x[start:stop:step]`` of a channels-first value (batch is axis 0)."""
+        """``x[start:stop:step]`` along an axis (batch is axis 0)."""
         if (start, stop, step) == (0, feature.shape[axis - 1], 1):
             return feature
-        return self.layout(feature, "slice", Slice(axis, start, stop, step))
+        return self.layout(feature, "slice", Slice(axis, start, stop, step), feature.axis)
+
+    def reshape(self, feature: Feature, shape: tuple[int, ...]) -> Feature:
+        """The same values in another shape; channels that stay an axis of their own stay so."""
+        if shape == feature.shape:
+            return feature
+        ahead = math.prod(feature.shape[: feature.axis - 1])
+        same = (
+            axis
+            for axis, size in enumerate(shape, 1)
+            if size == feature.channels and math.prod(shape[: axis - 1]) == ahead
+        )
+        return self.layout(feature, "reshape", Reshape(shape), next(same, 0))
 
     def pad(self, feature: Feature, rows: tuple[int, int], columns: tuple[int, int]) -> Feature:
         """Zeros around a map."""
@@ -144,11 +213,9 @@ class Builder:
         """Join along the channels, when somebody reads the joined value."""
         if len(features) == 1:
             return features[0]
-        channels = sum(f.channels for f in features)
-        shape = features[0].shape
-        if features[0].is_map:
-            return Feature((channels, *shape[1:]), parts=list(features))
-        return Feature((*shape[:-1], channels), parts=list(features))
+        axis, shape = features[0].axis, features[0].shape
+        shape = resized(shape, axis, sum(f.channels for f in features))
+        return Feature(shape, parts=list(features), axis=axis)
 
     def _join(self, feature: Feature) -> None:
         if feature.parts is None or feature.first or feature.last:
@@ -156,12 +223,12 @@ class Builder:
         parts = feature.parts
         for part in parts:
             self._join(part)
-        if feature.is_map and all(part.first is None for part in parts):
+        if all(part.first is None for part in parts):
             names = [self.last(part) for part in parts]
-            feature.last = self.emit("concat", Concat(3), *names)
+            feature.last = self.emit("concat", Concat(len(feature.shape)), *names)
         else:
             names = [self.first(part) for part in parts]
-            feature.first = self.emit("concat", Concat(feature.channel_axis), *names)
+            feature.first = self.emit("concat", Concat(feature.axis), *names)
 
     def maxpool(self, feature: Feature, stride: int, padding: tuple[int, int, int, int]) -> Feature:
         return self.layout(feature, "pool", MaxPool2x2(stride, padding))
@@ -172,14 +239,24 @@ class Builder:
         The exact inverse of the variance's epsilon is taken into the running variance, so that
         the operator multiplies by ``scale`` itself.
         """
-        if feature.shape and not feature.is_map and len(feature.shape) > 1:
-            raise ConversionError("batch norm on tokens needs channels on axis 1")
         module = BatchNorm(feature.channels, eps=1e-5)
         with torch.no_grad():
             module.weight.copy_(scale.expand(feature.channels))
             module.bias.copy_(bias.expand(feature.channels))
             module.running_var.fill_(1 - module.eps)
-        return self.layout(feature, "bn", module)
+        rank = len(feature.shape) + 1
+        there, back = _move(feature.axis, 1, rank), _move(1, feature.axis, rank)
+        moved = self.build(self.permuted(feature, there))
+        return self.build(self.permuted(self.layout(moved, "bn", module, 1), back))
+
+    def element_affine(self, feature: Feature, scale: Tensor, bias: Tensor) -> Feature:
+        """Scale * x + bias with a value of their own for every element: (*shape) tensors.
+
+        Flattened, every element is a channel of a batch norm: so a table of positions is added.
+        """
+        flat = self.layout(feature, "flat", Reshape((math.prod(feature.shape),)))
+        normed = self.batchnorm(flat, scale.flatten(), bias.flatten())
+        return self.layout(normed, "shape", Reshape(feature.shape), feature.axis)
 
     # -- fully connected layers ----------------------------------------------------------------
 
@@ -199,23 +276,40 @@ class Builder:
 
         The 3x3 carries the matrix in its centre (eight zero taps, nine times the MACs).
         """
-        shape = (weight.shape[0], *feature.shape[1:])
-        if not feature.is_map:
-            name = self.fully_connected(self.first(feature), weight, bias)
-            return Feature((*feature.shape[:-1], weight.shape[0]), first=name)
-        if not self.target.fc_per_position:
+        shape = resized(feature.shape, feature.axis, weight.shape[0])
+        if len(shape) > 1 and not self.target.fc_per_position:
+            if not feature.is_map:
+                return self._as_map(feature, lambda x: self.matrix_at_positions(x, weight, bias))
             kernel = torch.zeros(*weight.shape, 3, 3, dtype=weight.dtype)
             kernel[:, :, 1, 1] = weight
             return self.conv3x3(feature, kernel, bias, stride=1, padding=1)
+        if len(shape) == 1:
+            return Feature(shape, first=self.fully_connected(self.first(feature), weight, bias))
         return self._within_channel_limit(
             feature,
             weight,
             bias,
-            lambda part, matrix, offset: Feature(
-                (matrix.shape[0], *shape[1:]),
-                last=self.fully_connected(self.last(part), matrix, offset),
+            lambda part, matrix, offset: self.from_last(
+                resized(shape, feature.axis, matrix.shape[0]),
+                feature.axis,
+                self.fully_connected(self.last(part), matrix, offset),
             ),
         )
+
+    def _as_map(self, feature: Feature, work: Callable[[Feature], Feature]) -> Feature:
+        """``work`` on a map (C, positions, 1) of a feature that has other axes."""
+        rank = len(feature.shape) + 1
+        front = self.build(self.permuted(feature, _move(feature.axis, 1, rank)))
+        positions = front.shape[1:]
+        flat = self.layout(front, "map", Reshape((front.channels, math.prod(positions), 1)), 1)
+        done = work(flat)
+        tall = self.layout(done, "unmap", Reshape((done.channels, *positions)), 1)
+        return self.build(self.permuted(tall, _move(1, feature.axis, rank)))
+
+    def spread(self, feature: Feature, shape: tuple[int, ...]) -> Feature:
+        """A map of one position at every position of ``shape`` (C, H, W): a column of ones."""
+        ones = torch.ones(math.prod(shape[1:]), 1, dtype=torch.float64)
+        return self.over_positions(feature, ones, (shape[1], shape[2]))
 
     def over_positions(self, feature: Feature, matrix: Tensor, shape: tuple[int, int]) -> Feature:
         """A constant linear map over the positions of a map, the same for every channel.
@@ -296,7 +390,7 @@ class Builder:
         if limit is None or max(weight.shape[:2]) <= limit:
             return build(feature, weight, bias)
         inputs = [
-            (self.slice(feature, 1, i, min(i + limit, weight.shape[1])), i)
+            (self.slice(feature, feature.axis, i, min(i + limit, weight.shape[1])), i)
             for i in range(0, weight.shape[1], limit)
         ]
         outputs = []
@@ -464,7 +558,8 @@ class Builder:
             return features[0]
         channels = features[0].channels
         widest = self.target.merge_lanes
-        literal = features[0].is_map and not self.target.fc_per_position
+        axis = features[0].axis
+        literal = len(features[0].shape) > 1 and not self.target.fc_per_position
         if literal and self.target.max_channels is not None:
             # A merge is a convolution here, and has to fit the limit as well, with two sums a time.
             if len(features) > 2:
@@ -478,7 +573,7 @@ class Builder:
         if literal:
             parts = []
             for start in range(0, channels, lane):
-                slices = [self.slice(f, 1, start, start + lane) for f in features]
+                slices = [self.slice(f, axis, start, start + lane) for f in features]
                 parts.append(self.matrix_at_positions(self.concat(slices), eye, zero))
             return self.concat(parts)
         names = [self.last(f) for f in features]
@@ -490,9 +585,7 @@ class Builder:
         total = self.fully_connected(joined, eye, zero)
         if lane != channels:
             total = self.emit("join", Reshape((*positions, channels)), total)
-        if features[0].is_map:
-            return Feature(features[0].shape, last=total)
-        return Feature(features[0].shape, first=total)
+        return self.from_last(features[0].shape, axis, total)
 
     def build(self, value: Value) -> Feature:
         """Turn a linear form into operators; a feature is given back as it is.
@@ -511,10 +604,17 @@ class Builder:
 
     def _build_sum(self, value: Form) -> Feature:
         bias = value.bias.expand(value.channels)
-        pointwise = [t for t in value.terms if isinstance(t, Convolution) and t.is_pointwise]
-        convolutions = [t for t in value.terms if isinstance(t, Convolution) and not t.is_pointwise]
-        carries = [t for t in value.terms if isinstance(t, Carry)]
+        terms = [term for term in value.terms if not value.is_spread(term)]
+        spread = [term for term in value.terms if value.is_spread(term)]
+        pointwise = [t for t in terms if isinstance(t, Convolution) and t.is_pointwise]
+        convolutions = [t for t in terms if isinstance(t, Convolution) and not t.is_pointwise]
+        carries = [t for t in terms if isinstance(t, Carry)]
         parts: list[Feature] = []
+        if spread:
+            # At one position the bias costs nothing, wherever the other terms would put it.
+            single = self._build_sum(Form((value.channels, 1, 1), spread, bias))
+            parts.append(self.spread(single, value.shape))
+            bias = torch.zeros_like(bias)
         for conv in convolutions:
             parts.append(self.convolve(conv, bias))
             bias = torch.zeros_like(bias)

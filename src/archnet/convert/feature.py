@@ -1,5 +1,6 @@
 """Values during conversion: features that exist, and linear forms that do not yet."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,28 +11,39 @@ from torch import Tensor
 class Feature:
     """A value of the student, in one or both layouts.
 
-    ``shape`` is (C, H, W) for a map, any other rank otherwise. ``first`` names the value with
-    channels first, ``last`` the same value with channels last (H, W, C), where a fully connected
-    layer can read it. The builder adds the missing layout when somebody asks for it.
+    ``axis`` is that of the channels, the batch being axis 0; where it is not given, a value of
+    three axes is a map (C, H, W) and any other has its channels last. ``first`` names the value
+    in the order of ``shape``, ``last`` the same value with the channels moved to the end, where a
+    fully connected layer can read it. The builder adds the missing layout when somebody asks for
+    it.
     """
 
     shape: tuple[int, ...]
     first: str | None = None
     last: str | None = None
     parts: "list[Feature] | None" = None
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        self.axis = self.axis or default_axis(self.shape)
 
     @property
     def is_map(self) -> bool:
-        return len(self.shape) == 3
-
-    @property
-    def channel_axis(self) -> int:
-        """Axis of the channels, the batch being axis 0."""
-        return 1 if self.is_map else len(self.shape)
+        return len(self.shape) == 3 and self.axis == 1
 
     @property
     def channels(self) -> int:
-        return self.shape[self.channel_axis - 1]
+        return self.shape[self.axis - 1]
+
+
+def default_axis(shape: tuple[int, ...]) -> int:
+    """Where channels are taken to be when nothing tells."""
+    return 1 if len(shape) == 3 else len(shape)
+
+
+def resized(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+    """``shape`` with another size on one axis (the batch is axis 0 and not in it)."""
+    return (*shape[: axis - 1], size, *shape[axis:])
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,8 @@ class Carry:
 class Convolution:
     """A convolution that was read but not built yet, so that what follows can fold into it.
 
-    ``weight`` is (O, C / groups, kh, kw). ``owner`` is the teacher node it came from.
+    A linear layer is one of 1x1. ``weight`` is (O, C / groups, kh, kw), ``owner`` the teacher node
+    it came from.
     """
 
     feature: Feature
@@ -84,6 +97,7 @@ class Form:
     Batch norm in eval mode, addition and multiplication by constants only change a form; it is
     built into operators when something that is not linear reads it. That is how batch norms fold
     into convolutions and additions merge with shortcuts, without a rule for each combination.
+    A term whose feature has one position where the form has many is the same at all of them.
     Weights and bias are float64 until they are built, so that folding costs no accuracy.
     ``owner`` is the teacher node that gave the form its last term.
     """
@@ -92,18 +106,39 @@ class Form:
     terms: list[Term]
     bias: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
     owner: str = ""
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        self.axis = self.axis or default_axis(self.shape)
 
     @property
     def channels(self) -> int:
-        return Feature(self.shape).channels
+        return self.shape[self.axis - 1]
 
     def affine(self, scale: Tensor, bias: Tensor) -> "Form":
         """Scale * self + bias with (C,) or (1,) vectors, exact."""
         full = scale.double().expand(self.channels)
-        return Form(self.shape, [t.scaled(full) for t in self.terms], self.bias * full + bias)
+        terms = [term.scaled(full) for term in self.terms]
+        return Form(self.shape, terms, self.bias * full + bias, axis=self.axis)
 
     def plus(self, other: "Form") -> "Form":
-        return Form(self.shape, [*self.terms, *other.terms], self.bias + other.bias)
+        terms = [*self.terms, *other.terms]
+        return Form(self.shape, terms, self.bias + other.bias, axis=self.axis)
+
+    def is_spread(self, term: "Term") -> bool:
+        """Whether a term has one position where the form has many."""
+        return math.prod(term.feature.shape) == term.feature.channels and (
+            math.prod(self.shape) > self.channels
+        )
+
+    @property
+    def has_spread(self) -> bool:
+        return any(map(self.is_spread, self.terms))
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Every term is a matrix or a scale at every position."""
+        return all(isinstance(term, Carry) or term.is_pointwise for term in self.terms)
 
 
 Value = Feature | Form

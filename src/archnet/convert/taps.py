@@ -64,8 +64,9 @@ def choose_taps(
     for index in sorted(found):
         node = nodes[index]
         # Class scores have a loss of their own, and a stretch without weights learns nothing.
-        is_map = len(node.shape) > 1
-        if is_map and any(map(_is_weighted, nodes[previous + 1 : index + 1])):
+        if not node.batch.plain or len(node.shape) < 2:
+            continue
+        if any(map(_is_weighted, nodes[previous + 1 : index + 1])):
             taps.append((found[index], node))
             previous = index
     return taps

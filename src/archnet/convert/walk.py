@@ -2,16 +2,22 @@
 
 import difflib
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from archnet.capture import TeacherGraph, TeacherNode, capture
 from archnet.convert.builder import Builder, ConversionError, TargetLimits
+from archnet.convert.calibration import Calibration
 from archnet.convert.feature import Feature, Form, Value
+from archnet.convert.fit import relative_error
+from archnet.convert.narrow import narrow
 from archnet.convert.rules import RULES
-from archnet.convert.rules.base import Site
+from archnet.convert.rules.attention import softmax_weights
+from archnet.convert.rules.base import Site, Values
 from archnet.convert.taps import choose_taps
 from archnet.hardware import Target
 from archnet.ops import NodeReport, Student, Tap, WeightedOperator
@@ -25,6 +31,7 @@ def convert(
     start: str = "exact",
     taps: Sequence[str] | None = None,
     seed: int = 0,
+    calibration: Tensor | tuple[Tensor, ...] | None = None,
 ) -> Student:
     """Convert a trained network into a student of the target's operators.
 
@@ -37,6 +44,8 @@ def convert(
         taps: module paths whose outputs are compared in distillation; chosen from the graph
             (block outputs) when absent.
         seed: of the random start.
+        calibration: unlabelled inputs, a few hundred samples as one batch; what has no exact form
+            is fitted to the teacher's features on them. `example_inputs` when absent.
 
     Returns:
         The student in eval mode, on the CPU, float32; ``student.report`` tells what became of
@@ -55,52 +64,72 @@ def convert(
         graph = capture(teacher, example_inputs)
     _require_rules(graph)
     tap_nodes = choose_taps(graph, taps)
+    live = _live(graph)
+    inputs = example_inputs if calibration is None else calibration
     builder = Builder(target)
+    fitting = None
+    if inputs is not None:
+        inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        fitting = Calibration(graph, inputs, builder)
     builder.paths = {node.name: node.path for node in graph.nodes}
-    values: dict[str, Value] = {
+    values: dict[str, Values] = {
         name: builder.input(name, shape) for name, shape in graph.inputs.items()
     }
-    uses, tapped = graph.uses(), {node.name for _, node in tap_nodes}
-    last_reader = {name: node.name for node in graph.nodes for name in node.refs()}
+    batches, report = graph.batches(), []
+    uses = Counter(name for node in live.values() for name in reads(node))
+    uses[graph.output] += 1
+    tapped = {node.name for _, node in tap_nodes}
+    last_reader = {name: node.name for node in live.values() for name in reads(node)}
     last_reader[graph.output] = ""
     for node in graph.nodes:
+        if node.name not in live:
+            report.append(NodeReport(node.path, node.operator, "unread", False, _macs(node), 0))
+            continue
         builder.owner = node.name
-        value = RULES[node.operator].apply(Site(node, values, builder))
-        if isinstance(value, Form):
-            value.owner = value.owner or node.name
+        site = Site(node, values, builder, batches, fitting)
+        value = RULES[node.operator].apply(site)
+        for single in value if isinstance(value, list) else [value]:
+            if isinstance(single, Form):
+                single.owner = single.owner or node.name
+        if isinstance(value, Form) and (uses[node.name] > 1 or node.name in tapped):
             # Read once, a form folds into its reader; read twice, it would be computed twice.
-            if uses.get(node.name, 0) > 1 or node.name in tapped:
-                value = builder.build(value)
+            value = builder.build(value)
         if isinstance(value, Feature) and node.name in tapped:
             # All that follows reads the tap itself, so that a block can start from it.
-            value = Feature(value.shape, first=builder.first(value))
-        if value.shape != node.shape:
+            value = Feature(value.shape, first=builder.first(value), axis=value.axis)
+        if not isinstance(value, list) and value.shape != node.shape:
             raise ConversionError(
                 f"{node.operator} at '{node.path}' gives {node.shape} in the teacher, "
                 f"{value.shape} in the student: its rule has a fault"
             )
         values[node.name] = value
+        error = None
+        if not site.exact and not isinstance(value, list):
+            error = relative_error(site.given(value), site.wanted())
+        rule = RULES[node.operator].name
+        report.append(NodeReport(node.path, node.operator, rule, site.exact, _macs(node), 0, error))
         # Forms hold weights in float64: one that nobody reads again is let go.
-        for name in set(node.refs()):
+        for name in set(reads(node)):
             if last_reader[name] == node.name and name not in tapped:
-                values.pop(name, None)  # the size of a batch is none of them
+                values.pop(name, None)
+        if fitting is not None:
+            fitting.keep([v for found in values.values() for v in _each(found)])
     builder.owner = graph.output
-    builder.graph.output = builder.first(builder.build(values[graph.output]))
+    if not batches[graph.output].plain:
+        raise ConversionError("the teacher's result moves values between the samples of a batch")
+    (result,) = _each(values[graph.output])
+    builder.graph.output = builder.first(builder.build(result))
     builder.graph.taps = [
         Tap(path or node.name, node.name, _name_of(values[node.name])) for path, node in tap_nodes
     ]
-    builder.graph.report = [
-        NodeReport(
-            node.path,
-            node.operator,
-            RULES[node.operator].name,
-            RULES[node.operator].exact,
-            teacher_macs(node),
-            builder.macs.get(node.name, 0),
-        )
-        for node in graph.nodes
-    ]
     student = Student(builder.graph, builder.modules).eval()
+    macs = Counter(builder.macs)
+    for name, saved in narrow(student).items():
+        macs[builder.owners[name]] -= saved
+    student.graph.report = [
+        replace(row, macs_after=macs[node.name])
+        for row, node in zip(report, graph.nodes, strict=True)
+    ]
     if start == "random":
         randomise(student, seed)
     elif start != "exact":
@@ -108,17 +137,44 @@ def convert(
     return student
 
 
-def _name_of(value: Value) -> str:
+def _each(found: Values) -> list[Value]:
+    return found if isinstance(found, list) else [found]
+
+
+def _name_of(value: Values) -> str:
     assert isinstance(value, Feature)
     assert value.first is not None
     return value.first
 
 
+def reads(node: TeacherNode) -> list[str]:
+    """The values that the student needs where the teacher has this node."""
+    rule = RULES.get(node.operator)
+    return node.refs() if rule is None or rule.reads is None else rule.reads(node)
+
+
+def _live(graph: TeacherGraph) -> dict[str, TeacherNode]:
+    """The nodes that the student's result depends on, by name, in forward order.
+
+    What an approximation does without (queries, keys and masks of an attention) is not converted.
+    """
+    wanted, found = {graph.output}, []
+    for node in reversed(graph.nodes):
+        if node.name in wanted:
+            wanted.update(reads(node))
+            found.append(node)
+    return {node.name: node for node in reversed(found)}
+
+
 def missing_rules(graph: TeacherGraph) -> dict[str, list[str]]:
     """The operators that no rule converts, with the module path of every node, in forward order."""
     missing: dict[str, list[str]] = {}
-    for node in graph.nodes:
-        if node.operator not in RULES:
+    weights = softmax_weights(graph)
+    for node in _live(graph).values():
+        # A product of two features has a rule only where it is the end of an attention.
+        free = RULES.get(node.operator) is RULES["aten.matmul.default"]
+        features = len(node.refs()) > 1
+        if node.operator not in RULES or (free and features and node.refs()[0] not in weights):
             missing.setdefault(node.operator, []).append(node.path)
     return missing
 
@@ -140,7 +196,7 @@ def _require_rules(graph: TeacherGraph) -> None:
     )
 
 
-def teacher_macs(node: TeacherNode) -> int:
+def _macs(node: TeacherNode) -> int:
     """Multiply-accumulates of a teacher's node for one sample (convolutions and linear layers)."""
     weight = node.arguments.get("weight")
     if node.operator.startswith(("aten.conv2d", "aten.linear")) and isinstance(weight, Tensor):

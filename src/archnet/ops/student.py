@@ -64,7 +64,11 @@ class Tap:
 
 @dataclass
 class NodeReport:
-    """What became of one node of the teacher."""
+    """What became of one node of the teacher.
+
+    ``error`` of an approximation is |student - teacher| / |teacher| at its output, on the inputs
+    it was fitted to, before any training; the student's own input has the errors before it.
+    """
 
     path: str
     operator: str
@@ -72,6 +76,7 @@ class NodeReport:
     exact: bool
     macs_before: int
     macs_after: int
+    error: float | None = None
 
 
 @dataclass

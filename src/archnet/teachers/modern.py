@@ -115,7 +115,9 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, in_channels, image_size, image_size)."""
         tokens = self.patches(x).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), tokens], 1) + self.positions
+        tokens = (
+            torch.cat([self.class_token.expand(x.shape[0], -1, -1), tokens], 1) + self.positions
+        )
         return self.linear(self.norm(self.blocks(tokens))[:, 0])
 
 

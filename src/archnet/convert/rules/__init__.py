@@ -6,7 +6,9 @@ of its kind (or a new file, listed here) and a test of equality. Nothing else ch
 
 from archnet.convert.rules import (
     activation,
+    attention,
     convolution,
+    gating,
     layout,
     linear,
     normalization,
@@ -19,7 +21,9 @@ __all__ = [
     "RULES",
     "Rule",
     "activation",
+    "attention",
     "convolution",
+    "gating",
     "layout",
     "linear",
     "normalization",

@@ -1,8 +1,12 @@
-"""ReLU and clips (exact): the float case of an activation quantizer."""
+"""ReLU and clips (exact): the float case of an activation quantizer; smooth ones (approximate)."""
 
 import math
+from dataclasses import dataclass
 
-from archnet.convert.feature import Value
+import torch
+
+from archnet.convert.feature import Carry, Form, Value
+from archnet.convert.fit import channels_first, clipped_line
 from archnet.convert.rules.base import Site, rule
 
 
@@ -41,6 +45,73 @@ def clip(site: Site) -> Value:
         -math.inf if low is None else float(low),
         math.inf if high is None else float(high),
     )
+
+
+@rule("aten.hardsigmoid.default", "aten.hardsigmoid_.default")
+def hardsigmoid(site: Site) -> Value:
+    """Y = min(max(x / 6 + 1/2, 0), 1): a scale and a shift that fold, and a clip."""
+    line = site.form("self").affine(torch.tensor([1 / 6]).double(), torch.tensor([0.5]).double())
+    return site.builder.activation(site.builder.build(line), 0.0, 1.0)
+
+
+@rule("aten.leaky_relu.default", "aten.leaky_relu_.default")
+def leaky_relu(site: Site) -> Value:
+    """Y = a x + (1 - a) max(x, 0): a ReLU and its own input, added."""
+    x, slope = site.feature("self"), float(site.argument("negative_slope"))
+    rectified = site.builder.activation(x, 0.0, math.inf)
+    scales = [torch.full((x.channels,), s, dtype=torch.float64) for s in (slope, 1 - slope)]
+    terms = [Carry(feature, scale) for feature, scale in zip((x, rectified), scales, strict=True)]
+    return Form(x.shape, [*terms], axis=x.axis)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A smooth function that one clipped line min(max(a x + b, low), high) stands for.
+
+    ``slopes`` and ``offsets`` are (first, last) candidates for a and b.
+    """
+
+    low: float
+    high: float
+    slopes: tuple[float, float]
+    offsets: tuple[float, float]
+
+
+_CURVES = {
+    "gelu": Curve(0.0, math.inf, (0.5, 1.1), (-0.5, 0.4)),
+    "silu": Curve(0.0, math.inf, (0.4, 1.1), (-0.9, 0.4)),
+    "hardswish": Curve(0.0, math.inf, (0.4, 1.1), (-0.9, 0.4)),
+    "mish": Curve(0.0, math.inf, (0.5, 1.1), (-0.7, 0.5)),
+    "softplus": Curve(0.0, math.inf, (0.3, 1.1), (-0.3, 0.8)),
+    "elu": Curve(-1.0, math.inf, (0.5, 1.1), (-0.4, 0.4)),
+    "sigmoid": Curve(0.0, 1.0, (0.1, 0.3), (0.3, 0.7)),
+    "tanh": Curve(-1.0, 1.0, (0.4, 1.1), (-0.3, 0.3)),
+}
+_CANDIDATES = 9  # of each number
+
+
+@rule(
+    *(f"aten.{name}{mark}.default" for name in _CURVES for mark in ("", "_")),
+)
+def smooth_activation(site: Site) -> Value:
+    """Y nearly min(max(a x + b, low), high), the best a and b for every channel.
+
+    The line goes into the layer in front, so that a GELU, SiLU, hardswish, sigmoid or tanh costs
+    what a ReLU costs. Where the layer in front cannot take it, it is a batch norm.
+    """
+    curve = _CURVES[site.node.operator.removeprefix("aten.").split(".")[0].removesuffix("_")]
+    low = curve.low * float(site.node.arguments.get("alpha", 1.0))
+    form = site.form(site.subject)
+    slope, offset = clipped_line(
+        channels_first(site.given(form), form.axis),
+        channels_first(site.wanted(), form.axis),
+        low,
+        curve.high,
+        torch.linspace(*curve.slopes, _CANDIDATES).tolist(),
+        torch.linspace(*curve.offsets, _CANDIDATES).tolist(),
+    )
+    line = site.builder.build(form.affine(slope, offset))
+    return site.builder.activation(line, low, curve.high)
 
 
 @rule("aten.dropout.default", "aten.dropout_.default", "aten.feature_dropout.default")

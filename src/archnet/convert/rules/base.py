@@ -1,23 +1,34 @@
 """What a rule is, and the register of all rules."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from archnet.capture import Ref, TeacherNode
+from archnet.capture import Batch, Ref, TeacherNode
 from archnet.convert.builder import Builder, ConversionError
-from archnet.convert.feature import Carry, Feature, Form, Value
+from archnet.convert.calibration import Calibration
+from archnet.convert.feature import Carry, Convolution, Feature, Form, Value
+
+# What an operator with several results gives; `getitem` picks from it.
+Values = Value | list[Value]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Site:
-    """Where a rule is applied: the node, the values converted so far, and the builder."""
+    """Where a rule is applied: the node, the values converted so far, and the builder.
+
+    ``batches`` says for every value of the teacher where its samples lie. ``exact`` is what the
+    report says of the node: a rule that fits sets it to False.
+    """
 
     node: TeacherNode
-    values: Mapping[str, Value]
+    values: Mapping[str, Values]
     builder: Builder
+    batches: Mapping[str, Batch]
+    calibration: Calibration | None = None
+    exact: bool = field(default=True, init=False)
 
     def argument(self, name: str) -> Any:
         """An argument of the operator, by the name in its schema."""
@@ -28,7 +39,13 @@ class Site:
         reference = self.argument(name)
         if not isinstance(reference, Ref):
             raise self.error(f"argument {name} is a constant where a feature is expected")
-        return self.values[reference.name]
+        return self.referred(reference)
+
+    def referred(self, reference: Ref) -> Value:
+        """The converted value of a node that gives one."""
+        found = self.values[reference.name]
+        assert not isinstance(found, list)
+        return found
 
     def feature(self, name: str) -> Feature:
         """The same, built into operators if it was a linear form."""
@@ -49,30 +66,76 @@ class Site:
         items = [value] if isinstance(value, int) else list(value)
         return (items[0], items[-1])
 
+    # -- axes ----------------------------------------------------------------------------------
+
+    @property
+    def batch(self) -> Batch:
+        """Where the samples of the operator's first argument lie."""
+        return self.batches[self.node.refs()[0]]
+
+    def axis(self, dim: int) -> int:
+        """An axis of the operator's first argument as the student's axis."""
+        batch = self.batch
+        if batch.axis < 0 or (dim % batch.rank == batch.axis and batch.folded == 1):
+            raise self.error("works along the batch")
+        return batch.student_axis(dim)
+
+    def tagged(self, name: str, axis: int) -> Value:
+        """An argument, its channels taken to be at one axis."""
+        return self.builder.tagged(self.value(name), axis)
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """A constant of the teacher at every element of the result: (*shape), float64."""
+        batch, shape = self.node.batch, list(self.node.shape)
+        if batch.folded == 1:
+            shape.insert(batch.axis, 1)
+        return batch.samples(constant(tensor).expand(shape), self.node.shape)[0]
+
+    # -- fits ----------------------------------------------------------------------------------
+
+    def wanted(self) -> Tensor:
+        """What the teacher gives here on the calibration inputs: (B, *shape)."""
+        return self._fitting.target(self.node)
+
+    def given(self, value: Value) -> Tensor:
+        """The student's value on the calibration inputs: (B, *shape)."""
+        return self._fitting.value(value)
+
+    @property
+    def _fitting(self) -> Calibration:
+        self.exact = False
+        if self.calibration is None:
+            raise self.error("has no exact form and is fitted to inputs: give calibration")
+        return self.calibration
+
     def error(self, reason: str) -> ConversionError:
         return ConversionError(f"{self.node.operator} at '{self.node.path}': {reason}")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rewrite: the operators it matches, what it builds, and whether it is exact."""
+    """A rewrite: the operators it matches, and what it builds.
+
+    ``reads`` names the arguments that the rewrite needs; the others, and whatever is computed for
+    them alone, have no part in the student. All of them where it is None.
+    """
 
     name: str
     operators: tuple[str, ...]
-    exact: bool
-    apply: Callable[[Site], Value]
+    apply: Callable[[Site], Values]
+    reads: Callable[[TeacherNode], list[str]] | None = None
 
 
 RULES: dict[str, Rule] = {}
 
 
 def rule(
-    *operators: str, exact: bool = True
-) -> Callable[[Callable[[Site], Value]], Callable[[Site], Value]]:
+    *operators: str, reads: Callable[[TeacherNode], list[str]] | None = None
+) -> Callable[[Callable[[Site], Values]], Callable[[Site], Values]]:
     """Register a rewrite for ATen operators (`aten.<name>.<overload>`)."""
 
-    def register(apply: Callable[[Site], Value]) -> Callable[[Site], Value]:
-        entry = Rule(apply.__name__, operators, exact, apply)
+    def register(apply: Callable[[Site], Values]) -> Callable[[Site], Values]:
+        entry = Rule(apply.__name__, operators, apply, reads)
         for operator in operators:
             RULES[operator] = entry
         return apply
@@ -81,7 +144,30 @@ def rule(
 
 
 def as_form(value: Value) -> Form:
-    return value if isinstance(value, Form) else Form(value.shape, [Carry(value)])
+    return value if isinstance(value, Form) else Form(value.shape, [Carry(value)], axis=value.axis)
+
+
+def matrix_on(site: Site, value: Value, weight: Tensor, bias: Tensor) -> Form:
+    """The form W x + b at every position, with ``weight`` (O, C) and ``bias`` (O,).
+
+    Scales and shifts in front (a batch norm without an activation) go into the weights:
+    W (s x + t) + b = (W s) x + (W t + b).
+    """
+    shape = (*value.shape[: value.axis - 1], len(weight), *value.shape[value.axis :])
+
+    def term(feature: Feature, matrix: Tensor) -> Convolution:
+        return Convolution(feature, matrix[:, :, None, None], site.node.name)
+
+    if isinstance(value, Form):
+        carries = [t for t in value.terms if isinstance(t, Carry)]
+        wide = [t for t in value.terms if not value.is_spread(t)]
+        if len(carries) == len(value.terms) and len(wide) == 1:
+            terms = [
+                term(t.feature, weight if t.scale is None else weight * t.scale) for t in carries
+            ]
+            offset = bias + weight @ value.bias.expand(weight.shape[1])
+            return Form(shape, [*terms], offset, axis=value.axis)
+    return Form(shape, [term(site.builder.build(value), weight)], bias, axis=value.axis)
 
 
 def constant(tensor: Tensor) -> Tensor:

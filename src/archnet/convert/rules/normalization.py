@@ -1,9 +1,10 @@
-"""Batch norm in eval mode (exact)."""
+"""Batch norm in eval mode (exact); layer and group norm (approximate)."""
 
 import torch
 
 from archnet.convert.feature import Value
-from archnet.convert.rules.base import Site, constant, rule
+from archnet.convert.fit import channels_first, regression
+from archnet.convert.rules.base import Site, as_form, constant, rule
 
 
 @rule("aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default")
@@ -22,4 +23,29 @@ def batch_norm(site: Site) -> Value:
     bias = -mean * scale
     if site.argument("bias") is not None:
         bias = bias + constant(site.argument("bias"))
-    return site.form("input").affine(scale, bias)
+    return as_form(site.tagged("input", site.axis(1))).affine(scale, bias)
+
+
+@rule("aten.layer_norm.default")
+def layer_norm(site: Site) -> Value:
+    """Y = (x - E[x]) / sqrt(V[x]) * gamma + beta over a token, nearly a batch norm.
+
+    Mean and deviation of every token give way to one scale and one shift for every channel
+    (the paper's section on Transformers; PowerNorm, Shen et al. 2020, arXiv 2003.07845), here by
+    least squares against the teacher's own result.
+    """
+    if len(site.argument("normalized_shape")) != 1:
+        raise site.error("normalises over several axes; only the last one has a rule")
+    return _fitted(site, site.tagged("input", len(site.node.shape)))
+
+
+@rule("aten.group_norm.default", "aten.instance_norm.default")
+def group_norm(site: Site) -> Value:
+    """The same for groups of channels of one sample: nearly a batch norm, by least squares."""
+    return _fitted(site, site.tagged("input", site.axis(1)))
+
+
+def _fitted(site: Site, value: Value) -> Value:
+    x, wanted = site.given(value), site.wanted()
+    slopes, offset = regression([channels_first(x, value.axis)], channels_first(wanted, value.axis))
+    return as_form(value).affine(slopes[:, 0], offset)

@@ -1,5 +1,6 @@
 """Max-, average- and global pooling of any window (exact)."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,7 @@ def max_pool(site: Site) -> Value:
         raise site.error("dilated max-pooling has no rule; write one in rules/pooling.py")
     if ky != kx or stride[0] != stride[1] or ky < 2:
         raise site.error("max-pooling windows have to be square and at least 2x2")
-    feature, (_, height, width) = site.feature("self"), site.node.shape
+    feature, (_, height, width) = _map(site), site.node.shape
     rows, columns = feature.shape[1:]
     # What the window needs to the right and at the bottom (ceil_mode reaches past the padding).
     bottom = (height - 1) * stride[0] + ky - rows - py
@@ -52,7 +53,7 @@ def average_pool(site: Site) -> Value:
     """
     kernel, padding = site.pair("kernel_size"), site.pair("padding")
     stride = site.pair("stride") if site.argument("stride") else kernel
-    feature, override = site.feature("self"), site.argument("divisor_override")
+    feature, override = _map(site), site.argument("divisor_override")
     even = padding == (0, 0) or bool(site.argument("count_include_pad"))
     if even and not site.argument("ceil_mode"):
         divisor = float(override or kernel[0] * kernel[1])
@@ -75,7 +76,7 @@ def average_pool(site: Site) -> Value:
 @rule("aten.adaptive_avg_pool2d.default")
 def adaptive_average_pool(site: Site) -> Value:
     """The identity, windows of one size, or a constant matrix over all positions."""
-    feature = site.feature("self")
+    feature = _map(site)
     size, (rows, columns) = site.node.shape[1:], feature.shape[1:]
     if tuple(size) == (rows, columns):
         return feature
@@ -86,15 +87,35 @@ def adaptive_average_pool(site: Site) -> Value:
 
 
 @rule("aten.mean.dim")
-def global_average(site: Site) -> Value:
-    """The mean over rows and columns: a fully connected layer over the positions (H*W -> 1)."""
-    feature, axes = site.feature("self"), {d % 4 for d in site.argument("dim")}
-    if not feature.is_map or axes != {2, 3}:
-        raise site.error(f"mean over axes {sorted(axes)}; only rows and columns have a rule")
-    pooled = _over_positions(site, feature, lambda x: F.adaptive_avg_pool2d(x, 1))
-    if site.argument("keepdim"):
-        return pooled
-    return site.builder.layout(pooled, "flat", Reshape((feature.channels,)))
+def mean(site: Site) -> Value:
+    """The mean over some axes: a fully connected layer over them (n -> 1) of weights 1/n.
+
+    Over rows and columns of a map it is global average pooling; over the tokens of a sequence, or
+    over channels, the axis is moved to the end.
+    """
+    builder, dims = site.builder, site.argument("dim")
+    axes = sorted(site.axis(d) for d in dims)
+    feature = site.feature("self")
+    if feature.is_map and axes == [2, 3]:
+        pooled = _over_positions(site, feature, lambda x: F.adaptive_avg_pool2d(x, 1))
+        return builder.reshape(pooled, site.node.shape)
+    rank = len(feature.shape) + 1
+    order = (*(a for a in range(rank) if a not in axes), *axes)
+    moved = builder.build(builder.permuted(feature, order))
+    count = math.prod(moved.shape[-len(axes) :])
+    flat = builder.reshape(moved, (*moved.shape[: -len(axes)], count))
+    flat = Feature(flat.shape, first=builder.first(flat), axis=len(flat.shape))
+    weight = torch.full((1, count), 1 / count, dtype=torch.float64)
+    pooled = builder.matrix_at_positions(flat, weight, torch.zeros(1, dtype=torch.float64))
+    return builder.reshape(pooled, site.node.shape)
+
+
+def _map(site: Site) -> Feature:
+    """The operator's input as a map (C, H, W)."""
+    feature = site.builder.build(site.tagged("self", 1))
+    if len(feature.shape) != 3:
+        raise site.error("pools images that are joined with the batch")
+    return feature
 
 
 def _over_positions(site: Site, feature: Feature, pool: Callable[[Tensor], Tensor]) -> Feature:

@@ -1,55 +1,126 @@
-"""Additions, constant scales and concatenations (exact)."""
+"""Additions, constant scales and shifts, and concatenations (exact)."""
 
 import torch
+from torch import Tensor
 
 from archnet.capture import Ref
 from archnet.convert.feature import Value
-from archnet.convert.rules.base import Site, rule
+from archnet.convert.rules.base import Site, as_form, constant, rule
+from archnet.convert.rules.gating import gate
+from archnet.convert.rules.layout import joined
+from archnet.ops import Pad
 
 
-@rule("aten.add.Tensor", "aten.add_.Tensor", "aten.sub.Tensor", "aten.sub_.Tensor")
+@rule(
+    "aten.add.Tensor",
+    "aten.add_.Tensor",
+    "aten.sub.Tensor",
+    "aten.sub_.Tensor",
+    "aten.rsub.Scalar",
+)
 def addition(site: Site) -> Value:
     """Y = a + alpha b, read as one linear form with the terms of both.
 
     Built by `Builder.build`: matrices at the same positions join in one layer over the
     concatenated features, [W_a, W_b] [a; b]; whatever stays is concatenated and added by
-    [I, I] [a; b]. A constant addend goes into the bias.
+    [I, I] [a; b]. A constant goes into the bias, one for every element (a table of positions)
+    into a batch norm over the flattened elements.
     """
+    first, second = site.argument("self"), site.argument("other")
     sign = -1.0 if "sub" in site.node.operator else 1.0
-    factor = sign * float(site.argument("alpha"))
-    other = site.argument("other")
-    form = site.form("self")
-    if isinstance(other, int | float):
-        return form.affine(_vector(1.0), _vector(factor * other))
-    if not isinstance(other, Ref):
-        raise site.error("adds a constant tensor; write a rule in rules/residual.py")
-    addend = site.form("other")
+    factors = (1.0, sign * float(site.argument("alpha")))
+    if "rsub" in site.node.operator:
+        factors = factors[::-1]
+    features = [
+        scaled(site.referred(item), number(factor))
+        for item, factor in zip((first, second), factors, strict=True)
+        if isinstance(item, Ref)
+    ]
+    if len(features) == 1:
+        (item, factor) = (first, factors[0]) if second.__class__ is Ref else (second, factors[1])
+        shift = number(item) if isinstance(item, int | float) else constant(item)
+        return affine(site, features[0], number(1.0), factor * shift)
+    form, addend = features
     if addend.shape != form.shape:
         raise site.error(f"adds shapes {form.shape} and {addend.shape}; broadcast has no rule")
-    if factor != 1.0:
-        addend = addend.affine(_vector(factor), _vector(0.0))
-    return form.plus(addend)
+    tagged = as_form(site.builder.tagged(addend, form.axis))
+    return as_form(form).plus(tagged)
 
 
 @rule("aten.mul.Tensor", "aten.mul_.Tensor", "aten.div.Tensor", "aten.div_.Tensor")
-def constant_scale(site: Site) -> Value:
-    """Y = c x for a number c: goes into the weights before or after."""
-    other = site.argument("other")
-    if not isinstance(other, int | float):
-        raise site.error("multiplies two features; write a rule in rules/gating.py")
-    factor = 1.0 / other if "div" in site.node.operator else float(other)
-    return site.form("self").affine(_vector(factor), _vector(0.0))
+def scaling(site: Site) -> Value:
+    """Y = c x for a number or a constant tensor (layer scale): goes into the weights.
+
+    A product of two features is a gate; see `archnet.convert.rules.gating`.
+    """
+    first, second = site.argument("self"), site.argument("other")
+    if isinstance(first, Ref) and isinstance(second, Ref):
+        return gate(site)
+    feature, factor = (first, second) if isinstance(first, Ref) else (second, first)
+    scale = number(factor) if isinstance(factor, int | float) else constant(factor)
+    if "div" in site.node.operator:
+        if feature is second:
+            raise site.error("divides a constant by a feature; this has no rule")
+        scale = 1 / scale
+    return affine(site, site.referred(feature), scale, number(0.0))
+
+
+@rule("aten.neg.default")
+def negation(site: Site) -> Value:
+    """Y = -x."""
+    return affine(site, site.value("self"), number(-1.0), number(0.0))
+
+
+def number(value: float) -> Tensor:
+    return torch.full((1,), float(value), dtype=torch.float64)
+
+
+def scaled(value: Value, factor: Tensor) -> Value:
+    return value if factor == 1 else as_form(value).affine(factor, number(0.0))
+
+
+def affine(site: Site, value: Value, scale: Tensor, shift: Tensor) -> Value:
+    """Scale * x + shift with constants that broadcast as the teacher's do.
+
+    Along one axis they belong to its entries, whatever the axis was taken for before; otherwise
+    every element has its own.
+    """
+    if scale.numel() == shift.numel() == 1:
+        return as_form(value).affine(scale.reshape(1), shift.reshape(1))
+    full = torch.stack([site.constant(scale), site.constant(shift)])
+    moving = [
+        axis for axis in range(1, full.dim()) if bool((full != full.narrow(axis, 0, 1)).any())
+    ]
+    if len(moving) > 1:
+        feature = site.builder.build(value)
+        return site.builder.element_affine(feature, full[0], full[1])
+    (axis,) = moving or [value.axis]
+    vectors = full.movedim(axis, 1).flatten(2)[:, :, 0]
+    return as_form(site.builder.tagged(value, axis)).affine(vectors[0], vectors[1])
 
 
 @rule("aten.cat.default")
 def concatenation(site: Site) -> Value:
-    """Y = [x_1; x_2; ...] along the channels (or any axis but the batch)."""
-    features = [site.builder.build(site.values[ref.name]) for ref in site.argument("tensors")]
-    axis = int(site.argument("dim")) % (len(site.node.shape) + 1)
-    if axis != features[0].channel_axis:
-        raise site.error(f"concatenates along axis {axis}; only channels have a rule")
-    return site.builder.concat(features)
+    """Y = [x_1; x_2; ...] along any axis but the batch.
 
-
-def _vector(value: float) -> torch.Tensor:
-    return torch.full((1,), value, dtype=torch.float64)
+    A constant at either end (a class token) is a padding with zeros, and then a shift.
+    """
+    items, batch = site.argument("tensors"), site.node.batch
+    axis = site.axis(int(site.argument("dim")))
+    places = [i for i, item in enumerate(items) if isinstance(item, Ref)]
+    features = [site.builder.build(site.referred(items[i])) for i in places]
+    value = joined(site, features, axis)
+    if len(places) == len(items):
+        return value
+    if places != list(range(places[0], places[-1] + 1)):
+        raise site.error("joins constants between features; only the ends have a rule")
+    dim = int(site.argument("dim")) % batch.rank
+    ahead, behind = items[: places[0]], items[places[-1] + 1 :]
+    pads = [(0, 0)] * len(value.shape)
+    pads[axis - 1] = (sum(t.shape[dim] for t in ahead), sum(t.shape[dim] for t in behind))
+    padded = site.builder.layout(value, "pad", Pad(tuple(pads)), value.axis)
+    single = list(ahead[0].shape if ahead else behind[0].shape)
+    single[dim] = value.shape[axis - 1]
+    middle = torch.zeros(single, dtype=torch.float64)
+    shift = torch.cat([*map(constant, ahead), middle, *map(constant, behind)], dim)
+    return affine(site, padded, number(1.0), shift)

@@ -1,0 +1,148 @@
+"""Teacher and student side by side on unlabelled inputs, while the student is being built.
+
+An approximate rule fits what it builds to the teacher's own value at that node. It reads the
+*student's* value so far, so that every fit makes up for the error of those before it.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from archnet.capture import TeacherGraph, TeacherNode
+from archnet.convert.builder import Builder, ConversionError
+from archnet.convert.feature import Carry, Feature, Form, Value
+
+
+class Calibration:
+    """Values of both networks on the same inputs, computed when a rule asks for them.
+
+    Args:
+        graph: the teacher.
+        inputs: of the teacher, unlabelled; what is alive at one node of both networks is held in
+            memory for all of them.
+        builder: of the student.
+    """
+
+    def __init__(self, graph: TeacherGraph, inputs: tuple[Tensor, ...], builder: Builder) -> None:
+        self._builder = builder
+        self._count = len(inputs[0])
+        if any(len(x) != self._count for x in inputs):
+            raise ConversionError("the inputs of a calibration differ in their number of samples")
+        self._student: dict[str, Tensor] = {
+            name: x.detach().float().cpu() for name, x in zip(graph.inputs, inputs, strict=True)
+        }
+        self._graph, self._inputs = graph, inputs
+        self._teacher: torch.fx.Interpreter | None = None
+
+    def target(self, node: TeacherNode) -> Tensor:
+        """The teacher's value at a node: (B, *node.shape).
+
+        Nodes are asked for in forward order; each is computed once and dropped after its last
+        reader.
+        """
+        if self._teacher is None:
+            self._start()
+        assert self._teacher is not None
+        environment, by_name = self._teacher.env, self._names
+        with torch.no_grad():
+            while by_name[node.name] not in environment:
+                try:
+                    current = next(self._nodes)
+                except StopIteration:
+                    raise ConversionError(f"{node.name} was asked for too late") from None
+                if current.op in ("call_module", "output"):
+                    continue  # checks of the export; nothing reads them
+                environment[current] = self._teacher.run_node(current)
+                for earlier in self._last.get(current, ()):
+                    environment.pop(earlier, None)
+        return node.batch.samples(environment[by_name[node.name]], node.shape).float().cpu()
+
+    def _start(self) -> None:
+        self._graph.require_free_batch()
+        module = self._graph.program.module()
+        weights = next(iter(module.parameters()), None)
+        device = torch.device("cpu") if weights is None else weights.device
+        self._teacher = torch.fx.Interpreter(module, garbage_collect_values=False)
+        self._teacher.args_iter = iter([x.detach().to(device) for x in self._inputs])
+        self._names = {node.name: node for node in module.graph.nodes}
+        self._nodes = iter(list(module.graph.nodes))
+        reader: dict[torch.fx.Node, torch.fx.Node] = {}
+        for node in module.graph.nodes:
+            reader.update(dict.fromkeys(node.all_input_nodes, node))
+        self._last: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+        for node, last in reader.items():
+            self._last.setdefault(last, []).append(node)
+
+    def value(self, value: Value) -> Tensor:
+        """The student's value: (B, *value.shape)."""
+        with torch.no_grad():
+            return self._form(value) if isinstance(value, Form) else self._feature(value)
+
+    def keep(self, values: list[Value]) -> None:
+        """Drop everything that is not needed for these values."""
+        wanted = set(self._graph.inputs)
+        stack = [f for v in values for f in _features(v)]
+        while stack:
+            feature = stack.pop()
+            wanted |= {feature.first or "", feature.last or ""}
+            stack += feature.parts or []
+        for name in set(self._student) - wanted:
+            del self._student[name]
+
+    def _feature(self, feature: Feature) -> Tensor:
+        if feature.first is not None:
+            return self._step(feature.first)
+        if feature.last is not None:
+            return self._step(feature.last).movedim(-1, feature.axis)
+        assert feature.parts is not None
+        return torch.cat([self._feature(part) for part in feature.parts], feature.axis)
+
+    def _form(self, form: Form) -> Tensor:
+        total = _along(form.bias.float().expand(form.channels), form.axis, len(form.shape))
+        for term in form.terms:
+            x = self._feature(term.feature)
+            if isinstance(term, Carry):
+                if term.scale is not None:
+                    x = x * _along(term.scale.float(), term.feature.axis, x.dim() - 1)
+            elif term.is_pointwise:
+                matrix = term.weight[:, :, 0, 0].float()
+                x = F.linear(x.movedim(term.feature.axis, -1), matrix)
+                x = x.movedim(-1, term.feature.axis)
+            else:
+                x = F.conv2d(
+                    x,
+                    term.weight.float(),
+                    None,
+                    term.stride,
+                    term.padding,
+                    term.dilation,
+                    term.groups,
+                )
+            total = total + x
+        return total.expand(self._count, *form.shape)
+
+    def _step(self, name: str) -> Tensor:
+        """A named value, and what it needs, computed if they are not there."""
+        stack = [name]
+        while stack:
+            top = stack[-1]
+            if top in self._student:
+                stack.pop()
+                continue
+            step = self._builder.step(top)
+            missing = [source for source in step.inputs if source not in self._student]
+            if missing:
+                stack += missing
+            else:
+                inputs = [self._student[source] for source in step.inputs]
+                self._student[top] = self._builder.modules[top](*inputs)
+        return self._student[name]
+
+
+def _features(value: Value) -> list[Feature]:
+    return [value] if isinstance(value, Feature) else [term.feature for term in value.terms]
+
+
+def _along(vector: Tensor, axis: int, rank: int) -> Tensor:
+    """A vector over one axis of (B, *shape), the batch being axis 0."""
+    return vector.reshape(1, *[-1 if i == axis else 1 for i in range(1, rank + 1)])

@@ -1,0 +1,99 @@
+"""Closed-form fits of what replaces an operator to the teacher's values (no gradient step)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_ROWS = 1024  # of each channel, enough to place two numbers
+
+
+def channels_first(x: Tensor, axis: int) -> Tensor:
+    """(B, *shape) as (channels, everything else)."""
+    return x.movedim(axis, 0).flatten(1)
+
+
+def regression(inputs: Sequence[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares for every channel alone: wanted ~ sum_i a_i x_i + b.
+
+    Args:
+        inputs: (C, M) each.
+        wanted: (C, M).
+
+    Returns:
+        (C, inputs) slopes and (C,) offsets, float64. A little ridge keeps a channel that never
+        moves at a slope of zero.
+    """
+    x = torch.stack([item.double() for item in inputs], 1)  # (C, I, M)
+    y = wanted.double()
+    mean_x, mean_y = x.mean(2, keepdim=True), y.mean(1, keepdim=True)
+    centred = x - mean_x
+    gram = centred @ centred.transpose(1, 2) / x.shape[2]
+    cross = centred @ (y - mean_y).unsqueeze(2) / x.shape[2]
+    eye = torch.eye(x.shape[1], dtype=torch.float64)
+    ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
+    slopes = torch.linalg.solve(gram + ridge[:, None, None] * eye, cross).squeeze(2)
+    return slopes, mean_y.squeeze(1) - (slopes * mean_x.squeeze(2)).sum(1)
+
+
+def clipped_line(
+    x: Tensor,
+    wanted: Tensor,
+    low: float,
+    high: float,
+    slopes: Sequence[float],
+    offsets: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """For every channel the best of some lines a x + b under min(max(., low), high).
+
+    Args:
+        x: (C, M).
+        wanted: (C, M).
+        low, high: bounds.
+        slopes, offsets: candidates for a and b; all pairs are tried.
+
+    Returns:
+        (C,) slopes and (C,) offsets, float64.
+    """
+    step = math.ceil(x.shape[1] / _ROWS)
+    x, wanted = x[:, ::step], wanted[:, ::step]
+    best = torch.full((len(x),), math.inf)
+    slope, offset = torch.ones(len(x)), torch.zeros(len(x))
+    for a in slopes:
+        for b in offsets:
+            error = ((a * x + b).clamp(low, high) - wanted).square().sum(1)
+            better = error < best
+            best = torch.where(better, error, best)
+            slope, offset = slope.masked_fill(better, a), offset.masked_fill(better, b)
+    return slope.double(), offset.double()
+
+
+def mixing(values: Tensor, wanted: Tensor, ridge: float = 1e-2) -> Tensor:
+    """The matrix over tokens that gives what attention gave, by ridge regression.
+
+    min_A |A V - Y|^2 + lambda |A - 1/N|^2, so that where data say nothing every token has the
+    same weight. Attention with fixed weights is a token-mixing layer (Tolstikhin et al. 2021,
+    arXiv 2105.01601).
+
+    Args:
+        values: V (samples, N, d).
+        wanted: Y (samples, M, d).
+        ridge: lambda as a share of the mean energy of a token.
+
+    Returns:
+        A (M, N), float64.
+    """
+    v = values.double().transpose(0, 1).flatten(1)  # (N, samples * d)
+    y = wanted.double().transpose(0, 1).flatten(1)
+    gram = v @ v.T
+    damping = ridge * gram.diagonal().mean() + 1e-12
+    uniform = torch.full((len(y), len(v)), 1 / len(v), dtype=torch.float64)
+    cross = (y - uniform @ v) @ v.T
+    eye = torch.eye(len(v), dtype=torch.float64)
+    return uniform + torch.linalg.solve(gram + damping * eye, cross, left=False)
+
+
+def relative_error(value: Tensor, wanted: Tensor) -> float:
+    """|value - wanted| / |wanted|."""
+    return float((value - wanted).norm() / wanted.norm().clamp_min(1e-12))

@@ -213,6 +213,8 @@ class ConvertConfig:
     # a new one; null: the teacher is converted.
     student: str | None = None
     taps: list[str] | None = None  # teacher module paths to compare at; null: every block output
+    # Unlabelled training inputs that approximate rules are fitted to, held in memory at once.
+    calibration: int = _number(256, 2)
 
 
 # Distillation -------------------------------------------------------------------------------

@@ -310,6 +310,7 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
         start=config.convert.start,
         taps=config.convert.taps,
         seed=config.seed,
+        calibration=this.data.calibration_inputs(config.convert.calibration),
     )
     widths = run_quant(config, student, batches)
     if quant.method != "none":

@@ -376,6 +376,11 @@ class ClassificationData(LightningDataModule):
         batches = SequentialBatchSampler(len(images), self.config.data.batch_size)
         return [images.__getitems__(draws) for draws in islice(batches, count)]
 
+    def calibration_inputs(self, count: int) -> Tensor:
+        """The first `count` of these images as one batch; fewer if the images run out."""
+        batches = self.calibration_batches(-(-count // self.config.data.batch_size))
+        return torch.cat(batches)[:count]
+
 
 def _as_it_is(batch: Any) -> Any:
     """The datasets answer with whole batches; nothing is left to collate."""

@@ -158,12 +158,37 @@ class Student(nn.Module):
         last_reader = {name: step.name for step in steps for name in step.inputs}
         live = dict(values)
         kept = set(targets)
+        parted = self._parted(steps)
         for step in steps:
-            live[step.name] = self.operators[step.name](*[live[name] for name in step.inputs])
+            names, axis, sizes = parted.get(step.name, ([], 0, []))
+            if names and live[step.inputs[0]].shape[axis] == sum(sizes):
+                live.update(zip(names, live[step.inputs[0]].split(sizes, axis), strict=True))
+            elif step.name not in live:
+                live[step.name] = self.operators[step.name](*[live[name] for name in step.inputs])
             for name in set(step.inputs):
                 if last_reader[name] == step.name and name not in kept:
                     del live[name]
         return [live[name] for name in targets]
+
+    def _parted(self, steps: Sequence[Step]) -> dict[str, tuple[list[str], int, list[int]]]:
+        """Slices that follow one another on an axis: by the first of them, all names and sizes.
+
+        Where they are the whole axis, one split gives the same values, and their gradients are
+        joined by one concatenation, where every slice alone fills a whole tensor with zeros. The
+        lanes of a depthwise layer are such slices.
+        """
+        groups: dict[tuple[str, int], list[tuple[str, layout.Slice]]] = {}
+        for step in steps:
+            module = self.operators[step.name]
+            if isinstance(module, layout.Slice) and module.step == 1:
+                groups.setdefault((step.inputs[0], module.axis), []).append((step.name, module))
+        found = {}
+        for (_, axis), slices in groups.items():
+            bounds = [0, *(module.stop for _, module in slices)]
+            if len(slices) > 1 and bounds[:-1] == [module.start for _, module in slices]:
+                names = [name for name, _ in slices]
+                found[names[0]] = (names, axis, [m.stop - m.start for _, m in slices])
+        return found
 
     def rewire(
         self,

@@ -33,10 +33,11 @@ from archnet.distill import distill
 from archnet.errors import ArchnetError
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
-from archnet.quant import FLOAT, pack, settle, unpack
+from archnet.quant import FLOAT, settle
 from archnet.run_quant import run_quant
+from archnet.run_student import given_student, load_student, save_student
 from archnet.run_teacher import run_teacher
-from archnet.runs import RunError, RunFolder, atomic, read_json, write_json
+from archnet.runs import RunError, RunFolder, read_json, write_json
 from archnet.tasks import ClassificationData, TranslationData
 from archnet.teachers import load_teacher
 
@@ -151,18 +152,6 @@ def reevaluate(folder: RunFolder) -> dict[str, Any]:
     return text_pipeline.evaluate(this, load_student(folder))
 
 
-def load_student(folder: RunFolder, name: str = "student") -> Student:
-    """A run's student in eval mode: trained, or as it was when ``calibrated``.
-
-    Raises:
-        RunError: the run has not come that far.
-    """
-    path = folder.checkpoints / f"{name}.pt"
-    if not path.is_file():
-        raise RunError(f"{path} is missing: finish the run with resume={folder.path}")
-    return unpack(torch.load(path, weights_only=True))
-
-
 def evaluate(this: Run, student: Student) -> dict[str, Any]:
     """Teacher and student on the same test images.
 
@@ -216,14 +205,14 @@ def _points(hits_N: Tensor) -> float:
 def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
     if config.task.kind == "translation":
         _hush()
-        done = text_pipeline.stages(config, folder, load_student, _save, _distil_text)
+        done = text_pipeline.stages(config, folder, _distil_text)
         return _write_metrics(folder, _text_metrics(config, folder, done))
     this = _open(config, folder)
     finished = {}
 
     def prepare() -> dict[str, Any]:
         student, widths = _convert(this)
-        _save(folder, "calibrated", student)
+        save_student(folder, "calibrated", student)
         rows = [asdict(row) for row in student.report]
         write_json(folder.path / "conversion.json", rows)
         inexact = sorted({row["rule"] for row in rows if not row["exact"]})
@@ -234,7 +223,7 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
         student = load_student(folder, "calibrated")
         result = _distil(this, student)
         margins = settle(student)
-        _save(folder, "student", student)
+        save_student(folder, "student", student)
         return {**result, "margins": {m.step: m.roundings for m in margins}}
 
     finished["convert"] = folder.stage("convert", prepare)
@@ -302,16 +291,17 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
     config, quant = this.config, this.config.quant
     batches = this.data.calibration_batches(quant.calibration_batches)
     if config.convert.student is not None:
-        raise RunError("convert.student is for translation: a classifier's student starts exact")
-    student = archnet.convert(
-        this.teacher,
-        batches[0][:1],
-        hardware=config.hardware,
-        start=config.convert.start,
-        taps=config.convert.taps,
-        seed=config.seed,
-        calibration=this.data.calibration_inputs(config.convert.calibration),
-    )
+        student = given_student(config)
+    else:
+        student = archnet.convert(
+            this.teacher,
+            batches[0][:1],
+            hardware=config.hardware,
+            start=config.convert.start,
+            taps=config.convert.taps,
+            seed=config.seed,
+            calibration=this.data.calibration_inputs(config.convert.calibration),
+        )
     widths = run_quant(config, student, batches)
     if quant.method != "none":
         _check_integers(this, student)
@@ -441,11 +431,6 @@ def _cost(this: Run, student: Student) -> dict[str, Any]:
         },
         "weight_bytes": {"teacher": before.weight_bytes, "student": after.weight_bytes},
     }
-
-
-def _save(folder: RunFolder, name: str, student: Student) -> None:
-    with atomic(folder.checkpoints / f"{name}.pt") as temporary:
-        torch.save(pack(student), temporary)
 
 
 def _metrics(this: Run, finished: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -29,8 +29,9 @@ from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student, TokenEmbedding
 from archnet.quant import settle
 from archnet.run_quant import run_quant
+from archnet.run_student import given_student, load_student, save_student
 from archnet.run_teacher import run_teacher
-from archnet.runs import RunError, RunFolder, atomic, write_json
+from archnet.runs import RunFolder, atomic, write_json
 from archnet.tasks import EncodedText, Subwords, Tokenizer, TranslationData, scores
 from archnet.teachers import (
     MarianTokens,
@@ -138,8 +139,6 @@ def vocabulary_of(student: Student) -> int:
 def stages(
     config: Config,
     folder: RunFolder,
-    load_student: Callable[..., Student],
-    save_student: Callable[[RunFolder, str, Student], None],
     distil: Callable[[TextRun, Student], dict[str, Any]],
 ) -> dict[str, Any]:
     """Run what is not finished; returns the figures of every stage."""
@@ -151,7 +150,7 @@ def stages(
         return {"sentences": len(text), "dropped": text.dropped}
 
     def prepare() -> dict[str, Any]:
-        student, facts = _convert(this, load_student)
+        student, facts = _convert(this)
         save_student(folder, "calibrated", student)
         write_json(folder.path / "conversion.json", [asdict(row) for row in student.report])
         inexact = sorted({row.rule for row in student.report if not row.exact})
@@ -207,7 +206,7 @@ def teacher_text(this: TextRun) -> EncodedText:
     return text
 
 
-def _convert(this: TextRun, load_student: Callable[..., Student]) -> tuple[Student, dict[str, Any]]:
+def _convert(this: TextRun) -> tuple[Student, dict[str, Any]]:
     """The student: converted, norms fitted, quantized and calibrated on unlabelled text.
 
     Returns:
@@ -221,12 +220,7 @@ def _convert(this: TextRun, load_student: Callable[..., Student]) -> tuple[Stude
     ]
     unexplained: dict[str, float] = {}
     if config.convert.student is not None:
-        student = load_student(RunFolder.open(config.convert.student))
-        if student.operators and archnet.quant.describe(student):
-            raise RunError(
-                f"convert.student={config.convert.student} is quantized already: name a run of "
-                "quant=none"
-            )
+        student = given_student(config)
     else:
         student, norms = convert_translator(this.teacher, config.hardware, seed=config.seed)
         fitting = [

@@ -290,10 +290,7 @@ _RESHAPES = ("view", "reshape", "flatten", "unflatten", "_unsafe_view")
 
 def _batch_of(node: torch.fx.Node, before: Batch) -> Batch:
     """Where the samples lie in a result, by its symbolic sizes and what the operator read."""
-    value = node.meta["val"]
-    if isinstance(value, list | tuple):
-        return before
-    sizes = list(value.shape)
+    sizes = list(_shape(node))  # of several results, which are alike, the first
     symbolic = [axis for axis, size in enumerate(sizes) if _is_symbolic(size)]
     if not symbolic and before.plain:
         return Batch(len(sizes))  # the teacher fixes the size of its batches

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -64,7 +64,7 @@ def convert(
         graph = capture(teacher, example_inputs)
     _require_rules(graph)
     tap_nodes = choose_taps(graph, taps)
-    live = _live(graph)
+    live, read = _live(graph, reads), _live(graph, TeacherNode.refs)
     inputs = example_inputs if calibration is None else calibration
     builder = Builder(target)
     fitting = None
@@ -83,7 +83,9 @@ def convert(
     last_reader[graph.output] = ""
     for node in graph.nodes:
         if node.name not in live:
-            report.append(NodeReport(node.path, node.operator, "unread", False, _macs(node), 0))
+            exact = node.name not in read
+            rule = "unread" if exact else "left out"
+            report.append(NodeReport(node.path, node.operator, rule, exact, _macs(node), 0))
             continue
         builder.owner = node.name
         site = Site(node, values, builder, batches, fitting)
@@ -123,6 +125,7 @@ def convert(
         Tap(path or node.name, node.name, _name_of(values[node.name])) for path, node in tap_nodes
     ]
     student = Student(builder.graph, builder.modules).eval()
+    _drop_unread(student)
     macs = Counter(builder.macs)
     for name, saved in narrow(student).items():
         macs[builder.owners[name]] -= saved
@@ -135,6 +138,15 @@ def convert(
     elif start != "exact":
         raise ConversionError(f"convert.start={start}: choose exact or random")
     return student
+
+
+def _drop_unread(student: Student) -> None:
+    """Take out slices of a split whose results nobody wants."""
+    graph = student.graph
+    ends = [graph.output, *(tap.value for tap in graph.taps)]
+    steps = student.steps_between(graph.inputs, [name for name in ends if name not in graph.inputs])
+    if len(steps) < len(graph.steps):
+        student.rewire(steps)
 
 
 def _each(found: Values) -> list[Value]:
@@ -153,10 +165,11 @@ def reads(node: TeacherNode) -> list[str]:
     return node.refs() if rule is None or rule.reads is None else rule.reads(node)
 
 
-def _live(graph: TeacherGraph) -> dict[str, TeacherNode]:
-    """The nodes that the student's result depends on, by name, in forward order.
+def _live(graph: TeacherGraph, reads: Callable[[TeacherNode], list[str]]) -> dict[str, TeacherNode]:
+    """The nodes that the result depends on, by name, in forward order.
 
-    What an approximation does without (queries, keys and masks of an attention) is not converted.
+    In the student what an approximation does without (queries, keys and masks of an attention) is
+    not among them.
     """
     wanted, found = {graph.output}, []
     for node in reversed(graph.nodes):
@@ -170,7 +183,7 @@ def missing_rules(graph: TeacherGraph) -> dict[str, list[str]]:
     """The operators that no rule converts, with the module path of every node, in forward order."""
     missing: dict[str, list[str]] = {}
     weights = softmax_weights(graph)
-    for node in _live(graph).values():
+    for node in _live(graph, reads).values():
         # A product of two features has a rule only where it is the end of an attention.
         free = RULES.get(node.operator) is RULES["aten.matmul.default"]
         features = len(node.refs()) > 1

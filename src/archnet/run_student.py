@@ -1,0 +1,54 @@
+"""The student of a run, as its folder keeps it."""
+
+from dataclasses import asdict
+
+import torch
+
+from archnet.config import Config
+from archnet.ops import Student
+from archnet.quant import describe, pack, unpack
+from archnet.runs import RunError, RunFolder, atomic
+
+
+def save_student(folder: RunFolder, name: str, student: Student) -> None:
+    """Keep a student in a run's folder, atomically."""
+    with atomic(folder.checkpoints / f"{name}.pt") as temporary:
+        torch.save(pack(student), temporary)
+
+
+def load_student(folder: RunFolder, name: str = "student") -> Student:
+    """A run's student in eval mode: trained, or as it was when ``calibrated``.
+
+    Raises:
+        RunError: the run has not come that far.
+    """
+    path = folder.checkpoints / f"{name}.pt"
+    if not path.is_file():
+        raise RunError(f"{path} is missing: finish the run with resume={folder.path}")
+    return unpack(torch.load(path, weights_only=True))
+
+
+def given_student(config: Config) -> Student:
+    """The student of the finished float run that `convert.student` names.
+
+    Raises:
+        RunError: the run is not finished, its student is quantized already, or it was made from
+            another teacher or for another target than this run's.
+    """
+    given = f"convert.student={config.convert.student}"
+    folder = RunFolder.open(str(config.convert.student))
+    student = load_student(folder)
+    if describe(student):
+        raise RunError(f"{given} is quantized already: name a run of quant=none")
+    earlier = folder.config()
+    for key, mine, theirs in (
+        ("task", config.task.name, earlier.task.name),
+        ("teacher", asdict(config.teacher), asdict(earlier.teacher)),
+        ("hardware", config.hardware.name, earlier.hardware.name),
+    ):
+        if mine != theirs:
+            raise RunError(
+                f"{given} is a run of another {key}: name a run of this {key}, or leave "
+                "convert.student out"
+            )
+    return student

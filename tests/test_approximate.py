@@ -1,0 +1,281 @@
+"""What has no exact five-operator form is fitted to the teacher; layouts of any rank are exact."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from archnet.capture import CaptureError, capture
+from archnet.convert import ConversionError, convert
+from archnet.convert.fit import clipped_line, mixing, regression
+from archnet.deploy import audit
+from archnet.ops import FullyConnected
+from archnet.teachers.nets import NETS
+
+
+class Function(nn.Module):
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def error(network, x, hardware="arch5", **options):
+    """The student, and |student - teacher| / |teacher| on inputs it was not fitted to."""
+    network = network.eval()
+    student = convert(network, x, hardware, **options)
+    fresh = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        wanted = network(fresh)
+        return student, float((student(fresh) - wanted).norm() / wanted.norm())
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# -- exact ---------------------------------------------------------------------------------------
+
+
+def windows(m, x):
+    """Window partition, a layer on tokens joined with the batch, and back, as Swin has it."""
+    x = torch.roll(x.permute(0, 2, 3, 1), (-1, 2), (1, 2))
+    b = x.shape[0]
+    x = x.view(b, 2, 4, 4, 2, 4).permute(0, 1, 3, 2, 4, 5).reshape(b * 8, 8, 4)
+    x = m.fc(x).view(b, 2, 4, 4, 2, 6).permute(0, 1, 3, 2, 4, 5).reshape(b, 8, 8, 6)
+    return torch.roll(x, (1, -2), (1, 2)).permute(0, 3, 1, 2)
+
+
+def sequence_first(m, x):
+    """Sequence first, heads joined with the batch, as `nn.MultiheadAttention` has it."""
+    tokens = x.flatten(2).permute(2, 0, 1)
+    n, b, c = tokens.shape
+    q, _, v = m.fc(tokens).unflatten(-1, (3, c)).unsqueeze(0).transpose(0, -2).squeeze(-2)
+    heads = v.reshape(n, b * 2, c // 2).transpose(0, 1) + q.reshape(n, b * 2, c // 2).transpose(
+        0, 1
+    )
+    heads = heads.view(b, 2, n, c // 2).permute(2, 0, 1, 3).reshape(n * b, c)
+    return m.out(heads).view(n, b, c).transpose(0, 1)
+
+
+def class_token(m, x):
+    tokens = x.flatten(2).transpose(1, 2)
+    tokens = torch.cat([m.token.expand(x.shape[0], -1, -1), tokens], 1) + m.table
+    return m.fc(tokens)[:, 0]
+
+
+EXACT = {
+    "windows": Function(windows, fc=nn.Linear(4, 6)),
+    "sequence first": Function(sequence_first, fc=nn.Linear(4, 12), out=nn.Linear(4, 4)),
+    "class token and positions": Function(
+        class_token,
+        token=nn.Parameter(torch.randn(1, 1, 4)),
+        table=nn.Parameter(torch.randn(1, 65, 4)),
+        fc=nn.Linear(4, 3),
+    ),
+    "layer scale": Function(
+        lambda m, x: x + m.scale * m.conv(x),
+        scale=nn.Parameter(torch.randn(4, 1, 1)),
+        conv=nn.Conv2d(4, 4, 1),
+    ),
+    "scale of rows": Function(lambda m, x: x * m.s, s=nn.Parameter(torch.randn(8, 1))),
+    "scale of elements": Function(lambda m, x: x * m.s, s=nn.Parameter(torch.randn(4, 8, 8))),
+    "channel shuffle": Function(
+        lambda m, x: x.view(x.shape[0], 2, 2, 8, 8).transpose(1, 2).reshape(x.shape)
+    ),
+    "chunk": Function(lambda m, x: torch.cat([p.relu() for p in x.chunk(2, 1)][::-1], 1)),
+    "split": Function(lambda m, x: torch.cat(x.split([1, 3], 1)[::-1], 1)),
+    "unbind": Function(lambda m, x: x.unbind(2)[3] - x.unbind(3)[1]),
+    "joined rows": Function(lambda m, x: torch.cat([x, x * 2], 2)),
+    "mean of tokens": Function(lambda m, x: x.flatten(2).transpose(1, 2).mean(1)),
+    "constant first": Function(lambda m, x: 1 - 2 * x),
+    "hardsigmoid": Function(lambda m, x: F.hardsigmoid(3 * x)),
+    "leaky ReLU": nn.LeakyReLU(0.2),
+    "patches": Function(
+        lambda m, x: m.norm(m.conv(x).permute(0, 2, 3, 1).permute(0, 3, 1, 2)),
+        conv=nn.Conv2d(4, 6, 4, 4),
+        norm=nn.BatchNorm2d(6),
+    ),
+    "constant matrix": Function(
+        lambda m, x: x.flatten(2) @ m.w, w=nn.Parameter(torch.randn(64, 5))
+    ),
+}
+
+
+@pytest.mark.parametrize("hardware", ["arch5", "arch5_conv"])
+@pytest.mark.parametrize("name", EXACT)
+def test_layouts_of_any_rank_and_constants_are_exact(name, hardware):
+    student, found = error(EXACT[name], torch.randn(2, 4, 8, 8), hardware)
+    assert found < 1e-5
+    assert all(row.exact for row in student.report)
+    assert all(row.error is None for row in student.report)
+    assert not audit(student, hardware).violations
+
+
+def test_a_masked_constant_is_computed_and_not_converted():
+    def masked(m, x):
+        mask = x.new_zeros((8, 8))
+        mask[2:4] = 1.0
+        return x + mask.masked_fill(mask != 0, -3.0)
+
+    student, found = error(Function(masked), torch.randn(2, 4, 8, 8))
+    assert found < 1e-5
+    assert [row.operator for row in student.report] == ["aten.add.Tensor"]
+
+
+# -- fits ----------------------------------------------------------------------------------------
+
+
+def test_regression_finds_slopes_and_offsets():
+    x = torch.randn(3, 2, 500)
+    wanted = x[:, 0] * torch.tensor([[1.0], [2.0], [3.0]]) - 0.5 * x[:, 1] + 4
+    slopes, offset = regression([x[:, 0], x[:, 1]], wanted)
+    assert torch.allclose(
+        slopes, torch.tensor([[1.0, -0.5], [2, -0.5], [3, -0.5]]).double(), atol=1e-4
+    )
+    assert torch.allclose(offset, torch.full((3,), 4.0).double(), atol=1e-4)
+
+
+def test_a_channel_that_never_moves_keeps_its_mean():
+    slopes, offset = regression([torch.ones(2, 50)], torch.full((2, 50), 3.0))
+    assert torch.isfinite(slopes).all()
+    assert torch.allclose(slopes[:, 0] + offset, torch.tensor([3.0, 3.0]).double())
+
+
+def test_clipped_line_takes_the_best_candidate():
+    x = torch.linspace(-3, 3, 200).repeat(2, 1)
+    wanted = torch.stack([(0.5 * x[0] + 0.2).clamp(min=0), x[1].clamp(min=0)])
+    slope, offset = clipped_line(x, wanted, 0.0, math.inf, [0.5, 1.0], [0.0, 0.2])
+    assert slope.tolist() == [0.5, 1.0]
+    assert offset.tolist() == pytest.approx([0.2, 0.0])
+
+
+def test_mixing_finds_fixed_weights_and_is_uniform_without_data():
+    weights = torch.randn(5, 6).softmax(1)
+    values = torch.randn(200, 6, 4)
+    assert (mixing(values, weights @ values, 1e-6) - weights).abs().max() < 1e-4
+    nothing = mixing(torch.zeros(1, 6, 4), torch.zeros(1, 5, 4))
+    assert torch.allclose(nothing, torch.full((5, 6), 1 / 6).double())
+
+
+class Attention(nn.Module):
+    """Two heads whose weights do not depend on the input, computed as a network computes them."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
+        with torch.no_grad():
+            self.qkv.weight[:8] = 0
+        self.how = how
+
+    def forward(self, x):
+        b = x.shape[0]
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).reshape(b, 64, 3, 2, 2).permute(2, 0, 3, 1, 4)
+        if self.how == "fused":
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            weights = (q @ k.transpose(-1, -2)).softmax(-1)
+            y = torch.einsum("bhij,bhjd->bhid", weights, v) if self.how == "einsum" else weights @ v
+        return self.out(y.transpose(1, 2).reshape(b, 64, 4))
+
+
+@pytest.mark.parametrize("how", ["fused", "matmul", "einsum"])
+def test_attention_becomes_one_layer_over_tokens_for_each_head(how):
+    student, found = error(Attention(how), torch.randn(256, 4, 8, 8))
+    assert found < 0.03
+    assert not audit(student, "arch5").violations
+    layers = [m for m in student.operators.values() if isinstance(m, FullyConnected)]
+    # Queries and keys are not computed: 4 rows of 12 are left, and 64 x 64 for both heads.
+    assert sorted((m.out_features, m.in_features) for m in layers) == [
+        (4, 4),
+        (4, 4),
+        (64, 64),
+        (64, 64),
+    ]
+    approximate = [row for row in student.report if row.error is not None]
+    assert [row.rule for row in approximate] == ["attention" if how == "fused" else "product"]
+    assert {row.exact for row in student.report if row.rule == "unread"} <= {False}
+
+
+APPROXIMATE = {
+    "layer norm": (nn.Sequential(nn.Flatten(2), nn.LayerNorm(64)), 0.2),
+    "group norm": (nn.Sequential(nn.Conv2d(4, 32, 1), nn.GroupNorm(4, 32)), 0.15),
+    "GELU": (nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.GELU()), 0.35),
+    "SiLU": (nn.SiLU(), 0.35),
+    "hardswish": (nn.Hardswish(), 0.35),
+    "sigmoid": (nn.Sigmoid(), 0.1),
+    "tanh": (nn.Tanh(), 0.15),
+    "ELU": (nn.ELU(), 0.2),
+    "squeeze and excitation": (
+        Function(
+            lambda m, x: x.relu() * F.hardsigmoid(m.fc(x.relu().mean((2, 3), keepdim=True))),
+            fc=nn.Conv2d(4, 4, 1),
+        ),
+        0.05,
+    ),
+    "gate": (Function(lambda m, x: x * x.sigmoid()), 0.5),
+}
+
+
+@pytest.mark.parametrize("hardware", ["arch5", "arch5_conv"])
+@pytest.mark.parametrize("name", APPROXIMATE)
+def test_approximations_stay_near_and_say_how_near(name, hardware):
+    network, limit = APPROXIMATE[name]
+    student, found = error(network, torch.randn(64, 4, 8, 8), hardware)
+    assert 1e-5 < found < limit
+    assert not audit(student, hardware).violations
+    fitted = [row.error for row in student.report if row.error is not None]
+    assert fitted
+    assert not any(row.exact for row in student.report if row.error is not None)
+    assert found < 1.5 * max(fitted)
+
+
+def test_a_fit_sees_the_students_own_errors():
+    """The gate's least squares make up for a norm in front of it that is off."""
+    network = nn.Sequential(nn.Conv2d(4, 8, 1), nn.GroupNorm(2, 8), nn.GroupNorm(2, 8)).eval()
+    x = torch.randn(64, 4, 8, 8)
+    student = convert(network, x)
+    first, second = (row.error for row in student.report if row.error is not None)
+    assert second < 1.5 * first
+
+
+def test_a_graph_without_inputs_says_that_it_needs_them():
+    graph = capture(nn.Sequential(nn.Conv2d(4, 4, 1), nn.GELU()).eval(), torch.zeros(1, 4, 8, 8))
+    with pytest.raises(ConversionError, match=r"gelu.* at '1'.*give calibration"):
+        convert(graph)
+
+
+def test_a_teacher_that_fixes_its_batch_is_told_how_not_to():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return F.gelu(x.reshape(len(x), -1))
+
+    with pytest.raises(CaptureError, match=r"len\(x\).*x\.shape\[0\]"):
+        convert(Fixed().eval(), torch.zeros(4, 4, 2, 2))
+
+
+def test_matrix_products_of_features_have_no_rule_outside_attention():
+    network = Function(lambda m, x: x @ x.transpose(-1, -2))
+    with pytest.raises(ConversionError, match=r"no rule for aten\.matmul"):
+        convert(network, torch.zeros(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["cifar_convnext", "cifar_vit", "cifar_mobilenet_v3"])
+def test_networks_of_three_kinds_convert(name):
+    sizes = {"width": 8, "depths": (1, 1)} if name != "cifar_vit" else {"dim": 24, "depth": 2}
+    network = NETS[name](**sizes).eval()
+    student = convert(network, torch.randn(32, 3, 32, 32))
+    assert not audit(student, "arch5").violations
+    rules = {row.rule for row in student.report if row.error is not None}
+    assert rules >= ({"smooth_activation"})
+    assert any(tap.path.startswith(("features", "blocks")) for tap in student.taps)
+    spec = type(student).from_spec(student.spec())
+    assert [row.error for row in spec.report] == [row.error for row in student.report]

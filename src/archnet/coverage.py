@@ -121,7 +121,7 @@ def _convert(
     with Spent() as spent:
         graph = capture(network, examples)
         row.nodes, row.missing = len(graph.nodes), missing_rules(graph)
-        student = convert(graph, hardware=hardware)
+        student = convert(graph, hardware=hardware, calibration=examples)
     row.seconds, row.cpu_seconds, row.peak_mb = spent.seconds, spent.cpu_seconds, spent.peak_mb
     row.exact = sum(entry.exact for entry in student.report)
     row.approximate = len(student.report) - row.exact

@@ -363,7 +363,8 @@ VIOLATIONS = {
     "softmax": ([node("Softmax", "x")], {}, "softmax is not an operator of arch5"),
     "attention": ([node("MatMul", "x", "y")], {}, "matmul is not an operator of arch5"),
     "weight a position": ([node("MatMul", "x", "w")], {"w": weight(4, 8, 5)}, "differs from"),
-    "unknown": ([node("Sigmoid", "x")], {}, "Sigmoid is not an operator of arch5"),
+    "unknown": ([node("Sigmoid", "x")], {}, "sigmoid is not an operator of arch5"),
+    "unheard of": ([node("Det", "x")], {}, "Det is not an operator of arch5"),
 }
 
 

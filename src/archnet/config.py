@@ -257,7 +257,8 @@ class HardwareConfig:
     # How it turns accumulators into integers: by a fixed-point multiplier and a shift, by a float
     # scale, or by a shift alone, for which all scales are trained as powers of two.
     requantization: str = _choice("multiplier", "multiplier", "float", "power_of_two")
-    accumulator_bits: int = _number(32, 8, 32)  # width of what products are summed in
+    # Width of what products are summed in; null: not stated, and 32 are assumed.
+    accumulator_bits: int | None = _number(32, 8, 32)
     # Bytes of memory on the chip for what is alive at a time: inputs, outputs and what later steps
     # still need; null: not stated.
     memory_bytes: int | None = _number(None, 1)

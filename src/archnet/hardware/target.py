@@ -72,7 +72,7 @@ class Target:
     weight_scales: tuple[str, ...]
     act_scales: str
     requantization: str
-    accumulator_bits: int
+    accumulator_bits: int | None
     memory_bytes: int | None
     source: str
 

@@ -209,6 +209,18 @@ OPERATORS = (
     "leaky_relu",
     "prelu",
     "elu",
+    "erf",
+    "sqrt",
+    "pow",
+    "cast",
+    "equal",
+    "where",
+    "expand",
+    "gather",
+    "reduce_sum",
+    "softplus",
+    "depth_to_space",
+    "space_to_depth",
 )
 # Granularity of the scales of weights.
 SCALES = ("per_tensor", "per_channel")

@@ -46,6 +46,17 @@ PLAIN = {
     "LeakyRelu": "leaky_relu",
     "PRelu": "prelu",
     "Elu": "elu",
+    "Erf": "erf",
+    "Sqrt": "sqrt",
+    "Pow": "pow",
+    "Cast": "cast",
+    "Equal": "equal",
+    "Where": "where",
+    "Expand": "expand",
+    "ReduceSum": "reduce_sum",
+    "Softplus": "softplus",
+    "DepthToSpace": "depth_to_space",
+    "SpaceToDepth": "space_to_depth",
 }
 
 @dataclass(frozen=True)
@@ -154,6 +165,10 @@ def _notes(graph: OnnxGraph, target: Target) -> Iterator[str]:
     )
     if not quantized and (target.weight_types or target.act_types):
         yield f"the file is float: the types and scales of {target.name} are not judged"
+    if any(node.op_type.startswith("QLinear") for node in graph.nodes):
+        yield "integer operators are not looked into: quantize in QDQ format"
+    if any(node.op_type == "Shape" for node in graph.nodes):
+        yield "arithmetic on sizes folds away where the inputs have fixed ones: export with them"
 
 
 @_judges(*MOVES)
@@ -166,9 +181,7 @@ def _move(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
 @_judges("Gather")
 def _gather(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     """With constant indices it moves values; else it looks them up."""
-    if not graph.constant(node, 1):
-        return "", f"a table look-up (Gather) is not an operator of {target.name}"
-    return "move", ""
+    return ("move", "") if graph.constant(node, 1) else target.judge(Layer("gather"))
 
 
 @_judges("Dropout")
@@ -346,9 +359,8 @@ def _activation_numbers(graph: OnnxGraph, node: onnx.NodeProto, target: Target) 
     scale = graph.stored_value(node.input[1])
     if scale is None or target.act_scales != "power_of_two":
         return
-    for step in np.atleast_1d(scale).tolist():
-        if math.frexp(step)[0] != 0.5:
-            yield f"scale {step:.6g} of activations; {target.name} takes powers of two"
+    if any(math.frexp(step)[0] != 0.5 for step in np.atleast_1d(scale).tolist()):
+        yield f"its scale is no power of two, as {target.name} takes them for activations"
 
 
 def _weight_numbers(graph: OnnxGraph, name: str, values: str, target: Target) -> Iterator[str]:

@@ -59,6 +59,7 @@ PLAIN = {
     "SpaceToDepth": "space_to_depth",
 }
 
+
 @dataclass(frozen=True)
 class Violation:
     """A node outside the target."""

@@ -45,7 +45,9 @@ def check_layers(student: Student, target: Target) -> None:
         layer = layer_of(module, [student.graph.shapes[name] for name in step.inputs])
         reason = target.judge(layer)[1] if layer is not None else ""
         if reason:
-            raise TargetError(f"{_place(step.name, step.origin)}: {reason} (hardware={target.name})")
+            raise TargetError(
+                f"{_place(step.name, step.origin)}: {reason} (hardware={target.name})"
+            )
 
 
 def check_memory(student: Student, target: Target) -> None:
@@ -94,7 +96,9 @@ def layer_of(module: Operator, read: list[tuple[int, ...]]) -> Layer | None:
     for operator, kind in _KINDS.items():
         if isinstance(module, operator):
             if isinstance(module, WeightedOperator):
-                return Layer(kind, channels=max(module.weight.shape), weight_sum=_weight_sum(module))
+                return Layer(
+                    kind, channels=max(module.weight.shape), weight_sum=_weight_sum(module)
+                )
             return Layer(kind)
     return None
 

@@ -169,7 +169,10 @@ class _OnnxCost:
             if shares or node.op_type == "DequantizeLinear":
                 buffer[node.output[0]] = source
         size: dict[str, int] = {}
-        names = {*self.graph.inputs, *(name for node in self.graph.nodes for name in node.output if name)}
+        names = {
+            *self.graph.inputs,
+            *(name for node in self.graph.nodes for name in node.output if name),
+        }
         for name in names:
             count = self._elements(name)
             if count is None:

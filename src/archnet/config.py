@@ -173,9 +173,9 @@ class QuantConfig:
     sensitivity_inputs: int = _number(256, 1)  # unlabelled, on which each width's loss is measured
 
 
-# The operators of `arch5`, then what chips have beside them. `conv3x3`, `conv1x1` and `maxpool2x2` are
-# narrow forms of `conv` and `maxpool`, which take windows of any size; the rest is element-wise
-# or named as in ONNX.
+# The operators of `arch5`, then what chips have beside them. `conv3x3`, `conv1x1` and
+# `maxpool2x2` are narrow forms of `conv` and `maxpool`, which take windows of any size; the rest is
+# element-wise or named as in ONNX.
 OPERATORS = (
     "conv3x3",
     "maxpool2x2",

@@ -292,7 +292,8 @@ def lower(
         if bits > most:
             raise ExportError(
                 f"step {name}, from '{origins[name]}' in the teacher: its accumulator can need "
-                f"{bits} bits and the target has {most} (hardware.accumulator_bits): lower quant.weight_bits or quant.act_bits there"
+                f"{bits} bits and the target has {most} (hardware.accumulator_bits): "
+                "lower quant.weight_bits or quant.act_bits there"
             )
     return model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from archnet.compose import TORCHVISION_MODELS, check, compose, sweep
-from archnet.config import Config, nearest_width, validate
+from archnet.config import Config, LimitsConfig, nearest_width, validate
 from archnet.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,9 @@ def test_the_defaults_of_the_dataclasses_are_valid() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS + TARGETS)
 def test_every_option_composes(option: str) -> None:
-    compose(CONF, [option, *REQUIRED.get(option, [])])
+    config = compose(CONF, [option, *REQUIRED.get(option, [])])
+    group, _, name = option.partition("=")
+    assert group != "hardware" or config.hardware.name == name
 
 
 def test_every_key_is_described_where_it_is_defined() -> None:
@@ -110,6 +112,97 @@ def test_what_cannot_be_is_one_line(override: str, message: str) -> None:
 def test_a_width_that_the_target_lacks_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"not a width of hardware=arch5 .*nearest valid: 4"):
         compose(CONF, ["hardware.weight_bits=[4,8]", "quant.bits=8", "quant.weight_bits=2"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["hardware=ethos_u55", "quant.weight_bits=4"],
+        ["hardware=ethos_u85", "quant.bits=8"],
+        ["hardware=imx500", "quant.weight_bits=2"],
+        ["hardware=rk3588", "quant.per_channel=false"],
+        ["hardware=rk3588", "quant=none"],
+        ["hardware=ethos_u55", "quant=mixed", "quant.act_bits=8", "quant.budget=0.8"],
+    ],
+)
+def test_a_target_accepts_what_it_computes_with(overrides: list[str]) -> None:
+    compose(CONF, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["hardware=ethos_u55", "quant.bits=4"], "quant.act_bits=4 is not a width of hardware=eth"),
+        (["hardware=ethos_u55", "quant.bits=4"], "(its act_bits: 8, 16); nearest valid: 8"),
+        (["hardware=ethos_u85", "quant.bits=2"], "quant.act_bits=2 is not a width of hardware=eth"),
+        (
+            ["hardware=imx500", "quant.weight_bits=6"],
+            "(its weight_bits: 2, 4, 8); nearest valid: 4",
+        ),
+        (["hardware=imx500", "quant.first_bits=2"], "quant.first_bits=2 is not a width"),
+        (["hardware=rk3588", "quant.weight_bits=4"], "(its weight_bits: 8, 16); nearest valid: 8"),
+        (
+            ["hardware=rk3588", "quant.bits=32"],
+            "quant.weight_bits=32 is not a width of hardware=rk",
+        ),
+        (
+            ["hardware=arch5", "hardware.width_pairs=[w4a8,w8a8]", "quant.bits=4"],
+            "quant.weight_bits and quant.act_bits make w4a4, and hardware=arch5 has w4a8, w8a8",
+        ),
+        (
+            ["hardware=arch5", "hardware.width_pairs=[w4a8]", "quant.weight_bits=4"],
+            "quant.first_bits make w8a8, and hardware=arch5 has w4a8; nearest valid: w4a8",
+        ),
+        (
+            ["quant=mixed", "quant.budget=1", "+hardware.width_pairs=[w4a4,w8a8]"],
+            "quant.widths=[2, 3, 4, 6, 8] make w2a2",
+        ),
+        (
+            ["hardware.weight_scales=[per_tensor]"],
+            "quant.per_channel=true asks for scales per_channel, and hardware=arch5 has per_tensor",
+        ),
+        (["hardware.act_scales=powers"], "nearest: power_of_two"),
+        (["hardware.act_types=[int9]"], "nearest: int8"),
+        (["hardware=ethos_u55", "hardware.limits.conv.strid=2"], "strid"),
+        (
+            ["hardware=ethos_u55", "hardware.limits.conv.kernel=0"],
+            "hardware.limits.conv.kernel=0 is",
+        ),
+        (["+hardware.sources.kernel=x"], "hardware.sources: key=kernel is not one of"),
+        (["hardware.memory_bytes=0"], "hardware.memory_bytes=0 is out of range: at least 1"),
+    ],
+)
+def test_a_target_refuses_the_rest_in_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(CONF, overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_limits_bound_operators_of_the_target() -> None:
+    config = compose(CONF, [])
+    config.hardware.limits = {"conv": LimitsConfig(kernel=7)}
+    with pytest.raises(
+        ConfigError, match=r"hardware\.limits\.conv bounds no operator of .*conv3x3"
+    ):
+        validate(config)
+
+
+def test_the_config_of_an_older_run_composes(tmp_path: Path) -> None:
+    """A folder from before targets had limits, types and scales."""
+    import yaml
+
+    from archnet.runs import RunFolder
+
+    folder = RunFolder(tmp_path)
+    folder.write_config(compose(CONF, []))
+    path = tmp_path / "config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    kept = ("name", "operators", "fc_per_position", "max_channels", "lanes", "merge_lanes")
+    kept += ("weight_bits", "act_bits", "requantization", "accumulator_bits", "source")
+    tree["hardware"] = {key: tree["hardware"][key] for key in kept}
+    path.write_text(yaml.safe_dump(tree))
+    assert folder.config() == compose(CONF, [])
 
 
 def test_arguments_reach_a_factory() -> None:

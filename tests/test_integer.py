@@ -231,7 +231,10 @@ def test_an_accumulator_that_can_overflow_is_named():
     torch.manual_seed(0)
     student = student_of(CifarResNet(8, width=4), 8, 8)
     widest = max(lower(student).accumulators().values())
-    with pytest.raises(ExportError, match=rf"step \w+: its accumulator can need {widest} bits"):
+    with pytest.raises(
+        ExportError,
+        match=rf"step \w+, from .* in the teacher: its accumulator can need {widest} bits",
+    ):
         lower(student, accumulator=widest - 1)
     lower(student, accumulator=widest)
 

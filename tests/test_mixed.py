@@ -296,7 +296,15 @@ def test_an_impossible_budget_ends_a_run_before_training(make_config: Make, teac
         (["quant.budget_of=byte"], "bops, bytes; nearest: bytes"),
         (["quant.widths=[0,4]"], r"holds 0, not a width to choose: 1..8; nearest valid: 1"),
         (["quant.bits=32"], "is a share of a quantized student"),
-        (["hardware.act_bits=[4]", "quant.widths=[2,8]"], "its act_bits are 4"),
+        (
+            [
+                "hardware.act_bits=[4]",
+                "quant.first_bits=4",
+                "quant.last_bits=4",
+                "quant.widths=[2,8]",
+            ],
+            "its act_bits are 4",
+        ),
     ],
 )
 def test_budgets_that_cannot_be_are_one_line(overrides: list[str], message: str) -> None:

@@ -117,7 +117,9 @@ def test_a_full_disk_says_how_to_continue(
 
 
 def test_an_accumulator_too_narrow_ends_before_training(make_config: Make) -> None:
-    with pytest.raises(ArchnetError, match=r"step \w+: .* need \d+ bits and the target has 12"):
+    with pytest.raises(
+        ArchnetError, match=r"step \w+, from .* need \d+ bits and the target has 12"
+    ):
         pipeline.run(make_config(*DEBUG, "hardware.accumulator_bits=12"))
 
 

@@ -391,6 +391,16 @@ def test_calibration_takes_the_best_power_of_two():
         assert (error(scales[:, None]) <= error(scales[:, None] * factor)).all()
 
 
+def test_scales_of_activations_alone_may_be_powers_of_two():
+    network = student(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3)))
+    quantize(network, 4, 8, batches(1), act_power_of_two=True)
+    kept = [m for m in network.modules() if isinstance(m, Quantizer)]
+    assert {(isinstance(m, ActivationLSQ), m.power_of_two) for m in kept} == {
+        (True, True),
+        (False, False),
+    }
+
+
 def test_students_of_powers_of_two_come_back_as_such():
     network = student(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3)))
     quantize(network, 4, 4, batches(1), power_of_two=True)

@@ -173,6 +173,9 @@ class QuantConfig:
     sensitivity_inputs: int = _number(256, 1)  # unlabelled, on which each width's loss is measured
 
 
+# The operators of `arch5`, then what chips have beside them. `conv3x3`, `conv1x1` and
+# `maxpool2x2` are narrow forms of `conv` and `maxpool`, which take windows of any size; the rest is
+# element-wise or named as in ONNX.
 OPERATORS = (
     "conv3x3",
     "maxpool2x2",
@@ -182,26 +185,97 @@ OPERATORS = (
     "conv1x1",
     "matmul",
     "softmax",
+    "conv",
+    "depthwise_conv",
+    "conv_transpose",
+    "maxpool",
+    "averagepool",
+    "mean",
+    "layernorm",
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "maximum",
+    "minimum",
+    "abs",
+    "exp",
+    "log",
+    "sigmoid",
+    "tanh",
+    "hardsigmoid",
+    "hardswish",
+    "gelu",
+    "leaky_relu",
+    "prelu",
+    "elu",
+    "erf",
+    "sqrt",
+    "pow",
+    "cast",
+    "equal",
+    "where",
+    "expand",
+    "gather",
+    "reduce_sum",
+    "softplus",
+    "depth_to_space",
+    "space_to_depth",
 )
+# Granularity of the scales of weights.
+SCALES = ("per_tensor", "per_channel")
+# Element types, as ONNX names them.
+TYPES = ("int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "float16", "float")
+
+
+@dataclass
+class LimitsConfig:
+    """What bounds one operator of a target. Null: its source states no such limit."""
+
+    kernel: int | None = _number(None, 1)  # longest side of the window, pixels
+    kernel_area: int | None = _number(None, 1)  # most pixels in the window
+    padded_kernel: int | None = _number(None, 1)  # longest side where the input is padded
+    stride: int | None = _number(None, 1)  # largest, in pixels
+    padded_stride: int | None = _number(None, 1)  # largest where padded, or the window dilated
+    dilation: int | None = _number(None, 1)  # largest distance between the window's pixels
+    groups: int | None = _number(None, 1)  # most groups of channels
+    channels: int | None = _number(None, 1)  # widest map that is read or written
+    # Largest sum of the magnitudes of one output's integer weights, on activations of 8 bits.
+    weight_sum: int | None = _number(None, 1)
 
 
 @dataclass
 class HardwareConfig:
-    """A target: what its operators are and what it holds."""
+    """A target: what its operators are and what it holds. What is not stated is not checked."""
 
     name: str = "arch5"
-    operators: list[str] = _choices(OPERATORS, *OPERATORS[:5])  # all that a student may contain
+    operators: list[str] = _choices(OPERATORS, *OPERATORS[:5])  # all that a network may contain
+    limits: dict[str, LimitsConfig] = field(default_factory=dict)  # of single operators, by name
     fc_per_position: bool = True  # a fully connected layer at every position is cheap here
     max_channels: int | None = _number(None, 1)  # widest map a convolution takes; null: no limit
     lanes: int = _number(16, 1)  # channels a slice of a depthwise convolution, one dense 3x3 each
     merge_lanes: int = _number(64, 1)  # channels a slice where additions are merged by slices
     weight_bits: list[int] = _list(1, 2, 3, 4, 5, 6, 7, 8, 32)  # widths the target computes with
     act_bits: list[int] = _list(1, 2, 3, 4, 5, 6, 7, 8, 32)
+    # Widths of weights and activations that go together, as w8a8; empty: any of those above.
+    width_pairs: list[str] = _list()
+    # Types in which it stores weights and activations; empty: not stated.
+    weight_types: list[str] = _choices(TYPES)
+    act_types: list[str] = _choices(TYPES)
+    # Scales of weights: one for a tensor, or one for each output channel.
+    weight_scales: list[str] = _choices(SCALES, *SCALES)
+    # Scales of activations: any, or powers of two alone.
+    act_scales: str = _choice("any", "any", "power_of_two")
     # How it turns accumulators into integers: by a fixed-point multiplier and a shift, by a float
     # scale, or by a shift alone, for which all scales are trained as powers of two.
     requantization: str = _choice("multiplier", "multiplier", "float", "power_of_two")
-    accumulator_bits: int = _number(32, 8, 32)  # width of what products are summed in
+    # Width of what products are summed in; null: not stated, and 32 are assumed.
+    accumulator_bits: int | None = _number(32, 8, 32)
+    # Bytes of memory on the chip for what is alive at a time: inputs, outputs and what later steps
+    # still need; null: not stated.
+    memory_bytes: int | None = _number(None, 1)
     source: str = ""  # where this statement of the target comes from
+    sources: dict[str, str] = field(default_factory=dict)  # of single keys, where it is another
 
 
 @dataclass
@@ -363,20 +437,82 @@ def validate(config: Config) -> None:
             f"teacher.fit.restarts={config.teacher.fit.restarts} holds a cycle of no epoch; "
             "nearest valid: 1"
         )
-    for name in ("weight_bits", "act_bits"):
-        bits, allowed = getattr(config.quant, name), getattr(config.hardware, name)
-        if config.quant.method != "none" and bits not in allowed:
-            best = min(allowed, key=lambda width: abs(width - bits))
-            raise ConfigError(
-                f"quant.{name}={bits} is not a width of hardware={config.hardware.name} "
-                f"({', '.join(map(str, allowed))}); nearest valid: {best}"
-            )
+    _validate_hardware(config.hardware)
+    if config.quant.method != "none":
+        _validate_quant(config.quant, config.hardware)
     if config.quant.budget is not None:
         _validate_budget(config.quant, config.hardware)
     if (config.distill.joint_steps or 0) > config.distill.steps:
         raise ConfigError(
             f"distill.joint_steps={config.distill.joint_steps} is part of distill.steps; "
             f"nearest valid: {config.distill.steps}"
+        )
+
+
+def pair(weight_bits: int, act_bits: int) -> str:
+    """Widths as a target's `width_pairs` name them: w8a8."""
+    return f"w{weight_bits}a{act_bits}"
+
+
+def _validate_hardware(hardware: HardwareConfig) -> None:
+    for operator in hardware.limits:
+        if operator not in hardware.operators:
+            key = f"hardware.limits.{operator}"
+            raise ConfigError(
+                f"{key} bounds no operator of hardware={hardware.name}; "
+                f"nearest valid: {nearest(operator, hardware.operators)}"
+            )
+    names = [item.name for item in fields(hardware)]
+    for key in hardware.sources:
+        if key.split(".")[0] not in names:
+            raise ConfigError(f"hardware.sources: {_not_among('key', key, names)}")
+
+
+def _validate_quant(quant: QuantConfig, hardware: HardwareConfig) -> None:
+    """Widths and scales must be what the target offers."""
+    sides = {"weight_bits": hardware.weight_bits, "act_bits": hardware.act_bits}
+    for name, allowed in sides.items():
+        _require_width(name, getattr(quant, name), name, allowed, hardware)
+    pairs = [("quant.weight_bits and quant.act_bits", quant.weight_bits, quant.act_bits)]
+    # Where the layers between are float, the first and the last are as well.
+    for name in ("first_bits", "last_bits"):
+        bits = getattr(quant, name)
+        quantized = [side for side in sides if getattr(quant, side) != 32 and bits != 32]
+        for side in quantized:
+            _require_width(name, bits, side, sides[side], hardware)
+        if len(quantized) == len(sides):
+            pairs.append((f"quant.{name}", bits, bits))
+    for key, weight_bits, act_bits in pairs:
+        _require_pair(key, weight_bits, act_bits, hardware)
+    scale = "per_channel" if quant.per_channel else "per_tensor"
+    if scale not in hardware.weight_scales:
+        raise ConfigError(
+            f"quant.per_channel={str(quant.per_channel).lower()} asks for scales {scale}, and "
+            f"hardware={hardware.name} has {', '.join(hardware.weight_scales)}; "
+            f"nearest valid: {str(not quant.per_channel).lower()}"
+        )
+
+
+def _require_width(
+    name: str, bits: int, side: str, allowed: list[int], hardware: HardwareConfig
+) -> None:
+    if bits in allowed:
+        return
+    # A chip may compute with widths that no quantizer here has, such as 16.
+    possible = [width for width in allowed if nearest_width(width) == width] or allowed
+    best = min(possible, key=lambda width: abs(width - bits))
+    raise ConfigError(
+        f"quant.{name}={bits} is not a width of hardware={hardware.name} "
+        f"(its {side}: {', '.join(map(str, allowed))}); nearest valid: {best}"
+    )
+
+
+def _require_pair(key: str, weight_bits: int, act_bits: int, hardware: HardwareConfig) -> None:
+    pairs = hardware.width_pairs
+    if pairs and pair(weight_bits, act_bits) not in pairs:
+        raise ConfigError(
+            f"{key} make {pair(weight_bits, act_bits)}, and hardware={hardware.name} has "
+            f"{', '.join(pairs)}; nearest valid: {nearest(pair(weight_bits, act_bits), pairs)}"
         )
 
 
@@ -404,6 +540,9 @@ def _validate_budget(quant: QuantConfig, hardware: HardwareConfig) -> None:
                 f"quant.widths={quant.widths} holds no width of hardware={hardware.name}: "
                 f"its {name} are {', '.join(map(str, allowed))}"
             )
+    for weight_bits in offered(quant, hardware.weight_bits):
+        for act_bits in offered(quant, hardware.act_bits):
+            _require_pair(f"quant.widths={quant.widths}", weight_bits, act_bits, hardware)
 
 
 def _validate(node: Any, prefix: str) -> None:
@@ -411,6 +550,9 @@ def _validate(node: Any, prefix: str) -> None:
         key, value, rule = f"{prefix}{item.name}", getattr(node, item.name), item.metadata
         if is_dataclass(value):
             _validate(value, f"{key}.")
+        for name, member in value.items() if isinstance(value, dict) else ():
+            if is_dataclass(member):
+                _validate(member, f"{key}.{name}.")
         if value is None:
             continue
         if "width" in rule and value not in (*range(1, 9), 32):

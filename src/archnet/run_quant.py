@@ -8,7 +8,7 @@ from torch import Tensor
 
 import archnet
 from archnet.config import Config, offered
-from archnet.hardware import student_cost
+from archnet.hardware import Target, check_layers, check_memory, student_cost
 from archnet.ops import Student
 from archnet.quant import Allocation, allocate
 from archnet.quant.sensitivity import Batch
@@ -17,7 +17,9 @@ _log = logging.getLogger(__name__)
 
 
 def run_quant(config: Config, student: Student, batches: Sequence[Batch]) -> dict[str, Any]:
-    """Quantize and calibrate a run's student in place, if its config says so.
+    """Quantize and calibrate a run's student in place, if its config says so; then check it.
+
+    What the target cannot hold ends the run here, before anything is trained.
 
     Args:
         config: of the run.
@@ -29,7 +31,18 @@ def run_quant(config: Config, student: Student, batches: Sequence[Batch]) -> dic
 
     Raises:
         QuantizationError: the budget cannot be met.
+        TargetError: a layer is beyond a limit of the target, or needs more memory than it has.
     """
+    target = Target.of(config.hardware)
+    # Geometry first: it is known without any calibration.
+    check_layers(student, target)
+    chosen = _quantize(config, student, batches)
+    check_layers(student, target)
+    check_memory(student, target)
+    return chosen
+
+
+def _quantize(config: Config, student: Student, batches: Sequence[Batch]) -> dict[str, Any]:
     quant = config.quant
     if quant.method == "none":
         return {}
@@ -41,6 +54,7 @@ def run_quant(config: Config, student: Student, batches: Sequence[Batch]) -> dic
         "method": quant.method,
         "per_channel": quant.per_channel,
         "power_of_two": config.hardware.requantization == "power_of_two",
+        "act_power_of_two": config.hardware.act_scales == "power_of_two",
     }
     if quant.budget is None:
         archnet.quantize(student, calibration=batches, **uniform)

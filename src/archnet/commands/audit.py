@@ -2,8 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from archnet.errors import ArchnetError
+
+if TYPE_CHECKING:
+    from archnet.hardware import Audit
 
 HELP = "list what a target does not run in an ONNX file"
 
@@ -15,13 +19,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the violations; 1 if there are any."""
+    """Print the nodes outside the target, by operator and reason; 1 if there are any."""
     import archnet
 
     if not options.file.is_file():
         raise ArchnetError(f"{options.file} is not a file")
     audit = archnet.audit(options.file, hardware=options.hardware)
-    for violation in audit.violations:
-        print(violation)
-    print(f"{options.file}: {'pure' if audit.pure else 'not pure'} under {options.hardware}")
+    for (operator, reason), nodes in audit.groups().items():
+        print(f"{operator}: {reason} ({len(nodes)})")
+        for node in nodes:
+            print(f"  {node}")
+    print(f"{options.file}: {_verdict(audit)}")
+    for note in audit.notes:
+        print(f"note: {note}")
     return 0 if audit.pure else 1
+
+
+def _verdict(audit: "Audit") -> str:
+    outside, inside = len(audit.violations), sum(audit.counts.values())
+    moves = sum(map(len, audit.moves.values()))
+    verdict = "pure" if audit.pure else "not pure"
+    return (
+        f"{verdict} under {audit.target}: {outside} nodes outside of it, {inside} inside, "
+        f"{moves} layout moves"
+    )

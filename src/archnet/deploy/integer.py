@@ -268,14 +268,14 @@ def accumulator_bits(step: IntegerStep, source: IntegerGrid) -> int:
 
 
 def lower(
-    student: Student, requantization: Kind = "multiplier", accumulator: int = ACCUMULATOR_BITS
+    student: Student, requantization: Kind = "multiplier", accumulator: int | None = None
 ) -> IntegerModel:
     """A quantized student as integers.
 
     Args:
         student: with quantizers on all weights and activations.
         requantization: how accumulators become integers again; see `Requantization`.
-        accumulator: bits of the target's accumulator.
+        accumulator: bits of the target's accumulator; None: those of this model, 32.
 
     Raises:
         ExportError: a step is float, grids that meet in a concatenation differ, a scale is no
@@ -286,11 +286,14 @@ def lower(
         raise ExportError(f"requantization={requantization} is not one of {', '.join(KINDS)}")
     with torch.no_grad():
         model = _Lowering(student, requantization).model()
+    most = accumulator or ACCUMULATOR_BITS
+    origins = {step.name: step.origin for step in student.graph.steps}
     for name, bits in model.accumulators().items():
-        if bits > accumulator:
+        if bits > most:
             raise ExportError(
-                f"step {name}: its accumulator can need {bits} bits and the target has "
-                f"{accumulator}: lower quant.weight_bits or quant.act_bits there"
+                f"step {name}, from '{origins[name]}' in the teacher: its accumulator can need "
+                f"{bits} bits and the target has {most} (hardware.accumulator_bits): "
+                "lower quant.weight_bits or quant.act_bits there"
             )
     return model
 

@@ -3,20 +3,25 @@
 from archnet.hardware.audit import Audit, AuditError, Violation, audit
 from archnet.hardware.cost import Cost, Product, StepCost, student_cost, teacher_cost
 from archnet.hardware.cycles import DATAFLOWS, SystolicArray, cycles
+from archnet.hardware.layers import TargetError, check_layers, check_memory
 from archnet.hardware.onnx_cost import onnx_cost
-from archnet.hardware.target import Target
+from archnet.hardware.target import Layer, Target
 
 __all__ = [
     "DATAFLOWS",
     "Audit",
     "AuditError",
     "Cost",
+    "Layer",
     "Product",
     "StepCost",
     "SystolicArray",
     "Target",
+    "TargetError",
     "Violation",
     "audit",
+    "check_layers",
+    "check_memory",
     "cycles",
     "onnx_cost",
     "student_cost",

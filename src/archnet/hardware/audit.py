@@ -1,37 +1,63 @@
 """Is a file pure? Judged on the nodes of the ONNX graph, whoever wrote it."""
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import helper, inliner
+from onnx import TensorProto
 
-from archnet.errors import ArchnetError
-from archnet.hardware.target import Target
-
-# What clips or rounds activations to a grid; it belongs to the operator before it.
-ACTIVATIONS = ("Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
-MOVES = (
-    "Reshape",
-    "Transpose",
-    "Slice",
-    "Split",
-    "Pad",
-    "Flatten",
-    "Squeeze",
-    "Unsqueeze",
-    "Identity",
+from archnet.config import pair
+from archnet.hardware.onnx_graph import (
+    ACTIVATIONS,
+    MOVES,
+    AuditError,
+    OnnxGraph,
+    attributes,
+    is_standard,
+    operator_name,
+    read,
 )
-# Applied to a constant these give a constant: nothing is left to do when the network runs.
-FOLDED = ("DequantizeLinear", "QuantizeLinear", *MOVES)
-# Shapes are computed for a batch of this size, which no other axis is likely to have.
-PROBE = 1009
+from archnet.hardware.target import Layer, Target
 
+__all__ = ["Audit", "AuditError", "Violation", "audit"]
 
-class AuditError(ArchnetError):
-    """A file that cannot be judged, because it is no valid ONNX model."""
+# Operators that are what they are, whatever they read.
+PLAIN = {
+    "Concat": "concat",
+    "Softmax": "softmax",
+    "LayerNormalization": "layernorm",
+    "Sub": "sub",
+    "Mul": "mul",
+    "Div": "div",
+    "Max": "maximum",
+    "Min": "minimum",
+    "Abs": "abs",
+    "Exp": "exp",
+    "Log": "log",
+    "Sigmoid": "sigmoid",
+    "Tanh": "tanh",
+    "HardSigmoid": "hardsigmoid",
+    "HardSwish": "hardswish",
+    "Gelu": "gelu",
+    "LeakyRelu": "leaky_relu",
+    "PRelu": "prelu",
+    "Elu": "elu",
+    "Erf": "erf",
+    "Sqrt": "sqrt",
+    "Pow": "pow",
+    "Cast": "cast",
+    "Equal": "equal",
+    "Where": "where",
+    "Expand": "expand",
+    "ReduceSum": "reduce_sum",
+    "Softplus": "softplus",
+    "DepthToSpace": "depth_to_space",
+    "SpaceToDepth": "space_to_depth",
+}
 
 
 @dataclass(frozen=True)
@@ -52,12 +78,14 @@ class Audit:
 
     ``counts`` has the number of nodes of every operator of the target, and of activations;
     ``moves`` lists the layout moves by type, which are allowed; ``violations`` is all the rest.
+    ``notes`` tell what could not be judged.
     """
 
     target: str
     violations: tuple[Violation, ...]
     counts: dict[str, int]
     moves: dict[str, list[str]]
+    notes: tuple[str, ...] = ()
 
     @property
     def pure(self) -> bool:
@@ -71,7 +99,15 @@ class Audit:
             "violations": [asdict(violation) for violation in self.violations],
             "counts": dict(self.counts),
             "moves": {operator: len(names) for operator, names in self.moves.items()},
+            "notes": list(self.notes),
         }
+
+    def groups(self) -> dict[tuple[str, str], list[str]]:
+        """The names of the nodes outside the target, by their operator and what is wrong."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for violation in self.violations:
+            found.setdefault((violation.operator, violation.reason), []).append(violation.node)
+        return found
 
 
 def audit(
@@ -88,210 +124,212 @@ def audit(
         ConfigError: there is no such target.
     """
     target = Target.of(hardware)
-    graph = _Graph(_read(model))
+    graph = OnnxGraph(read(model))
     counts: dict[str, int] = {}
     moves: dict[str, list[str]] = {}
     violations = []
     for node in graph.nodes:
         label = node.name or f"{node.op_type} -> {', '.join(node.output)}"
         operator, reason = _judge(graph, node, target)
+        reason = reason or next(_numbers(graph, node, target), "")
         if reason:
             violations.append(Violation(label, node.op_type, reason))
         elif operator == "move":
             moves.setdefault(node.op_type, []).append(label)
         else:
             counts[operator] = counts.get(operator, 0) + 1
-    return Audit(target.name, tuple(violations), counts, moves)
-
-
-def _read(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
-    """Load, check and complete a model: functions inlined, shapes inferred."""
-    name = "the model" if isinstance(source, onnx.ModelProto) else os.fspath(source)
-    try:
-        if isinstance(source, onnx.ModelProto):
-            model = onnx.ModelProto()
-            model.CopyFrom(source)
-            onnx.checker.check_model(model)
-        else:
-            # By path, so that weights beside the file are found and any size can be checked.
-            onnx.checker.check_model(name)
-            model = onnx.load(name, load_external_data=False)
-        if model.functions:
-            model = inliner.inline_local_functions(model)
-        for item in model.graph.input:
-            shape = item.type.tensor_type.shape
-            if shape.dim and not shape.dim[0].HasField("dim_value"):
-                shape.dim[0].dim_value = PROBE
-        del model.graph.value_info[:]
-        return onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except OSError as error:
-        raise AuditError(f"cannot read {name}: {error.strerror or error}") from error
-    except Exception as error:  # The exceptions of onnx and of protobuf have no common base.
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AuditError(f"{name} is no valid ONNX model: {first_line}") from error
-
-
-class _Graph:
-    """The nodes that compute something when the network runs, and what is known of their inputs.
-
-    Weights are initializers, Constants, and whatever moves or dequantizes only these.
-    """
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        graph = model.graph
-        self.constants = {item.name for item in graph.initializer}
-        self.constants |= {item.values.name for item in graph.sparse_initializer}
-        self.constants.add("")  # An optional input that is left out.
-        inputs = [item for item in graph.input if item.name not in self.constants]
-        self.nodes = []
-        self.producer: dict[str, onnx.NodeProto] = {}
-        for node in graph.node:
-            folds = node.op_type in FOLDED and all(name in self.constants for name in node.input)
-            if _is_standard(node) and (node.op_type == "Constant" or folds):
-                self.constants.update(node.output)
-            else:
-                self.nodes.append(node)
-                self.producer.update(dict.fromkeys(node.output, node))
-        self.shapes: dict[str, tuple[int | None, ...]] = {
-            item.name: tuple(item.dims) for item in graph.initializer
-        }
-        for item in (*graph.input, *graph.value_info, *graph.output):
-            if item.type.tensor_type.HasField("shape"):
-                self.shapes[item.name] = tuple(
-                    dim.dim_value if dim.HasField("dim_value") else None
-                    for dim in item.type.tensor_type.shape.dim
-                )
-        self.batch = {shape[0] for item in inputs if (shape := self.shapes.get(item.name))}
-
-    def constant(self, node: onnx.NodeProto, index: int) -> bool:
-        """Whether an input of a node is a constant (or left out)."""
-        return index >= len(node.input) or node.input[index] in self.constants
-
-    def shape(self, node: onnx.NodeProto, index: int) -> tuple[int | None, ...] | None:
-        return self.shapes.get(node.input[index]) if index < len(node.input) else None
+    return Audit(target.name, tuple(violations), counts, moves, tuple(_notes(graph, target)))
 
 
 Verdict = tuple[str, str]  # The operator that a node is, and what speaks against it ("" nothing).
-_JUDGES: dict[str, Callable[[_Graph, onnx.NodeProto, Target], Verdict]] = {}
+_JUDGES: dict[str, Callable[[OnnxGraph, onnx.NodeProto, Target], Verdict]] = {}
 
 
 def _judges(*operators: str) -> Callable[..., Any]:
-    def register(judge: Callable[[_Graph, onnx.NodeProto, Target], Verdict]) -> Any:
+    def register(judge: Callable[[OnnxGraph, onnx.NodeProto, Target], Verdict]) -> Any:
         _JUDGES.update(dict.fromkeys(operators, judge))
         return judge
 
     return register
 
 
-def _judge(graph: _Graph, node: onnx.NodeProto, target: Target) -> Verdict:
-    if not _is_standard(node) or node.op_type not in _JUDGES:
-        name = node.op_type if _is_standard(node) else f"{node.domain}.{node.op_type}"
-        return "", f"{name} is not an operator of {target.name}"
-    operator, reason = _JUDGES[node.op_type](graph, node, target)
-    if not reason and operator not in ("move", "activation", "bias", *target.operators):
-        reason = f"{operator} is not an operator of {target.name}"
-    return operator, reason
+def _judge(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
+    if not is_standard(node) or node.op_type not in _JUDGES:
+        return "", f"{operator_name(node)} is not an operator of {target.name}"
+    return _JUDGES[node.op_type](graph, node, target)
+
+
+def _notes(graph: OnnxGraph, target: Target) -> Iterator[str]:
+    quantized = any(
+        node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        for node in (*graph.nodes, *graph.folded.values())
+    )
+    if not quantized and (target.weight_types or target.act_types):
+        yield f"the file is float: the types and scales of {target.name} are not judged"
+    if any(node.op_type.startswith("QLinear") for node in graph.nodes):
+        yield "integer operators are not looked into: quantize in QDQ format"
+    if any(node.op_type == "Shape" for node in graph.nodes):
+        yield "arithmetic on sizes folds away where the inputs have fixed ones: export with them"
 
 
 @_judges(*MOVES)
-def _move(graph: _Graph, node: onnx.NodeProto, target: Target) -> Verdict:
+def _move(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
+    if not all(graph.constant(node, index) for index in range(1, len(node.input))):
+        return "move", "its shape or its bounds are computed at run time"
     return "move", ""
 
 
+@_judges("Gather")
+def _gather(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
+    """With constant indices it moves values; else it looks them up."""
+    return ("move", "") if graph.constant(node, 1) else target.judge(Layer("gather"))
+
+
+@_judges("Dropout")
+def _dropout(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
+    """Outside of training it is the identity."""
+    mode = node.input[2] if len(node.input) > 2 else ""
+    value = graph.stored_value(mode) if mode else np.False_
+    if value is None or bool(value):
+        return "", "it is in training mode, or may be"
+    return "move", ""
+
+
+@_judges("Shape", "Size")
+def _shape(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
+    return "", "it reads a size that the file leaves open, or that depends on the data"
+
+
 @_judges(*ACTIVATIONS)
-def _activation(graph: _Graph, node: onnx.NodeProto, target: Target) -> Verdict:
+def _activation(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     if not all(graph.constant(node, index) for index in range(1, len(node.input))):
         return "activation", "its bounds or its scale are computed at run time"
     return "activation", ""
 
 
-@_judges("Conv")
-def _convolution(graph: _Graph, node: onnx.NodeProto, target: Target) -> Verdict:
+@_judges("Conv", "ConvTranspose")
+def _convolution(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     weight = graph.shape(node, 1)
     if not (graph.constant(node, 1) and graph.constant(node, 2)) or weight is None:
         return "", "its weight or bias is computed at run time"
-    attributes, kernel = _attributes(node), _sizes(weight[2:])
-    operator = {"3x3": "conv3x3", "1x1": "conv1x1"}.get(kernel, "")
-    if not operator:
-        return "", f"kernel {kernel}"
-    if attributes.get("group", 1) != 1:
-        return operator, f"{attributes['group']} groups"
-    if set(attributes.get("dilations", [1])) != {1}:
-        return operator, f"dilations {attributes['dilations']}"
-    if attributes.get("strides", [1, 1]) not in ([1, 1], [2, 2]):
-        return operator, f"strides {attributes['strides']}"
-    widest = max(size or 0 for size in weight[:2])
-    if target.max_channels is not None and widest > target.max_channels:
-        return operator, f"{widest} channels; {target.name} holds {target.max_channels}"
-    return operator, ""
+    stated = attributes(node)
+    groups = int(stated.get("group", 1))
+    # (O, I / groups, ...), transposed (I, O / groups, ...).
+    outer, inner = (size or 0 for size in weight[:2])
+    kind = "conv" if node.op_type == "Conv" else "conv_transpose"
+    return target.judge(
+        Layer(
+            kind,
+            **_window(node, tuple(size or 0 for size in weight[2:])),
+            groups=groups,
+            channels=max(outer, inner * groups),
+            weight_sum=_weight_sum(graph, node.input[1], 0) if kind == "conv" else None,
+        )
+    )
 
 
-@_judges("MaxPool")
-def _max_pool(graph: _Graph, node: onnx.NodeProto, target: Target) -> Verdict:
-    attributes = _attributes(node)
-    if attributes["kernel_shape"] != [2, 2]:
-        return "maxpool2x2", f"kernel {_sizes(attributes['kernel_shape'])}"
-    if set(attributes.get("dilations", [1])) != {1}:
-        return "maxpool2x2", f"dilations {attributes['dilations']}"
-    if attributes.get("strides", [1, 1]) not in ([1, 1], [2, 2]):
-        return "maxpool2x2", f"strides {attributes['strides']}"
+def _window(node: onnx.NodeProto, kernel: tuple[int, ...]) -> dict[str, Any]:
+    stated = attributes(node)
+    ones = (1,) * len(kernel)
+    return {
+        "kernel": kernel,
+        "stride": tuple(stated.get("strides", ones)),
+        "dilation": tuple(stated.get("dilations", ones)),
+        "padded": any(stated.get("pads", ())) or b"SAME" in stated.get("auto_pad", b""),
+    }
+
+
+def _weight_sum(graph: OnnxGraph, name: str, axis: int) -> int | None:
+    """The largest sum of magnitudes of the integers behind one output; ``axis`` counts outputs."""
+    node = graph.folded.get(name)
+    values = graph.stored_value(name) if node is not None else None
+    if values is None or values.dtype.kind not in "iu" or values.ndim < 2:
+        return None
+    rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+    return int(np.abs(rows.astype(np.int64)).sum(1).max())
+
+
+@_judges("MaxPool", "AveragePool", "GlobalAveragePool")
+def _pool(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
+    if node.op_type == "GlobalAveragePool":
+        shape = graph.shape(node, 0) or ()
+        return target.judge(Layer("averagepool", kernel=tuple(size or 1 for size in shape[2:])))
+    kind = "maxpool" if node.op_type == "MaxPool" else "averagepool"
     if len(node.output) > 1:
-        return "maxpool2x2", "it gives indices as well"
-    return "maxpool2x2", ""
+        return kind, "it gives indices as well"
+    return target.judge(Layer(kind, **_window(node, tuple(attributes(node)["kernel_shape"]))))
+
+
+@_judges("ReduceMean")
+def _mean(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
+    if not graph.constant(node, 1):
+        return "mean", "its axes are computed at run time"
+    return target.judge(Layer("mean"))
 
 
 @_judges("BatchNormalization")
-def _batch_norm(graph: _Graph, node: onnx.NodeProto, target: Target) -> Verdict:
+def _batch_norm(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     if not all(graph.constant(node, index) for index in range(1, 5)):
         return "batchnorm", "its statistics are computed at run time"
-    if _attributes(node).get("training_mode", 0):
+    if attributes(node).get("training_mode", 0):
         return "batchnorm", "it is in training mode"
-    return "batchnorm", ""
+    return target.judge(Layer("batchnorm"))
 
 
-@_judges("Concat")
-def _concat(graph: _Graph, node: onnx.NodeProto, target: Target) -> Verdict:
-    return "concat", ""
-
-
-@_judges("Softmax")
-def _softmax(graph: _Graph, node: onnx.NodeProto, target: Target) -> Verdict:
-    return "softmax", ""
+@_judges(*PLAIN)
+def _plain(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
+    return target.judge(Layer(PLAIN[node.op_type]))
 
 
 @_judges("Gemm", "MatMul")
-def _fully_connected(graph: _Graph, node: onnx.NodeProto, target: Target) -> Verdict:
+def _fully_connected(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     constant = [graph.constant(node, index) for index in (0, 1)]
     if not any(constant):
-        return "matmul", ""
+        return target.judge(Layer("matmul"))
     if not graph.constant(node, 2) or not _is_vector(graph.shape(node, 2)):
         return "fully_connected", "its bias is no constant vector"
     weight, features = (0, 1) if constant[0] else (1, 0)
-    if len(graph.shape(node, weight) or ()) > 2:
+    shape = graph.shape(node, weight) or ()
+    if len(shape) > 2:
         return "fully_connected", "its weight differs from position to position"
-    if target.fc_per_position:
-        return "fully_connected", ""
-    shape = graph.shape(node, features)
-    if shape is None or len(shape) != 2 or shape[0] not in graph.batch:
-        known = "several rows" if shape else "values of unknown shape"
-        return "fully_connected", f"it reads {known}; {target.name} wants one row for each sample"
-    return "fully_connected", ""
+    outputs = int(attributes(node).get("transB", 0) == 0) if weight == 1 else 0
+    layer = Layer(
+        "fully_connected",
+        channels=max((size or 1 for size in shape), default=1),
+        weight_sum=_weight_sum(graph, node.input[weight], outputs),
+    )
+    operator, reason = target.judge(layer)
+    if reason or target.fc_per_position:
+        return operator, reason
+    read_shape = graph.shape(node, features)
+    if read_shape is None or len(read_shape) != 2 or read_shape[0] not in graph.batch:
+        known = "several rows" if read_shape else "values of unknown shape"
+        return operator, f"it reads {known}; {target.name} wants one row for each sample"
+    return operator, ""
 
 
 @_judges("Add")
-def _bias(graph: _Graph, node: onnx.NodeProto, target: Target) -> Verdict:
+def _add(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     constant = [graph.constant(node, index) for index in (0, 1)]
-    if not any(constant):
-        return "", "addition of two activations"
-    producer = graph.producer.get(node.input[constant.index(False)])
-    behind_weight = (
+    if any(constant) and _is_bias(graph, node, constant.index(True)):
+        return "bias", ""
+    operator, reason = target.judge(Layer("add"))
+    if not reason:
+        return operator, ""
+    if any(constant):
+        return "", "addition of a constant that is no bias right behind a MatMul with a weight"
+    return "", "addition of two activations"
+
+
+def _is_bias(graph: OnnxGraph, node: onnx.NodeProto, index: int) -> bool:
+    """Whether an addition of a constant is the bias of the MatMul with a weight before it."""
+    producer = graph.producer.get(node.input[1 - index])
+    return (
         producer is not None
         and producer.op_type == "MatMul"
         and (graph.constant(producer, 0) or graph.constant(producer, 1))
+        and _is_vector(graph.shape(node, index))
     )
-    if not behind_weight or not _is_vector(graph.shape(node, constant.index(True))):
-        return "", "addition of a constant that is no bias right behind a MatMul with a weight"
-    return "bias", ""
 
 
 def _is_vector(shape: Sequence[int | None] | None) -> bool:
@@ -299,13 +337,63 @@ def _is_vector(shape: Sequence[int | None] | None) -> bool:
     return sum(size != 1 for size in shape or ()) <= 1
 
 
-def _sizes(shape: Sequence[int | None]) -> str:
-    return "x".join("?" if size is None else str(size) for size in shape)
+# Types and scales ---------------------------------------------------------------------------
 
 
-def _is_standard(node: onnx.NodeProto) -> bool:
-    return node.domain in ("", "ai.onnx")
+def _numbers(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Iterator[str]:
+    """What speaks against the types and scales of a node, where a file is quantized."""
+    if not is_standard(node):
+        return
+    if node.op_type == "QuantizeLinear":
+        yield from _activation_numbers(graph, node, target)
+    elif node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        for index in (0, 1):
+            if graph.constant(node, index):
+                values = node.input[1 - index]
+                yield from _weight_numbers(graph, node.input[index], values, target)
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {item.name: helper.get_attribute_value(item) for item in node.attribute}
+def _activation_numbers(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Iterator[str]:
+    kind = _type_name(graph.types.get(node.output[0], TensorProto.UINT8))
+    if target.act_types and kind not in target.act_types:
+        yield f"activations in {kind}; {target.name} stores {', '.join(target.act_types)}"
+    scale = graph.stored_value(node.input[1])
+    if scale is None or target.act_scales != "power_of_two":
+        return
+    if any(math.frexp(step)[0] != 0.5 for step in np.atleast_1d(scale).tolist()):
+        yield f"its scale is no power of two, as {target.name} takes them for activations"
+
+
+def _weight_numbers(graph: OnnxGraph, name: str, values: str, target: Target) -> Iterator[str]:
+    tensor, dequantized = graph.stored(name), _dequantization(graph, name)
+    if tensor is None or dequantized is None:
+        return
+    kind = _type_name(tensor.data_type)
+    if target.weight_types and kind not in target.weight_types:
+        yield f"weights in {kind}; {target.name} stores {', '.join(target.weight_types)}"
+    scales = math.prod(size or 1 for size in graph.shape(dequantized, 1) or ())
+    scale_kind = "per_channel" if scales > 1 else "per_tensor"
+    if scale_kind not in target.weight_scales:
+        yield f"scales of weights {scale_kind}; {target.name} has {', '.join(target.weight_scales)}"
+    read_kind = _type_name(graph.element_type(values))
+    widths = _width(kind), _width(read_kind)
+    if target.width_pairs and all(widths) and pair(*widths) not in target.width_pairs:
+        yield f"{pair(*widths)}; {target.name} has {', '.join(target.width_pairs)}"
+
+
+def _dequantization(graph: OnnxGraph, name: str) -> onnx.NodeProto | None:
+    """What turns a stored constant into floats; None where it is stored as one."""
+    node = graph.folded.get(name)
+    while node is not None and node.op_type in MOVES:
+        node = graph.folded.get(node.input[0])
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _type_name(element_type: int) -> str:
+    return TensorProto.DataType.Name(element_type).lower()
+
+
+def _width(kind: str) -> int:
+    """Bits of an integer type; 0 for others."""
+    digits = kind.removeprefix("u").removeprefix("int")
+    return int(digits) if digits.isdigit() else 0

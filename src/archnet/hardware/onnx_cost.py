@@ -8,19 +8,19 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from archnet.hardware.audit import (
+from archnet.hardware.cost import Cost, Product, StepCost, live_bytes
+from archnet.hardware.onnx_graph import (
     ACTIVATIONS,
     MOVES,
+    VIEWS,
     AuditError,
-    _attributes,
-    _Graph,
-    _is_standard,
-    _read,
+    OnnxGraph,
+    attributes,
+    is_standard,
+    operator_name,
+    read,
 )
-from archnet.hardware.cost import Cost, Product, StepCost, live_bytes
 
-# Moves that change nothing in memory.
-_VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 _PACKED_BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
 
 
@@ -42,25 +42,14 @@ def onnx_cost(source: str | os.PathLike[str] | onnx.ModelProto) -> Cost:
     Raises:
         AuditError: the file is missing or no valid ONNX model.
     """
-    return _OnnxCost(_read(source)).cost()
+    return _OnnxCost(read(source)).cost()
 
 
 class _OnnxCost:
     """One walk along the graph."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.graph = _Graph(model)
-        self.initializers = {item.name: item for item in model.graph.initializer}
-        self.folded = {
-            name: node
-            for node in model.graph.node
-            for name in node.output
-            if name in self.graph.constants
-        }
-        described = (*model.graph.input, *model.graph.value_info, *model.graph.output)
-        self.types = {item.name: item.type.tensor_type.elem_type for item in described}
-        self.inputs = [i.name for i in model.graph.input if i.name not in self.initializers]
-        self.outputs = [item.name for item in model.graph.output]
+        self.graph = OnnxGraph(model)
         self.batch = next(iter(self.graph.batch)) or 1 if len(self.graph.batch) == 1 else 1
 
     def cost(self) -> Cost:
@@ -68,11 +57,11 @@ class _OnnxCost:
         rows: list[StepCost] = []
         uncounted: Counter[str] = Counter()
         for index, node in enumerate(self.graph.nodes):
-            if _is_standard(node) and node.op_type in (*ACTIVATIONS, *MOVES):
+            if is_standard(node) and node.op_type in (*ACTIVATIONS, *MOVES):
                 continue
-            product = self._product(node) if _is_standard(node) else None
+            product = self._product(node) if is_standard(node) else None
             if product is None:
-                uncounted[_operator(node)] += 1
+                uncounted[operator_name(node)] += 1
             macs = product.macs if product else 0
             constants = [name for name in node.input if name and name in self.graph.constants]
             stored = [self._stored(name) for name in constants]
@@ -80,11 +69,11 @@ class _OnnxCost:
             weight_bits = max((bits for _, _, bits in stored), default=32)
             if product and constants:
                 weight_bits = stored[0][2]  # the bias behind it is wider
-            read_bits = max((self._value_bits(name) for name in values), default=32)
+            read_bits = max((_bits(self.graph.element_type(name)) for name in values), default=32)
             rows.append(
                 StepCost(
                     name=node.name or node.output[0],
-                    operator=_operator(node),
+                    operator=operator_name(node),
                     origin="",
                     macs=macs,
                     bops=macs * weight_bits * read_bits,
@@ -123,12 +112,12 @@ class _OnnxCost:
         if 0 in (*left, *right):
             return None
         if node.op_type == "Conv":
-            groups = max(1, _attributes(node).get("group", 1))
+            groups = max(1, attributes(node).get("group", 1))
             filters = right[0] // groups
             return Product(results // right[0], math.prod(right[1:]), filters, groups)
         if node.op_type == "Gemm":
-            depth = left[0 if _attributes(node).get("transA", 0) else 1]
-            filters = right[0 if _attributes(node).get("transB", 0) else 1]
+            depth = left[0 if attributes(node).get("transA", 0) else 1]
+            filters = right[0 if attributes(node).get("transB", 0) else 1]
             return Product(results // filters, depth, filters)
         if node.op_type == "MatMul" and len(left) > 1 and len(right) > 1:
             depth, filters = right[-2:]
@@ -140,31 +129,28 @@ class _OnnxCost:
 
     def _stored(self, name: str) -> tuple[int, int, int]:
         """(elements, bytes with scales and zero points, bits of an element) of a constant."""
-        if name in self.initializers:
-            item = self.initializers[name]
+        if name in self.graph.initializers:
+            item = self.graph.initializers[name]
             count, bits = math.prod(item.dims), _bits(item.data_type)
             return count, math.ceil(count * bits / 8), bits
-        node = self.folded.get(name)
+        node = self.graph.folded.get(name)
         if node is None:
             return 0, 0, 32  # sparse, or left out
         if node.op_type == "Constant":
-            value = _attributes(node).get("value")
+            value = attributes(node).get("value")
             if not isinstance(value, TensorProto):
                 return 1, 4, 32
             count, bits = math.prod(value.dims), _bits(value.data_type)
             return count, math.ceil(count * bits / 8), bits
-        parts = [self._stored(part) for part in node.input if part]
-        if node.op_type in MOVES:
-            return parts[0]
-        return parts[0][0], sum(size for _, size, _ in parts), parts[0][2]
-
-    def _value_bits(self, name: str) -> int:
-        """Width of a value as a reader gets it from memory."""
-        node = self.graph.producer.get(name)
-        while node is not None and node.op_type in ("DequantizeLinear", *_VIEWS):
-            name = node.input[0]
-            node = self.graph.producer.get(name)
-        return _bits(self.types.get(name, TensorProto.FLOAT))
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear", *MOVES):
+            parts = [self._stored(part) for part in node.input if part]
+            if node.op_type in MOVES:
+                return parts[0]
+            return parts[0][0], sum(size for _, size, _ in parts), parts[0][2]
+        # Computed once from other constants, and kept.
+        count = math.prod(size or 0 for size in self.graph.shapes.get(name, (0,)))
+        bits = _bits(self.graph.types.get(name, TensorProto.FLOAT))
+        return count, math.ceil(count * bits / 8), bits
 
     def _live(self) -> list[int] | None:
         """Bytes in use at each node; None where a shape is not known."""
@@ -178,29 +164,28 @@ class _OnnxCost:
 
         for node in self.graph.nodes:
             source = node.input[0] if node.input else ""
-            alone = readers[source] == 1 and source not in (*self.inputs, *self.outputs)
-            shares = node.op_type in (*ACTIVATIONS, *_VIEWS) and alone
+            alone = readers[source] == 1 and source not in (*self.graph.inputs, *self.graph.outputs)
+            shares = node.op_type in (*ACTIVATIONS, *VIEWS) and alone
             if shares or node.op_type == "DequantizeLinear":
                 buffer[node.output[0]] = source
         size: dict[str, int] = {}
-        names = {*self.inputs, *(name for node in self.graph.nodes for name in node.output if name)}
+        names = {
+            *self.graph.inputs,
+            *(name for node in self.graph.nodes for name in node.output if name),
+        }
         for name in names:
             count = self._elements(name)
             if count is None:
                 return None
-            needed = math.ceil(count * _bits(self.types.get(name, TensorProto.FLOAT)) / 8)
+            needed = math.ceil(count * _bits(self.graph.types.get(name, TensorProto.FLOAT)) / 8)
             # Fused, only the narrowest of what shares a buffer is ever stored.
             size[root(name)] = min(needed, size.get(root(name), needed))
         accesses = [
             [root(n) for n in (*node.input, *node.output) if n and n not in self.graph.constants]
             for node in self.graph.nodes
         ]
-        kept = [root(name) for name in self.outputs if name not in self.graph.constants]
-        return live_bytes(accesses, size, [root(name) for name in self.inputs], kept)
-
-
-def _operator(node: onnx.NodeProto) -> str:
-    return node.op_type if _is_standard(node) else f"{node.domain}.{node.op_type}"
+        kept = [root(name) for name in self.graph.outputs if name not in self.graph.constants]
+        return live_bytes(accesses, size, [root(name) for name in self.graph.inputs], kept)
 
 
 def _bits(data_type: int) -> int:

@@ -1,51 +1,108 @@
 """Hardware targets: which operators a chip runs, and the widths and sizes it holds."""
 
 import difflib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from archnet.config import HardwareConfig, LimitsConfig
 from archnet.errors import ConfigError
+
+# Kinds of layer that have more than one operator, the narrowest first.
+FORMS: Mapping[str, tuple[str, ...]] = {
+    "conv": ("conv3x3", "conv1x1", "depthwise_conv", "conv"),
+    "maxpool": ("maxpool2x2", "maxpool"),
+}
+# The windows of those that take one alone, dense and undilated, at stride 1 or 2.
+WINDOWS: Mapping[str, tuple[int, int]] = {
+    "conv3x3": (3, 3),
+    "conv1x1": (1, 1),
+    "maxpool2x2": (2, 2),
+}
+NO_LIMITS = LimitsConfig()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a target is asked about: one layer, of a student or of a file.
+
+    Args:
+        kind: its operator, or a kind of which `FORMS` lists several.
+        kernel, stride, dilation: one number a spatial axis, in pixels; empty without a window.
+        groups: of channels.
+        channels: of the widest map that it reads or writes.
+        padded: whether its window reaches beyond the input.
+        weight_sum: the largest sum of the magnitudes of one output's integer weights; None where
+            the weights are no integers, or not known.
+    """
+
+    kind: str
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    channels: int = 1
+    padded: bool = False
+    weight_sum: int | None = None
 
 
 @dataclass(frozen=True)
 class Target:
     """What a chip runs. The built-in targets are the YAML files beside this module.
 
-    ``operators`` lists all that a student may contain beside layout moves; ``max_channels`` is
-    the widest map a convolution reads or writes (None: no limit); ``lanes`` and ``merge_lanes``
-    are the channels in a slice of a depthwise convolution and of a merged addition.
+    The fields are those of `archnet.config.HardwareConfig`, which describes them.
     """
 
     name: str
     operators: tuple[str, ...]
+    limits: Mapping[str, LimitsConfig]
     fc_per_position: bool
     max_channels: int | None
     lanes: int
     merge_lanes: int
     weight_bits: tuple[int, ...]
     act_bits: tuple[int, ...]
+    width_pairs: tuple[str, ...]
+    weight_types: tuple[str, ...]
+    act_types: tuple[str, ...]
+    weight_scales: tuple[str, ...]
+    act_scales: str
+    requantization: str
+    accumulator_bits: int | None
+    memory_bytes: int | None
     source: str
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The built-in targets."""
+        return sorted(
+            path.name.removesuffix(".yaml")
+            for path in files("archnet.hardware").iterdir()
+            if path.name.endswith(".yaml")
+        )
 
     @classmethod
     def named(cls, name: str) -> "Target":
         """A built-in target.
 
         Raises:
-            ConfigError: there is no target of that name.
+            ConfigError: there is no target of that name, or its file has a key that none has.
         """
-        known = sorted(
-            path.name.removesuffix(".yaml")
-            for path in files("archnet.hardware").iterdir()
-            if path.name.endswith(".yaml")
-        )
+        known = cls.names()
         if name not in known:
             near = (difflib.get_close_matches(name, known, 1, 0.0) or known)[0]
             raise ConfigError(f"hardware={name} is not one of {', '.join(known)}; nearest: {near}")
         text = files("archnet.hardware").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-        return cls.of(OmegaConf.create(text))
+        try:
+            # What the file leaves out has the default of the schema.
+            tree = OmegaConf.merge(OmegaConf.structured(HardwareConfig), OmegaConf.create(text))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"hardware={name}: {str(error).splitlines()[0]}") from error
+        return cls.of(OmegaConf.to_object(tree))
 
     @classmethod
     def of(cls, hardware: Any) -> "Target":
@@ -55,6 +112,80 @@ class Target:
         if isinstance(hardware, str):
             return cls.named(hardware)
         values = {item.name: getattr(hardware, item.name) for item in fields(cls)}
-        for key in ("operators", "weight_bits", "act_bits"):
-            values[key] = tuple(values[key])
+        for key, value in values.items():
+            if not isinstance(value, str | Mapping) and hasattr(value, "__iter__"):
+                values[key] = tuple(value)
         return cls(**values)
+
+    def judge(self, layer: Layer) -> tuple[str, str]:
+        """The operator that a layer is here, and the first thing that speaks against it ("")."""
+        forms = FORMS.get(layer.kind, (layer.kind,))
+        tried = {form: _misfit(form, layer) for form in forms if form in self.operators}
+        for form, reason in tried.items():
+            if not reason:
+                return form, next(self._beyond(form, layer), "")
+        own = next((form for form in forms if WINDOWS.get(form) == layer.kernel), layer.kind)
+        if tried and own in (layer.kind, *tried):
+            closest = own if own in tried else next(iter(tried))
+            return closest, tried[closest]
+        return own, f"{own} is not an operator of {self.name}"
+
+    def _beyond(self, operator: str, layer: Layer) -> Iterator[str]:
+        """Every limit that a layer exceeds, in words."""
+        limits = self.limits.get(operator, NO_LIMITS)
+        area = 1
+        for size in layer.kernel:
+            area *= size
+        side, step = max(layer.kernel, default=1), max(layer.stride, default=1)
+        spread = max(layer.dilation, default=1)
+        kernel = f"kernel {sizes(layer.kernel)}"
+        if _exceeds(side, limits.kernel):
+            yield f"{kernel}; {self.name} takes sides up to {limits.kernel}"
+        if _exceeds(area, limits.kernel_area):
+            yield f"{kernel}; {self.name} takes {limits.kernel_area} pixels"
+        if layer.padded and _exceeds(side, limits.padded_kernel):
+            yield f"{kernel} with padding; {self.name} takes sides up to {limits.padded_kernel}"
+        if _exceeds(step, limits.stride):
+            yield f"stride {sizes(layer.stride)}; {self.name} takes up to {limits.stride}"
+        if (layer.padded or spread > 1) and _exceeds(step, limits.padded_stride):
+            how = "with padding" if layer.padded else "with dilation"
+            taken = f"{self.name} takes up to {limits.padded_stride}"
+            yield f"stride {sizes(layer.stride)} {how}; {taken}"
+        if _exceeds(spread, limits.dilation):
+            yield f"dilation {sizes(layer.dilation)}; {self.name} takes up to {limits.dilation}"
+        if _exceeds(layer.groups, limits.groups):
+            yield f"{layer.groups} groups; {self.name} takes {limits.groups}"
+        widest = self.max_channels if layer.kind == "conv" else None
+        for most in (widest, limits.channels):
+            if _exceeds(layer.channels, most):
+                yield f"{layer.channels} channels; {self.name} holds {most}"
+        if _exceeds(layer.weight_sum or 0, limits.weight_sum):
+            taken = f"{self.name} takes {limits.weight_sum}"
+            yield f"magnitudes of weights add up to {layer.weight_sum}; {taken}"
+
+
+def sizes(shape: tuple[int | None, ...]) -> str:
+    """3x3; what is not known is a question mark."""
+    return "x".join("?" if size is None else str(size) for size in shape)
+
+
+def _exceeds(value: int, limit: int | None) -> bool:
+    return limit is not None and value > limit
+
+
+def _misfit(operator: str, layer: Layer) -> str:
+    """Why a layer is not this form of its kind; "" where it is."""
+    if operator in WINDOWS:
+        if layer.kernel != WINDOWS[operator]:
+            return f"kernel {sizes(layer.kernel)}"
+        if layer.groups != 1:
+            return f"{layer.groups} groups"
+        if set(layer.dilation) - {1}:
+            return f"dilations {list(layer.dilation)}"
+        if layer.stride not in ((1, 1), (2, 2)):
+            return f"strides {list(layer.stride)}"
+    elif len(layer.kernel) > 2:
+        return f"kernel {sizes(layer.kernel)}: a window on {len(layer.kernel)} axes"
+    elif operator == "depthwise_conv" and (layer.groups == 1 or layer.groups != layer.channels):
+        return "not depthwise"
+    return ""

@@ -72,6 +72,7 @@ def allocate(
     method: Method = "lsq",
     per_channel: bool = True,
     power_of_two: bool = False,
+    act_power_of_two: bool = False,
 ) -> Allocation:
     """Choose a width for the weights of every layer and for every grid of activations.
 
@@ -90,7 +91,7 @@ def allocate(
         weight_widths, act_widths: what may be chosen.
         free_ends: whether the first and the last layer may choose as well; else they keep
             ``first_bits`` and ``last_bits``.
-        method, per_channel, power_of_two: as in `quantize`.
+        method, per_channel, power_of_two, act_power_of_two: as in `quantize`.
 
     Raises:
         QuantizationError: no choice is within the budget (the message has the smallest that can
@@ -119,7 +120,8 @@ def allocate(
             f"met: the narrowest widths take {least:g}"
         )
     batches = list(calibration)
-    losses = sensitivity(student, batches, offers, Recipe(method, per_channel, power_of_two))
+    recipe = Recipe(method, per_channel, power_of_two, act_power_of_two)
+    losses = sensitivity(student, batches, offers, recipe)
     widths = uniform | solve(losses, terms, uniform, budget * whole)
     return Allocation(
         widths=widths,

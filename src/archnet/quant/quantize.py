@@ -41,6 +41,7 @@ class Recipe:
     method: Method = "lsq"
     per_channel: bool = True
     power_of_two: bool = False
+    act_power_of_two: bool = False
 
     def weights(self, module: WeightedOperator, bits: int) -> dict[str, Any]:
         """The description, for `attach`, of a quantizer of a layer's weights."""
@@ -57,7 +58,7 @@ class Recipe:
             "kind": KINDS[self.method][1],
             "bits": bits,
             "signed": signed,
-            "power_of_two": self.power_of_two,
+            "power_of_two": self.power_of_two or self.act_power_of_two,
         }
 
 
@@ -84,6 +85,7 @@ def quantize(
     last_bits: int = 8,
     per_channel: bool = True,
     power_of_two: bool = False,
+    act_power_of_two: bool = False,
     widths: Mapping[str, int] | None = None,
 ) -> Student:
     """Quantize a student in place, with scales of least squared error.
@@ -97,6 +99,7 @@ def quantize(
             layer; 32 leaves them float, and they are float where the layers between are.
         per_channel: a weight scale for every output channel, or one for the layer.
         power_of_two: scales are powers of two, for chips that requantize by shifts.
+        act_power_of_two: those of activations are, for chips that ask it of these alone.
         widths: of single layers and grids by step, as `allocate` chooses them; what they do not
             name has the widths above.
 
@@ -119,7 +122,7 @@ def quantize(
     shared = shared_grids(student)
     lift = any(own[group] != FLOAT for group in shared.values())
     seen = prepare(student, calibration, lift=lift)
-    recipe = Recipe(method, per_channel, power_of_two)
+    recipe = Recipe(method, per_channel, power_of_two, act_power_of_two)
     activations = {
         name: {"like": group} if group != name else recipe.activations(own[name], seen.signed[name])
         for name, group in shared.items()

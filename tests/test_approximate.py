@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from archnet.capture import CaptureError, capture
-from archnet.convert import ConversionError, convert
+from archnet.convert import Approximation, ConversionError, convert
 from archnet.convert.fit import clipped_line, mixing, regression
 from archnet.deploy import audit
 from archnet.ops import FullyConnected
@@ -189,7 +189,8 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize("how", ["fused", "matmul", "einsum"])
 def test_attention_becomes_one_layer_over_tokens_for_each_head(how):
-    student, found = error(Attention(how), torch.randn(256, 4, 8, 8))
+    form = Approximation("mixing")
+    student, found = error(Attention(how), torch.randn(256, 4, 8, 8), approximation=form)
     assert found < 0.03
     assert not audit(student, "arch5").violations
     layers = [m for m in student.operators.values() if isinstance(m, FullyConnected)]
@@ -203,6 +204,16 @@ def test_attention_becomes_one_layer_over_tokens_for_each_head(how):
     approximate = [row for row in student.report if row.error is not None]
     assert [row.rule for row in approximate] == ["attention" if how == "fused" else "product"]
     assert {row.exact for row in student.report if row.rule == "unread"} <= {False}
+
+
+def test_rectified_queries_and_keys_bring_attention_nearer():
+    network = Attention("fused")
+    nn.init.normal_(network.qkv.weight, 0, 2)
+    x, errors = torch.randn(256, 4, 8, 8), {}
+    for form in ("mixing", "context"):
+        student, errors[form] = error(network, x, approximation=Approximation(form))
+        assert not audit(student, "arch5").violations
+    assert errors["context"] < 0.9 * errors["mixing"]
 
 
 APPROXIMATE = {

@@ -287,6 +287,9 @@ class ConvertConfig:
     # a new one; null: the teacher is converted.
     student: str | None = None
     taps: list[str] | None = None  # teacher module paths to compare at; null: every block output
+    # What attention becomes: fixed weights over tokens (mixing), or those and rectified features of
+    # queries and keys mixed by them (context), which is dearer and nearer.
+    attention: str = _choice("context", "mixing", "context")
     # Unlabelled training inputs that approximate rules are fitted to, held in memory at once.
     calibration: int = _number(256, 2)
 

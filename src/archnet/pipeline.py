@@ -28,6 +28,7 @@ import archnet
 from archnet import report, text_pipeline
 from archnet.capture import capture
 from archnet.config import Config, LoggerConfig
+from archnet.convert import Approximation
 from archnet.deploy import lower
 from archnet.distill import distill
 from archnet.errors import ArchnetError
@@ -301,6 +302,7 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
             taps=config.convert.taps,
             seed=config.seed,
             calibration=this.data.calibration_inputs(config.convert.calibration),
+            approximation=Approximation(config.convert.attention),
         )
     widths = run_quant(config, student, batches)
     if quant.method != "none":

@@ -9,11 +9,6 @@ from torch import Tensor
 _ROWS = 1024  # of each channel, enough to place two numbers
 
 
-def channels_first(x: Tensor, axis: int) -> Tensor:
-    """(B, *shape) as (channels, everything else)."""
-    return x.movedim(axis, 0).flatten(1)
-
-
 def regression(inputs: Sequence[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Least squares for every channel alone: wanted ~ sum_i a_i x_i + b.
 
@@ -69,29 +64,47 @@ def clipped_line(
     return slope.double(), offset.double()
 
 
-def mixing(values: Tensor, wanted: Tensor, ridge: float = 1e-2) -> Tensor:
-    """The matrix over tokens that gives what attention gave, by ridge regression.
+def ridge(x: Tensor, wanted: Tensor, prior: Tensor, share: float) -> Tensor:
+    """min_W |W x - wanted|^2 + lambda |W - prior|^2.
 
-    min_A |A V - Y|^2 + lambda |A - 1/N|^2, so that where data say nothing every token has the
-    same weight. Attention with fixed weights is a token-mixing layer (Tolstikhin et al. 2021,
-    arXiv 2105.01601).
+    Args:
+        x: (I, M).
+        wanted: (O, M).
+        prior: (O, I), what W is where data say nothing.
+        share: lambda as a share of the mean energy of a row of ``x``.
+
+    Returns:
+        W (O, I), float64.
+    """
+    x, wanted, prior = x.double(), wanted.double(), prior.double()
+    gram = x @ x.T
+    damping = share * gram.diagonal().mean() + 1e-12
+    cross = (wanted - prior @ x) @ x.T
+    eye = torch.eye(len(x), dtype=torch.float64)
+    return prior + torch.linalg.solve(gram + damping * eye, cross, left=False)
+
+
+def mixing(values: Tensor, wanted: Tensor, share: float = 1e-2) -> Tensor:
+    """The matrix over tokens that gives what attention gave, by ridge regression around 1/N.
+
+    Attention with fixed weights is a token-mixing layer (Tolstikhin et al. 2021, arXiv
+    2105.01601).
 
     Args:
         values: V (samples, N, d).
         wanted: Y (samples, M, d).
-        ridge: lambda as a share of the mean energy of a token.
+        share: see `ridge`.
 
     Returns:
         A (M, N), float64.
     """
-    v = values.double().transpose(0, 1).flatten(1)  # (N, samples * d)
-    y = wanted.double().transpose(0, 1).flatten(1)
-    gram = v @ v.T
-    damping = ridge * gram.diagonal().mean() + 1e-12
-    uniform = torch.full((len(y), len(v)), 1 / len(v), dtype=torch.float64)
-    cross = (y - uniform @ v) @ v.T
-    eye = torch.eye(len(v), dtype=torch.float64)
-    return uniform + torch.linalg.solve(gram + damping * eye, cross, left=False)
+    uniform = torch.full((wanted.shape[1], values.shape[1]), 1 / values.shape[1])
+    return ridge(rows(values, 1), rows(wanted, 1), uniform, share)
+
+
+def rows(x: Tensor, axis: int) -> Tensor:
+    """One axis first, everything else behind it: (size, samples)."""
+    return x.movedim(axis, 0).flatten(1)
 
 
 def relative_error(value: Tensor, wanted: Tensor) -> float:

@@ -17,7 +17,7 @@ from archnet.convert.fit import relative_error
 from archnet.convert.narrow import narrow
 from archnet.convert.rules import RULES
 from archnet.convert.rules.attention import softmax_weights
-from archnet.convert.rules.base import Site, Values
+from archnet.convert.rules.base import Approximation, Site, Values
 from archnet.convert.taps import choose_taps
 from archnet.hardware import Target
 from archnet.ops import NodeReport, Student, Tap, WeightedOperator
@@ -32,6 +32,7 @@ def convert(
     taps: Sequence[str] | None = None,
     seed: int = 0,
     calibration: Tensor | tuple[Tensor, ...] | None = None,
+    approximation: Approximation | None = None,
 ) -> Student:
     """Convert a trained network into a student of the target's operators.
 
@@ -46,6 +47,7 @@ def convert(
         seed: of the random start.
         calibration: unlabelled inputs, a few hundred samples as one batch; what has no exact form
             is fitted to the teacher's features on them. `example_inputs` when absent.
+        approximation: the forms that are fitted; its defaults when absent.
 
     Returns:
         The student in eval mode, on the CPU, float32; ``student.report`` tells what became of
@@ -64,7 +66,9 @@ def convert(
         graph = capture(teacher, example_inputs)
     _require_rules(graph)
     tap_nodes = choose_taps(graph, taps)
-    live, read = _live(graph, reads), _live(graph, TeacherNode.refs)
+    form = approximation or Approximation()
+    live = {node.name: _reads(node, form) for node in _live(graph, lambda n: _reads(n, form))}
+    read = {node.name for node in _live(graph, TeacherNode.refs)}
     inputs = example_inputs if calibration is None else calibration
     builder = Builder(target)
     fitting = None
@@ -76,10 +80,10 @@ def convert(
         name: builder.input(name, shape) for name, shape in graph.inputs.items()
     }
     batches, report = graph.batches(), []
-    uses = Counter(name for node in live.values() for name in reads(node))
+    uses = Counter(name for names in live.values() for name in names)
     uses[graph.output] += 1
     tapped = {node.name for _, node in tap_nodes}
-    last_reader = {name: node.name for node in live.values() for name in reads(node)}
+    last_reader = {name: reader for reader, names in live.items() for name in names}
     last_reader[graph.output] = ""
     for node in graph.nodes:
         if node.name not in live:
@@ -88,7 +92,7 @@ def convert(
             report.append(NodeReport(node.path, node.operator, rule, exact, _macs(node), 0))
             continue
         builder.owner = node.name
-        site = Site(node, values, builder, batches, fitting)
+        site = Site(node, values, builder, batches, fitting, form)
         value = RULES[node.operator].apply(site)
         for single in value if isinstance(value, list) else [value]:
             if isinstance(single, Form):
@@ -111,7 +115,7 @@ def convert(
         rule = RULES[node.operator].name
         report.append(NodeReport(node.path, node.operator, rule, site.exact, _macs(node), 0, error))
         # Forms hold weights in float64: one that nobody reads again is let go.
-        for name in set(reads(node)):
+        for name in set(live[node.name]):
             if last_reader[name] == node.name and name not in tapped:
                 values.pop(name, None)
         if fitting is not None:
@@ -159,14 +163,14 @@ def _name_of(value: Values) -> str:
     return value.first
 
 
-def reads(node: TeacherNode) -> list[str]:
+def _reads(node: TeacherNode, form: Approximation) -> list[str]:
     """The values that the student needs where the teacher has this node."""
     rule = RULES.get(node.operator)
-    return node.refs() if rule is None or rule.reads is None else rule.reads(node)
+    return node.refs() if rule is None or rule.reads is None else rule.reads(node, form)
 
 
-def _live(graph: TeacherGraph, reads: Callable[[TeacherNode], list[str]]) -> dict[str, TeacherNode]:
-    """The nodes that the result depends on, by name, in forward order.
+def _live(graph: TeacherGraph, reads: Callable[[TeacherNode], list[str]]) -> list[TeacherNode]:
+    """The nodes that the result depends on, in forward order.
 
     In the student what an approximation does without (queries, keys and masks of an attention) is
     not among them.
@@ -176,14 +180,14 @@ def _live(graph: TeacherGraph, reads: Callable[[TeacherNode], list[str]]) -> dic
         if node.name in wanted:
             wanted.update(reads(node))
             found.append(node)
-    return {node.name: node for node in reversed(found)}
+    return found[::-1]
 
 
 def missing_rules(graph: TeacherGraph) -> dict[str, list[str]]:
     """The operators that no rule converts, with the module path of every node, in forward order."""
     missing: dict[str, list[str]] = {}
     weights = softmax_weights(graph)
-    for node in _live(graph, reads).values():
+    for node in _live(graph, lambda n: _reads(n, Approximation())):
         # A product of two features has a rule only where it is the end of an attention.
         free = RULES.get(node.operator) is RULES["aten.matmul.default"]
         features = len(node.refs()) > 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from archnet.convert.feature import Carry, Form, Value
-from archnet.convert.fit import channels_first, clipped_line
+from archnet.convert.fit import clipped_line, rows
 from archnet.convert.rules.base import Site, rule
 
 
@@ -103,8 +103,8 @@ def smooth_activation(site: Site) -> Value:
     low = curve.low * float(site.node.arguments.get("alpha", 1.0))
     form = site.form(site.subject)
     slope, offset = clipped_line(
-        channels_first(site.given(form), form.axis),
-        channels_first(site.wanted(), form.axis),
+        rows(site.given(form), form.axis),
+        rows(site.wanted(), form.axis),
         low,
         curve.high,
         torch.linspace(*curve.slopes, _CANDIDATES).tolist(),

@@ -11,8 +11,21 @@ from archnet.convert.builder import Builder, ConversionError
 from archnet.convert.calibration import Calibration
 from archnet.convert.feature import Carry, Convolution, Feature, Form, Value
 
+Reads = Callable[[TeacherNode, "Approximation"], list[str]]
 # What an operator with several results gives; `getitem` picks from it.
 Values = Value | list[Value]
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """Which form approximate rules give to what has no exact one.
+
+    Attributes:
+        attention: `mixing`, fixed weights over tokens; or `context`, with features of queries and
+            keys besides, which make the result depend on what the tokens hold.
+    """
+
+    attention: str = "context"
 
 
 @dataclass
@@ -28,6 +41,7 @@ class Site:
     builder: Builder
     batches: Mapping[str, Batch]
     calibration: Calibration | None = None
+    approximation: Approximation = Approximation()
     exact: bool = field(default=True, init=False)
 
     def argument(self, name: str) -> Any:
@@ -116,21 +130,21 @@ class Site:
 class Rule:
     """A rewrite: the operators it matches, and what it builds.
 
-    ``reads`` names the arguments that the rewrite needs; the others, and whatever is computed for
+    ``reads`` names the values that the rewrite needs; the others, and whatever is computed for
     them alone, have no part in the student. All of them where it is None.
     """
 
     name: str
     operators: tuple[str, ...]
     apply: Callable[[Site], Values]
-    reads: Callable[[TeacherNode], list[str]] | None = None
+    reads: Reads | None = None
 
 
 RULES: dict[str, Rule] = {}
 
 
 def rule(
-    *operators: str, reads: Callable[[TeacherNode], list[str]] | None = None
+    *operators: str, reads: Reads | None = None
 ) -> Callable[[Callable[[Site], Values]], Callable[[Site], Values]]:
     """Register a rewrite for ATen operators (`aten.<name>.<overload>`)."""
 

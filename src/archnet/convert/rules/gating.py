@@ -1,7 +1,7 @@
 """Products of two features, squeeze-and-excitation among them (approximate)."""
 
 from archnet.convert.feature import Carry, Form, Value
-from archnet.convert.fit import channels_first, regression
+from archnet.convert.fit import regression, rows
 from archnet.convert.rules.base import Site
 
 
@@ -28,7 +28,7 @@ def gate(site: Site) -> Value:
         raise site.error("gates the channels of something that is no map; this has no rule")
     features = [site.builder.build(x), site.builder.build(s)]
     wanted = site.wanted()
-    inputs = [channels_first(site.given(f).expand_as(wanted), x.axis) for f in features]
-    slopes, offset = regression(inputs, channels_first(wanted, x.axis))
+    inputs = [rows(site.given(f).expand_as(wanted), x.axis) for f in features]
+    slopes, offset = regression(inputs, rows(wanted, x.axis))
     terms = [Carry(f, slopes[:, i]) for i, f in enumerate(features)]
     return Form(shape, [*terms], offset, axis=x.axis)

@@ -3,7 +3,7 @@
 import torch
 
 from archnet.convert.feature import Value
-from archnet.convert.fit import channels_first, regression
+from archnet.convert.fit import regression, rows
 from archnet.convert.rules.base import Site, as_form, constant, rule
 
 
@@ -47,5 +47,5 @@ def group_norm(site: Site) -> Value:
 
 def _fitted(site: Site, value: Value) -> Value:
     x, wanted = site.given(value), site.wanted()
-    slopes, offset = regression([channels_first(x, value.axis)], channels_first(wanted, value.axis))
+    slopes, offset = regression([rows(x, value.axis)], rows(wanted, value.axis))
     return as_form(value).affine(slopes[:, 0], offset)

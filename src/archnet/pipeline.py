@@ -302,7 +302,7 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
             taps=config.convert.taps,
             seed=config.seed,
             calibration=this.data.calibration_inputs(config.convert.calibration),
-            approximation=Approximation(config.convert.attention),
+            approximation=Approximation(config.convert.attention, config.convert.hinges),
         )
     widths = run_quant(config, student, batches)
     if quant.method != "none":

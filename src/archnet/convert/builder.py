@@ -547,34 +547,40 @@ class Builder:
 
     # -- sums ----------------------------------------------------------------------------------
 
-    def add(self, features: Sequence[Feature]) -> Feature:
+    def add(
+        self, features: Sequence[Feature], scales: Sequence[float] = (), bias: float = 0.0
+    ) -> Feature:
         """Addition as concatenation and a fully connected layer [I, I, ...] (exact).
 
         The identity is the same in every lane of ``target.merge_lanes`` channels, so one small
         layer serves all lanes of all positions: 2 * lanes MACs a value where a layer over all
-        channels would need 2 * C.
+        channels would need 2 * C. With ``scales``, one number for every feature, and a ``bias``
+        it is any weighted sum.
         """
-        if len(features) == 1:
+        if len(features) == 1 and not scales:
             return features[0]
+        factors = list(scales) or [1.0] * len(features)
         channels = features[0].channels
-        widest = self.target.merge_lanes
+        # Weighted sums stand behind every smooth activation, where narrow lanes count.
+        widest = self.target.lanes if scales else self.target.merge_lanes
         axis = features[0].axis
         literal = len(features[0].shape) > 1 and not self.target.fc_per_position
         if literal and self.target.max_channels is not None:
             # A merge is a convolution here, and has to fit the limit as well, with two sums a time.
             if len(features) > 2:
-                return self.add([self.add(features[:2]), *features[2:]])
+                first = self.add(features[:2], factors[:2])
+                return self.add([first, *features[2:]], [1.0, *factors[2:]], bias)
             widest = min(widest, self.target.max_channels // 2)
             if not widest:
                 raise ConversionError("hardware.max_channels=1 leaves no room for an addition")
         lane = max(d for d in range(1, widest + 1) if channels % d == 0)
-        eye = torch.cat([torch.eye(lane, dtype=torch.float64)] * len(features), 1)
-        zero = torch.zeros(lane, dtype=torch.float64)
+        eye = torch.cat([f * torch.eye(lane, dtype=torch.float64) for f in factors], 1)
+        offset = torch.full((lane,), bias, dtype=torch.float64)
         if literal:
             parts = []
             for start in range(0, channels, lane):
                 slices = [self.slice(f, axis, start, start + lane) for f in features]
-                parts.append(self.matrix_at_positions(self.concat(slices), eye, zero))
+                parts.append(self.matrix_at_positions(self.concat(slices), eye, offset))
             return self.concat(parts)
         names = [self.last(f) for f in features]
         positions = self.graph.shapes[names[0]][:-1]
@@ -582,7 +588,7 @@ class Builder:
             lanes = (*positions, channels // lane, lane)
             names = [self.emit("lanes", Reshape(lanes), name) for name in names]
         joined = self.emit("concat", Concat(len(self.graph.shapes[names[0]])), *names)
-        total = self.fully_connected(joined, eye, zero)
+        total = self.fully_connected(joined, eye, offset)
         if lane != channels:
             total = self.emit("join", Reshape((*positions, channels)), total)
         return self.from_last(features[0].shape, axis, total)

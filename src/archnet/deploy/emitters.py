@@ -171,9 +171,7 @@ def _quantize(writer: Writer, name: str, tensor: str, source: str, op: Activatio
     if not (math.isfinite(scale) and scale > 0):
         raise ExportError(f"step {name} has a scale of {scale}; calibrate it on finite inputs")
     grid = Grid(scale, quantizer.low, quantizer.high, name)
-    # Rounding keeps the order, so a clip of the value is a clip of the integer.
-    highest = quantizer.integers(quantizer.scale.new_tensor([op.high]))
-    return writer.rounded(tensor, source, grid, int(highest))
+    return writer.rounded(tensor, source, grid, *quantizer.bounds(op.low, op.high))
 
 
 @emits(Permute)

@@ -385,8 +385,8 @@ class _Lowering:
                 f"step {step.name} ({step.origin}) is float: an integer model needs "
                 "quant.act_bits, first_bits and last_bits of 8 or less"
             )
-        highest = int(quantizer.integers(quantizer.scale.new_tensor([operator.high])))
-        grid = IntegerGrid(float(quantizer.scale), quantizer.low, highest)
+        lowest, highest = quantizer.bounds(operator.low, operator.high)
+        grid = IntegerGrid(float(quantizer.scale), lowest, highest)
         if source in self.student.graph.inputs:
             self.steps.append(IntegerStep(step.name, (source,), operator, step.origin))
             self.grids[step.name] = grid

@@ -32,7 +32,7 @@ class QdqWriter(Writer):
             raise ExportError(f"{name}: its {bits} bits fit no type of form={self.form}: 8 at most")
         return self.scaled(name, integers, scale, found[0])
 
-    def rounded(self, tensor: str, source: str, grid: Grid, high: int) -> Grid | None:
+    def rounded(self, tensor: str, source: str, grid: Grid, low: int, high: int) -> Grid | None:
         signed, label = grid.low < 0, f"step {grid.name}: its integers {grid.low} to {grid.high}"
         # A signed grid of one bit is -1 to 1.
         found = self._type(label, max(grid.high, -grid.low - 1).bit_length() + signed, signed)
@@ -44,7 +44,7 @@ class QdqWriter(Writer):
             self.constant(f"{tensor}.{key}", bound * np.float32(grid.scale), np.float32)
             if bound != limit
             else ""
-            for key, bound, limit in zip(("low", "high"), (grid.low, high), limits, strict=True)
+            for key, bound, limit in zip(("low", "high"), (low, high), limits, strict=True)
         ]
         if any(bounds):
             source = self.node("Clip", [source, *bounds], f"{tensor}.clipped")

@@ -22,15 +22,20 @@ class QonnxWriter(Writer):
     def bias(self, name: str, integers: Tensor, scale: Tensor) -> str:
         return self._constant(name, integers, scale, 32)
 
-    def rounded(self, tensor: str, source: str, grid: Grid, high: int) -> Grid | None:
+    def rounded(self, tensor: str, source: str, grid: Grid, low: int, high: int) -> Grid | None:
         signed = grid.low < 0
         bits = (grid.high - grid.low).bit_length()
         narrow = signed and grid.low == -grid.high
         if (grid.low, grid.high) != quant_range(bits, signed, narrow):
             raise self.too_wide(grid)
-        if high != grid.high:
-            bound = self.constant(f"{tensor}.high", high * np.float32(grid.scale), np.float32)
-            source = self.node("Clip", [source, "", bound], f"{tensor}.clipped")
+        bounds = [
+            self.constant(f"{tensor}.{key}", bound * np.float32(grid.scale), np.float32)
+            if bound != limit
+            else ""
+            for key, bound, limit in (("low", low, grid.low), ("high", high, grid.high))
+        ]
+        if any(bounds):
+            source = self.node("Clip", [source, *bounds], f"{tensor}.clipped")
         scale = self.constant(f"{grid.name}.scale", grid.scale, np.float32)
         self._quant(source, scale, grid.name, tensor, bits, signed=signed, narrow=narrow)
         return None

@@ -177,13 +177,13 @@ class Writer:
         """A constant float tensor: ``integers`` (O,), in 32 bits, times ``scale``."""
         return self.scaled(name, integers, scale, np.int32)
 
-    def rounded(self, tensor: str, source: str, grid: Grid, high: int) -> Grid | None:
-        """Write ``tensor``: the float ``source`` on the grid, no integer being above ``high``.
+    def rounded(self, tensor: str, source: str, grid: Grid, low: int, high: int) -> Grid | None:
+        """Write ``tensor``: the float ``source`` on the grid, as integers from ``low`` to ``high``.
 
         Returns:
             The grid, where ``tensor`` holds its integers; None where it holds their values.
         """
-        low, high = grid.low + grid.zero, high + grid.zero
+        low, high = low + grid.zero, high + grid.zero
         if low < 0 or high > 255:
             raise self.too_wide(grid)
         # A QuantizeLinear saturates at 0 and 255, so wider bounds need no Clip.

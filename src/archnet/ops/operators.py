@@ -191,9 +191,11 @@ class Activation(Operator):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.quantizer is not None:
-            if math.isfinite(self.high):
-                x = x.clamp(max=self.high)
-            # The quantizer's own lowest level is the lower bound: a ReLU costs no extra pass.
+            # A ReLU on an unsigned grid costs no extra pass: the lowest level is its bound. One
+            # that shares a signed grid (the two sides of an addition) has to be made.
+            low = -math.inf if self.low == getattr(self.quantizer, "low", None) == 0 else self.low
+            if math.isfinite(low) or math.isfinite(self.high):
+                x = x.clamp(low, self.high)
             return self.quantizer(x)
         if self.low == 0 and self.high == math.inf:
             return F.relu(x)

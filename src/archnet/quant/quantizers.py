@@ -153,6 +153,14 @@ class Quantizer(nn.Module):
         """The grid's integers (float dtype) nearest to x."""
         return torch.round(x / self.along(x)).clamp(self.low, self.high)
 
+    def bounds(self, low: float, high: float) -> tuple[int, int]:
+        """The lowest and the highest integer of values between ``low`` and ``high``.
+
+        Rounding keeps the order, so a clip of the value is a clip of the integer.
+        """
+        lowest, highest = self.integers(self.scale.new_tensor([low, high])).tolist()
+        return int(lowest), int(highest)
+
     def along(self, x: Tensor) -> Tensor:
         """The scale, broadcast along the first axis of x."""
         scale = self.scale

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from archnet.convert.feature import Carry, Form, Value
-from archnet.convert.fit import clipped_line, rows
+from archnet.convert.fit import clipped_line, hinges, rows
 from archnet.convert.rules.base import Site, rule
 
 
@@ -88,30 +88,54 @@ _CURVES = {
     "tanh": Curve(-1.0, 1.0, (0.4, 1.1), (-0.3, 0.3)),
 }
 _CANDIDATES = 9  # of each number
+_WORTH = 0.6
 
 
 @rule(
     *(f"aten.{name}{mark}.default" for name in _CURVES for mark in ("", "_")),
 )
 def smooth_activation(site: Site) -> Value:
-    """Y nearly min(max(a x + b, low), high), the best a and b for every channel.
+    """A GELU, SiLU, hardswish, sigmoid, tanh or the like, in a compact or a faithful form.
 
-    The line goes into the layer in front, so that a GELU, SiLU, hardswish, sigmoid or tanh costs
-    what a ReLU costs. Where the layer in front cannot take it, it is a batch norm.
+    Compact: Y nearly min(max(a x + b, low), high), the best a and b for every channel. The line
+    goes into the layer in front, so that it costs what a ReLU costs.
+
+    Faithful: Y nearly sum_j a_j max(x - t_j, 0) + c, a batch norm and a ReLU for every hinge and
+    one small layer that is the same for every lane of channels (`fit.hinges`). A teacher whose
+    values stay near zero, where these functions are nearly a line, needs it; it is taken where it
+    leaves less than `_WORTH` of the compact form's error.
     """
     curve = _CURVES[site.node.operator.removeprefix("aten.").split(".")[0].removesuffix("_")]
     low = curve.low * float(site.node.arguments.get("alpha", 1.0))
     form = site.form(site.subject)
+    x, wanted = rows(site.given(form), form.axis), rows(site.wanted(), form.axis)
     slope, offset = clipped_line(
-        rows(site.given(form), form.axis),
-        rows(site.wanted(), form.axis),
+        x,
+        wanted,
         low,
         curve.high,
         torch.linspace(*curve.slopes, _CANDIDATES).tolist(),
         torch.linspace(*curve.offsets, _CANDIDATES).tolist(),
     )
+    if count := site.approximation.hinges:
+        knots, weights, constant = hinges(x, wanted, count)
+        compact = (slope[:, None] * x + offset[:, None]).clamp(low, curve.high)
+        faithful = constant + sum(
+            weight * (x - knot).clamp(min=0) for knot, weight in zip(knots, weights, strict=True)
+        )
+        if (faithful - wanted).norm() < _WORTH * (compact - wanted).norm():
+            return _piecewise(site, knots, weights, constant)
     line = site.builder.build(form.affine(slope, offset))
     return site.builder.activation(line, low, curve.high)
+
+
+def _piecewise(site: Site, knots: list[float], weights: list[float], offset: float) -> Value:
+    builder, x = site.builder, site.feature(site.subject)
+    one = torch.ones(1, dtype=torch.float64)
+    rectified = [
+        builder.activation(builder.batchnorm(x, one, -knot * one), 0.0, math.inf) for knot in knots
+    ]
+    return builder.add(rectified, weights, offset)
 
 
 @rule("aten.dropout.default", "aten.dropout_.default", "aten.feature_dropout.default")

@@ -23,9 +23,12 @@ class Approximation:
     Attributes:
         attention: `mixing`, fixed weights over tokens; or `context`, with features of queries and
             keys besides, which make the result depend on what the tokens hold.
+        hinges: of a smooth activation where they are worth their cost; with 0 each is one clipped
+            line for every channel, which is free.
     """
 
     attention: str = "context"
+    hinges: int = 3
 
 
 @dataclass

@@ -290,7 +290,7 @@ class ConvertConfig:
     # What attention becomes: fixed weights over tokens (mixing), or those and rectified features of
     # queries and keys mixed by them (context), which is dearer and nearer.
     attention: str = _choice("context", "mixing", "context")
-    # Hinges of a smooth activation, where they leave much less error than one clipped line; 0: none.
+    # Hinges of a smooth activation, where one clipped line is much farther off; 0: none.
     hinges: int = _number(3, 0, 5)
     # Unlabelled training inputs that approximate rules are fitted to, held in memory at once.
     calibration: int = _number(256, 2)

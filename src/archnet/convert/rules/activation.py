@@ -88,7 +88,7 @@ _CURVES = {
     "tanh": Curve(-1.0, 1.0, (0.4, 1.1), (-0.3, 0.3)),
 }
 _CANDIDATES = 9  # of each number
-_WORTH = 0.6
+_WORTH = 0.85
 
 
 @rule(

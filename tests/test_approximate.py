@@ -207,8 +207,11 @@ def test_attention_becomes_one_layer_over_tokens_for_each_head(how):
 
 
 def test_rectified_queries_and_keys_bring_attention_nearer():
+    """All queries are alike, so that a key tells how much its token counts for everybody."""
     network = Attention("fused")
-    nn.init.normal_(network.qkv.weight, 0, 2)
+    with torch.no_grad():
+        network.qkv.weight[4:8].normal_(0, 1)
+        network.qkv.bias[:4] = 2
     x, errors = torch.randn(256, 4, 8, 8), {}
     for form in ("mixing", "context"):
         student, errors[form] = error(network, x, approximation=Approximation(form))

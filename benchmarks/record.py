@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +206,13 @@ def command(config: Config) -> str:
     """
     quant = f"quant={config.quant.method if config.quant.budget is None else 'mixed'}"
     hardware = f"hardware={config.hardware.name}"
+    named = (f"teacher={config.teacher.name}", quant, hardware)
+    # More groups first: of commands that are equally long the one with a group says more.
+    others = [list(some) for count in (3, 2, 1, 0) for some in combinations(named, count)]
     experiments = [
-        [f"experiment={path.stem}", *others]
+        [f"experiment={path.stem}", *groups]
         for path in sorted((CONF / "experiment").glob("*.yaml"))
-        for others in ([], [quant], [hardware], [quant, hardware])
+        for groups in others
     ]
     translates = config.task.kind == "translation"
     group = hardware if translates else f"distill={config.distill.schedule}"

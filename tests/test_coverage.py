@@ -114,7 +114,7 @@ def test_a_rule_that_is_not_as_exact_as_it_says_is_found_out(
         return site.builder.activation(site.feature("self"), 0.1, 1e9)
 
     operator = "aten.relu.default"
-    monkeypatch.setitem(RULES, operator, Rule("relu", (operator,), True, shifted))
+    monkeypatch.setitem(RULES, operator, Rule("relu", (operator,), shifted))
     row = measure(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), [(4,)], "arch5")
     assert row.converts == "no"
     assert "another function" in row.stopped

@@ -27,6 +27,7 @@ from archnet.teachers.fit import teacher_folder
 from archnet.translate import (
     SearchOptions,
     StudentTranslator,
+    scores_of,
     search,
     translate,
     translate_tokens,
@@ -365,6 +366,21 @@ class TestSearch:
         together = translate_tokens(teacher, rows, SEARCH)
         assert together == [translate_tokens(teacher, [row], SEARCH)[0] for row in rows]
         assert together[1] == []
+
+    @pytest.mark.parametrize("hardware", ["arch5_matmul", "arch5"])
+    def test_scores_together_are_scores_alone(self, hardware: str) -> None:
+        student = StudentTranslator(stepwise(make(hardware).student))
+        rows = [[5, 6, 7], [], [9], [4, 5, 6], [11, 12, 13]]
+        translations = [[4], [8, 8], [7, 6], [9, 9, 5, 8], []]
+        together = list(scores_of(student, rows, translations, batch=2))
+        order = [2, 0, 3, 4]  # by length; the empty sentence has none
+        assert [len(scores) for scores in together] == [len(translations[i]) + 1 for i in order]
+        for index, scores in zip(order, together, strict=True):
+            (alone,) = scores_of(student, [rows[index]], [translations[index]])
+            torch.testing.assert_close(scores, alone, atol=1e-5, rtol=1e-5)
+        source, target = torch.tensor([[4, 5, 6, 2]]), torch.tensor([[1, 9, 9, 5, 8]])
+        whole = make(hardware).student(source, target, torch.zeros(1, 4))
+        torch.testing.assert_close(together[2], whole[0], atol=1e-4, rtol=1e-4)
 
     def test_lines_out_are_lines_in(self, caplog: pytest.LogCaptureFixture) -> None:
         lines = ["abc", "", "   ", "z" * 100, "ab☃"]

@@ -40,12 +40,10 @@ from archnet.teachers import (
     load_translator,
 )
 from archnet.translate import (
-    BOS,
-    EOS,
     SearchOptions,
     StudentTranslator,
     Translator,
-    scores_along,
+    scores_of,
     translate,
 )
 from archnet.translate import translate_tokens as search_tokens
@@ -315,11 +313,9 @@ def _parity(this: TextRun, student: Student) -> dict[str, Any]:
     here, there = StudentTranslator(stepwise(student)), OnnxTranslator(this.folder.path)
     words, others = (search_tokens(n, rows, this.search, batch=BATCH) for n in (here, there))
     difference, tokens, tokens_changed = 0.0, 0, 0
-    for row, translation in zip(rows, words, strict=True):
-        if not row:
-            continue
-        source, target = torch.tensor([[*row, EOS]]), torch.tensor([[BOS, *translation]])
-        expected, found = (scores_along(n, source, target)[0].numpy() for n in (here, there))
+    along = (scores_of(network, rows, words) for network in (here, there))
+    for both in zip(*along, strict=True):
+        expected, found = (scores.numpy() for scores in both)
         difference = float(np.maximum(difference, np.abs(expected - found).max()))
         tokens, tokens_changed = (
             tokens + len(found),

@@ -5,11 +5,10 @@ from archnet.translate.search import (
     EOS,
     SearchOptions,
     Translator,
-    scores_along,
     search,
 )
 from archnet.translate.student import StudentTranslator
-from archnet.translate.text import translate, translate_tokens
+from archnet.translate.text import scores_of, translate, translate_tokens
 
 __all__ = [
     "BOS",
@@ -17,7 +16,7 @@ __all__ = [
     "SearchOptions",
     "StudentTranslator",
     "Translator",
-    "scores_along",
+    "scores_of",
     "search",
     "translate",
     "translate_tokens",

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from archnet.translate.search import EOS, SearchOptions, Translator, search
+from archnet.translate.search import BOS, EOS, SearchOptions, Translator, scores_along, search
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +79,37 @@ def translate_tokens(
         if progress is not None:
             progress(len(group))
     return found
+
+
+def scores_of(
+    model: Translator,
+    rows: Sequence[Sequence[int]],
+    translations: Sequence[Sequence[int]],
+    *,
+    batch: int = 16,
+) -> Iterator[Tensor]:
+    """Scores of given translations; those of sentences of one length are run together.
+
+    Args:
+        model: what gives the scores.
+        rows: sentences as token numbers without marks.
+        translations: theirs.
+        batch: sentences that are run together, whose scores are in memory at once.
+
+    Yields:
+        Of every sentence that is not empty, by length and then in order: the scores (T + 1, V) of
+        what follows the first mark and each of its translation's T tokens.
+    """
+    for group in _groups(rows, batch):
+        source = torch.tensor([[*rows[index], EOS] for index in group])
+        lengths = [len(translations[index]) for index in group]
+        # What stands behind a translation has no part in the scores before it.
+        target = torch.full((len(group), max(lengths) + 1), EOS)
+        for row, index in enumerate(group):
+            target[row, : lengths[row] + 1] = torch.tensor([BOS, *translations[index]])
+        scores_BTV = scores_along(model, source, target)
+        for length, scores_TV in zip(lengths, scores_BTV, strict=True):
+            yield scores_TV[: length + 1]
 
 
 def _groups(rows: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:

@@ -216,7 +216,7 @@ def test_rectified_queries_and_keys_bring_attention_nearer():
     for form in ("mixing", "context"):
         student, errors[form] = error(network, x, approximation=Approximation(form))
         assert not audit(student, "arch5").violations
-    assert errors["context"] < 0.9 * errors["mixing"]
+    assert errors["context"] < 0.75 * errors["mixing"]
 
 
 APPROXIMATE = {
@@ -265,6 +265,19 @@ def test_a_graph_without_inputs_says_that_it_needs_them():
     graph = capture(nn.Sequential(nn.Conv2d(4, 4, 1), nn.GELU()).eval(), torch.zeros(1, 4, 8, 8))
     with pytest.raises(ConversionError, match=r"gelu.* at '1'.*give calibration"):
         convert(graph)
+
+
+def test_a_tap_that_the_student_does_without_is_named():
+    class Keyed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return (x @ self.key(x).transpose(-1, -2)).softmax(-1) @ self.value(x)
+
+    with pytest.raises(ConversionError, match=r"convert\.taps names 'key'"):
+        convert(Keyed().eval(), torch.randn(4, 6, 8), taps=["key"])
 
 
 def test_a_teacher_that_fixes_its_batch_is_told_how_not_to():

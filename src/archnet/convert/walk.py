@@ -68,6 +68,12 @@ def convert(
     tap_nodes = choose_taps(graph, taps)
     form = approximation or Approximation()
     live = {node.name: _reads(node, form) for node in _live(graph, lambda n: _reads(n, form))}
+    for path, node in tap_nodes:
+        if node.name not in live:
+            raise ConversionError(
+                f"convert.taps names '{path}', whose value the student does without: it stands in "
+                "front of an attention, or nobody reads it"
+            )
     read = {node.name for node in _live(graph, TeacherNode.refs)}
     inputs = example_inputs if calibration is None else calibration
     builder = Builder(target)

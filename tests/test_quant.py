@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from archnet.convert import convert
+from archnet.deploy import lower
 from archnet.ops import Activation, BatchNorm, Conv3x3, FullyConnected, WeightedOperator
 from archnet.quant import (
     ActivationDoReFa,
@@ -440,3 +441,16 @@ def test_a_step_of_the_grid_is_known_for_every_number_on_it():
     assert size(first.weight_quantizer.log_scale) == 1 / 16  # levels -2 to 1
     assert size(place.quantizer.log_scale) == 1 / 15
     assert set(sizes) <= set(names.values())
+
+
+def test_a_channel_that_weight_decay_has_emptied_keeps_its_bias():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        network[0].weight[1] = 1e-20
+        network[0].bias[1] = 0.7
+    images = torch.randn(16, 3, 8, 8)
+    student = convert(network, images)
+    quantize(student, weight_bits=8, act_bits=8, calibration=[images])
+    lower(student)  # every bias fits the accumulator
+    with torch.no_grad():
+        assert (student(images) - network(images)).norm() < 0.02 * network(images).norm()

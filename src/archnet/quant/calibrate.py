@@ -10,6 +10,7 @@ from archnet.quant.quantizers import SCALE_FLOOR, Quantizer, WeightDoReFa
 
 CANDIDATES = 64  # scales tried, evenly spaced up to the one that clips nothing
 SAMPLES = 32768  # values kept per activation
+NEGLIGIBLE = 2.0**-20  # of a layer's largest weight: a channel below it has none
 
 
 def best_scale(values: Tensor, low: int, high: int, power_of_two: bool = False) -> Tensor:
@@ -53,8 +54,10 @@ def weight_scale(quantizer: Quantizer, weight: Tensor) -> Tensor:
     if quantizer.bits == 1:
         return rows.abs().mean(1)
     scale = best_scale(rows, quantizer.low, quantizer.high, quantizer.power_of_two)
-    # A channel without weights may have a bias, which has to fit an accumulator's integers.
-    return torch.where(rows.abs().amax(1) > 0, scale, scale.max())
+    # A channel without weights, or whose weights decay has left at nothing, may have a bias, which
+    # has to fit an accumulator's integers.
+    peak = rows.abs().amax(1)
+    return torch.where(peak > NEGLIGIBLE * peak.max(), scale, scale.max())
 
 
 def calibrate_weights(student: Student) -> None:

@@ -454,3 +454,15 @@ def test_a_channel_that_weight_decay_has_emptied_keeps_its_bias():
     lower(student)  # every bias fits the accumulator
     with torch.no_grad():
         assert (student(images) - network(images)).norm() < 0.02 * network(images).norm()
+
+
+def test_a_relu_that_never_opens_leaves_its_readers_their_biases():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        network[0].bias.fill_(-100.0)
+    images = torch.randn(16, 3, 8, 8)
+    student = convert(network, images)
+    quantize(student, weight_bits=8, act_bits=8, calibration=[images])
+    lower(student)
+    with torch.no_grad():
+        assert torch.allclose(student(images), network(images), atol=0.01)

@@ -95,5 +95,11 @@ def observe(
 
 
 def activation_scale(samples: Tensor, quantizer: Quantizer) -> Tensor:
-    """The scale an activation quantizer starts from, (1,)."""
+    """The scale an activation quantizer starts from, (1,).
+
+    What is zero on all samples (a ReLU that never opens) has no size: its step is one, so that the
+    biases of its readers, in steps of it, fit their accumulators.
+    """
+    if not samples.any():
+        return torch.ones(1, device=samples.device)
     return best_scale(samples[None], quantizer.low, quantizer.high, quantizer.power_of_two)

@@ -161,9 +161,12 @@ class Spent:
 
     def __enter__(self) -> Self:
         self._held: float | None = None
-        # Freed memory that the allocator keeps would hide what the block takes.
+        # Freed memory that the allocator keeps would hide what the block takes, or count as taken:
+        # blocks of a megabyte and more are from here on given back when they are freed.
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
+            libc.malloc_trim(0)
         with suppress(OSError):
             # The peak that Linux keeps starts again from what is held now.
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -176,6 +179,9 @@ class Spent:
         self.cpu_seconds = time.process_time() - self._cpu
         if self._held is not None:
             self.peak_mb = _status("VmHWM") - self._held
+
+
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def _status(key: str) -> float:

@@ -100,9 +100,8 @@ def convert(
         builder.owner = node.name
         site = Site(node, values, builder, batches, fitting, form)
         value = RULES[node.operator].apply(site)
-        for single in value if isinstance(value, list) else [value]:
-            if isinstance(single, Form):
-                single.owner = single.owner or node.name
+        if isinstance(value, Form):
+            value.owner = value.owner or node.name
         if isinstance(value, Form) and (uses[node.name] > 1 or node.name in tapped):
             # Read once, a form folds into its reader; read twice, it would be computed twice.
             value = builder.build(value)

@@ -11,6 +11,7 @@ from archnet.capture import CaptureError, capture
 from archnet.convert import Approximation, ConversionError, convert
 from archnet.convert.fit import clipped_line, mixing, regression
 from archnet.deploy import audit
+from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import FullyConnected
 from archnet.teachers.nets import NETS
 
@@ -307,3 +308,81 @@ def test_networks_of_three_kinds_convert(name):
     assert any(tap.path.startswith(("features", "blocks")) for tap in student.taps)
     spec = type(student).from_spec(student.spec())
     assert [row.error for row in spec.report] == [row.error for row in student.report]
+
+
+# -- budgets -------------------------------------------------------------------------------------
+
+
+class Excited(nn.Module):
+    """A convolution, hardswish, squeeze-and-excitation with a SiLU inside, and a GELU."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 8, 1)
+        self.squeeze, self.excite = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
+
+    def forward(self, x):
+        x = F.hardswish(self.conv(x))
+        gate = self.excite(F.silu(self.squeeze(x.mean((2, 3), keepdim=True))))
+        return F.gelu(self.out(x * (3 * gate).sigmoid()))
+
+
+class Mixer(nn.Module):
+    """Attention with its queries, keys and values from one layer, and a GELU."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
+
+    def forward(self, x):
+        b = x.shape[0]
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).reshape(b, 64, 3, 2, 2).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(2 * q, 2 * k, v)
+        return F.gelu(self.out(y.transpose(1, 2).reshape(b, 64, 4)))
+
+
+@pytest.mark.parametrize("network", [Excited(), Mixer()], ids=["gates", "attention"])
+def test_a_budget_takes_what_saves_most_for_its_cost(network):
+    x = torch.randn(64, 4, 8, 8)
+    network = network.eval()
+    teacher = teacher_cost(network, x).macs
+
+    def student(ratio):
+        found = convert(network, x, approximation=Approximation(max_macs=ratio))
+        assert not audit(found, "arch5").violations
+        assert sum(row.macs_before for row in found.report) == teacher
+        macs = student_cost(found).macs
+        assert sum(row.macs_after for row in found.report) == macs
+        return found, macs / teacher
+
+    everything, most = student(100)
+    curve = everything.graph.refinements
+    assert all(row.taken for row in curve)
+    assert curve[-1].total == pytest.approx(most)
+    worth = [(row.compact**2 - row.faithful**2) / max(row.cost, 1e-9) for row in curve]
+    assert worth == sorted(worth, reverse=True)
+    least = curve[0].total - curve[0].cost
+    with pytest.raises(
+        ConversionError, match=r"convert\.max_macs=0\.1 .*nearest valid: (\S+)"
+    ) as e:
+        student(0.1)
+    assert float(str(e.value).rsplit(" ", 1)[1]) == pytest.approx(least, abs=0.01)
+    for ratio in (least + 1e-6, *(row.total + 1e-6 for row in curve)):
+        found, cost = student(ratio)
+        assert cost <= ratio
+        # As much of the curve as fits is there, from its beginning.
+        fitting = [row.total <= ratio for row in curve]
+        assert [row.taken for row in found.graph.refinements][: sum(fitting)] == [True] * sum(
+            fitting
+        )
+    plain = convert(network, x)
+    assert not plain.graph.refinements
+    assert plain.state_dict().keys() == everything.state_dict().keys()
+
+
+def test_a_budget_leaves_an_exact_student_alone_or_says_what_it_needs():
+    network, x = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()).eval(), torch.randn(2, 4, 8, 8)
+    assert not convert(network, x, approximation=Approximation(max_macs=1.0)).graph.refinements
+    with pytest.raises(ConversionError, match=r"nearest valid: 1\.0"):
+        convert(network, x, approximation=Approximation(max_macs=0.9))

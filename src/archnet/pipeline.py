@@ -216,6 +216,8 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
         save_student(folder, "calibrated", student)
         rows = [asdict(row) for row in student.report]
         write_json(folder.path / "conversion.json", rows)
+        if student.graph.refinements:
+            write_json(folder.path / "forms.json", list(map(asdict, student.graph.refinements)))
         inexact = sorted({row["rule"] for row in rows if not row["exact"]})
         taps = [tap.path for tap in student.taps]
         return {"taps": taps, "approximate_rules": inexact, "mixed": widths}
@@ -302,7 +304,9 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
             taps=config.convert.taps,
             seed=config.seed,
             calibration=this.data.calibration_inputs(config.convert.calibration),
-            approximation=Approximation(config.convert.attention, config.convert.hinges),
+            approximation=Approximation(
+                config.convert.attention, config.convert.hinges, config.convert.max_macs
+            ),
         )
     widths = run_quant(config, student, batches)
     if quant.method != "none":

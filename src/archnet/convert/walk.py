@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from archnet.capture import TeacherGraph, TeacherNode, capture
+from archnet.capture import Ref, TeacherGraph, TeacherNode, capture
+from archnet.convert.budget import Built, within_budget
 from archnet.convert.builder import Builder, ConversionError, TargetLimits
 from archnet.convert.calibration import Calibration
 from archnet.convert.feature import Feature, Form, Value
@@ -17,7 +18,7 @@ from archnet.convert.fit import relative_error
 from archnet.convert.narrow import narrow
 from archnet.convert.rules import RULES
 from archnet.convert.rules.attention import softmax_weights
-from archnet.convert.rules.base import Approximation, Site, Values
+from archnet.convert.rules.base import Alternative, Approximation, Site, Values
 from archnet.convert.taps import choose_taps
 from archnet.hardware import Target
 from archnet.ops import NodeReport, Student, Tap, WeightedOperator
@@ -66,7 +67,29 @@ def convert(
         graph = capture(teacher, example_inputs)
     _require_rules(graph)
     tap_nodes = choose_taps(graph, taps)
-    form = approximation or Approximation()
+    inputs = example_inputs if calibration is None else calibration
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+
+    def build(form: Approximation) -> Built:
+        return _build(graph, target, tap_nodes, inputs, form)
+
+    student = within_budget(build, graph, approximation or Approximation())
+    if start == "random":
+        randomise(student, seed)
+    elif start != "exact":
+        raise ConversionError(f"convert.start={start}: choose exact or random")
+    return student
+
+
+def _build(
+    graph: TeacherGraph,
+    target: TargetLimits,
+    tap_nodes: Sequence[tuple[str, TeacherNode]],
+    inputs: tuple[Tensor, ...] | None,
+    form: Approximation,
+) -> Built:
+    """Every node by its rule, the approximate ones in the forms that ``form`` says."""
     live = {node.name: _reads(node, form) for node in _live(graph, lambda n: _reads(n, form))}
     for path, node in tap_nodes:
         if node.name not in live:
@@ -75,17 +98,15 @@ def convert(
                 "front of an attention, or nobody reads it"
             )
     read = {node.name for node in _live(graph, TeacherNode.refs)}
-    inputs = example_inputs if calibration is None else calibration
     builder = Builder(target)
-    fitting = None
-    if inputs is not None:
-        inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-        fitting = Calibration(graph, inputs, builder)
+    fitting = None if inputs is None else Calibration(graph, inputs, builder)
     builder.paths = {node.name: node.path for node in graph.nodes}
     values: dict[str, Values] = {
         name: builder.input(name, shape) for name, shape in graph.inputs.items()
     }
-    batches, report = graph.batches(), []
+    batches, report = graph.batches(), list[NodeReport]()
+    alternatives: dict[str, Alternative] = {}
+    before = _macs(graph)
     uses = Counter(name for names in live.values() for name in names)
     uses[graph.output] += 1
     tapped = {node.name for _, node in tap_nodes}
@@ -95,7 +116,7 @@ def convert(
         if node.name not in live:
             exact = node.name not in read
             rule = "unread" if exact else "left out"
-            report.append(NodeReport(node.path, node.operator, rule, exact, _macs(node), 0))
+            report.append(NodeReport(node.path, node.operator, rule, exact, before[node.name], 0))
             continue
         builder.owner = node.name
         site = Site(node, values, builder, batches, fitting, form)
@@ -117,8 +138,18 @@ def convert(
         error = None
         if not site.exact and not isinstance(value, list):
             error = relative_error(site.given(value), site.wanted())
-        rule = RULES[node.operator].name
-        report.append(NodeReport(node.path, node.operator, rule, site.exact, _macs(node), 0, error))
+        if site.alternative is not None:
+            alternatives[node.name] = site.alternative
+        row = NodeReport(
+            node.path,
+            node.operator,
+            RULES[node.operator].name,
+            site.exact,
+            before[node.name],
+            0,
+            error,
+        )
+        report.append(row)
         # Forms hold weights in float64: one that nobody reads again is let go.
         for name in set(live[node.name]):
             if last_reader[name] == node.name and name not in tapped:
@@ -142,11 +173,7 @@ def convert(
         replace(row, macs_after=macs[node.name])
         for row, node in zip(report, graph.nodes, strict=True)
     ]
-    if start == "random":
-        randomise(student, seed)
-    elif start != "exact":
-        raise ConversionError(f"convert.start={start}: choose exact or random")
-    return student
+    return Built(student, alternatives)
 
 
 def _drop_unread(student: Student) -> None:
@@ -170,6 +197,8 @@ def _name_of(value: Values) -> str:
 
 def _reads(node: TeacherNode, form: Approximation) -> list[str]:
     """The values that the student needs where the teacher has this node."""
+    if node.name in form.compact:
+        return list(form.compact[node.name])
     rule = RULES.get(node.operator)
     return node.refs() if rule is None or rule.reads is None else rule.reads(node, form)
 
@@ -218,12 +247,27 @@ def _require_rules(graph: TeacherGraph) -> None:
     )
 
 
-def _macs(node: TeacherNode) -> int:
-    """Multiply-accumulates of a teacher's node for one sample (convolutions and linear layers)."""
-    weight = node.arguments.get("weight")
-    if node.operator.startswith(("aten.conv2d", "aten.linear")) and isinstance(weight, Tensor):
-        return math.prod(node.shape) * math.prod(weight.shape[1:])
-    return 0
+def _macs(graph: TeacherGraph) -> dict[str, int]:
+    """Multiply-accumulates of every node of the teacher for one sample: convolutions, linear
+    layers and matrix products, those of attention included.
+    """
+    shapes = graph.inputs | {node.name: node.shape for node in graph.nodes}
+    found = {}
+    for node in graph.nodes:
+        given, depth = node.arguments, 0
+        stem = node.operator.removeprefix("aten.").split(".")[0].strip("_")
+        if stem in ("conv2d", "linear") and isinstance(given.get("weight"), Tensor):
+            depth = math.prod(given["weight"].shape[1:])
+        elif stem in ("matmul", "bmm", "mm", "einsum"):
+            first = given["tensors"][0] if "tensors" in given else given["self"]
+            sizes = shapes[first.name] if isinstance(first, Ref) else tuple(first.shape)
+            depth = sizes[-1]
+        found[node.name] = math.prod(node.shape) * depth
+        if stem == "scaled_dot_product_attention":
+            # For every query the products with all keys, and the sum of all values.
+            query, key, value = (shapes[given[name].name] for name in ("query", "key", "value"))
+            found[node.name] = math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    return found
 
 
 def randomise(student: Student, seed: int) -> None:

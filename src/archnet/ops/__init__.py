@@ -24,7 +24,7 @@ from archnet.ops.sequence import (
     Window,
 )
 from archnet.ops.stepwise import Stepwise
-from archnet.ops.student import NodeReport, Step, Student, StudentGraph, Tap
+from archnet.ops.student import NodeReport, Refinement, Step, Student, StudentGraph, Tap
 
 __all__ = [
     "Activation",
@@ -43,6 +43,7 @@ __all__ = [
     "Pad",
     "PairFullyConnected",
     "Permute",
+    "Refinement",
     "Reshape",
     "Slice",
     "Softmax",

@@ -80,10 +80,31 @@ class NodeReport:
 
 
 @dataclass
+class Refinement:
+    """A node of the teacher that has a compact and a faithful form; together they are the curve of
+    error over cost, in the order in which a budget takes them.
+
+    ``compact`` and ``faithful`` are the errors |student - teacher| / |teacher| at the node's
+    output; ``cost`` is what the faithful form adds, with the layers that it alone needs, and
+    ``total`` the student's cost with this one and all before it, both as multiples of the
+    teacher's multiply-accumulates; ``taken`` says whether the student has the faithful form.
+    """
+
+    path: str
+    operator: str
+    compact: float
+    faithful: float
+    cost: float
+    total: float
+    taken: bool
+
+
+@dataclass
 class StudentGraph:
     """The student without its weights: plain data.
 
-    ``indices`` are the inputs that hold token numbers or marks instead of features.
+    ``indices`` are the inputs that hold token numbers or marks instead of features;
+    ``refinements`` are there where a budget has chosen between forms (`convert.max_macs`).
     """
 
     inputs: list[str]
@@ -93,6 +114,7 @@ class StudentGraph:
     taps: list[Tap] = field(default_factory=list)
     report: list[NodeReport] = field(default_factory=list)
     indices: list[str] = field(default_factory=list)
+    refinements: list[Refinement] = field(default_factory=list)
 
 
 class Student(nn.Module):
@@ -248,5 +270,6 @@ class Student(nn.Module):
             taps=[Tap(**tap) for tap in spec["taps"]],
             report=[NodeReport(**row) for row in spec["report"]],
             indices=list(spec.get("indices", [])),
+            refinements=[Refinement(**row) for row in spec.get("refinements", [])],
         )
         return cls(graph, modules)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from archnet.convert.feature import Carry, Form, Value
-from archnet.convert.fit import clipped_line, hinges, rows
-from archnet.convert.rules.base import Site, rule
+from archnet.convert.fit import clipped_line, hinges, relative_error, rows
+from archnet.convert.rules.base import Alternative, Site, rule
 
 
 @rule("aten.relu.default", "aten.relu_.default")
@@ -103,7 +103,7 @@ def smooth_activation(site: Site) -> Value:
     Faithful: Y nearly sum_j a_j max(x - t_j, 0) + c, a batch norm and a ReLU for every hinge and
     one small layer that is the same for every lane of channels (`fit.hinges`). A teacher whose
     values stay near zero, where these functions are nearly a line, needs it; it is taken where it
-    leaves less than `_WORTH` of the compact form's error.
+    leaves less than `_WORTH` of the compact form's error, and a budget does not forbid it.
     """
     curve = _CURVES[site.node.operator.removeprefix("aten.").split(".")[0].removesuffix("_")]
     low = curve.low * float(site.node.arguments.get("alpha", 1.0))
@@ -117,13 +117,16 @@ def smooth_activation(site: Site) -> Value:
         torch.linspace(*curve.slopes, _CANDIDATES).tolist(),
         torch.linspace(*curve.offsets, _CANDIDATES).tolist(),
     )
-    if count := site.approximation.hinges:
+    count = site.approximation.hinges
+    if count and not site.is_compact:
         knots, weights, constant = hinges(x, wanted, count)
         compact = (slope[:, None] * x + offset[:, None]).clamp(low, curve.high)
-        faithful = constant + sum(
-            weight * (x - knot).clamp(min=0) for knot, weight in zip(knots, weights, strict=True)
-        )
-        if (faithful - wanted).norm() < _WORTH * (compact - wanted).norm():
+        faithful = torch.full_like(x, constant)
+        for knot, weight in zip(knots, weights, strict=True):
+            faithful += weight * (x - knot).clamp(min=0)
+        errors = relative_error(compact, wanted), relative_error(faithful, wanted)
+        if errors[1] < _WORTH * errors[0]:
+            site.alternative = Alternative(tuple(site.node.refs()), *errors)
             return _piecewise(site, knots, weights, constant)
     line = site.builder.build(form.affine(slope, offset))
     return site.builder.activation(line, low, curve.high)

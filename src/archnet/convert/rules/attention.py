@@ -8,8 +8,15 @@ from torch import Tensor
 from archnet.capture import Ref, TeacherGraph, TeacherNode
 from archnet.convert.builder import Builder
 from archnet.convert.feature import Feature, Value
-from archnet.convert.fit import mixing, ridge, rows
-from archnet.convert.rules.base import Approximation, Site, constant, matrix_on, rule
+from archnet.convert.fit import mixing, relative_error, ridge, rows
+from archnet.convert.rules.base import (
+    Alternative,
+    Approximation,
+    Site,
+    constant,
+    matrix_on,
+    rule,
+)
 from archnet.convert.rules.layout import joined
 
 # What may stand between a softmax and the product that it weighs.
@@ -58,7 +65,7 @@ def attention(site: Site) -> Value:
     of attention cost. A and P are fitted one after the other by ridge regression.
     """
     value = site.feature("value")
-    if site.approximation.attention == "mixing":
+    if site.approximation.attention == "mixing" or site.is_compact:
         return _mixed(site, value, [])
     return _mixed(site, value, [site.feature("query"), site.feature("key")])
 
@@ -109,12 +116,15 @@ def _mixed(site: Site, value: Feature, context: list[Feature]) -> Value:
         sources.append(builder.activation(builder.concat(wide), 0.0, math.inf))
     across = [_tokens_last(builder, source, tokens) for source in sources]
     heads = shape[-3] if len(shape) > 2 else 1
-    parts = []
+    parts, simpler = [], torch.zeros_like(wanted) if context else wanted
     for head in range(heads):
         v, y = given, wanted
         if heads > 1:
             v, y = v.select(-3, head), y.select(-3, head)
         matrix = mixing(v.reshape(-1, *v.shape[-2:]), y.reshape(-1, *y.shape[-2:]))
+        if context:
+            place = simpler.select(-3, head) if heads > 1 else simpler
+            place.copy_(matrix.float() @ v)
         mixed = []
         for source in across:
             part = source
@@ -125,7 +135,14 @@ def _mixed(site: Site, value: Feature, context: list[Feature]) -> Value:
             back = (*done.shape[:-2], done.shape[-1], done.shape[-2])
             mixed.append(Feature(back, last=builder.first(done), axis=tokens))
         parts.append(mixed[0] if not context else _projected(site, mixed, y))
-    return joined(site, parts, head_axis) if heads > 1 else parts[0]
+    result = joined(site, parts, head_axis) if heads > 1 else parts[0]
+    if context:
+        site.alternative = Alternative(
+            (site.argument("value").name,),
+            relative_error(simpler, wanted),
+            relative_error(site.given(result), wanted),
+        )
+    return result
 
 
 def _projected(site: Site, mixed: list[Feature], wanted: Tensor) -> Feature:

@@ -1,6 +1,6 @@
 """What a rule is, and the register of all rules."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +25,31 @@ class Approximation:
             keys besides, which make the result depend on what the tokens hold.
         hinges: of a smooth activation where they are worth their cost; with 0 each is one clipped
             line for every channel, which is free.
+        max_macs: most multiply-accumulates of the student, as a multiple of the teacher's: those
+            nodes take their faithful form where it saves most error for its cost
+            (`archnet.convert.budget`). None: all that are worth it.
+        compact: nodes that take their compact form, each with the values it reads.
     """
 
     attention: str = "context"
     hinges: int = 3
+    max_macs: float | None = None
+    compact: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A node in its faithful form that could have a compact one.
+
+    Attributes:
+        reads: the values that the compact form reads.
+        compact, faithful: the errors |student - teacher| / |teacher| of the two forms at the
+            node's output, both on what the student has in front of it.
+    """
+
+    reads: tuple[str, ...]
+    compact: float
+    faithful: float
 
 
 @dataclass
@@ -36,7 +57,8 @@ class Site:
     """Where a rule is applied: the node, the values converted so far, and the builder.
 
     ``batches`` says for every value of the teacher where its samples lie. ``exact`` is what the
-    report says of the node: a rule that fits sets it to False.
+    report says of the node: a rule that fits sets it to False. ``alternative`` is set by a rule
+    that builds a faithful form and knows a compact one.
     """
 
     node: TeacherNode
@@ -46,6 +68,7 @@ class Site:
     calibration: Calibration | None = None
     approximation: Approximation = Approximation()
     exact: bool = field(default=True, init=False)
+    alternative: Alternative | None = field(default=None, init=False)
 
     def argument(self, name: str) -> Any:
         """An argument of the operator, by the name in its schema."""
@@ -117,6 +140,11 @@ class Site:
     def given(self, value: Value) -> Tensor:
         """The student's value on the calibration inputs: (B, *shape)."""
         return self._fitting.value(value)
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether a compact form is asked for here."""
+        return self.node.name in self.approximation.compact
 
     @property
     def _fitting(self) -> Calibration:

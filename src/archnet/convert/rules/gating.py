@@ -1,8 +1,8 @@
 """Products of two features, squeeze-and-excitation among them (approximate)."""
 
 from archnet.convert.feature import Carry, Form, Value
-from archnet.convert.fit import regression, rows
-from archnet.convert.rules.base import Site
+from archnet.convert.fit import regression, relative_error, rows
+from archnet.convert.rules.base import Alternative, Site, as_form
 
 
 def gate(site: Site) -> Value:
@@ -13,10 +13,19 @@ def gate(site: Site) -> Value:
     take. Where ``s`` is one number a channel (squeeze-and-excitation, Hu et al. 2018, arXiv
     1709.01507) it becomes a context path: `s` passes through whatever matrix follows at one
     position, and is spread over the map afterwards.
+
+    Compact, of squeeze-and-excitation alone: a x + c; ``s``, and all that only it needs, leaves
+    the student.
     """
+    if site.is_compact:
+        (name,) = site.approximation.compact[site.node.name]
+        value = site.values[name]
+        assert not isinstance(value, list)
+        return _scaled(site, value)
+    names = [site.argument("self").name, site.argument("other").name]
     x, s = site.value("self"), site.value("other")
     if x.shape != site.node.shape:
-        x, s = s, x
+        x, s, names = s, x, names[::-1]
     shape = site.node.shape
     if x.shape != shape or len(s.shape) != len(shape):
         raise site.error(f"multiplies shapes {x.shape} and {s.shape}; this has no rule")
@@ -29,6 +38,20 @@ def gate(site: Site) -> Value:
     features = [site.builder.build(x), site.builder.build(s)]
     wanted = site.wanted()
     inputs = [rows(site.given(f).expand_as(wanted), x.axis) for f in features]
-    slopes, offset = regression(inputs, rows(wanted, x.axis))
+    target = rows(wanted, x.axis)
+    slopes, offset = regression(inputs, target)
+    if s.shape != shape:
+        faithful = sum(a[:, None] * v for a, v in zip(slopes.T, inputs, strict=True))
+        a, b = regression(inputs[:1], target)
+        site.alternative = Alternative(
+            (names[0],),
+            relative_error(a * inputs[0] + b[:, None], target),
+            relative_error(faithful + offset[:, None], target),
+        )
     terms = [Carry(f, slopes[:, i]) for i, f in enumerate(features)]
     return Form(shape, [*terms], offset, axis=x.axis)
+
+
+def _scaled(site: Site, x: Value) -> Value:
+    slopes, offset = regression([rows(site.given(x), x.axis)], rows(site.wanted(), x.axis))
+    return as_form(x).affine(slopes[:, 0], offset)

@@ -122,7 +122,7 @@ class TextDistillation(ArchDistillation):
             losses[path] = period.weights[index] * scale * loss
         if scores is not None:
             real = asked.real["decoder"]
-            losses["logits"] = self._compare_scores(scores[real], asked.scores[real])
+            losses["logits"] = self._compare_scores(scores, asked.scores, real)
         return losses
 
     def _through_the_network(self, batch: Any, period: Period) -> dict[str, Tensor]:

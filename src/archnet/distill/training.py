@@ -206,8 +206,10 @@ class ArchDistillation(lightning.LightningModule):
         (feature,) = self.student.run(values, [tap.value])
         return {tap.path: weight * self.comparisons[index](feature, target)}
 
-    def _compare_scores(self, student: Tensor, teacher: Tensor) -> Tensor:
-        loss = logits_loss(self.options.logits_loss, student.float(), teacher.float())
+    def _compare_scores(
+        self, student: Tensor, teacher: Tensor, real: Tensor | None = None
+    ) -> Tensor:
+        loss = logits_loss(self.options.logits_loss, student.float(), teacher.float(), real)
         return self.options.logits_weight * loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -289,17 +291,19 @@ def _move_in_units(optimizer: torch.optim.Optimizer, sizes: Mapping[nn.Parameter
     As if the optimizer held the parameter divided by the size, which for Adam is a learning rate
     for every channel of a layer.
     """
-    before: dict[nn.Parameter, Tensor] = {}
+    parameters: list[Tensor] = list(sizes)
+    factors: list[Tensor] = list(sizes.values())
+    before = [torch.empty_like(parameter) for parameter in parameters]
 
     def keep(*_: Any) -> None:
         # All of them: gradients are made inside the step, by the closure it is given.
-        before.update({parameter: parameter.detach().clone() for parameter in sizes})
+        torch._foreach_copy_(before, [parameter.detach() for parameter in parameters])
 
     def rescale(*_: Any) -> None:
         with torch.no_grad():
-            for parameter, start in before.items():
-                parameter.sub_(start).mul_(sizes[parameter]).add_(start)
-        before.clear()
+            torch._foreach_sub_(parameters, before)
+            torch._foreach_mul_(parameters, factors)
+            torch._foreach_add_(parameters, before)
 
     optimizer.register_step_pre_hook(keep)
     optimizer.register_step_post_hook(rescale)

@@ -103,10 +103,11 @@ def network():
 
 
 def pair(bits=(2, 4)):
-    """The teacher with its taps, and a quantized student of it."""
+    """The teacher with its taps, and a student of it, quantized where bits are given."""
     graph = capture(network(), torch.zeros(2, 3, 8, 8))
     student = convert(graph)
-    quantize(student, *bits, [Images().images], first_bits=4, last_bits=4)
+    if bits:
+        quantize(student, *bits, [Images().images], first_bits=4, last_bits=4)
     return graph.features([tap.node for tap in student.taps]), student
 
 
@@ -459,3 +460,16 @@ def test_the_cache_holds_all_of_an_array_or_nothing(tmp_path):
     assert cache.read("a").max() == 65504  # half precision's largest
     cache.clear()
     assert "a" not in cache
+
+
+def test_a_float_student_moves_by_the_plain_rate():
+    teacher, student = pair(None)
+    before = [p.detach().clone() for p in student.parameters()]
+    settings = options(steps=1, optimizer=OptimizerConfig(lr=0.01), lr_schedule="constant")
+    module = ArchDistillation(teacher, student, plan(settings, ["a"], True), settings)
+    optimizer = module.configure_optimizers()["optimizer"]
+    for parameter in student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for now, start in zip(student.parameters(), before, strict=True):
+        torch.testing.assert_close(start - now, torch.full_like(now, 0.01), rtol=1e-2, atol=1e-6)

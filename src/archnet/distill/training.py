@@ -255,7 +255,8 @@ class ArchDistillation(lightning.LightningModule):
         else:
             kind = torch.optim.AdamW if options.name == "adamw" else torch.optim.Adam
             optimizer = kind(settings, lr=options.lr)
-            _move_in_units(optimizer, sizes)
+            if sizes:
+                _move_in_units(optimizer, sizes)
         curve = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": curve, "interval": "step"}}
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from archnet.capture import CaptureError, capture
 from archnet.convert import Approximation, ConversionError, convert
-from archnet.convert.fit import clipped_line, mixing, regression
+from archnet.convert.fit import clipped_line, mixing, regression, token_norm
 from archnet.deploy import audit
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import FullyConnected
@@ -166,6 +166,18 @@ def test_mixing_finds_fixed_weights_and_is_uniform_without_data():
     assert torch.allclose(nothing, torch.full((5, 6), 1 / 6).double())
 
 
+def test_a_token_norm_comes_nearer_with_every_hinge():
+    x = torch.randn(4000, 32) * torch.exp(0.4 * torch.randn(4000, 1)) + 0.3
+    wanted, errors = F.layer_norm(x, (32,)), []
+    for count in (0, 1, 2, 3, 5):
+        norm = token_norm(x, wanted, count)
+        assert len(norm.hinges) == count
+        errors.append(float((norm(x) - wanted).norm() / wanted.norm()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0.3
+    assert errors[-1] < 0.08
+
+
 class Attention(nn.Module):
     """Two heads whose weights do not depend on the input, computed as a network computes them."""
 
@@ -308,6 +320,68 @@ def test_networks_of_three_kinds_convert(name):
     assert any(tap.path.startswith(("features", "blocks")) for tap in student.taps)
     spec = type(student).from_spec(student.spec())
     assert [row.error for row in spec.report] == [row.error for row in student.report]
+
+
+class Normed(nn.Module):
+    """A layer norm with a scale and a shift of its own, between two linear layers."""
+
+    def __init__(self, channels, affine=True):
+        super().__init__()
+        self.first, self.last = nn.Linear(channels, channels), nn.Linear(channels, 5)
+        self.norm = nn.LayerNorm(channels, elementwise_affine=affine)
+        if affine:
+            nn.init.normal_(self.norm.weight, 1, 0.3)
+            nn.init.normal_(self.norm.bias, 0, 0.3)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+def tokens(count, channels):
+    """Tokens whose deviations differ by a factor of five."""
+    x = torch.randn(count, 20, channels)
+    return x * torch.exp(0.4 * torch.randn(count, 20, 1))
+
+
+@pytest.mark.parametrize(("channels", "affine"), [(48, True), (48, False), (10, True), (7, True)])
+def test_a_layer_norm_is_nearly_exact_by_hinges_in_value_and_deviation(channels, affine):
+    network, x, fresh = Normed(channels, affine).eval(), tokens(64, channels), tokens(64, channels)
+    with torch.no_grad():
+        wanted, errors = network(fresh), {}
+        for count in (0, 3):
+            form = Approximation(norm_hinges=count)
+            student = convert(network, x, approximation=form)
+            assert not audit(student, "arch5").violations
+            errors[count] = float((student(fresh) - wanted).norm() / wanted.norm())
+    assert errors[3] < 0.35 * errors[0]
+    assert errors[3] < 0.15
+    (row,) = [row for row in student.report if row.error is not None]
+    assert row.error < 0.15
+    literal = convert(network, x, "arch5_conv", approximation=form)
+    assert not audit(literal, "arch5_conv").violations
+
+
+def test_tokens_of_one_deviation_keep_the_cheap_norm():
+    network = Normed(48).eval()
+    with torch.no_grad():
+        nn.init.eye_(network.first.weight)
+        network.first.bias.zero_()
+    x = F.layer_norm(torch.randn(64, 20, 48), (48,))
+    student = convert(network, x)
+    (row,) = [row for row in student.report if row.operator == "aten.layer_norm.default"]
+    assert row.macs_after == 0
+    assert row.error < 0.01
+
+
+def test_a_norm_among_others_is_part_of_the_budget():
+    network, x = Normed(16).eval(), tokens(64, 16)
+    (row,) = convert(network, x, approximation=Approximation(max_macs=100)).graph.refinements
+    assert row.taken
+    assert row.operator == "aten.layer_norm.default"
+    least = row.total - row.cost
+    cheap = convert(network, x, approximation=Approximation(max_macs=least + 1e-6))
+    assert not cheap.graph.refinements[0].taken
+    assert float(least) == pytest.approx(1)
 
 
 # -- budgets -------------------------------------------------------------------------------------

@@ -305,7 +305,10 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
             seed=config.seed,
             calibration=this.data.calibration_inputs(config.convert.calibration),
             approximation=Approximation(
-                config.convert.attention, config.convert.hinges, config.convert.max_macs
+                attention=config.convert.attention,
+                hinges=config.convert.hinges,
+                norm_hinges=config.convert.norm_hinges,
+                max_macs=config.convert.max_macs,
             ),
         )
     widths = run_quant(config, student, batches)

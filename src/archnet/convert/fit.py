@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -135,6 +136,89 @@ def mixing(values: Tensor, wanted: Tensor, share: float = 1e-2) -> Tensor:
     """
     uniform = torch.full((wanted.shape[1], values.shape[1]), 1 / values.shape[1])
     return ridge(rows(values, 1), rows(wanted, 1), uniform, share)
+
+
+@dataclass(frozen=True)
+class TokenNorm:
+    """z / sigma of every token, z = x - mean(x), by rectified sums (see `token_norm`).
+
+    With r+ = max(z, 0), r- = max(-z, 0): sigma is nearly s = w [r+; r-], and z / s, a function of
+    two numbers, nearly slope (r+ - r-) + sum_j a_j (max(z + v_j s - t_j, 0) - max(-z + v_j s - t_j,
+    0)), the same for all channels.
+
+    Attributes:
+        deviation: w (2 C,), float64.
+        slope: a number.
+        hinges: (v, t, a) each.
+    """
+
+    deviation: Tensor
+    slope: float
+    hinges: tuple[tuple[float, float, float], ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(M, C) -> (M, C)."""
+        z = x - x.mean(1, keepdim=True)
+        s = torch.cat([z.clamp(min=0), (-z).clamp(min=0)], 1) @ self.deviation.to(x)[:, None]
+        result = self.slope * z
+        for v, t, a in self.hinges:
+            result = result + a * _odd_hinge(z, s, v, t)
+        return result
+
+
+def _odd_hinge(z: Tensor, s: Tensor, v: float, t: float) -> Tensor:
+    reach = v * s - t
+    return (z + reach).clamp(min=0) - (reach - z).clamp(min=0)
+
+
+# Of the hinges, with the mean deviation for a unit.
+_REACHES = (-3, -2, -1.5, -1, -0.7, -0.5, -0.3, -0.15, 0, 0.15, 0.3, 0.5, 0.7, 1, 1.5, 2, 3)
+_KNOTS = tuple(k / 4 for k in range(-16, 17))
+
+
+def token_norm(x: Tensor, wanted: Tensor, count: int) -> TokenNorm:
+    """What a layer norm does to a token, before its scale and shift, by rectified sums.
+
+    The deviation is linear in the magnitudes, by ridge regression around their mean; the division
+    by it is fitted by least squares on hinges that are chosen one after another out of a grid
+    (orthogonal matching pursuit, Pati et al. 1993).
+
+    Args:
+        x: (M, C) tokens of the student.
+        wanted: (M, C) the same tokens of the teacher, of mean 0 and deviation 1.
+        count: of hinges.
+    """
+    step = math.ceil(x.numel() / 2**22)
+    x, wanted = x[::step].double(), wanted[::step].double()
+    z = x - x.mean(1, keepdim=True)
+    magnitudes = torch.cat([z.clamp(min=0), (-z).clamp(min=0)], 1)
+    sigma = z.square().mean(1, keepdim=True).sqrt()
+    level = float(sigma.mean() / magnitudes.sum(1).mean().clamp_min(1e-12))
+    prior = torch.full((1, magnitudes.shape[1]), level, dtype=torch.float64)
+    deviation = ridge(magnitudes.T, sigma.T, prior, 1e-3)[0]
+    s = (magnitudes @ deviation[:, None]).expand_as(z)
+    unit = float(sigma.mean().clamp_min(1e-12))
+    picks = torch.randperm(z.numel(), generator=torch.Generator().manual_seed(0))[: 2**13]
+    z, s, y = (part.flatten()[picks] for part in (z / unit, s / unit, wanted))
+    grid = [(float(v), t) for v in _REACHES for t in _KNOTS]
+    basis = torch.stack([z, *(_odd_hinge(z, s, v, t) for v, t in grid)])
+    gram, cross = basis @ basis.T, basis @ y
+    damping = 1e-9 * gram[0, 0]
+    chosen = [0]
+    for _ in range(count):
+        # Every choice of one more at once: its least squares, and what they explain of the energy.
+        index = torch.tensor([[*chosen, j] for j in range(len(basis))])
+        part = gram[index[:, :, None], index[:, None, :]]
+        part = part + damping * torch.eye(index.shape[1], dtype=torch.float64)
+        solution = torch.linalg.solve(part, cross[index])
+        explained = (solution * cross[index]).sum(1)
+        explained[chosen] = -math.inf
+        chosen.append(int(explained.argmax()))
+    part = gram[chosen][:, chosen] + damping * torch.eye(len(chosen), dtype=torch.float64)
+    slope, *weights = (torch.linalg.solve(part, cross[chosen]) / unit).tolist()
+    places = (grid[j - 1] for j in chosen[1:])
+    hinges = tuple((v, t * unit, a) for (v, t), a in zip(places, weights, strict=True))
+    return TokenNorm(deviation, slope, hinges)
 
 
 def rows(x: Tensor, axis: int) -> Tensor:

@@ -87,7 +87,7 @@ def load_translator(config: TeacherSource, *, vocabulary: int, positions: int) -
         )
     try:
         model = Transformer(vocabulary=vocabulary, positions=positions, **config.kwargs)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise TeacherError(
             f"teacher.kwargs={config.kwargs} do not suit {config.name}: {error}"
         ) from error
@@ -115,7 +115,7 @@ def _build(config: TeacherSource, num_classes: int, in_channels: int) -> nn.Modu
         )
     try:
         return NETS[config.name](num_classes=num_classes, in_channels=in_channels, **config.kwargs)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise TeacherError(
             f"teacher.kwargs={config.kwargs} do not suit {config.name}: {error}"
         ) from error

@@ -25,6 +25,8 @@ class Approximation:
             keys besides, which make the result depend on what the tokens hold.
         hinges: of a smooth activation where they are worth their cost; with 0 each is one clipped
             line for every channel, which is free.
+        norm_hinges: of a layer norm where they are worth their cost; with 0 each is one scale and
+            shift for every channel, which is free.
         max_macs: most multiply-accumulates of the student, as a multiple of the teacher's: those
             nodes take their faithful form where it saves most error for its cost
             (`archnet.convert.budget`). None: all that are worth it.
@@ -33,6 +35,7 @@ class Approximation:
 
     attention: str = "context"
     hinges: int = 3
+    norm_hinges: int = 3
     max_macs: float | None = None
     compact: Mapping[str, Sequence[str]] = field(default_factory=dict)
 

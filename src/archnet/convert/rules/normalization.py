@@ -1,10 +1,15 @@
 """Batch norm in eval mode (exact); layer and group norm (approximate)."""
 
-import torch
+import math
 
-from archnet.convert.feature import Value
-from archnet.convert.fit import regression, rows
-from archnet.convert.rules.base import Site, as_form, constant, rule
+import torch
+from torch import Tensor
+
+from archnet.convert.builder import Builder
+from archnet.convert.feature import Feature, Value
+from archnet.convert.fit import TokenNorm, regression, relative_error, rows, token_norm
+from archnet.convert.rules.base import Alternative, Site, as_form, constant, rule
+from archnet.ops import Activation, Concat, Reshape
 
 
 @rule("aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default")
@@ -28,15 +33,85 @@ def batch_norm(site: Site) -> Value:
 
 @rule("aten.layer_norm.default")
 def layer_norm(site: Site) -> Value:
-    """Y = (x - E[x]) / sqrt(V[x]) * gamma + beta over a token, nearly a batch norm.
+    """Y = (x - E[x]) / sqrt(V[x]) * gamma + beta over a token, in a compact or a faithful form.
 
-    Mean and deviation of every token give way to one scale and one shift for every channel
-    (the paper's section on Transformers; PowerNorm, Shen et al. 2020, arXiv 2003.07845), here by
-    least squares against the teacher's own result.
+    Compact, nearly a batch norm: mean and deviation of every token give way to one scale and one
+    shift for every channel (the paper's section on Transformers; PowerNorm, Shen et al. 2020, arXiv
+    2003.07845), here by least squares against the teacher's own result. It folds, at no cost.
+
+    Faithful: the mean is a layer over the channels, the deviation nearly a weighted sum of
+    |x - mean|, and the quotient of two numbers nearly a sum of hinges in both (`fit.TokenNorm`);
+    scale and shift follow by least squares. It is taken where it leaves less than `_WORTH` of the
+    compact form's error, and a budget does not forbid it.
     """
     if len(site.argument("normalized_shape")) != 1:
         raise site.error("normalises over several axes; only the last one has a rule")
-    return _fitted(site, site.tagged("input", len(site.node.shape)))
+    value = site.tagged("input", len(site.node.shape))
+    count, builder = site.approximation.norm_hinges, site.builder
+    if not count or site.is_compact or not builder.target.fc_per_position:
+        return _fitted(site, value)
+    x, wanted = site.given(value).flatten(0, -2), site.wanted().flatten(0, -2)
+    slopes, offset = regression([x.T], wanted.T)
+    compact = relative_error(x * slopes[:, 0] + offset, wanted)
+    centred = wanted
+    for name, undo in (("bias", torch.sub), ("weight", torch.div)):
+        if site.argument(name) is not None:
+            scale = constant(site.argument(name))
+            centred = undo(centred, torch.where(scale.abs() < 1e-6, 1e-6, scale))
+    norm = token_norm(x, centred, count)
+    normed = norm(x)
+    slopes, offset = regression([normed.T], wanted.T)
+    faithful = relative_error(normed * slopes[:, 0] + offset, wanted)
+    if faithful >= _WORTH * compact:
+        return _fitted(site, value)
+    site.alternative = Alternative(tuple(site.node.refs()), compact, faithful)
+    return as_form(_token_norm(builder, builder.build(value), norm)).affine(slopes[:, 0], offset)
+
+
+_WORTH = 0.85
+
+
+def _token_norm(builder: Builder, x: Feature, norm: TokenNorm) -> Feature:
+    """`fit.TokenNorm` of every token, channels last, in lanes of channels with one small layer."""
+    channels = x.channels
+    lane = max(d for d in range(1, builder.target.lanes + 1) if channels % d == 0)
+    count, name = channels // lane, builder.last(x)
+    positions = builder.graph.shapes[name][:-1]
+    eye = torch.eye(lane, dtype=torch.float64)
+    ones = torch.ones(lane, 1, dtype=torch.float64)
+
+    def shared(vector: Tensor, source: str) -> str:
+        """One number of a token, beside every lane: (..., lanes, 1)."""
+        single = builder.fully_connected(source, vector[None])
+        if count == 1:
+            return builder.emit("lanes", Reshape((*positions, 1, 1)), single)
+        spread = builder.fully_connected(single, torch.ones(count, 1).double(), trainable=False)
+        return builder.emit("lanes", Reshape((*positions, count, 1)), spread)
+
+    def rectified(weight: Tensor, offset: Tensor, *sources: str) -> str:
+        joined = builder.emit("concat", Concat(len(positions) + 2), *sources)
+        total = builder.fully_connected(joined, weight, offset)
+        return builder.emit("act", Activation(0.0, math.inf), total)
+
+    lanes = builder.emit("lanes", Reshape((*positions, count, lane)), name)
+    mean = shared(torch.full((channels,), 1 / channels, dtype=torch.float64), name)
+    centring = torch.cat([torch.cat([eye, -ones], 1), torch.cat([-eye, ones], 1)])
+    sides = rectified(centring, torch.zeros(2 * lane, dtype=torch.float64), lanes, mean)
+    # Channel c of side i of lane n lies at (n, i, c) here, and at (i, n, c) in `deviation`.
+    weights = norm.deviation.reshape(2, count, lane).transpose(0, 1).flatten()
+    flat = builder.emit("flat", Reshape((*positions, 2 * channels)), sides)
+    deviation = shared(weights, flat)
+    reach, knots, factors = [], [], [norm.slope * eye, -norm.slope * eye]
+    for v, t, a in norm.hinges:
+        reach += [torch.cat([eye, -ones, v * ones], 1), torch.cat([-eye, ones, v * ones], 1)]
+        knots += [-t] * 2 * lane
+        factors += [a * eye, -a * eye]
+    bias = torch.tensor(knots, dtype=torch.float64)
+    hinges = rectified(torch.cat(reach), bias, lanes, mean, deviation)
+    joined = builder.emit("concat", Concat(len(positions) + 2), sides, hinges)
+    total = builder.fully_connected(joined, torch.cat(factors, 1))
+    total = builder.emit("join", Reshape((*positions, channels)), total)
+    return builder.from_last(x.shape, x.axis, total)
 
 
 @rule("aten.group_norm.default", "aten.instance_norm.default")

@@ -16,7 +16,7 @@ import torch
 from archnet import pipeline
 from archnet.cli import main as archnet
 from archnet.config import Config
-from archnet.runs import RunFolder, read_json
+from archnet.runs import RunError, RunFolder, read_json
 from conftest import ROOT
 
 Make = Callable[..., Config]
@@ -73,16 +73,22 @@ def test_a_run_leaves_figures_files_and_a_report(finished: RunFolder) -> None:
 
 def test_a_strict_student_is_pure(finished: RunFolder, places: list[str]) -> None:
     from archnet.compose import compose
+    from archnet.run_student import given_student
     from conftest import CONF
 
-    folder = pipeline.run(compose(CONF, [*SHORT, *places, "hardware=arch5", "quant=none"]))
+    strict = [*SHORT, *places, "hardware=arch5"]
+    folder = pipeline.run(compose(CONF, [*strict, "quant=none", "name=five"]))
     metrics = read_json(folder.metrics)
     assert metrics["audit"]["pure"]
     assert metrics["parity"]["mismatches"] == 0
-    again = pipeline.run(
-        compose(CONF, [*SHORT, *places, "hardware=arch5", f"convert.student={folder.path}"])
-    )
+    again = pipeline.run(compose(CONF, [*strict, f"convert.student={folder.path.parent}/*_five"]))
     assert read_json(again.metrics)["audit"]["pure"]
+    for given, message in (
+        (f"{folder.path.parent}/*_six", "matches no finished run"),
+        (finished.path, "quantized already"),
+    ):
+        with pytest.raises(RunError, match=message):
+            given_student(compose(CONF, [*strict, f"convert.student={given}"]))
 
 
 def translated(

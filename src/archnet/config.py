@@ -284,7 +284,8 @@ class ConvertConfig:
 
     start: str = _choice("exact", "exact", "random")  # weights: rewritten from the teacher's or new
     # A finished float run (quant=none) of this task and target whose student is taken, instead of
-    # a new one; null: the teacher is converted.
+    # a new one: its folder, or a pattern (outputs/multi30k/*_float) whose newest match is taken;
+    # null: the teacher is converted.
     student: str | None = None
     taps: list[str] | None = None  # teacher module paths to compare at; null: every block output
     # What attention becomes: fixed weights over tokens (mixing), or those and rectified features of

@@ -1,6 +1,8 @@
 """The student of a run, as its folder keeps it."""
 
+import glob
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -29,14 +31,24 @@ def load_student(folder: RunFolder, name: str = "student") -> Student:
 
 
 def given_student(config: Config) -> Student:
-    """The student of the finished float run that `convert.student` names.
+    """The student of the finished float run that `convert.student` names, by its folder or by a
+    pattern: then the newest one.
 
     Raises:
-        RunError: the run is not finished, its student is quantized already, or it was made from
-            another teacher or for another target than this run's.
+        RunError: there is no such run, it is not finished, its student is quantized already, or it
+            was made from another teacher or for another target than this run's.
     """
-    given = f"convert.student={config.convert.student}"
-    folder = RunFolder.open(str(config.convert.student))
+    name = str(config.convert.student)
+    given = f"convert.student={name}"
+    if glob.has_magic(name):
+        # Folders begin with the time of their runs.
+        finished = sorted(
+            path for path in glob.glob(name) if RunFolder(Path(path)).metrics.is_file()
+        )
+        if not finished:
+            raise RunError(f"{given} matches no finished run: run the float experiment first")
+        name = finished[-1]
+    folder = RunFolder.open(name)
     student = load_student(folder)
     if describe(student):
         raise RunError(f"{given} is quantized already: name a run of quant=none")

@@ -242,6 +242,9 @@ APPROXIMATE = {
     "sigmoid": (nn.Sigmoid(), 0.1),
     "tanh": (nn.Tanh(), 0.15),
     "ELU": (nn.ELU(), 0.2),
+    "SELU": (nn.SELU(), 0.2),
+    "CELU": (nn.CELU(), 0.2),
+    "log sigmoid": (nn.LogSigmoid(), 0.2),
     "squeeze and excitation": (
         Function(
             lambda m, x: x.relu() * F.hardsigmoid(m.fc(x.relu().mean((2, 3), keepdim=True))),
@@ -323,15 +326,14 @@ def test_networks_of_three_kinds_convert(name):
 
 
 class Normed(nn.Module):
-    """A layer norm with a scale and a shift of its own, between two linear layers."""
+    """A norm with a scale and a shift of its own, between two linear layers."""
 
-    def __init__(self, channels, affine=True):
+    def __init__(self, channels, affine=True, kind=nn.LayerNorm):
         super().__init__()
         self.first, self.last = nn.Linear(channels, channels), nn.Linear(channels, 5)
-        self.norm = nn.LayerNorm(channels, elementwise_affine=affine)
-        if affine:
-            nn.init.normal_(self.norm.weight, 1, 0.3)
-            nn.init.normal_(self.norm.bias, 0, 0.3)
+        self.norm = kind(channels, elementwise_affine=affine)
+        for name, parameter in self.norm.named_parameters():
+            nn.init.normal_(parameter, float(name == "weight"), 0.3)
 
     def forward(self, x):
         return self.last(self.norm(self.first(x)))
@@ -343,9 +345,19 @@ def tokens(count, channels):
     return x * torch.exp(0.4 * torch.randn(count, 20, 1))
 
 
-@pytest.mark.parametrize(("channels", "affine"), [(48, True), (48, False), (10, True), (7, True)])
-def test_a_layer_norm_is_nearly_exact_by_hinges_in_value_and_deviation(channels, affine):
-    network, x, fresh = Normed(channels, affine).eval(), tokens(64, channels), tokens(64, channels)
+@pytest.mark.parametrize(
+    ("channels", "affine", "kind"),
+    [
+        (48, True, nn.LayerNorm),
+        (48, False, nn.LayerNorm),
+        (10, True, nn.LayerNorm),
+        (7, True, nn.LayerNorm),
+        (48, True, nn.RMSNorm),
+    ],
+)
+def test_a_layer_norm_is_nearly_exact_by_hinges_in_value_and_deviation(channels, affine, kind):
+    network = Normed(channels, affine, kind).eval()
+    x, fresh = tokens(64, channels), tokens(64, channels)
     with torch.no_grad():
         wanted, errors = network(fresh), {}
         for count in (0, 3):

@@ -120,6 +120,47 @@ def test_the_cheapest_exact_form_is_taken(padding):
     assert [row.macs_after for row in student.report] == [row.macs_before for row in student.report]
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@few
+@given(
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 2]),
+    extra=st.integers(0, 1),
+    bias=st.booleans(),
+)
+def test_any_transposed_convolution(target, kernel, stride, padding, dilation, groups, extra, bias):
+    assume(all(p <= dilation * (k - 1) for k, p in zip(kernel, padding, strict=True)))
+    assume(not extra or min(*stride) > extra or dilation > extra)
+    conv = nn.ConvTranspose2d(2, 4, kernel, stride, padding, extra, groups, bias, dilation)
+    check(conv, (2, 5, 6), target)
+
+
+def test_windows_side_by_side_are_a_matrix():
+    student = check(nn.ConvTranspose2d(3, 5, 2, 2), (3, 4, 6))
+    assert [(row.macs_before, row.macs_after) for row in student.report] == [(1440, 1440)]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv1d(4, 6, 3, padding=1),
+        nn.Conv1d(4, 6, 5, stride=2, dilation=2, groups=2),
+        nn.Conv1d(4, 6, 1, bias=False),
+    ],
+)
+def test_convolutions_of_a_sequence(target, conv):
+    check(nn.Sequential(conv, nn.BatchNorm1d(6), nn.ReLU()), (4, 15), target)
+
+
+def test_a_transposed_convolution_cut_by_its_padding_is_refused():
+    with pytest.raises(ConversionError, match="padded by more than its kernel"):
+        convert(nn.ConvTranspose2d(2, 2, 2, 2, padding=2).eval(), torch.zeros(1, 2, 8, 8))
+
+
 # Activations --------------------------------------------------------------------------------
 
 
@@ -134,6 +175,11 @@ def test_the_cheapest_exact_form_is_taken(padding):
         lambda x: x.clamp(-0.3, 0.4),
         lambda x: x.clamp_min(0.2),
         lambda x: x.clamp_max(0.2),
+        lambda x: x.abs(),
+        lambda x: torch.maximum(x, 0.3 - x.flip(2)),
+        lambda x: torch.minimum(x.flip(3), 2 * x),
+        lambda x: F.prelu(x, torch.tensor([0.2, -0.3])),
+        lambda x: F.prelu(x, torch.tensor([0.2])),
     ],
 )
 def test_activations(function):
@@ -231,6 +277,27 @@ def test_global_mean(target, keep):
     check(Function(lambda x: F.relu(x).mean((-2, -1), keepdim=keep)), (20, 5, 4), target)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.relu(x).sum((-2, -1)),
+        lambda x: x.sum(1, keepdim=True),
+        lambda x: x.amax((2, 3)),
+        lambda x: x.amax((2, 3), keepdim=True),
+        lambda x: x.amax(1),
+        lambda x: x.max(2).values,
+        lambda x: F.adaptive_max_pool2d(x, 1),
+        lambda x: F.adaptive_max_pool2d(x, (3, 2)),
+        lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+        lambda x: F.interpolate(x, size=(9, 5), mode="bilinear", align_corners=True),
+        lambda x: F.interpolate(x, scale_factor=1.5, mode="bicubic"),
+    ],
+)
+def test_sums_extremes_and_sizes(target, function):
+    check(Function(function), (4, 6, 4), target)
+
+
 # Layout and aliasing ------------------------------------------------------------------------
 
 
@@ -245,6 +312,16 @@ def test_global_mean(target, keep):
         lambda x: x[:, :1].squeeze(1).unsqueeze(-1),
         lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 2)),
         lambda x: F.pad(x, (1, 0, 2, 3)).contiguous().clone(),
+        lambda x: F.pad(x, (1, 2, 3, 0), mode="reflect"),
+        lambda x: F.pad(x, (1, 2, 3, 0), mode="replicate"),
+        lambda x: F.pad(x, (0, 2, 3, 1), mode="circular"),
+        lambda x: F.pixel_shuffle(x, 2),
+        lambda x: F.pixel_unshuffle(x, 3),
+        lambda x: torch.stack([x, 2 * x], 1).flatten(1, 2),
+        lambda x: torch.stack([x, 2 * x], -1),
+        lambda x: x.flip(1, 3),
+        lambda x: F.interpolate(x, scale_factor=2),
+        lambda x: F.interpolate(x, size=(12, 24)),
     ],
 )
 def test_layout_moves(function):
@@ -280,10 +357,10 @@ def test_forms_of_writing(network):
 
 
 def test_an_operator_without_rule_names_operator_path_and_file():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.LogSigmoid()))
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Hardshrink()))
     with pytest.raises(ConversionError) as error:
         convert(network, torch.zeros(1, 3, 8, 8))
-    for part in ("aten.log_sigmoid.default", "'1.0'", "convert/rules/log_sigmoid.py"):
+    for part in ("aten.hardshrink.default", "'1.0'", "convert/rules/hardshrink.py"):
         assert part in str(error.value)
 
 
@@ -298,6 +375,11 @@ def test_an_operator_without_rule_names_operator_path_and_file():
         (Function(lambda x: F.pad(x, (1, 1), value=1.0)), "zeros"),
         (Function(lambda x: x + x[:, :1]), "broadcast"),
         (nn.Conv2d(4, 4, 2, padding="same"), "ZeroPad2d"),
+        (nn.Sequential(nn.Flatten(), nn.Softmax(1)), "class scores"),
+        (nn.AdaptiveMaxPool2d(3), "has to divide"),
+        (nn.Upsample(size=11), "whole factors"),
+        (Function(lambda x: torch.maximum(x, x[:, :1])), "broadcast"),
+        (Function(lambda x: torch.maximum(x, torch.ones(1))), "a constant"),
         (nn.BatchNorm2d(4, track_running_stats=False), "running statistics"),
     ],
 )

@@ -140,7 +140,8 @@ def mixing(values: Tensor, wanted: Tensor, share: float = 1e-2) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenNorm:
-    """z / sigma of every token, z = x - mean(x), by rectified sums (see `token_norm`).
+    """z / sigma of every token, by rectified sums (see `token_norm`); z is x - mean(x), or x itself
+    where the norm does not centre.
 
     With r+ = max(z, 0), r- = max(-z, 0): sigma is nearly s = w [r+; r-], and z / s, a function of
     two numbers, nearly slope (r+ - r-) + sum_j a_j (max(z + v_j s - t_j, 0) - max(-z + v_j s - t_j,
@@ -155,10 +156,11 @@ class TokenNorm:
     deviation: Tensor
     slope: float
     hinges: tuple[tuple[float, float, float], ...]
+    centred: bool = True
 
     def __call__(self, x: Tensor) -> Tensor:
         """(M, C) -> (M, C)."""
-        z = x - x.mean(1, keepdim=True)
+        z = x - x.mean(1, keepdim=True) if self.centred else x
         s = torch.cat([z.clamp(min=0), (-z).clamp(min=0)], 1) @ self.deviation.to(x)[:, None]
         result = self.slope * z
         for v, t, a in self.hinges:
@@ -176,7 +178,7 @@ _REACHES = (-3, -2, -1.5, -1, -0.7, -0.5, -0.3, -0.15, 0, 0.15, 0.3, 0.5, 0.7, 1
 _KNOTS = tuple(k / 4 for k in range(-16, 17))
 
 
-def token_norm(x: Tensor, wanted: Tensor, count: int) -> TokenNorm:
+def token_norm(x: Tensor, wanted: Tensor, count: int, centred: bool = True) -> TokenNorm:
     """What a layer norm does to a token, before its scale and shift, by rectified sums.
 
     The deviation is linear in the magnitudes, by ridge regression around their mean; the division
@@ -187,10 +189,11 @@ def token_norm(x: Tensor, wanted: Tensor, count: int) -> TokenNorm:
         x: (M, C) tokens of the student.
         wanted: (M, C) the same tokens of the teacher, of mean 0 and deviation 1.
         count: of hinges.
+        centred: whether the mean is taken off first; RMS norms do without.
     """
     step = math.ceil(x.numel() / 2**22)
     x, wanted = x[::step].double(), wanted[::step].double()
-    z = x - x.mean(1, keepdim=True)
+    z = x - x.mean(1, keepdim=True) if centred else x
     magnitudes = torch.cat([z.clamp(min=0), (-z).clamp(min=0)], 1)
     sigma = z.square().mean(1, keepdim=True).sqrt()
     level = float(sigma.mean() / magnitudes.sum(1).mean().clamp_min(1e-12))
@@ -218,7 +221,7 @@ def token_norm(x: Tensor, wanted: Tensor, count: int) -> TokenNorm:
     slope, *weights = (torch.linalg.solve(part, cross[chosen]) / unit).tolist()
     places = (grid[j - 1] for j in chosen[1:])
     hinges = tuple((v, t * unit, a) for (v, t), a in zip(places, weights, strict=True))
-    return TokenNorm(deviation, slope, hinges)
+    return TokenNorm(deviation, slope, hinges, centred)
 
 
 def rows(x: Tensor, axis: int) -> Tensor:

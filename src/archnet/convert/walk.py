@@ -256,13 +256,16 @@ def _macs(graph: TeacherGraph) -> dict[str, int]:
     for node in graph.nodes:
         given, depth = node.arguments, 0
         stem = node.operator.removeprefix("aten.").split(".")[0].strip("_")
-        if stem in ("conv2d", "linear") and isinstance(given.get("weight"), Tensor):
+        if stem in ("conv1d", "conv2d", "linear") and isinstance(given.get("weight"), Tensor):
             depth = math.prod(given["weight"].shape[1:])
         elif stem in ("matmul", "bmm", "mm", "einsum"):
             first = given["tensors"][0] if "tensors" in given else given["self"]
             sizes = shapes[first.name] if isinstance(first, Ref) else tuple(first.shape)
             depth = sizes[-1]
         found[node.name] = math.prod(node.shape) * depth
+        if stem == "conv_transpose2d":
+            weight, source = given["weight"], shapes[given["input"].name]
+            found[node.name] = math.prod(source) * math.prod(weight.shape[1:])
         if stem == "scaled_dot_product_attention":
             # For every query the products with all keys, and the sum of all values.
             query, key, value = (shapes[given[name].name] for name in ("query", "key", "value"))

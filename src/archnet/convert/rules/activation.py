@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from archnet.capture import Ref
 from archnet.convert.feature import Carry, Form, Value
 from archnet.convert.fit import clipped_line, hinges, relative_error, rows
-from archnet.convert.rules.base import Alternative, Site, rule
+from archnet.convert.rules.base import Alternative, Site, constant, rule
 
 
 @rule("aten.relu.default", "aten.relu_.default")
@@ -64,6 +65,54 @@ def leaky_relu(site: Site) -> Value:
     return Form(x.shape, [*terms], axis=x.axis)
 
 
+@rule("aten.prelu.default", "aten._prelu_kernel.default")
+def prelu(site: Site) -> Value:
+    """The same with a slope of its own for every channel."""
+    x = site.builder.build(site.tagged("self", site.axis(1)))
+    slopes = constant(site.argument("weight")).flatten().expand(x.channels)
+    rectified = site.builder.activation(x, 0.0, math.inf)
+    return Form(x.shape, [Carry(x, slopes), Carry(rectified, 1 - slopes)], axis=x.axis)
+
+
+@rule("aten.abs.default", "aten.abs_.default")
+def magnitude(site: Site) -> Value:
+    """|x| = 2 max(x, 0) - x."""
+    x = site.feature("self")
+    rectified = site.builder.activation(x, 0.0, math.inf)
+    ones = torch.ones(x.channels, dtype=torch.float64)
+    return Form(x.shape, [Carry(x, -ones), Carry(rectified, 2 * ones)], axis=x.axis)
+
+
+@rule("aten.maximum.default", "aten.minimum.default")
+def extremum(site: Site) -> Value:
+    """max(a, b) = b + max(a - b, 0); min(a, b) = b - max(b - a, 0)."""
+    if not all(isinstance(site.argument(name), Ref) for name in ("self", "other")):
+        raise site.error("compares with a constant; only a clip with numbers has a rule")
+    a = site.feature("self")
+    b = site.builder.build(site.tagged("other", a.axis))
+    if a.shape != b.shape:
+        raise site.error(f"compares shapes {a.shape} and {b.shape}; broadcast has no rule")
+    sign = 1.0 if "maximum" in site.node.operator else -1.0
+    ones = torch.ones(a.channels, dtype=torch.float64)
+    gap = Form(a.shape, [Carry(a, sign * ones), Carry(b, -sign * ones)], axis=a.axis)
+    rectified = site.builder.activation(site.builder.build(gap), 0.0, math.inf)
+    return Form(a.shape, [Carry(b), Carry(rectified, sign * ones)], axis=a.axis)
+
+
+@rule(
+    "aten.softmax.int",
+    "aten._softmax.default",
+    "aten.log_softmax.int",
+    "aten._log_softmax.default",
+)
+def probabilities(site: Site) -> Value:
+    """None: class scores are what is compared, exported and run."""
+    raise site.error(
+        "makes probabilities, which no chip of five operators does: let the teacher end with its "
+        "class scores (for example teacher.softmax = nn.Identity()); the largest stays the largest"
+    )
+
+
 @dataclass(frozen=True)
 class Curve:
     """A smooth function that one clipped line min(max(a x + b, low), high) stands for.
@@ -84,6 +133,9 @@ _CURVES = {
     "mish": Curve(0.0, math.inf, (0.5, 1.1), (-0.7, 0.5)),
     "softplus": Curve(0.0, math.inf, (0.3, 1.1), (-0.3, 0.8)),
     "elu": Curve(-1.0, math.inf, (0.5, 1.1), (-0.4, 0.4)),
+    "celu": Curve(-1.0, math.inf, (0.5, 1.1), (-0.4, 0.4)),
+    "selu": Curve(-1.7581, math.inf, (0.6, 1.2), (-0.6, 0.4)),
+    "log_sigmoid": Curve(-math.inf, 0.0, (0.3, 1.1), (-0.8, 0.3)),
     "sigmoid": Curve(0.0, 1.0, (0.1, 0.3), (0.3, 0.7)),
     "tanh": Curve(-1.0, 1.0, (0.4, 1.1), (-0.3, 0.3)),
 }

@@ -2,8 +2,9 @@
 
 import torch
 
-from archnet.convert.feature import Convolution, Form, Value
+from archnet.convert.feature import Convolution, Feature, Form, Value
 from archnet.convert.rules.base import Site, constant, matrix_on, rule
+from archnet.ops import Pad, Permute, Reshape
 
 
 @rule("aten.conv2d.default", "aten.conv2d.padding")
@@ -30,6 +31,66 @@ def convolution(site: Site) -> Value:
         # Dropping pixels is a layout move; what remains is a matrix that sums can merge with.
         feature, stride = site.builder.windows(feature, (1, 1), stride)[0], (1, 1)
     term = Convolution(feature, weight, site.node.name, stride, padding, dilation, groups)
+    return Form(site.node.shape, [term], bias)
+
+
+@rule("aten.conv1d.default", "aten.conv1d.padding")
+def convolution_1d(site: Site) -> Value:
+    """The same on a map of one row."""
+    feature = site.builder.build(site.tagged("input", 1))
+    weight = constant(site.argument("weight")).unsqueeze(2)
+    (stride, _), (dilation, _) = site.pair("stride"), site.pair("dilation")
+    _, sides = _padding(site, 1, weight.shape[3], (1, dilation))
+    row = site.builder.layout(feature, "row", Reshape((feature.channels, 1, feature.shape[1])), 1)
+    bias = torch.zeros(len(weight), dtype=torch.float64)
+    if site.argument("bias") is not None:
+        bias = constant(site.argument("bias"))
+    name, groups = site.node.name, site.argument("groups")
+    term = Convolution(row, weight, name, (1, stride), (0, sides), (1, dilation), groups)
+    length = site.node.shape[1]
+    built = site.builder.build(Form((len(weight), 1, length), [term], bias))
+    return site.builder.layout(built, "line", Reshape(site.node.shape), 1)
+
+
+@rule("aten.conv_transpose2d.input")
+def transposed_convolution(site: Site) -> Value:
+    """A convolution with the kernel turned round, over pixels that zeros keep apart.
+
+    Where windows do not overlap (kernel = stride) it is a matrix at every position, whose results
+    are the pixels of a window.
+    """
+    builder, weight = site.builder, constant(site.argument("weight"))
+    feature = builder.build(site.tagged("input", 1))
+    stride, padding, dilation = (site.pair(n) for n in ("stride", "padding", "dilation"))
+    groups, extra = site.argument("groups"), site.pair("output_padding")
+    kernel, outputs = tuple(weight.shape[2:]), weight.shape[1] * groups
+    bias = torch.zeros(outputs, dtype=torch.float64)
+    if site.argument("bias") is not None:
+        bias = constant(site.argument("bias"))
+    channels, rows, columns = feature.shape
+    if kernel == stride and (padding, dilation, extra, groups) == ((0, 0), (1, 1), (0, 0), 1):
+        matrix = weight.flatten(1).T
+        offset = bias.repeat_interleave(kernel[0] * kernel[1])
+        built = builder.first(builder.matrix_at_positions(feature, matrix, offset))
+        split = Reshape((outputs, *kernel, rows, columns))
+        parts = builder.layout(Feature(builder.graph.shapes[built], first=built), "split", split)
+        moved = builder.layout(parts, "order", Permute((0, 1, 4, 2, 5, 3)))
+        return builder.layout(moved, "shape", Reshape(site.node.shape), 1)
+    sides = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    if min(sides) < 0:
+        raise site.error("is padded by more than its kernel; this has no rule")
+    if stride != (1, 1):
+        apart = builder.layout(feature, "apart", Reshape((channels, rows, 1, columns, 1)))
+        zeros = Pad(((0, 0), (0, 0), (0, stride[0] - 1), (0, 0), (0, stride[1] - 1)))
+        sparse = Reshape((channels, rows * stride[0], columns * stride[1]))
+        feature = builder.layout(builder.layout(apart, "zeros", zeros), "sparse", sparse, 1)
+        feature = builder.slice(feature, 2, 0, (rows - 1) * stride[0] + 1)
+        feature = builder.slice(feature, 3, 0, (columns - 1) * stride[1] + 1)
+    feature = builder.pad(feature, (0, extra[0]), (0, extra[1]))
+    turned = weight.flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    term = Convolution(
+        feature, turned, site.node.name, (1, 1), (sides[0], sides[1]), dilation, groups
+    )
     return Form(site.node.shape, [term], bias)
 
 

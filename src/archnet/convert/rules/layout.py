@@ -1,12 +1,16 @@
-"""Layout moves of the teacher (exact): they compute nothing."""
+"""Layout moves of the teacher (exact): they compute nothing. And changes of size."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
 
 from archnet.capture import Ref
 from archnet.convert.feature import Feature, Value, resized
 from archnet.convert.rules.base import Site, Values, rule
-from archnet.ops import Concat, Pad
+from archnet.ops import Concat, Pad, Permute, Reshape
 
 
 @rule(
@@ -125,6 +129,17 @@ def roll(site: Site) -> Value:
     return feature
 
 
+@rule("aten.flip.default")
+def flip(site: Site) -> Value:
+    """An axis from its end: slices of one, concatenated the other way round."""
+    feature = site.feature("self")
+    for dim in site.argument("dims"):
+        axis = site.axis(dim)
+        turned = range(feature.shape[axis - 1] - 1, -1, -1)
+        feature = joined(site, [site.builder.slice(feature, axis, i, i + 1) for i in turned], axis)
+    return feature
+
+
 def joined(site: Site, features: Sequence[Feature], axis: int) -> Feature:
     """Concatenation along any axis of the student, channels or not."""
     builder, channels = site.builder, features[0].axis
@@ -137,24 +152,128 @@ def joined(site: Site, features: Sequence[Feature], axis: int) -> Feature:
     return Feature(shape, first=name, axis=channels)
 
 
+@rule("aten.stack.default")
+def stacking(site: Site) -> Value:
+    """Values side by side along an axis of their own."""
+    axis = site.node.batch.student_axis(site.argument("dim"))
+    if site.node.batch.axis < 0 or axis < 1:
+        raise site.error("stacks along the batch")
+    wide = []
+    for item in site.argument("tensors"):
+        feature = site.builder.build(site.referred(item))
+        shape = (*feature.shape[: axis - 1], 1, *feature.shape[axis - 1 :])
+        tall = site.builder.layout(feature, "stack", Reshape(shape))
+        wide.append(Feature(shape, first=tall.first, axis=axis))
+    return joined(site, wide, axis)
+
+
+@rule("aten.pixel_shuffle.default")
+def pixel_shuffle(site: Site) -> Value:
+    """Channels (C r r) become r x r pixels."""
+    r, (channels, rows, columns) = site.argument("upscale_factor"), site.node.shape
+    return _rearranged(
+        site, (channels, r, r, rows // r, columns // r), (0, 1, 4, 2, 5, 3), site.node.shape
+    )
+
+
+@rule("aten.pixel_unshuffle.default")
+def pixel_unshuffle(site: Site) -> Value:
+    """Pixels of r x r become channels (C r r)."""
+    r, (channels, rows, columns) = site.argument("downscale_factor"), site.node.shape
+    return _rearranged(
+        site, (channels // r**2, rows, r, columns, r), (0, 1, 3, 5, 2, 4), site.node.shape
+    )
+
+
+def _rearranged(
+    site: Site, split: tuple[int, ...], order: tuple[int, ...], shape: tuple[int, ...]
+) -> Value:
+    builder = site.builder
+    parts = builder.layout(site.feature("self"), "split", Reshape(split))
+    return builder.layout(
+        builder.layout(parts, "order", Permute(order)), "shape", Reshape(shape), 1
+    )
+
+
+@rule("aten.upsample_nearest2d.vec")
+def upsample_nearest(site: Site) -> Value:
+    """Every pixel r x r times: copies side by side along axes of their own."""
+    builder, (channels, rows, columns) = site.builder, site.node.shape
+    feature = site.builder.build(site.tagged("input", 1))
+    _, height, width = feature.shape
+    if rows % height or columns % width:
+        raise site.error(f"enlarges {height}x{width} to {rows}x{columns}; only whole factors do")
+    spread = builder.layout(feature, "split", Reshape((channels, height, 1, width, 1)), 1)
+    tall = joined(site, [spread] * (rows // height), 3)
+    wide = joined(site, [tall] * (columns // width), 5)
+    return builder.layout(wide, "shape", Reshape(site.node.shape), 1)
+
+
+@rule("aten.upsample_bilinear2d.vec", "aten.upsample_bicubic2d.vec")
+def upsample_linear(site: Site) -> Value:
+    """A constant matrix over rows, then one over columns: what the operator makes of units."""
+    builder = site.builder
+    feature = site.builder.build(site.tagged("input", 1))
+    mode = "bilinear" if "bilinear" in site.node.operator else "bicubic"
+    factors = site.argument("scale_factors")
+    for axis in (2, 3):
+        size = feature.shape[axis - 1]
+        units = torch.eye(size, dtype=torch.float64)[:, None, :, None]
+        how: dict[str, Any] = {"size": (site.node.shape[axis - 1], 1)}
+        if factors is not None:
+            how = {"scale_factor": (float(factors[axis - 2]), 1.0)}
+        response = F.interpolate(
+            units, mode=mode, align_corners=site.argument("align_corners"), **how
+        )
+        matrix = response[:, 0, :, 0].T
+        along = Feature(feature.shape, first=builder.first(feature), axis=axis)
+        zeros = torch.zeros(len(matrix), dtype=torch.float64)
+        feature = builder.matrix_at_positions(along, matrix, zeros)
+    return Feature(feature.shape, first=builder.first(feature), axis=1)
+
+
 @rule("aten.pad.default", "aten.constant_pad_nd.default")
-def zero_padding(site: Site) -> Value:
-    """Zeros around the map, or further channels of zeros (the shortcut of CIFAR ResNets)."""
-    fill = site.argument("value")
-    if site.node.arguments.get("mode", "constant") != "constant" or fill not in (None, 0, 0.0):
-        raise site.error("only padding with zeros has a rule")
+def padding(site: Site) -> Value:
+    """Zeros around the map, or further channels of zeros (the shortcut of CIFAR ResNets).
+
+    Pixels that are repeated (`replicate`), mirrored or taken from the other side are slices,
+    concatenated.
+    """
+    fill, mode = site.argument("value"), site.node.arguments.get("mode", "constant")
+    if fill not in (None, 0, 0.0):
+        raise site.error("pads with a number; only zeros have a rule")
     pads = list(site.argument("pad"))
     if any(count < 0 for count in pads):
         raise site.error("negative padding has no rule")
     if not any(pads):
         return site.value("self")
     feature = site.feature("self")
+    if mode != "constant":
+        for index in range(0, len(pads), 2):
+            axis = site.axis(-1 - index // 2)
+            feature = _filled(site, feature, axis, mode, pads[index], pads[index + 1])
+        return feature
     full = [(0, 0)] * len(feature.shape)
     # Pairs count from the last axis.
     for index in range(0, len(pads), 2):
         if any(pair := (pads[index], pads[index + 1])):
             full[site.axis(-1 - index // 2) - 1] = pair
     return site.builder.layout(feature, "pad", Pad(tuple(full)), feature.axis)
+
+
+def _filled(site: Site, feature: Feature, axis: int, mode: str, before: int, after: int) -> Feature:
+    """An axis with pixels of its own on both sides."""
+    size = feature.shape[axis - 1]
+    if mode == "replicate":
+        ahead, behind = [0] * before, [size - 1] * after
+    elif mode == "circular":
+        ahead, behind = list(range(size - before, size)), list(range(after))
+    else:
+        ahead = list(range(before, 0, -1))
+        behind = list(range(size - 2, size - 2 - after, -1))
+    parts = [site.builder.slice(feature, axis, i, i + 1) for i in ahead]
+    ends = [site.builder.slice(feature, axis, i, i + 1) for i in behind]
+    return joined(site, [*parts, feature, *ends], axis)
 
 
 @rule(

@@ -31,7 +31,7 @@ def batch_norm(site: Site) -> Value:
     return as_form(site.tagged("input", site.axis(1))).affine(scale, bias)
 
 
-@rule("aten.layer_norm.default")
+@rule("aten.layer_norm.default", "aten.rms_norm.default")
 def layer_norm(site: Site) -> Value:
     """Y = (x - E[x]) / sqrt(V[x]) * gamma + beta over a token, in a compact or a faithful form.
 
@@ -41,8 +41,9 @@ def layer_norm(site: Site) -> Value:
 
     Faithful: the mean is a layer over the channels, the deviation nearly a weighted sum of
     |x - mean|, and the quotient of two numbers nearly a sum of hinges in both (`fit.TokenNorm`);
-    scale and shift follow by least squares. It is taken where it leaves less than `_WORTH` of the
-    compact form's error, and a budget does not forbid it.
+    scale and shift follow by least squares. An RMS norm (Zhang & Sennrich 2019, arXiv 1910.07467)
+    is the same without the mean. It is taken where it leaves less than `_WORTH` of the compact
+    form's error, and a budget does not forbid it.
     """
     if len(site.argument("normalized_shape")) != 1:
         raise site.error("normalises over several axes; only the last one has a rule")
@@ -55,10 +56,10 @@ def layer_norm(site: Site) -> Value:
     compact = relative_error(x * slopes[:, 0] + offset, wanted)
     centred = wanted
     for name, undo in (("bias", torch.sub), ("weight", torch.div)):
-        if site.argument(name) is not None:
+        if site.node.arguments.get(name) is not None:
             scale = constant(site.argument(name))
             centred = undo(centred, torch.where(scale.abs() < 1e-6, 1e-6, scale))
-    norm = token_norm(x, centred, count)
+    norm = token_norm(x, centred, count, "layer" in site.node.operator)
     normed = norm(x)
     slopes, offset = regression([normed.T], wanted.T)
     faithful = relative_error(normed * slopes[:, 0] + offset, wanted)
@@ -89,25 +90,30 @@ def _token_norm(builder: Builder, x: Feature, norm: TokenNorm) -> Feature:
         return builder.emit("lanes", Reshape((*positions, count, 1)), spread)
 
     def rectified(weight: Tensor, offset: Tensor, *sources: str) -> str:
-        joined = builder.emit("concat", Concat(len(positions) + 2), *sources)
+        joined = sources[0]
+        if len(sources) > 1:
+            joined = builder.emit("concat", Concat(len(positions) + 2), *sources)
         total = builder.fully_connected(joined, weight, offset)
         return builder.emit("act", Activation(0.0, math.inf), total)
 
     lanes = builder.emit("lanes", Reshape((*positions, count, lane)), name)
-    mean = shared(torch.full((channels,), 1 / channels, dtype=torch.float64), name)
-    centring = torch.cat([torch.cat([eye, -ones], 1), torch.cat([-eye, ones], 1)])
-    sides = rectified(centring, torch.zeros(2 * lane, dtype=torch.float64), lanes, mean)
+    means = []
+    if norm.centred:
+        means = [shared(torch.full((channels,), 1 / channels, dtype=torch.float64), name)]
+    positive = torch.cat([eye, -ones], 1) if means else eye
+    both = torch.cat([positive, -positive])
+    sides = rectified(both, torch.zeros(2 * lane, dtype=torch.float64), lanes, *means)
     # Channel c of side i of lane n lies at (n, i, c) here, and at (i, n, c) in `deviation`.
     weights = norm.deviation.reshape(2, count, lane).transpose(0, 1).flatten()
     flat = builder.emit("flat", Reshape((*positions, 2 * channels)), sides)
     deviation = shared(weights, flat)
     reach, knots, factors = [], [], [norm.slope * eye, -norm.slope * eye]
     for v, t, a in norm.hinges:
-        reach += [torch.cat([eye, -ones, v * ones], 1), torch.cat([-eye, ones, v * ones], 1)]
+        reach += [torch.cat([side, v * ones], 1) for side in (positive, -positive)]
         knots += [-t] * 2 * lane
         factors += [a * eye, -a * eye]
     bias = torch.tensor(knots, dtype=torch.float64)
-    hinges = rectified(torch.cat(reach), bias, lanes, mean, deviation)
+    hinges = rectified(torch.cat(reach), bias, lanes, *means, deviation)
     joined = builder.emit("concat", Concat(len(positions) + 2), sides, hinges)
     total = builder.fully_connected(joined, torch.cat(factors, 1))
     total = builder.emit("join", Reshape((*positions, channels)), total)

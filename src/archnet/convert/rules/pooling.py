@@ -8,8 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archnet.convert.feature import Convolution, Feature, Value
-from archnet.convert.rules.base import Site, rule
+from archnet.convert.rules.base import Site, Values, rule
 from archnet.ops import Concat, Permute, Reshape
+
+# Maps split into windows, (C, rows, kernel, columns, kernel): every window's values at the end.
+_WINDOWS = Permute((0, 1, 2, 4, 3, 5))
 
 
 @rule("aten.max_pool2d.default")
@@ -41,6 +44,47 @@ def max_pool(site: Site) -> Value:
         feature = site.builder.windows(feature, (1, 1), stride)[0]
     cut = site.builder.slice(feature, 2, 0, height)
     return site.builder.slice(cut, 3, 0, width)
+
+
+@rule("aten.adaptive_max_pool2d.default")
+def adaptive_max_pool(site: Site) -> Values:
+    """Windows of one size, each a row of values whose maximum is taken by halves."""
+    feature, builder = _map(site), site.builder
+    (channels, rows, columns), size = feature.shape, site.pair("output_size")
+    if rows % size[0] or columns % size[1]:
+        raise site.error(f"pools {rows}x{columns} into {size[0]}x{size[1]}: it has to divide")
+    kernel = (rows // size[0], columns // size[1])
+    split = Reshape((channels, size[0], kernel[0], size[1], kernel[1]))
+    windows = builder.layout(builder.layout(feature, "split", split), "order", _WINDOWS)
+    row = Reshape((channels * size[0] * size[1], 1, kernel[0] * kernel[1]))
+    pooled = _row_maximum(site, builder.layout(windows, "window", row, 1))
+    return [builder.layout(pooled, "map", Reshape((channels, *size)), 1)]
+
+
+@rule("aten.amax.default", "aten.max.dim")
+def maximum(site: Site) -> Values:
+    """The maximum over some axes, moved to the end and taken by halves."""
+    builder, dims = site.builder, site.argument("dim")
+    axes = sorted(site.axis(d) for d in ([dims] if isinstance(dims, int) else dims))
+    feature = site.feature("self")
+    shape = tuple(n for axis, n in enumerate(feature.shape, 1) if axis not in axes)
+    if site.node.arguments.get("keepdim"):
+        shape = tuple(1 if axis in axes else n for axis, n in enumerate(feature.shape, 1))
+    rank = len(feature.shape) + 1
+    order = (*(a for a in range(rank) if a not in axes), *axes)
+    moved = builder.build(builder.permuted(feature, order))
+    count = math.prod(feature.shape[axis - 1] for axis in axes)
+    row = Reshape((math.prod(feature.shape) // count, 1, count))
+    pooled = _row_maximum(site, builder.layout(moved, "row", row, 1))
+    result = builder.layout(pooled, "shape", Reshape(shape))
+    return [result] if "max.dim" in site.node.operator else result
+
+
+def _row_maximum(site: Site, row: Feature) -> Feature:
+    """The maximum of every row (C, 1, N): 2x2 poolings of stride 2, the row below being padding."""
+    while row.shape[2] > 1:
+        row = site.builder.maxpool(row, 2, (0, row.shape[2] % 2, 0, 1))
+    return row
 
 
 @rule("aten.avg_pool2d.default")
@@ -86,9 +130,10 @@ def adaptive_average_pool(site: Site) -> Value:
     return _over_positions(site, feature, lambda x: F.adaptive_avg_pool2d(x, (size[0], size[1])))
 
 
-@rule("aten.mean.dim")
+@rule("aten.mean.dim", "aten.sum.dim_IntList")
 def mean(site: Site) -> Value:
-    """The mean over some axes: a fully connected layer over them (n -> 1) of weights 1/n.
+    """The mean over some axes: a fully connected layer over them (n -> 1) of weights 1/n; of ones
+    for a sum.
 
     Over rows and columns of a map it is global average pooling; over the tokens of a sequence, or
     over channels, the axis is moved to the end.
@@ -96,16 +141,17 @@ def mean(site: Site) -> Value:
     builder, dims = site.builder, site.argument("dim")
     axes = sorted(site.axis(d) for d in dims)
     feature = site.feature("self")
+    count = math.prod(feature.shape[axis - 1] for axis in axes)
+    factor = 1 / count if "mean" in site.node.operator else 1.0
     if feature.is_map and axes == [2, 3]:
-        pooled = _over_positions(site, feature, lambda x: F.adaptive_avg_pool2d(x, 1))
+        pooled = _over_positions(site, feature, lambda x: factor * x.sum((2, 3), keepdim=True))
         return builder.reshape(pooled, site.node.shape)
     rank = len(feature.shape) + 1
     order = (*(a for a in range(rank) if a not in axes), *axes)
     moved = builder.build(builder.permuted(feature, order))
-    count = math.prod(moved.shape[-len(axes) :])
     flat = builder.reshape(moved, (*moved.shape[: -len(axes)], count))
     flat = Feature(flat.shape, first=builder.first(flat), axis=len(flat.shape))
-    weight = torch.full((1, count), 1 / count, dtype=torch.float64)
+    weight = torch.full((1, count), factor, dtype=torch.float64)
     pooled = builder.matrix_at_positions(flat, weight, torch.zeros(1, dtype=torch.float64))
     return builder.reshape(pooled, site.node.shape)
 
@@ -151,7 +197,7 @@ def _average_windows(
         split = builder.layout(
             cut, "split", Reshape((channels, rows, kernel[0], columns, kernel[1]))
         )
-        order = builder.layout(split, "order", Permute((0, 1, 2, 4, 3, 5)))
+        order = builder.layout(split, "order", _WINDOWS)
         window = builder.layout(order, "window", Reshape((channels, rows, columns, taps)))
         name = builder.first(window)
     else:

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from archnet.capture import CaptureError, capture
 from archnet.convert import Approximation, ConversionError, convert
 from archnet.convert.fit import clipped_line, mixing, regression, token_norm
-from archnet.deploy import audit
+from archnet.deploy import audit, export, parity
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import FullyConnected
+from archnet.quant import quantize
 from archnet.teachers.nets import NETS
 
 
@@ -371,6 +372,17 @@ def test_a_layer_norm_is_nearly_exact_by_hinges_in_value_and_deviation(channels,
     assert row.error < 0.15
     literal = convert(network, x, "arch5_conv", approximation=form)
     assert not audit(literal, "arch5_conv").violations
+
+
+def test_a_norm_by_hinges_holds_at_8_bits_in_every_runtime(tmp_path):
+    network, x, fresh = Normed(48).eval(), tokens(64, 48), tokens(64, 48)
+    student = convert(network, x)
+    with torch.no_grad():
+        wanted = network(fresh)
+        quantize(student, 8, 8, [x])
+        assert float((student(fresh) - wanted).norm() / wanted.norm()) < 0.15
+    export(student, tmp_path / "student.onnx", form="qcdq")
+    assert parity(student, tmp_path / "student.onnx", fresh).max_abs_diff < 1e-5
 
 
 def test_tokens_of_one_deviation_keep_the_cheap_norm():

@@ -294,7 +294,8 @@ class ConvertConfig:
     # Hinges of a smooth activation, where one clipped line is much farther off; 0: none.
     hinges: int = _number(3, 0, 5)
     # Hinges of a layer norm, where one scale and shift a channel is much farther off; 0: none.
-    norm_hinges: int = _number(3, 0, 8)
+    # null: 3, and none below 8 bits, which round off what the hinges gain.
+    norm_hinges: int | None = _number(None, 0, 8)
     # Most multiply-accumulates of the student, as a multiple of the teacher's. Hinges, contexts of
     # attention and context paths of gates are then taken where they save most error for their
     # cost; the rest has its compact form. null: all that are worth it.

@@ -304,17 +304,26 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
             taps=config.convert.taps,
             seed=config.seed,
             calibration=this.data.calibration_inputs(config.convert.calibration),
-            approximation=Approximation(
-                attention=config.convert.attention,
-                hinges=config.convert.hinges,
-                norm_hinges=config.convert.norm_hinges,
-                max_macs=config.convert.max_macs,
-            ),
+            approximation=approximation(config),
         )
     widths = run_quant(config, student, batches)
     if quant.method != "none":
         _check_integers(this, student)
     return student, widths
+
+
+def approximation(config: Config) -> Approximation:
+    """The forms that a config asks for.
+
+    The hinges of a layer norm are sums of terms that nearly cancel: at 8 bits they are worth their
+    cost, at 4 their rounding is larger than what they gain.
+    """
+    asked, quant = config.convert, config.quant
+    hinges = asked.norm_hinges
+    if hinges is None:
+        fine = quant.method == "none" or min(quant.weight_bits, quant.act_bits) >= 8
+        hinges = Approximation.norm_hinges if fine else 0
+    return Approximation(asked.attention, asked.hinges, hinges, asked.max_macs)
 
 
 def _check_integers(this: Run, student: Student) -> None:

@@ -473,3 +473,16 @@ def test_a_float_student_moves_by_the_plain_rate():
     optimizer.step()
     for now, start in zip(student.parameters(), before, strict=True):
         torch.testing.assert_close(start - now, torch.full_like(now, 0.01), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_zeros_of_the_conversion_are_kept_if_asked(tmp_path, kept):
+    teacher, student = pair()
+    weight = student.operator("conv2d_1_conv").weight
+    with torch.no_grad():
+        weight[:, :2] = 0
+    before = weight.detach().clone()
+    settings = options(steps=4, keep_zeros=kept)
+    distill(teacher, student, Data(), settings, trainer=TRAINER, folder=tmp_path)
+    assert bool((weight[:, :2] == 0).all()) == kept
+    assert not torch.equal(weight, before)

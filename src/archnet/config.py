@@ -348,6 +348,10 @@ class DistillConfig:
     val_images: int = _number(1000, 1)  # images a validation while training looks at
     checkpoint_every: int = _number(100, 1)  # steps between checkpoints
     average: float = _number(0.0, 0, 0.9999)  # decay of a moving average of the weights; 0: off
+    # Weights that conversion leaves at zero (beside the identities of an addition, between groups
+    # of channels) stay zero. Free, they help a float student; small beside a one, few bits lose
+    # them.
+    keep_zeros: bool = False
 
 
 # Running ------------------------------------------------------------------------------------

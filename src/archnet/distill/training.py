@@ -45,6 +45,7 @@ class DistillOptions(Protocol):
     checkpoint_every: int
     cache_images: int
     average: float
+    keep_zeros: bool
 
     @property
     def optimizer(self) -> OptimizerOptions: ...
@@ -79,6 +80,7 @@ class ArchDistillation(lightning.LightningModule):
         # Here, where the student is as calibrated: a resumed run moves in the units of the first.
         self._units = grid_steps(student)
         self.periods, self.options = list(periods), options
+        self._zeros = _zeros(student) if options.keep_zeros else {}
         self.comparisons = nn.ModuleList(self.comparison(tap) for tap in student.taps)
 
     def comparison(self, tap: Tap) -> nn.Module:
@@ -141,13 +143,16 @@ class ArchDistillation(lightning.LightningModule):
         gradients of the whole network by what a lone block had at its end, and undo the blocks
         within a few steps. A quantizer may serve both sides of a tap, as the two sides of an
         addition share one; moving it would change what trained blocks give, and the cached
-        features with it.
+        features with it. Zeros that are kept get no gradient.
         """
         period = period_at(self.periods, self.global_step)
         if self.global_step == period.first:
             optimizer.state.clear()
         for parameter in self._held_before(period):
             parameter.grad = None
+        for parameter, places in self._zeros.items():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(places.to(parameter.device), 0.0)
 
     def _held_before(self, period: Period) -> list[nn.Parameter]:
         if period.source is None or period.source < 0:
@@ -284,6 +289,17 @@ class ArchDistillation(lightning.LightningModule):
             start, end = bounds[stretch], bounds[stretch + 1]
             position = min(1.0, (position - start) / (end - start))
         return 0.01 + 0.495 * (1 + math.cos(math.pi * position))
+
+
+def _zeros(student: Student) -> dict[nn.Parameter, Tensor]:
+    """Where weights are zero: beside the identities of an addition, between groups of channels."""
+    found = {}
+    for module in student.modules():
+        if isinstance(module, WeightedOperator) and module.trainable:
+            places = module.weight.detach() == 0
+            if bool(places.any()):
+                found[module.weight] = places
+    return found
 
 
 def _move_in_units(optimizer: torch.optim.Optimizer, sizes: Mapping[nn.Parameter, Tensor]) -> None:

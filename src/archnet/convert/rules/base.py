@@ -10,6 +10,7 @@ from archnet.capture import Batch, Ref, TeacherNode
 from archnet.convert.builder import Builder, ConversionError
 from archnet.convert.calibration import Calibration
 from archnet.convert.feature import Carry, Convolution, Feature, Form, Value
+from archnet.convert.fit import regression, rows
 
 Reads = Callable[[TeacherNode, "Approximation"], list[str]]
 # What an operator with several results gives; `getitem` picks from it.
@@ -216,6 +217,13 @@ def matrix_on(site: Site, value: Value, weight: Tensor, bias: Tensor) -> Form:
             offset = bias + weight @ value.bias.expand(weight.shape[1])
             return Form(shape, [*terms], offset, axis=value.axis)
     return Form(shape, [term(site.builder.build(value), weight)], bias, axis=value.axis)
+
+
+def scaled_to_fit(site: Site, value: Value) -> Form:
+    """A x + b, for every channel the a and b that come nearest to the teacher (least squares)."""
+    x, wanted = rows(site.given(value), value.axis), rows(site.wanted(), value.axis)
+    slopes, offset = regression([x], wanted)
+    return as_form(value).affine(slopes[:, 0], offset)
 
 
 def constant(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Convolutions of any kernel, stride, dilation and grouping (exact)."""
 
 import torch
+from torch import Tensor
 
 from archnet.convert.feature import Convolution, Feature, Form, Value
 from archnet.convert.rules.base import Site, constant, matrix_on, rule
@@ -18,9 +19,7 @@ def convolution(site: Site) -> Value:
     stride, dilation = site.pair("stride"), site.pair("dilation")
     padding = _padding(site, weight.shape[2], weight.shape[3], dilation)
     groups = site.argument("groups")
-    bias = torch.zeros(weight.shape[0], dtype=torch.float64)
-    if site.argument("bias") is not None:
-        bias = constant(site.argument("bias"))
+    bias = _bias(site, len(weight))
     value = site.tagged("input", 1)
     if len(value.shape) != 3:
         raise site.error("convolves images that are joined with the batch")
@@ -42,9 +41,7 @@ def convolution_1d(site: Site) -> Value:
     (stride, _), (dilation, _) = site.pair("stride"), site.pair("dilation")
     _, sides = _padding(site, 1, weight.shape[3], (1, dilation))
     row = site.builder.layout(feature, "row", Reshape((feature.channels, 1, feature.shape[1])), 1)
-    bias = torch.zeros(len(weight), dtype=torch.float64)
-    if site.argument("bias") is not None:
-        bias = constant(site.argument("bias"))
+    bias = _bias(site, len(weight))
     name, groups = site.node.name, site.argument("groups")
     term = Convolution(row, weight, name, (1, stride), (0, sides), (1, dilation), groups)
     length = site.node.shape[1]
@@ -64,9 +61,7 @@ def transposed_convolution(site: Site) -> Value:
     stride, padding, dilation = (site.pair(n) for n in ("stride", "padding", "dilation"))
     groups, extra = site.argument("groups"), site.pair("output_padding")
     kernel, outputs = tuple(weight.shape[2:]), weight.shape[1] * groups
-    bias = torch.zeros(outputs, dtype=torch.float64)
-    if site.argument("bias") is not None:
-        bias = constant(site.argument("bias"))
+    bias = _bias(site, outputs)
     channels, rows, columns = feature.shape
     if kernel == stride and (padding, dilation, extra, groups) == ((0, 0), (1, 1), (0, 0), 1):
         matrix = weight.flatten(1).T
@@ -92,6 +87,12 @@ def transposed_convolution(site: Site) -> Value:
         feature, turned, site.node.name, (1, 1), (sides[0], sides[1]), dilation, groups
     )
     return Form(site.node.shape, [term], bias)
+
+
+def _bias(site: Site, outputs: int) -> Tensor:
+    if site.argument("bias") is None:
+        return torch.zeros(outputs, dtype=torch.float64)
+    return constant(site.argument("bias"))
 
 
 def _padding(site: Site, kh: int, kw: int, dilation: tuple[int, int]) -> tuple[int, int]:

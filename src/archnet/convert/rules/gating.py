@@ -2,7 +2,7 @@
 
 from archnet.convert.feature import Carry, Form, Value
 from archnet.convert.fit import regression, relative_error, rows
-from archnet.convert.rules.base import Alternative, Site, as_form
+from archnet.convert.rules.base import Alternative, Site, scaled_to_fit
 
 
 def gate(site: Site) -> Value:
@@ -21,7 +21,7 @@ def gate(site: Site) -> Value:
         (name,) = site.approximation.compact[site.node.name]
         value = site.values[name]
         assert not isinstance(value, list)
-        return _scaled(site, value)
+        return scaled_to_fit(site, value)
     names = [site.argument("self").name, site.argument("other").name]
     x, s = site.value("self"), site.value("other")
     if x.shape != site.node.shape:
@@ -50,8 +50,3 @@ def gate(site: Site) -> Value:
         )
     terms = [Carry(f, slopes[:, i]) for i, f in enumerate(features)]
     return Form(shape, [*terms], offset, axis=x.axis)
-
-
-def _scaled(site: Site, x: Value) -> Value:
-    slopes, offset = regression([rows(site.given(x), x.axis)], rows(site.wanted(), x.axis))
-    return as_form(x).affine(slopes[:, 0], offset)

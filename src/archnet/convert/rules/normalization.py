@@ -7,8 +7,8 @@ from torch import Tensor
 
 from archnet.convert.builder import Builder
 from archnet.convert.feature import Feature, Value
-from archnet.convert.fit import TokenNorm, regression, relative_error, rows, token_norm
-from archnet.convert.rules.base import Alternative, Site, as_form, constant, rule
+from archnet.convert.fit import TokenNorm, regression, relative_error, token_norm
+from archnet.convert.rules.base import Alternative, Site, as_form, constant, rule, scaled_to_fit
 from archnet.ops import Activation, Concat, Reshape
 
 
@@ -50,7 +50,7 @@ def layer_norm(site: Site) -> Value:
     value = site.tagged("input", len(site.node.shape))
     count, builder = site.approximation.norm_hinges, site.builder
     if not count or site.is_compact or not builder.target.fc_per_position:
-        return _fitted(site, value)
+        return scaled_to_fit(site, value)
     x, wanted = site.given(value).flatten(0, -2), site.wanted().flatten(0, -2)
     slopes, offset = regression([x.T], wanted.T)
     compact = relative_error(x * slopes[:, 0] + offset, wanted)
@@ -64,7 +64,7 @@ def layer_norm(site: Site) -> Value:
     slopes, offset = regression([normed.T], wanted.T)
     faithful = relative_error(normed * slopes[:, 0] + offset, wanted)
     if faithful >= _WORTH * compact:
-        return _fitted(site, value)
+        return scaled_to_fit(site, value)
     site.alternative = Alternative(tuple(site.node.refs()), compact, faithful)
     return as_form(_token_norm(builder, builder.build(value), norm)).affine(slopes[:, 0], offset)
 
@@ -123,10 +123,4 @@ def _token_norm(builder: Builder, x: Feature, norm: TokenNorm) -> Feature:
 @rule("aten.group_norm.default", "aten.instance_norm.default")
 def group_norm(site: Site) -> Value:
     """The same for groups of channels of one sample: nearly a batch norm, by least squares."""
-    return _fitted(site, site.tagged("input", site.axis(1)))
-
-
-def _fitted(site: Site, value: Value) -> Value:
-    x, wanted = site.given(value), site.wanted()
-    slopes, offset = regression([rows(x, value.axis)], rows(wanted, value.axis))
-    return as_form(value).affine(slopes[:, 0], offset)
+    return scaled_to_fit(site, site.tagged("input", site.axis(1)))

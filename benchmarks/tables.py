@@ -86,8 +86,9 @@ TABLES = (
     Table(
         "digits",
         "Digits (mnist5k)",
-        "What `make demo` does: 5,000 MNIST digits, 1,000 of them for the test. Then a ConvNeXt as its "
-        "conversion leaves it, without any training; with `convert.norm_hinges=0` 89.50 % agree.",
+        "What `make demo` does: 5,000 MNIST digits, 1,000 of them for the test. Then a ConvNeXt as "
+        "its conversion leaves it, without any training; with `convert.norm_hinges=0` 89.50 % of "
+        "its float student's predictions agree.",
         ("teacher", "weight_bits", "act_bits", "budget", "budget_of"),
         _ACCURACY,
     ),

@@ -96,6 +96,7 @@ class ArchDistillation(lightning.LightningModule):
         # As the student's: convolutions on maps with channels last need no reordering.
         self.teacher.to(memory_format=torch.channels_last)
         self.teacher.to(self.device)
+        self._zeros = {p: places.to(self.device) for p, places in self._zeros.items()}
 
     def teacher_features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The teacher's features at all taps and its class scores; no gradient."""
@@ -152,7 +153,7 @@ class ArchDistillation(lightning.LightningModule):
             parameter.grad = None
         for parameter, places in self._zeros.items():
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(places.to(parameter.device), 0.0)
+                parameter.grad.masked_fill_(places, 0.0)
 
     def _held_before(self, period: Period) -> list[nn.Parameter]:
         if period.source is None or period.source < 0:

@@ -28,8 +28,8 @@ def plain():
                          nn.Linear(144, 5))
 
 def odd():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.LogSigmoid(), nn.Sequential(nn.Softshrink()),
-                         nn.LogSigmoid())
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardshrink(), nn.Sequential(nn.Softshrink()),
+                         nn.Hardshrink())
 
 def none():
     return 5
@@ -68,13 +68,13 @@ def test_every_operator_without_a_rule_is_named(
 ) -> None:
     assert main(["coverage", f"model={networks}:odd", "input=3x8x8"]) == 1
     out = capsys.readouterr().out
-    assert "no rule for aten.log_sigmoid.default at '1'" in out
-    assert "`aten.log_sigmoid.default`: 2 nodes without a rule, first at '1'" in out
+    assert "no rule for aten.hardshrink.default at '1'" in out
+    assert "`aten.hardshrink.default`: 2 nodes without a rule, first at '1'" in out
     assert "`aten.softshrink.default`: 1 node without a rule, first at '2.0'" in out
 
 
 def test_the_error_names_all_of_them_too() -> None:
-    network = nn.Sequential(nn.LogSigmoid(), nn.Softshrink(), nn.Softshrink())
+    network = nn.Sequential(nn.Hardshrink(), nn.Softshrink(), nn.Softshrink())
     with pytest.raises(ConversionError, match=r"at '0'.*; no rule either for aten\.softshrink\.d"):
         archnet.convert(network, torch.zeros(1, 3))
 

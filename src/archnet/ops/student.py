@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from archnet.errors import ArchnetError
 from archnet.ops import layout, operators, sequence
 from archnet.ops.operators import Operator
+from archnet.ops.plan import Piece, plan
 
 OPERATORS: dict[str, type[Operator]] = {
     cls.__name__: cls
@@ -128,6 +129,7 @@ class Student(nn.Module):
         super().__init__()
         self.graph = graph
         self.operators = nn.ModuleDict(dict(modules))
+        self._plans: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Piece]] = {}
 
     @property
     def report(self) -> list[NodeReport]:
@@ -176,41 +178,20 @@ class Student(nn.Module):
 
         Values are dropped after their last reader, so that memory holds what is alive.
         """
-        steps = self.steps_between(list(values), targets)
-        last_reader = {name: step.name for step in steps for name in step.inputs}
         live = dict(values)
-        kept = set(targets)
-        parted = self._parted(steps)
-        for step in steps:
-            names, axis, sizes = parted.get(step.name, ([], 0, []))
-            if names and live[step.inputs[0]].shape[axis] == sum(sizes):
-                live.update(zip(names, live[step.inputs[0]].split(sizes, axis), strict=True))
-            elif step.name not in live:
-                live[step.name] = self.operators[step.name](*[live[name] for name in step.inputs])
-            for name in set(step.inputs):
-                if last_reader[name] == step.name and name not in kept:
-                    del live[name]
+        for piece in self._pieces(tuple(values), tuple(targets)):
+            live.update(zip(piece.names, piece.work(self.operators, live), strict=True))
+            for name in piece.dropped:
+                del live[name]
         return [live[name] for name in targets]
 
-    def _parted(self, steps: Sequence[Step]) -> dict[str, tuple[list[str], int, list[int]]]:
-        """Slices that follow one another on an axis: by the first of them, all names and sizes.
-
-        Where they are the whole axis, one split gives the same values, and their gradients are
-        joined by one concatenation, where every slice alone fills a whole tensor with zeros. The
-        lanes of a depthwise layer are such slices.
-        """
-        groups: dict[tuple[str, int], list[tuple[str, layout.Slice]]] = {}
-        for step in steps:
-            module = self.operators[step.name]
-            if isinstance(module, layout.Slice) and module.step == 1:
-                groups.setdefault((step.inputs[0], module.axis), []).append((step.name, module))
-        found = {}
-        for (_, axis), slices in groups.items():
-            bounds = [0, *(module.stop for _, module in slices)]
-            if len(slices) > 1 and bounds[:-1] == [module.start for _, module in slices]:
-                names = [name for name, _ in slices]
-                found[names[0]] = (names, axis, [m.stop - m.start for _, m in slices])
-        return found
+    def _pieces(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> list[Piece]:
+        """How ``targets`` are computed from ``sources``, planned once."""
+        if (sources, targets) not in self._plans:
+            steps = self.steps_between(sources, targets)
+            pieces = plan(steps, self.operators, self.graph.shapes, targets)
+            self._plans[sources, targets] = pieces
+        return self._plans[sources, targets]
 
     def rewire(
         self,
@@ -221,6 +202,7 @@ class Student(nn.Module):
         taps: Sequence[Tap] | None = None,
     ) -> None:
         """Replace the list of steps (in place), add operators, and measure the new values."""
+        self._plans = {}
         self.graph.steps = list(steps)
         self.graph.output = output or self.graph.output
         self.graph.taps = list(taps) if taps is not None else self.graph.taps

@@ -1,0 +1,99 @@
+"""Running a student in larger pieces gives the values and gradients of running it step by step."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from archnet.convert import convert
+from archnet.ops import Student
+from archnet.ops.plan import Convolved, Piece, Split
+from archnet.quant import quantize
+
+
+def step_by_step(student: Student, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    values = {student.graph.inputs[0]: x}
+    for step in student.graph.steps:
+        values[step.name] = student.operator(step.name)(*[values[name] for name in step.inputs])
+    return values
+
+
+def pieces(student: Student) -> list[Piece]:
+    return student._pieces(tuple(student.graph.inputs), (student.graph.output,))
+
+
+def gradients(student: Student, result: torch.Tensor) -> list[torch.Tensor]:
+    student.zero_grad()
+    (result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum().backward()
+    return [p.grad.clone() for p in student.parameters() if p.grad is not None]
+
+
+CONVOLUTIONS = {
+    "7x7": lambda: nn.Conv2d(4, 6, 7, padding=3),
+    "5x3": lambda: nn.Conv2d(4, 6, (5, 3), padding=(2, 1)),
+    "stride": lambda: nn.Conv2d(4, 6, 5, stride=3, padding=1),
+    "uneven": lambda: nn.Conv2d(4, 6, 5, stride=(1, 2)),
+    "dilated": lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2),
+    "depthwise": lambda: nn.Conv2d(40, 40, 7, padding=3, groups=40),
+    "groups": lambda: nn.Conv2d(36, 72, 5, padding=2, groups=3),
+    "a row": lambda: nn.Conv2d(4, 6, (1, 5), padding=(0, 2)),
+    "one position": lambda: nn.Conv2d(4, 6, (9, 11)),
+}
+
+
+@pytest.mark.parametrize("convolution", list(CONVOLUTIONS))
+@pytest.mark.parametrize("bits", [32, 4])
+def test_windows_run_as_the_convolution_they_are(convolution: str, bits: int) -> None:
+    torch.manual_seed(0)
+    layer = CONVOLUTIONS[convolution]()
+    network = nn.Sequential(nn.Conv2d(3, layer.in_channels, 1), nn.ReLU(), layer, nn.ReLU()).eval()
+    x = torch.randn(2, 3, 9, 11)
+    student = convert(network, x)
+    if bits < 32:
+        quantize(student, bits, bits, [x])
+    assert any(isinstance(piece, Convolved) for piece in pieces(student))
+    student.double()
+    result, expected = student(x.double()), step_by_step(student, x.double())[student.graph.output]
+    torch.testing.assert_close(result, expected)
+    for ours, theirs in zip(gradients(student, result), gradients(student, expected), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_views_of_a_window_are_not_computed() -> None:
+    network = nn.Conv2d(40, 40, 7, padding=3, groups=40).eval()
+    student = convert(network, torch.randn(1, 40, 8, 8))
+    steps = {name for piece in pieces(student) for name in piece.names}
+    assert len(student.graph.steps) > 100
+    assert len(steps) < 12
+    lanes = [len(piece.names) for piece in pieces(student) if isinstance(piece, Convolved)]
+    assert lanes == [2, 1]  # 16 and 16 channels as one grouped convolution, then 8
+
+
+def test_what_is_asked_for_is_computed_even_where_a_convolution_has_no_need_of_it() -> None:
+    student = convert(nn.Conv2d(3, 5, 5).eval(), x := torch.randn(2, 3, 9, 9))
+    (join,) = [s.name for s in student.graph.steps if "concat" in s.name]
+    expected = step_by_step(student, x)
+    both = student.run({student.graph.inputs[0]: x}, [join, student.graph.output])
+    torch.testing.assert_close(both[0], expected[join])
+    torch.testing.assert_close(both[1], expected[student.graph.output])
+    torch.testing.assert_close(student.run({join: both[0]}, [student.graph.output]), [both[1]])
+
+
+def test_lanes_are_one_split() -> None:
+    network = nn.Conv2d(48, 48, 3, padding=1, groups=48).eval()
+    student = convert(network, x := torch.randn(2, 48, 6, 6))
+    (split,) = [piece for piece in pieces(student) if isinstance(piece, Split)]
+    assert len(split.names) == 3
+    torch.testing.assert_close(student(x), step_by_step(student, x)[student.graph.output])
+
+
+def test_a_copy_runs_its_own_weights() -> None:
+    student = convert(nn.Conv2d(3, 5, 5).eval(), x := torch.randn(2, 3, 9, 9))
+    before = student(x)
+    other = copy.deepcopy(student)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert not other(x).any()
+    torch.testing.assert_close(student(x), before)

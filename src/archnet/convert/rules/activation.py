@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -141,6 +142,7 @@ _CURVES = {
 }
 _CANDIDATES = 9  # of each number
 _WORTH = 0.85
+_FLAT = 1e-3  # of the steepest slope: a segment that adds nothing
 
 
 @rule(
@@ -152,7 +154,7 @@ def smooth_activation(site: Site) -> Value:
     Compact: Y nearly min(max(a x + b, low), high), the best a and b for every channel. The line
     goes into the layer in front, so that it costs what a ReLU costs.
 
-    Faithful: Y nearly sum_j a_j max(x - t_j, 0) + c, a batch norm and a ReLU for every hinge and
+    Faithful: Y nearly sum_j a_j max(x - t_j, 0) + c, a batch norm and a clip for every segment and
     one small layer that is the same for every lane of channels (`fit.hinges`). A teacher whose
     values stay near zero, where these functions are nearly a line, needs it; it is taken where it
     leaves less than `_WORTH` of the compact form's error, and a budget does not forbid it.
@@ -185,12 +187,26 @@ def smooth_activation(site: Site) -> Value:
 
 
 def _piecewise(site: Site, knots: list[float], weights: list[float], offset: float) -> Value:
+    """The same function as a sum of ramps, c + sum_j +-min(max(s_j (x - t_j), 0), h_j).
+
+    Hinges have ranges and weights that nearly cancel, and their rounding does not. A ramp is one
+    segment: s_j is its slope (the sum of the weights so far), h_j = s_j (t_{j+1} - t_j) what it
+    adds. Slopes go into the batch norms, so that the layer which adds the ramps has ones in it,
+    exact at any width, and the grid that they share is as fine as one of the sum.
+    """
     builder, x = site.builder, site.feature(site.subject)
+    order = sorted(range(len(knots)), key=knots.__getitem__)
+    starts = [knots[i] for i in order]
+    slopes = list(accumulate(weights[i] for i in order))
     one = torch.ones(1, dtype=torch.float64)
-    rectified = [
-        builder.activation(builder.batchnorm(x, one, -knot * one), 0.0, math.inf) for knot in knots
-    ]
-    return builder.add(rectified, weights, offset)
+    ramps, signs = [], []
+    for start, end, slope in zip(starts, [*starts[1:], math.inf], slopes, strict=True):
+        if abs(slope) < _FLAT * max(map(abs, slopes)):
+            continue
+        line = builder.batchnorm(x, abs(slope) * one, -abs(slope) * start * one)
+        ramps.append(builder.activation(line, 0.0, abs(slope) * (end - start)))
+        signs.append(math.copysign(1.0, slope))
+    return builder.add(ramps, signs, offset)
 
 
 @rule("aten.dropout.default", "aten.dropout_.default", "aten.feature_dropout.default")

@@ -270,6 +270,17 @@ def test_approximations_stay_near_and_say_how_near(name, hardware):
     assert found < 1.5 * max(fitted)
 
 
+@pytest.mark.parametrize("function", [nn.Hardswish(), nn.SiLU(), nn.Sigmoid()])
+def test_segments_are_added_with_ones_which_few_bits_keep(function):
+    """Weights of hinges would nearly cancel; those of ramps are exact at any width."""
+    network, x = nn.Sequential(nn.Conv2d(4, 4, 1), function).eval(), 2 * torch.randn(64, 4, 8, 8)
+    student, _ = error(network, x)
+    added = {step.name for step in student.graph.steps if step.origin == "1"}
+    layers = [student.operator(name) for name in added]
+    (layer,) = [layer for layer in layers if isinstance(layer, FullyConnected)]
+    assert set(layer.weight.abs().unique().tolist()) == {0.0, 1.0}
+
+
 def test_a_fit_sees_the_students_own_errors():
     """The gate's least squares make up for a norm in front of it that is off."""
     network = nn.Sequential(nn.Conv2d(4, 8, 1), nn.GroupNorm(2, 8), nn.GroupNorm(2, 8)).eval()

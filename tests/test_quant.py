@@ -443,14 +443,17 @@ def test_a_step_of_the_grid_is_known_for_every_number_on_it():
     assert set(sizes) <= set(names.values())
 
 
-def test_a_channel_that_weight_decay_has_emptied_keeps_its_bias():
+@pytest.mark.parametrize("emptied", [[1], [0, 1, 2, 3]])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_channels_that_weight_decay_has_emptied_keep_their_bias(emptied, per_channel):
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     with torch.no_grad():
-        network[0].weight[1] = 1e-20
-        network[0].bias[1] = 0.7
+        network[0].weight[emptied] = 1e-20
+        network[0].bias[emptied] = 0.7
     images = torch.randn(16, 3, 8, 8)
     student = convert(network, images)
-    quantize(student, weight_bits=8, act_bits=8, calibration=[images])
+    calibration = [images]
+    quantize(student, weight_bits=8, act_bits=8, calibration=calibration, per_channel=per_channel)
     lower(student)  # every bias fits the accumulator
     with torch.no_grad():
         assert (student(images) - network(images)).norm() < 0.02 * network(images).norm()

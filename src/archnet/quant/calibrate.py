@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from archnet.ops import Student, WeightedOperator
-from archnet.quant.quantizers import SCALE_FLOOR, Quantizer, WeightDoReFa
+from archnet.quant.quantizers import (
+    SCALE_FLOOR,
+    BiasQuantizer,
+    Quantizer,
+    WeightDoReFa,
+    WeightLSQ,
+)
 
 CANDIDATES = 64  # scales tried, evenly spaced up to the one that clips nothing
 SAMPLES = 32768  # values kept per activation
-NEGLIGIBLE = 2.0**-20  # of a layer's largest weight: a channel below it has none
+LARGEST_BIAS = 2.0**28  # steps of an accumulator; the rest of its 32 bits is for sums
 
 
 def best_scale(values: Tensor, low: int, high: int, power_of_two: bool = False) -> Tensor:
@@ -53,11 +59,7 @@ def weight_scale(quantizer: Quantizer, weight: Tensor) -> Tensor:
         return rows.abs().mean(1) / levels.abs().mean(1).clamp_min(SCALE_FLOOR)
     if quantizer.bits == 1:
         return rows.abs().mean(1)
-    scale = best_scale(rows, quantizer.low, quantizer.high, quantizer.power_of_two)
-    # A channel without weights, or whose weights decay has left at nothing, may have a bias, which
-    # has to fit an accumulator's integers.
-    peak = rows.abs().amax(1)
-    return torch.where(peak > NEGLIGIBLE * peak.max(), scale, scale.max())
+    return best_scale(rows, quantizer.low, quantizer.high, quantizer.power_of_two)
 
 
 def calibrate_weights(student: Student) -> None:
@@ -66,6 +68,23 @@ def calibrate_weights(student: Student) -> None:
         if isinstance(module, WeightedOperator) and isinstance(module.weight_quantizer, Quantizer):
             quantizer = module.weight_quantizer
             quantizer.set_scale(weight_scale(quantizer, module.weight))
+
+
+def make_room_for_biases(student: Student) -> None:
+    """Raise the scale of weights that are so small beside their bias that it fits no accumulator.
+
+    Weight decay leaves channels like that, or a whole layer (squeeze-and-excitation that a teacher
+    has no use for). What weights lose by the coarser grid is less than a millionth of the bias.
+    """
+    for module in student.modules():
+        if not isinstance(module, WeightedOperator):
+            continue
+        quantizer, biases = module.weight_quantizer, module.bias_quantizer
+        if isinstance(quantizer, WeightLSQ) and isinstance(biases, BiasQuantizer):
+            least = module.bias.detach().abs() / (LARGEST_BIAS * biases.source.scale)
+            if quantizer.channels == 1:
+                least = least.amax().reshape(1)
+            quantizer.set_scale(torch.maximum(quantizer.scale.detach(), least))
 
 
 def observe(

@@ -23,7 +23,12 @@ from archnet.quant.attach import (
     insert_activations,
     shared_grids,
 )
-from archnet.quant.calibrate import activation_scale, calibrate_weights, observe
+from archnet.quant.calibrate import (
+    activation_scale,
+    calibrate_weights,
+    make_room_for_biases,
+    observe,
+)
 from archnet.quant.quantizers import ActivationLSQ
 from archnet.quant.widths import FLOAT, merged, uniform_widths, weighted, width_for
 
@@ -140,6 +145,7 @@ def quantize(
         assert isinstance(place, Activation)
         if isinstance(place.quantizer, ActivationLSQ):
             place.quantizer.set_scale(activation_scale(samples, place.quantizer))
+    make_room_for_biases(student)
     return student
 
 

@@ -52,7 +52,8 @@ COLUMNS = (
 )
 _PACKAGES = ("archnet", "torch", "torchvision", "lightning", "onnx", "onnxruntime")
 # Keys that say where a run leaves its files, not what it computes.
-_PLACES = ("resume", "name", "output_dir", "logger", "teacher.cache_dir", "trainer.progress")
+# Not the name: convert.student finds a run by it.
+_PLACES = ("resume", "output_dir", "logger", "teacher.cache_dir", "trainer.progress")
 
 
 def append(name: str, row: Mapping[str, Any]) -> Path:

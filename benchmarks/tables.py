@@ -22,16 +22,22 @@ class Table:
     name: str
     title: str
     text: str
-    keys: tuple[str, ...]
+    keys: tuple[str | Callable[[Row], str], ...]
     columns: Mapping[str, Callable[[Row], str]]
 
     def markdown(self) -> str:
         """Title, text and table; empty without rows."""
-        last = {tuple(row.get(key, "") for key in self.keys): row for row in read(self.name)}
+        last = {
+            tuple(row.get(key, "") if isinstance(key, str) else key(row) for key in self.keys): row
+            for row in read(self.name)
+        }
         if not last:
             return ""
         lines = [" | ".join(self.columns), " | ".join("---" for _ in self.columns)]
-        lines += [" | ".join(show(row) for show in self.columns.values()) for row in last.values()]
+        # Rows that share the first key stand together.
+        order = list(dict.fromkeys(key[0] for key in last))
+        rows = [last[key] for key in sorted(last, key=lambda key: order.index(key[0]))]
+        lines += [" | ".join(show(row) for show in self.columns.values()) for row in rows]
         table = "\n".join(f"| {line} |" for line in lines)
         return f"### {self.title}\n\n{self.text}\n\n{table}\n\n"
 
@@ -43,6 +49,11 @@ def _bits(row: Row) -> str:
     if row.get("budget"):
         return f"mixed, {row['budget']} of {uniform}'s {row['budget_of']}"
     return uniform
+
+
+def _fitted(row: Row) -> str:
+    """Whether a float student is as its conversion left it."""
+    return str(row["weight_bits"] == "32" and row["inputs_seen"] == "0")
 
 
 def _plain(column: str) -> Callable[[Row], str]:
@@ -108,7 +119,7 @@ TABLES = (
         "token) and inverted residuals with squeeze-excitation and hardswish, trained here. No "
         "image-steps: right after the fit to 256 unlabelled images. A command with "
         "`convert.student` goes on from another row's student, whose steps come on top.",
-        ("teacher", "weight_bits", "act_bits", "inputs_seen"),
+        ("teacher", _bits, "macs_ratio", _fitted),
         _ACCURACY,
     ),
     *(

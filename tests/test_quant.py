@@ -469,3 +469,21 @@ def test_a_relu_that_never_opens_leaves_its_readers_their_biases():
     lower(student)
     with torch.no_grad():
         assert torch.allclose(student(images), network(images), atol=0.01)
+
+
+def test_what_norms_alone_read_keeps_8_bits():
+    """A layer's result of which norms make the segments of a smooth activation."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Hardswish(), nn.Conv2d(8, 4, 3)).eval()
+    images = torch.randn(64, 3, 8, 8)
+    student = convert(network, images)
+    quantize(student, weight_bits=4, act_bits=4, calibration=[images])
+    norms = [s for s in student.graph.steps if isinstance(student.operator(s.name), BatchNorm)]
+    assert len(norms) == 3
+    values = [norms[0].inputs[0], *(step.name for step in norms)]
+    steps = {step.name: step for step in student.graph.steps}
+    while not isinstance(student.operator(values[0]), Activation):
+        (values[0],) = steps[values[0]].inputs  # behind layout moves
+    assert student.operator(values[0]).quantizer.bits == 8
+    for norm in norms:
+        (reader,) = student.consumers()[norm.name]
+        assert student.operator(reader.name).quantizer.bits == 4

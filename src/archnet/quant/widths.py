@@ -4,9 +4,17 @@ Widths are named by steps: of a weighted layer the bits of its weights, of an ac
 of its grid. Activations whose values meet in a concatenation share a grid; the first one names it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from archnet.ops import Activation, Student, TokenEmbedding, WeightedOperator
+from archnet.ops import (
+    Activation,
+    BatchNorm,
+    LayoutMove,
+    Operator,
+    Student,
+    TokenEmbedding,
+    WeightedOperator,
+)
 from archnet.quant.attach import QuantizationError, grids, shared_grids
 
 FLOAT = 32
@@ -16,6 +24,10 @@ def uniform_widths(
     student: Student, weight_bits: int, act_bits: int, first_bits: int = 8, last_bits: int = 8
 ) -> dict[str, int]:
     """One width for all weights and one for all activations, but for the first and last layer.
+
+    What nothing but batch norms read has 8 bits: a layer's result of which several norms make the
+    segments of a smooth activation. Each is rounded to its own width; a chip that folds norms
+    makes them from the layer's accumulator, and no layer multiplies the 8 bits.
 
     Args:
         student: with a place for every activation (`insert_activations`).
@@ -29,8 +41,9 @@ def uniform_widths(
     for name, module in weighted(student).items():
         bits = weight_bits if weight_bits == FLOAT else ends.get(name, weight_bits)
         widths[name] = width_for(module, bits)
+    wide = dict.fromkeys(_read_by_norms(student), 8)
     for name, group in shared_grids(student).items():
-        bits = act_bits if act_bits == FLOAT else ends.get(name, act_bits)
+        bits = act_bits if act_bits == FLOAT else (wide | ends).get(name, act_bits)
         widths[group] = max(bits, widths.get(group, 0))
     return widths
 
@@ -72,6 +85,32 @@ def weighted(student: Student) -> dict[str, WeightedOperator]:
 def width_for(module: WeightedOperator, bits: int) -> int:
     """``bits``, or 2 for 1 where a weight is zero: an identity, a lane of a grouped layer."""
     return 2 if bits == 1 and bool((module.weight == 0).any()) else bits
+
+
+def _read_by_norms(student: Student) -> list[str]:
+    """Grids of results as they come, shared with no others, that batch norms alone read."""
+    consumers, shared = student.consumers(), list(shared_grids(student).values())
+
+    def readers(name: str) -> Iterator[Operator]:
+        for step in consumers.get(name, []):
+            module = student.operator(step.name)
+            if isinstance(module, LayoutMove):
+                yield from readers(step.name)
+            else:
+                yield module
+
+    def is_unbounded(module: Operator) -> bool:
+        return isinstance(module, Activation) and not module.spec()
+
+    names = [step.name for step in student.graph.steps]
+    found = [name for name in names if is_unbounded(student.operator(name))]
+    return [
+        name
+        for name in found
+        if shared.count(name) == 1
+        and (read := list(readers(name)))
+        and all(isinstance(module, BatchNorm) for module in read)
+    ]
 
 
 def _ends(student: Student, first_bits: int, last_bits: int) -> dict[str, int]:

@@ -4,13 +4,14 @@ Widths are named by steps: of a weighted layer the bits of its weights, of an ac
 of its grid. Activations whose values meet in a concatenation share a grid; the first one names it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from archnet.ops import (
     Activation,
     BatchNorm,
+    Concat,
     LayoutMove,
-    Operator,
+    MaxPooling,
     Student,
     TokenEmbedding,
     WeightedOperator,
@@ -88,28 +89,18 @@ def width_for(module: WeightedOperator, bits: int) -> int:
 
 
 def _read_by_norms(student: Student) -> list[str]:
-    """Grids of results as they come, shared with no others, that batch norms alone read."""
-    consumers, shared = student.consumers(), list(shared_grids(student).values())
-
-    def readers(name: str) -> Iterator[Operator]:
-        for step in consumers.get(name, []):
-            module = student.operator(step.name)
-            if isinstance(module, LayoutMove):
-                yield from readers(step.name)
-            else:
-                yield module
-
-    def is_unbounded(module: Operator) -> bool:
-        return isinstance(module, Activation) and not module.spec()
-
-    names = [step.name for step in student.graph.steps]
-    found = [name for name in names if is_unbounded(student.operator(name))]
+    """Grids of results as they come, shared with no others, that batch norms alone compute with."""
+    on_grid, shared = grids(student), list(shared_grids(student).values())
+    by_norms, by_others = set[str](), set(on_grid[student.graph.output])
+    for step in student.graph.steps:
+        module = student.operator(step.name)
+        if not isinstance(module, LayoutMove | MaxPooling | Concat):
+            read = by_norms if isinstance(module, BatchNorm) else by_others
+            read.update(*(on_grid[name] for name in step.inputs))
     return [
         name
-        for name in found
-        if shared.count(name) == 1
-        and (read := list(readers(name)))
-        and all(isinstance(module, BatchNorm) for module in read)
+        for name in by_norms - by_others
+        if shared.count(name) == 1 and not student.operator(name).spec()
     ]
 
 

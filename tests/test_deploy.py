@@ -30,6 +30,7 @@ from archnet.ops import (
     StudentGraph,
 )
 from archnet.quant import ActivationLSQ, WeightLSQ, quantize
+from archnet.quant.quantizers import signed_range
 
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
@@ -175,11 +176,11 @@ def test_integers_give_what_the_student_gives(bits, per_channel, tmp_path):
     assert archnet.audit(path).pure
 
 
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_every_width_signed_and_unsigned(bits, signed, tmp_path):
+def test_every_width_and_lowest_level(bits, share, tmp_path):
     net = chain((50,), Activation(high=1.0))
-    quantizer = ActivationLSQ(bits, signed)
+    quantizer = ActivationLSQ(bits, math.floor(share * signed_range(bits)[0]))
     quantizer.set_scale(torch.tensor([0.3]))
     net.operator("s0").quantizer = quantizer
     path = export(net, tmp_path / "net.onnx", form="qcdq")
@@ -228,7 +229,7 @@ def test_no_float_weight_is_in_the_file(tmp_path):
 def test_only_joined_values_on_one_grid_stay_integers():
     steps = [("a", Activation(), "x"), ("b", Activation(), "x"), ("join", Concat(1), "a", "b")]
     net = student((2, 4, 4), *steps)
-    a, b = ActivationLSQ(4, signed=False), ActivationLSQ(4, signed=False)
+    a, b = ActivationLSQ(4, 0), ActivationLSQ(4, 0)
     net.operator("a").quantizer, net.operator("b").quantizer = a, b
     assert operators(to_onnx(net, "qcdq"))[-2:] == ["Concat", "DequantizeLinear"]
     b.set_scale(torch.tensor([0.5]))

@@ -263,7 +263,7 @@ def test_cost_counts_a_layer_at_every_position():
 
 
 def test_cost_takes_its_bits_from_the_quantizers():
-    signed, unsigned = ActivationLSQ(8, signed=True), ActivationLSQ(4, signed=False)
+    signed, unsigned = ActivationLSQ(8, -128), ActivationLSQ(4, 0)
     steps = [
         ("grid", Activation(), ["x"]),
         ("conv", Conv3x3(2, 4), ["grid"]),

@@ -58,9 +58,9 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"teacher.cache_dir={tmp_path_factory.mktemp('teachers')}"
 
 
-def placed(student: Student) -> Student:
+def placed(student: Student, fine_sums: bool = True) -> Student:
     student = copy.deepcopy(student)
-    insert_activations(student)
+    insert_activations(student, fine_sums)
     return student
 
 
@@ -144,7 +144,7 @@ def test_costs_of_attention() -> None:
 def test_a_loss_is_that_of_the_student_with_one_layer_rounded(
     student: Student, images: torch.Tensor
 ) -> None:
-    network = placed(student)
+    network = placed(student, fine_sums=False)
     layer = next(name for name, m in network.operators.items() if type(m).__name__ == "Conv3x3")
     shared = shared_grids(network)
     group = next(g for g in shared.values() if list(shared.values()).count(g) > 1)
@@ -302,6 +302,7 @@ def test_an_impossible_budget_ends_a_run_before_training(make_config: Make, teac
                 "hardware.act_bits=[4]",
                 "quant.first_bits=4",
                 "quant.last_bits=4",
+                "quant.sum_bits=4",
                 "quant.widths=[2,8]",
             ],
             "its act_bits are 4",

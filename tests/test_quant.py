@@ -1,5 +1,6 @@
 """Quantizers against their papers, where they sit, and what they leave unchanged."""
 
+import copy
 import io
 import math
 
@@ -29,9 +30,9 @@ from archnet.quant import (
     quantize,
     unpack,
 )
-from archnet.quant.attach import insert_activations, shared_grids
-from archnet.quant.calibrate import observe
-from archnet.quant.quantize import _signed_groups
+from archnet.quant.attach import insert_activations
+from archnet.quant.calibrate import activation_scale, lowest_level
+from archnet.quant.quantizers import signed_range
 from archnet.teachers.nets import CifarResNet
 
 WIDTHS = range(1, 9)
@@ -71,9 +72,10 @@ def activations(network):
 QUANTIZERS = {
     "weights": WeightLSQ,
     "weights, DoReFa": WeightDoReFa,
-    "signed": lambda bits, _: ActivationLSQ(bits, signed=True),
-    "unsigned": lambda bits, _: ActivationLSQ(bits, signed=False),
-    "unsigned, DoReFa": lambda bits, _: ActivationDoReFa(bits, signed=False),
+    "signed": lambda bits, _: ActivationLSQ(bits, signed_range(bits)[0]),
+    "unsigned": lambda bits, _: ActivationLSQ(bits, 0),
+    "unsigned, DoReFa": lambda bits, _: ActivationDoReFa(bits, 0),
+    "one level below zero": lambda bits, _: ActivationLSQ(bits, -1),
 }
 
 
@@ -98,7 +100,7 @@ def test_values_are_integers_in_range_times_the_scale(kind, bits, channels, seed
 
 
 def test_documented_examples():
-    weights, unsigned, dorefa = WeightLSQ(2), ActivationLSQ(4, signed=False), WeightDoReFa(2)
+    weights, unsigned, dorefa = WeightLSQ(2), ActivationLSQ(4, 0), WeightDoReFa(2)
     weights.set_scale(torch.tensor([0.5]))
     unsigned.set_scale(torch.tensor([0.25]))
     assert weights(torch.tensor([[0.3, 2.0, -9.0]])).tolist() == [[0.5, 0.5, -1.0]]
@@ -129,16 +131,17 @@ def lsq_reference(x, log_scale, low, high):
 @some
 @given(
     bits=st.integers(2, 8),
-    kind=st.sampled_from(["tensor", "channel", "signed", "unsigned"]),
+    kind=st.sampled_from(["tensor", "channel", "signed", "unsigned", "one level below zero"]),
     seed=seeds,
 )
 def test_gradients_are_those_of_lsq(bits, kind, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4, 3, 5, 5, generator=generator, dtype=torch.float64)
-    if kind in ("tensor", "channel"):
+    lows = {"signed": signed_range(bits)[0], "unsigned": 0, "one level below zero": -1}
+    if kind not in lows:
         quantizer = WeightLSQ(bits, 4 if kind == "channel" else 1).double()
     else:
-        quantizer = ActivationLSQ(bits, signed=kind == "signed").double()
+        quantizer = ActivationLSQ(bits, lows[kind]).double()
     scale = (torch.rand(quantizer.channels, generator=generator, dtype=torch.float64) + 0.5) / (
         2 ** (bits - 1)
     )
@@ -281,18 +284,26 @@ def test_inputs_of_a_concatenation_share_one_quantizer():
     assert len(scales) == len(set(scales))
 
 
-def test_a_value_of_both_signs_is_lifted_exactly():
-    network, images = student(), batches()
-    before = network(images[0])
-    biases = {name: module.bias.clone() for name, module in weighted(network).items()}
-    insert_activations(network)
-    samples = observe(network, list(shared_grids(network)), images)
-    negative = {name for name, values in samples.items() if values.min() < 0}
-    signed = _signed_groups(network, shared_grids(network), samples)
-    moved = [n for n, m in weighted(network).items() if not torch.equal(m.bias, biases[n])]
-    assert moved
-    assert sum(signed.values()) < len(negative)
-    torch.testing.assert_close(network(images[0]), before, rtol=1e-4, atol=1e-5)
+def test_a_grid_begins_where_its_values_do():
+    values = torch.randn(20000, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 4, 6):
+        half = 2 ** (bits - 1)
+        assert lowest_level(values.abs(), bits, False, True) == 0
+        assert lowest_level(values, bits, False, True) == -half
+        # A hardswish's values: the lowest is -3/8, and most of what is large is above zero.
+        skewed = F.hardswish(3 * values)
+        low = lowest_level(skewed, bits, False, True)
+        assert -half < low < 0
+        assert lowest_level(skewed, bits, False, False) == -half
+
+        def error(low, bits=bits, skewed=skewed):
+            quantizer = ActivationLSQ(bits, low)
+            quantizer.set_scale(activation_scale(skewed, quantizer))
+            return (quantizer(skewed[None]) - skewed).square().mean()
+
+        assert error(low) < 0.6 * error(-half)
+    # The integers of 8 bits fit a byte.
+    assert lowest_level(F.hardswish(3 * values), 8, False, True) == -128
 
 
 def test_biases_lie_on_the_accumulators_grid():
@@ -471,19 +482,56 @@ def test_a_relu_that_never_opens_leaves_its_readers_their_biases():
         assert torch.allclose(student(images), network(images), atol=0.01)
 
 
-def test_what_norms_alone_read_keeps_8_bits():
-    """A layer's result of which norms make the segments of a smooth activation."""
+def test_what_no_trained_layer_multiplies_keeps_8_bits():
+    """A layer's result of which norms make the segments of a smooth activation, and those."""
     network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Hardswish(), nn.Conv2d(8, 4, 3)).eval()
     images = torch.randn(64, 3, 8, 8)
+    for sum_bits in (8, 4):
+        student = convert(network, images)
+        quantize(student, 4, 4, calibration=[images], sum_bits=sum_bits)
+        assert sum(isinstance(module, BatchNorm) for module in student.operators.values()) == 3
+        sums = {"conv2d_fc_grid", "hardswish_act", "hardswish_act2", "hardswish_act3"}
+        found = {name: module.quantizer.bits for name, module in activations(student).items()}
+        assert {found[name] for name in sums} == {sum_bits}
+        assert found["hardswish_fc_grid"] == 8  # the last layer's input
+        assert found["input_grid"] == 8
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a shortcut, which reads pixels that the first one reads too."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.second, self.last = (
+            nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, 8), (8, 8), (8, 8), (8, 4))
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        # A layout move that only the convolution needs, and one that both do.
+        y = x.transpose(2, 3).flip(2)
+        y = y + self.second(self.first(y).relu())
+        return self.last(y.relu())
+
+
+def test_sums_are_finer_than_what_convolutions_read():
+    network, images = Residual().eval(), torch.randn(32, 3, 8, 8)
     student = convert(network, images)
-    quantize(student, weight_bits=4, act_bits=4, calibration=[images])
-    norms = [s for s in student.graph.steps if isinstance(student.operator(s.name), BatchNorm)]
-    assert len(norms) == 3
-    values = [norms[0].inputs[0], *(step.name for step in norms)]
-    steps = {step.name: step for step in student.graph.steps}
-    while not isinstance(student.operator(values[0]), Activation):
-        (values[0],) = steps[values[0]].inputs  # behind layout moves
-    assert student.operator(values[0]).quantizer.bits == 8
-    for norm in norms:
-        (reader,) = student.consumers()[norm.name]
-        assert student.operator(reader.name).quantizer.bits == 4
+    plain = copy.deepcopy(student)
+    insert_activations(plain, fine_sums=True)
+    # In floats a further place changes nothing.
+    torch.testing.assert_close(plain(images), network(images), rtol=1e-4, atol=1e-4)
+    quantize(student, 4, 4, calibration=[images])
+    on_grid, bits = grids(student), {}
+    for step in student.graph.steps:
+        module = student.operator(step.name)
+        if isinstance(module, WeightedOperator):
+            places = on_grid[step.inputs[0]]
+            (bits[step.name],) = {student.operator(n).quantizer.bits for n in places}
+            assert module.trainable or bits[step.name] == 8
+    convolutions = [name for name in bits if name.startswith("conv2d")]
+    assert [bits[name] for name in convolutions] == [8, 4, 4, 8]
+    assert sum(name.endswith("_narrow") for name in student.operators) >= 1
+    steps = student.steps_between(student.graph.inputs, [student.graph.output])
+    assert len(steps) == len(student.graph.steps)
+    lower(student)

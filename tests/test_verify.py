@@ -135,16 +135,18 @@ def types(model: onnx.ModelProto, suffix: str) -> set[str]:
 @pytest.mark.parametrize(
     ("bits", "weights", "activations"),
     [
-        (1, {"INT2"}, {"UINT2"}),
+        # What is added has values below zero: grids of one bit and of 8 have no other zero point.
+        (1, {"INT2"}, {"INT2"}),
         (2, {"INT2"}, {"UINT2"}),
         (3, {"INT4"}, {"UINT4"}),
         (4, {"INT4"}, {"UINT4"}),
         (5, {"INT8"}, {"UINT8"}),
-        (8, {"INT8"}, {"UINT8"}),
+        (8, {"INT8"}, {"INT8"}),
     ],
 )
 def test_qdq_takes_the_narrowest_type(bits, weights, activations):
-    model = to_onnx(student_of(bits, bits, first_bits=bits, last_bits=bits), "qdq")
+    widths = dict.fromkeys(("first_bits", "last_bits", "sum_bits"), bits)
+    model = to_onnx(student_of(bits, bits, **widths), "qdq")
     onnx.checker.check_model(model, full_check=True)
     assert (model.opset_import[0].version, model.ir_version) == (25, 13)
     assert types(model, ".weight") == weights
@@ -152,8 +154,13 @@ def test_qdq_takes_the_narrowest_type(bits, weights, activations):
     # Signed grids take the signed type of the same width.
     assert {name.removeprefix("U") for name in types(model, "_act.zero")} == weights
     assert activations <= types(model, "_act.zero")
-    zeros = [item for item in model.graph.initializer if item.name.endswith(".zero")]
-    assert all(not numpy_helper.to_array(item).astype(int).any() for item in zeros)
+    for item in model.graph.initializer:
+        if item.name.endswith(".zero"):
+            points = numpy_helper.to_array(item).astype(int)
+            # Weights have none, nor have values as large on either side of zero.
+            unsigned = TensorProto.DataType.Name(item.data_type).startswith("U")
+            assert points.min() >= 0
+            assert points.max() < (2 ** (bits - 1) if unsigned else 1)
 
 
 def test_weight_bytes_match_the_widths(tmp_path):
@@ -287,7 +294,7 @@ def test_a_width_that_no_type_holds_names_the_step(form):
     with pytest.raises(ExportError, match=r"conv2d_2_conv\.weight.* (int8|form=qdq)"):
         to_onnx(student, form)
     student = student_of(4, 4)
-    student.operator("x_grid").quantizer = ActivationLSQ(12, signed=True)
+    student.operator("x_grid").quantizer = ActivationLSQ(12, -2048)
     with pytest.raises(ExportError, match=f"step x_grid: .*-2048 to 2047 .*form={form}"):
         to_onnx(student, form)
 

@@ -161,6 +161,8 @@ class QuantConfig:
     act_bits: int = _width(8)
     first_bits: int = _width(8)  # weights and input of the first layer
     last_bits: int = _width(8)  # weights and input of the last layer
+    # Least width of what additions, norms and averages read; trained layers read it rounded again.
+    sum_bits: int = _number(8, 1, 8)
     per_channel: bool = True  # one weight scale an output channel; false: one a tensor
     calibration_batches: int = _number(8, 1)  # unlabelled batches that set the first scales
     # Mixed widths: every layer and every grid of activations gets its own of `widths`, so that the
@@ -266,6 +268,8 @@ class HardwareConfig:
     weight_scales: list[str] = _choices(SCALES, *SCALES)
     # Scales of activations: any, or powers of two alone.
     act_scales: str = _choice("any", "any", "power_of_two")
+    # Whether grids of activations below 8 bits may have more levels on one side of zero.
+    zero_points: bool = True
     # How it turns accumulators into integers: by a fixed-point multiplier and a shift, by a float
     # scale, or by a shift alone, for which all scales are trained as powers of two.
     requantization: str = _choice("multiplier", "multiplier", "float", "power_of_two")
@@ -499,6 +503,10 @@ def _validate_quant(quant: QuantConfig, hardware: HardwareConfig) -> None:
             _require_width(name, bits, side, sides[side], hardware)
         if len(quantized) == len(sides):
             pairs.append((f"quant.{name}", bits, bits))
+    if quant.act_bits < quant.sum_bits:
+        _require_width("sum_bits", quant.sum_bits, "act_bits", sides["act_bits"], hardware)
+        # Additions and averages multiply by constants of 8 bits.
+        pairs.append(("quant.sum_bits", 8, quant.sum_bits))
     for key, weight_bits, act_bits in pairs:
         _require_pair(key, weight_bits, act_bits, hardware)
     scale = "per_channel" if quant.per_channel else "per_tensor"

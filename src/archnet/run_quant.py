@@ -51,10 +51,12 @@ def _quantize(config: Config, student: Student, batches: Sequence[Batch]) -> dic
         "act_bits": quant.act_bits,
         "first_bits": quant.first_bits,
         "last_bits": quant.last_bits,
+        "sum_bits": quant.sum_bits,
         "method": quant.method,
         "per_channel": quant.per_channel,
         "power_of_two": config.hardware.requantization == "power_of_two",
         "act_power_of_two": config.hardware.act_scales == "power_of_two",
+        "zero_points": config.hardware.zero_points,
     }
     if quant.budget is None:
         archnet.quantize(student, calibration=batches, **uniform)

@@ -16,6 +16,8 @@ from archnet.convert.builder import ConversionError
 from archnet.convert.rules.base import Alternative, Approximation
 from archnet.ops import Refinement, Student
 
+_IDLE = 0.97  # of the compact form's error: a faithful form that leaves more is not built
+
 
 @dataclass(frozen=True)
 class Built:
@@ -44,11 +46,21 @@ def within_budget(
         ConversionError: the compact forms alone cost more than the budget.
     """
     faithful = build(form)
+    idle = {
+        name: item.reads
+        for name, item in faithful.alternatives.items()
+        if item.faithful > _IDLE * item.compact
+    }
+    if idle:
+        form = replace(form, compact=idle)
+        faithful = build(form)
     if form.max_macs is None or not faithful.alternatives:
         _require(faithful.student, form)
         return faithful.student
     found = faithful.alternatives
-    compact = build(replace(form, compact={name: a.reads for name, a in found.items()})).student
+    compact = build(
+        replace(form, compact={**form.compact, **{name: a.reads for name, a in found.items()}})
+    ).student
     _require(compact, form)
     added = _added(graph, faithful.student, compact, found)
     order = sorted(added, key=lambda name: _saving(found[name]) / max(added[name], 1), reverse=True)
@@ -61,7 +73,7 @@ def within_budget(
             spent += added[name]
     while True:
         chosen = {name: found[name].reads for name in order if name not in taken}
-        student = build(replace(form, compact=chosen)).student
+        student = build(replace(form, compact={**form.compact, **chosen})).student
         if _macs(student)[1] <= limit:
             break
         # Two forms may cost more together than each alone.

@@ -555,7 +555,7 @@ class Builder:
         The identity is the same in every lane of ``target.merge_lanes`` channels, so one small
         layer serves all lanes of all positions: 2 * lanes MACs a value where a layer over all
         channels would need 2 * C. With ``scales``, one number for every feature, and a ``bias``
-        it is any weighted sum.
+        it is any weighted sum. It is a constant of the conversion, and not trained.
         """
         if len(features) == 1 and not scales:
             return features[0]
@@ -588,7 +588,7 @@ class Builder:
             lanes = (*positions, channels // lane, lane)
             names = [self.emit("lanes", Reshape(lanes), name) for name in names]
         joined = self.emit("concat", Concat(len(self.graph.shapes[names[0]])), *names)
-        total = self.fully_connected(joined, eye, offset)
+        total = self.fully_connected(joined, eye, offset, trainable=False)
         if lane != channels:
             total = self.emit("join", Reshape((*positions, channels)), total)
         return self.from_last(features[0].shape, axis, total)

@@ -98,7 +98,9 @@ def _blocks(graph: TeacherGraph, cuts: set[int]) -> list[tuple[str, int, int]]:
     blocks = {
         path: indices
         for path, indices in spans.items()
-        if indices[-1] in cuts and sum(_is_weighted(graph.nodes[i]) for i in indices) >= 2
+        if indices[-1] in cuts
+        and sum(_is_weighted(graph.nodes[i]) for i in indices) >= 2
+        and not _is_gate(graph.nodes[indices[-1]])
     }
     return [
         (path, indices[0], indices[-1])
@@ -125,6 +127,11 @@ def _output_of(graph: TeacherGraph, path: str) -> int:
 
 def _is_weighted(node: TeacherNode) -> bool:
     return isinstance(node.arguments.get("weight"), Tensor) and "norm" not in node.operator
+
+
+def _is_gate(node: TeacherNode) -> bool:
+    """Whether a node is a product of two features."""
+    return _stem(node.operator) == "mul" and len(node.refs()) > 1
 
 
 def _stem(operator: str) -> str:

@@ -165,7 +165,7 @@ def _build(
         Tap(path or node.name, node.name, _name_of(values[node.name])) for path, node in tap_nodes
     ]
     student = Student(builder.graph, builder.modules).eval()
-    _drop_unread(student)
+    student.drop_unread()  # slices of a split whose results nobody wants
     macs = Counter(builder.macs)
     for name, saved in narrow(student).items():
         macs[builder.owners[name]] -= saved
@@ -174,15 +174,6 @@ def _build(
         for row, node in zip(report, graph.nodes, strict=True)
     ]
     return Built(student, alternatives)
-
-
-def _drop_unread(student: Student) -> None:
-    """Take out slices of a split whose results nobody wants."""
-    graph = student.graph
-    ends = [graph.output, *(tap.value for tap in graph.taps)]
-    steps = student.steps_between(graph.inputs, [name for name in ends if name not in graph.inputs])
-    if len(steps) < len(graph.steps):
-        student.rewire(steps)
 
 
 def _each(found: Values) -> list[Value]:

@@ -18,7 +18,7 @@ _TYPES = (
 
 
 class QdqWriter(Writer):
-    """QuantizeLinear and DequantizeLinear behind every activation, zero points of 0.
+    """QuantizeLinear and DequantizeLinear behind every activation.
 
     What lies between them are the integers; operators, layout moves included, work on the floats
     that they stand for, because runtimes have no 4-bit kernels.
@@ -33,16 +33,19 @@ class QdqWriter(Writer):
         return self.scaled(name, integers, scale, found[0])
 
     def rounded(self, tensor: str, source: str, grid: Grid, low: int, high: int) -> Grid | None:
-        signed, label = grid.low < 0, f"step {grid.name}: its integers {grid.low} to {grid.high}"
-        # A signed grid of one bit is -1 to 1.
-        found = self._type(label, max(grid.high, -grid.low - 1).bit_length() + signed, signed)
+        label = f"step {grid.name}: its integers {grid.low} to {grid.high}"
+        # A grid of one bit is 0 to 1 or -1 to 1. One that begins elsewhere has a zero point.
+        width = (grid.high - grid.low).bit_length()
+        signed = grid.low < 0 and grid.high < 2 ** (width - 1)
+        zero = 0 if signed else grid.zero
+        found = self._type(label, width, signed)
         if found is None:
             raise self.too_wide(grid)
         dtype, *limits = found
         bounds = [
             # Away from the type's own bounds, at which a QuantizeLinear saturates.
             self.constant(f"{tensor}.{key}", bound * np.float32(grid.scale), np.float32)
-            if bound != limit
+            if bound != limit - zero
             else ""
             for key, bound, limit in zip(("low", "high"), (low, high), limits, strict=True)
         ]
@@ -50,7 +53,7 @@ class QdqWriter(Writer):
             source = self.node("Clip", [source, *bounds], f"{tensor}.clipped")
         constants = [
             self.constant(f"{grid.name}.scale", grid.scale, np.float32),
-            self.constant(f"{grid.name}.zero", 0, dtype),
+            self.constant(f"{grid.name}.zero", zero, dtype),
         ]
         integers = self.node("QuantizeLinear", [source, *constants], f"{tensor}.integers")
         self.node("DequantizeLinear", [integers, *constants], tensor)

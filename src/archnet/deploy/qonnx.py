@@ -23,10 +23,12 @@ class QonnxWriter(Writer):
         return self._constant(name, integers, scale, 32)
 
     def rounded(self, tensor: str, source: str, grid: Grid, low: int, high: int) -> Grid | None:
-        signed = grid.low < 0
         bits = (grid.high - grid.low).bit_length()
-        narrow = signed and grid.low == -grid.high
-        if (grid.low, grid.high) != quant_range(bits, signed, narrow):
+        narrow = grid.low == -grid.high
+        signed = narrow or grid.low == -(2 ** (bits - 1))
+        zero = 0 if signed else grid.zero
+        lowest, highest = quant_range(bits, signed, narrow)
+        if (grid.low + zero, grid.high + zero) != (lowest, highest):
             raise self.too_wide(grid)
         bounds = [
             self.constant(f"{tensor}.{key}", bound * np.float32(grid.scale), np.float32)
@@ -37,7 +39,7 @@ class QonnxWriter(Writer):
         if any(bounds):
             source = self.node("Clip", [source, *bounds], f"{tensor}.clipped")
         scale = self.constant(f"{grid.name}.scale", grid.scale, np.float32)
-        self._quant(source, scale, grid.name, tensor, bits, signed=signed, narrow=narrow)
+        self._quant(source, scale, grid.name, tensor, bits, zero, signed=signed, narrow=narrow)
         return None
 
     def _constant(self, name: str, integers: Tensor, scale: Tensor, bits: int) -> str:
@@ -49,7 +51,7 @@ class QonnxWriter(Writer):
             raise ExportError(f"{name} has values that are not finite: calibrate it")
         self.constant(name, values, np.float32)
         step = self.constant(f"{name}.scale", factors, np.float32)
-        return self._quant(name, step, name, f"{name}.float", bits, signed=True, narrow=False)
+        return self._quant(name, step, name, f"{name}.float", bits, 0, signed=True, narrow=False)
 
     def _quant(
         self,
@@ -58,11 +60,12 @@ class QonnxWriter(Writer):
         name: str,
         output: str,
         bits: int,
+        zero_point: int,
         *,
         signed: bool,
         narrow: bool,
     ) -> str:
-        zero = self.constant(f"{name}.zero", 0, np.float32)
+        zero = self.constant(f"{name}.zero", zero_point, np.float32)
         width = self.constant(f"{name}.bits", bits, np.float32)
         return self.node(
             "Quant",

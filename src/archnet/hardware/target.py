@@ -71,6 +71,7 @@ class Target:
     act_types: tuple[str, ...]
     weight_scales: tuple[str, ...]
     act_scales: str
+    zero_points: bool
     requantization: str
     accumulator_bits: int | None
     memory_bytes: int | None

@@ -192,7 +192,7 @@ class Activation(Operator):
     def forward(self, x: Tensor) -> Tensor:
         if self.quantizer is not None:
             # A ReLU on an unsigned grid costs no extra pass: the lowest level is its bound. One
-            # that shares a signed grid (the two sides of an addition) has to be made.
+            # that shares a grid with negative levels (the two sides of an addition) has to be made.
             low = -math.inf if self.low == getattr(self.quantizer, "low", None) == 0 else self.low
             if math.isfinite(low) or math.isfinite(self.high):
                 x = x.clamp(low, self.high)

@@ -212,6 +212,14 @@ class Student(nn.Module):
             del self.operators[name]
         self.measure()
 
+    def drop_unread(self) -> None:
+        """Take out steps that neither the result nor a tap depends on."""
+        inputs = self.graph.inputs
+        ends = (self.graph.output, *(tap.value for tap in self.graph.taps))
+        steps = self.steps_between(inputs, [name for name in ends if name not in inputs])
+        if len(steps) < len(self.graph.steps):
+            self.rewire(steps)
+
     def measure(self) -> None:
         """Fill ``graph.shapes`` by running one sample of zeros without touching the weights."""
         # On the meta device nothing is computed: only shapes flow.

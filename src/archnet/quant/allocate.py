@@ -66,6 +66,7 @@ def allocate(
     act_bits: int = 4,
     first_bits: int = 8,
     last_bits: int = 8,
+    sum_bits: int = 8,
     weight_widths: Sequence[int] = WIDTHS,
     act_widths: Sequence[int] = WIDTHS,
     free_ends: bool = False,
@@ -73,6 +74,7 @@ def allocate(
     per_channel: bool = True,
     power_of_two: bool = False,
     act_power_of_two: bool = False,
+    zero_points: bool = True,
 ) -> Allocation:
     """Choose a width for the weights of every layer and for every grid of activations.
 
@@ -87,11 +89,12 @@ def allocate(
         budget: share of what the uniform student costs, its first and last layer included.
         budget_of: "bops" (MACs x weight bits x activation bits) or "bytes" (of weights, biases
             and norms).
-        weight_bits, act_bits, first_bits, last_bits: the uniform student's, as in `quantize`.
+        weight_bits, act_bits, first_bits, last_bits, sum_bits: the uniform student's, as in
+            `quantize`.
         weight_widths, act_widths: what may be chosen.
         free_ends: whether the first and the last layer may choose as well; else they keep
             ``first_bits`` and ``last_bits``.
-        method, per_channel, power_of_two, act_power_of_two: as in `quantize`.
+        method, per_channel, power_of_two, act_power_of_two, zero_points: as in `quantize`.
 
     Raises:
         QuantizationError: no choice is within the budget (the message has the smallest that can
@@ -107,8 +110,8 @@ def allocate(
     if describe(student):
         raise QuantizationError("the student is quantized already; convert the teacher again")
     student = copy.deepcopy(student).eval()
-    insert_activations(student)
-    uniform = uniform_widths(student, weight_bits, act_bits, first_bits, last_bits)
+    insert_activations(student, fine_sums=act_bits < sum_bits)
+    uniform = uniform_widths(student, weight_bits, act_bits, first_bits, last_bits, sum_bits)
     offers = _offers(student, weight_widths, act_widths, free_ends)
     terms = bit_operations(student, macs) if budget_of == "bops" else packed_bytes(student)
     whole = cost_of(terms, uniform)
@@ -120,7 +123,7 @@ def allocate(
             f"met: the narrowest widths take {least:g}"
         )
     batches = list(calibration)
-    recipe = Recipe(method, per_channel, power_of_two, act_power_of_two)
+    recipe = Recipe(method, per_channel, power_of_two, act_power_of_two, zero_points)
     losses = sensitivity(student, batches, offers, recipe)
     widths = uniform | solve(losses, terms, uniform, budget * whole)
     return Allocation(

@@ -1,5 +1,6 @@
 """Where quantizers sit in a student, and how they are put there."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from archnet.ops import (
     LayoutMove,
     MatMul,
     MaxPooling,
+    Operator,
     PairFullyConnected,
     Softmax,
     Step,
@@ -32,12 +34,17 @@ class QuantizationError(ArchnetError):
     """The student cannot be quantized as asked."""
 
 
-def insert_activations(student: Student) -> None:
+def insert_activations(student: Student, fine_sums: bool = False) -> None:
     """Give every computed value an `Activation` step, so that it has a place for a quantizer.
 
     Where a ReLU or clip follows (through layout moves that nobody else reads), that is the place;
     elsewhere an activation without bounds is inserted. The network's result gets none: the chip
     gives its accumulators; nor does what a softmax reads.
+
+    Args:
+        student: float.
+        fine_sums: what additions, norms and averages read gets a place that trained layers do not
+            share.
     """
     consumers, graph = student.consumers(), student.graph
 
@@ -73,6 +80,56 @@ def insert_activations(student: Student) -> None:
             insert_after(step.name, step.origin)
     taps = [Tap(t.path, t.node, renamed.get(t.value, t.value)) for t in graph.taps]
     student.rewire(steps, added=added, output=renamed.get(graph.output), taps=taps)
+    if fine_sums:
+        _part(student)
+
+
+def _part(student: Student) -> None:
+    """Give what trained layers multiply grids of their own where additions read the same values.
+
+    What an addition, a norm or an average reads as well stays on its grid, which may be finer
+    (`uniform_widths`), and is rounded once more on the way to the trained layers. Layout moves
+    that only those need are made on the narrower values.
+    """
+    shared, on_grid = shared_grids(student), grids(student)
+    reads: dict[bool, set[str]] = {True: set(), False: set()}
+    for step in student.graph.steps:
+        if isinstance(module := student.operator(step.name), COMPUTING):
+            for name in step.inputs:
+                reads[multiplies(module)].update(shared[place] for place in on_grid[name])
+    both = reads[True] & reads[False]
+    by_name = {step.name: step for step in student.graph.steps}
+    added: dict[str, Operator] = {}
+    steps: list[Step] = []
+
+    def narrow(name: str) -> str:
+        place = f"{name}_narrow"
+        if place not in added:
+            module = student.operator(name)
+            grown = isinstance(module, Activation)
+            sources = (name,) if grown else tuple(map(narrow, by_name[name].inputs))
+            added[place] = Activation() if grown else copy.deepcopy(module)
+            steps.append(Step(place, sources, by_name[name].origin))
+        return place
+
+    for step in student.graph.steps:
+        inputs = step.inputs
+        if multiplies(student.operator(step.name)):
+            parted = (any(shared[place] in both for place in on_grid[name]) for name in inputs)
+            inputs = tuple(
+                narrow(name) if is_parted else name
+                for name, is_parted in zip(inputs, parted, strict=True)
+            )
+        steps.append(Step(step.name, inputs, step.origin))
+    student.rewire(steps, added=added)
+    student.drop_unread()
+
+
+def multiplies(module: Operator) -> bool:
+    """Whether an operator multiplies what it reads by trained weights, or by another value."""
+    if isinstance(module, WeightedOperator):
+        return module.trainable
+    return isinstance(module, MatMul | Softmax)
 
 
 def grids(student: Student) -> dict[str, frozenset[str]]:

@@ -1,6 +1,6 @@
 """Scales of least squared error, from weights and from unlabelled batches."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,11 +12,14 @@ from archnet.quant.quantizers import (
     Quantizer,
     WeightDoReFa,
     WeightLSQ,
+    signed_range,
 )
 
 CANDIDATES = 64  # scales tried, evenly spaced up to the one that clips nothing
 SAMPLES = 32768  # values kept per activation
 LARGEST_BIAS = 2.0**28  # steps of an accumulator; the rest of its 32 bits is for sums
+ZERO_POINTS = 8  # lowest levels tried between 0 and half of the grid
+_WORTH = 0.9  # of the squared error on a symmetric grid: an offset costs the chip something
 
 
 def best_scale(values: Tensor, low: int, high: int, power_of_two: bool = False) -> Tensor:
@@ -111,6 +114,52 @@ def observe(
                 ends = torch.stack([flat.min(), flat.max()])
                 taken[name].append(torch.cat([flat[picks], ends]))
     return {name: torch.cat(parts) for name, parts in taken.items()}
+
+
+def observe_grids(
+    student: Student, shared: Mapping[str, str], batches: Iterable[Tensor | tuple[Tensor, ...]]
+) -> dict[str, Tensor]:
+    """Samples of what meets on every shared grid, by the first activation step of it.
+
+    Args:
+        student: float, with a place for every activation (`insert_activations`).
+        shared: its `shared_grids`.
+        batches: unlabelled (B, C, H, W), or tuples of all inputs.
+    """
+    groups: dict[str, list[Tensor]] = {}
+    for name, values in observe(student, list(shared), batches).items():
+        groups.setdefault(shared[name], []).append(values)
+    return {group: torch.cat(parts) for group, parts in groups.items()}
+
+
+def lowest_level(samples: Tensor, bits: int, power_of_two: bool, zero_points: bool) -> int:
+    """Where a grid of activations begins: at 0 if nothing is below it, else by least squares.
+
+    Args:
+        samples: (N,) values.
+        bits: width of the grid. At 8 bits it is symmetric, so that its integers fit a byte.
+        power_of_two: whether the scale is one.
+        zero_points: whether grids may begin elsewhere than at 0 and at -2^(bits-1).
+    """
+    symmetric = signed_range(bits)[0]
+    if not bool((samples < 0).any()):
+        return 0
+    if bits in (1, 8) or not zero_points:
+        return symmetric
+    rows = samples[None, :: max(1, ZERO_POINTS // 2)]
+    best, least = symmetric, _WORTH * _error(rows, symmetric, bits, power_of_two)
+    for eighths in range(1, ZERO_POINTS):
+        low = -(-symmetric * eighths // ZERO_POINTS)
+        if low < 0 and (error := _error(rows, low, bits, power_of_two)) < least:
+            best, least = low, error
+    return best
+
+
+def _error(rows: Tensor, low: int, bits: int, power_of_two: bool) -> float:
+    """What the best scale leaves, squared, on a grid from ``low`` on."""
+    high = low + 2**bits - 1
+    scale = best_scale(rows, low, high, power_of_two)
+    return float(((rows / scale).round().clamp(low, high) * scale - rows).square().sum())
 
 
 def activation_scale(samples: Tensor, quantizer: Quantizer) -> Tensor:

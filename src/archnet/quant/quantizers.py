@@ -238,25 +238,29 @@ class WeightDoReFa(Quantizer):
 
 
 class ActivationLSQ(Quantizer):
-    """LSQ on activations, one scale: [0, 2^b - 1] after a ReLU, else signed.
+    """LSQ on activations, one scale: 2^b levels from ``low`` on, zero among them.
 
-    The lowest level is the ReLU. The zero point is always 0, so zero padding is exact.
+    ``low`` is 0 after a ReLU, where the lowest level is the ReLU; -2^(b-1) where values are as
+    large on either side; and between them where they are not (a hardswish's, a GELU's: the offset
+    of LSQ+, Bhalgat et al. 2020, arXiv 2004.09576, in whole steps). Zero is a level, whose integer
+    is 0, so that zero padding is exact.
 
-    Example (4 bits, unsigned, scale 0.25): 1.1 becomes 1.0, 9.0 becomes 3.75, -0.7 becomes 0.
+    Example (4 bits, from 0, scale 0.25): 1.1 becomes 1.0, 9.0 becomes 3.75, -0.7 becomes 0.
+    From -1: 9.0 becomes 3.5, -0.7 becomes -0.25.
     """
 
     learned = True
 
-    def __init__(self, bits: int, signed: bool, power_of_two: bool = False) -> None:
-        low, high = signed_range(bits) if signed else (0, 2**bits - 1)
+    def __init__(self, bits: int, low: int, power_of_two: bool = False) -> None:
+        # One bit on both sides of zero has three levels.
+        high = max(1, low + 2**bits - 1)
         super().__init__(bits, low, high, 1, self.learned, power_of_two)
-        self.signed = signed
 
     def spec(self) -> dict[str, Any]:
         return {
             "kind": type(self).__name__,
             "bits": self.bits,
-            "signed": self.signed,
+            "low": self.low,
             "power_of_two": self.power_of_two,
         }
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from archnet.ops import Operator, Student
 from archnet.quant.attach import build, shared_grids
-from archnet.quant.calibrate import activation_scale, weight_scale
-from archnet.quant.quantize import Recipe, prepare
+from archnet.quant.calibrate import activation_scale, observe_grids, weight_scale
+from archnet.quant.quantize import Recipe
 from archnet.quant.quantizers import Quantizer
 from archnet.quant.widths import weighted
 
@@ -59,8 +59,7 @@ def sensitivity(
     average. Memory is that of one batch.
 
     Args:
-        student: float, with a place for every activation (`insert_activations`). Biases are
-            shifted as in `quantize`, which changes nothing that it computes.
+        student: float, with a place for every activation (`insert_activations`).
         batches: unlabelled (B, C, H, W), or tuples of all inputs.
         offers: the widths to try, by weighted layer and by the first activation of a shared grid.
         recipe: which quantizers.
@@ -100,7 +99,7 @@ def _trials(
 ) -> dict[str, list[_Trial]]:
     """A calibrated quantizer for every width on offer, by the step at which it begins to act."""
     shared = shared_grids(student)
-    seen = prepare(student, batches, lift=any(name in offers for name in shared))
+    seen = observe_grids(student, shared, batches)
     device = next(student.parameters()).device
     trials: dict[str, list[_Trial]] = {name: [] for name in offers}
     for name, module in weighted(student).items():
@@ -108,10 +107,10 @@ def _trials(
             quantizer = build(recipe.weights(module, bits)).to(device)
             quantizer.set_scale(weight_scale(quantizer, module.weight))
             trials[name].append(_Trial(bits, [module], "weight_quantizer", quantizer))
-    for group, samples in seen.samples.items():
+    for group, samples in seen.items():
         members = [student.operator(name) for name in shared if shared[name] == group]
         for bits in offers.get(group, ()):
-            quantizer = build(recipe.activations(bits, seen.signed[group])).to(device)
+            quantizer = build(recipe.activations(bits, samples)).to(device)
             quantizer.set_scale(activation_scale(samples, quantizer))
             trials[group].append(_Trial(bits, members, "quantizer", quantizer))
     return trials

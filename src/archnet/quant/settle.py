@@ -54,8 +54,8 @@ def settle(student: Student) -> list[Margin]:
         The margin of every layer whose result is rounded, in order.
     """
     consumers = student.consumers()
-    margins: list[Margin] = []
     with torch.no_grad():
+        margins = _settle_activations(student)
         for step in student.graph.steps:
             module = student.operator(step.name)
             target = rounded_by(student, consumers, step)
@@ -68,6 +68,49 @@ def settle(student: Student) -> list[Margin]:
                 continue
             margins += [margin] if margin is not None else []
     return margins
+
+
+def _settle_activations(student: Student) -> list[Margin]:
+    """Integers that are rounded once more, to another grid: its scale moves off their borders.
+
+    They are the first to settle, because the biases behind them follow their scales.
+    """
+    rounded: dict[Quantizer, list[tuple[Step, Quantizer]]] = {}
+    for step in student.graph.steps:
+        target = getattr(student.operator(step.name), "quantizer", None)
+        if not isinstance(target, Quantizer):
+            continue
+        read = input_quantizer(student, step.name)
+        if read is not None and read is not target:
+            rounded.setdefault(target, []).append((step, read))
+    margins = []
+    for target, readings in rounded.items():
+        if target.power_of_two and all(source.power_of_two for _, source in readings):
+            continue
+        logs = _candidates(target.log_scale)  # (J, 1)
+        safety = torch.full(logs.shape, torch.inf, dtype=torch.float64, device=logs.device)
+        for _, source in readings:
+            levels = torch.arange(source.low, source.high + 1, device=logs.device).double()
+            result = levels * source.scale.double() / logs.double().exp()  # (J, K)
+            found = _safety(result, result.abs(), target)
+            safety = torch.minimum(safety, found.amin(1, keepdim=True))
+        best = _first_enough(safety)
+        target.log_scale.copy_(logs.gather(0, best[None])[0])
+        margins += [Margin(step.name, target.bits, _least(safety, best)) for step, _ in readings]
+    return margins
+
+
+def _safety(result: Tensor, largest: Tensor, target: Quantizer) -> Tensor:
+    """How far results are from a border between two integers, in roundings of float32.
+
+    Args:
+        result: in steps of the target.
+        largest: magnitude of what was computed on the way.
+        target: whose bounds tell which borders count.
+    """
+    distance = ((result - result.floor()) - 0.5).abs()
+    inside = (result > target.low - 1) & (result < target.high + 1)
+    return (distance / (EPSILON * 4 * (1 + largest))).where(inside, torch.inf)
 
 
 def _settle_weights(
@@ -138,10 +181,8 @@ def _settle_shift(student: Student, step: Step, module: BatchNorm, target: Quant
     found = []
     for shift in shifts:
         result = (centred * slope + shift) / unit
-        distance = ((result - result.floor()) - 0.5).abs()
-        doubt = EPSILON * 4 * (1 + (centred * slope / unit).abs() + (shift / unit).abs())
-        inside = (result > target.low - 1) & (result < target.high + 1)
-        found.append((distance / doubt).where(inside, torch.inf).amin(0))
+        largest = (centred * slope / unit).abs() + (shift / unit).abs()
+        found.append(_safety(result, largest, target).amin(0))
     safety = torch.stack(found)
     best = _first_enough(safety)
     module.bias.copy_(shifts.gather(0, best[None])[0])

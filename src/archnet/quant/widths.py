@@ -8,27 +8,24 @@ from collections.abc import Mapping
 
 from archnet.ops import (
     Activation,
-    BatchNorm,
-    Concat,
-    LayoutMove,
-    MaxPooling,
     Student,
     TokenEmbedding,
     WeightedOperator,
 )
-from archnet.quant.attach import QuantizationError, grids, shared_grids
+from archnet.quant.attach import QuantizationError, grids, multiplies, shared_grids
 
 FLOAT = 32
 
 
 def uniform_widths(
-    student: Student, weight_bits: int, act_bits: int, first_bits: int = 8, last_bits: int = 8
+    student: Student,
+    weight_bits: int,
+    act_bits: int,
+    first_bits: int = 8,
+    last_bits: int = 8,
+    sum_bits: int = 8,
 ) -> dict[str, int]:
     """One width for all weights and one for all activations, but for the first and last layer.
-
-    What nothing but batch norms read has 8 bits: a layer's result of which several norms make the
-    segments of a smooth activation. Each is rounded to its own width; a chip that folds norms
-    makes them from the layer's accumulator, and no layer multiplies the 8 bits.
 
     Args:
         student: with a place for every activation (`insert_activations`).
@@ -36,13 +33,15 @@ def uniform_widths(
         first_bits, last_bits: of weights and input of the first and last trained layer. A grid
             that other values share takes the widest of what they ask for. Without effect on
             weights, or activations, where those between are float.
+        sum_bits: least width of what no trained layer multiplies: what additions, norms and
+            averages alone read.
     """
     ends = _ends(student, first_bits, last_bits)
     widths: dict[str, int] = {}
     for name, module in weighted(student).items():
         bits = weight_bits if weight_bits == FLOAT else ends.get(name, weight_bits)
         widths[name] = width_for(module, bits)
-    wide = dict.fromkeys(_read_by_norms(student), 8)
+    wide = dict.fromkeys(_not_multiplied(student), max(act_bits, sum_bits))
     for name, group in shared_grids(student).items():
         bits = act_bits if act_bits == FLOAT else (wide | ends).get(name, act_bits)
         widths[group] = max(bits, widths.get(group, 0))
@@ -88,20 +87,15 @@ def width_for(module: WeightedOperator, bits: int) -> int:
     return 2 if bits == 1 and bool((module.weight == 0).any()) else bits
 
 
-def _read_by_norms(student: Student) -> list[str]:
-    """Grids of results as they come, shared with no others, that batch norms alone compute with."""
-    on_grid, shared = grids(student), list(shared_grids(student).values())
-    by_norms, by_others = set[str](), set(on_grid[student.graph.output])
+def _not_multiplied(student: Student) -> list[str]:
+    """Grids that no trained layer reads, nor the network's result; nor one that shares them."""
+    on_grid, shared = grids(student), shared_grids(student)
+    multiplied = set(on_grid[student.graph.output])
     for step in student.graph.steps:
-        module = student.operator(step.name)
-        if not isinstance(module, LayoutMove | MaxPooling | Concat):
-            read = by_norms if isinstance(module, BatchNorm) else by_others
-            read.update(*(on_grid[name] for name in step.inputs))
-    return [
-        name
-        for name in by_norms - by_others
-        if shared.count(name) == 1 and not student.operator(name).spec()
-    ]
+        if multiplies(student.operator(step.name)):
+            multiplied.update(*(on_grid[name] for name in step.inputs))
+    groups = {shared[name] for name in multiplied}
+    return [name for name, group in shared.items() if group not in groups]
 
 
 def _ends(student: Student, first_bits: int, last_bits: int) -> dict[str, int]:

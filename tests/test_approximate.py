@@ -1,5 +1,6 @@
 """What has no exact five-operator form is fitted to the teacher; layouts of any rank are exact."""
 
+import copy
 import math
 
 import pytest
@@ -488,6 +489,21 @@ def test_a_budget_takes_what_saves_most_for_its_cost(network):
     plain = convert(network, x)
     assert not plain.graph.refinements
     assert plain.state_dict().keys() == everything.state_dict().keys()
+
+
+def test_a_gate_that_saves_nothing_is_left_out():
+    """Weight decay leaves squeeze-and-excitation without use at 1/2 for every channel."""
+    network, x = Excited().eval(), torch.randn(64, 4, 8, 8) * torch.rand(64, 4, 1, 1)
+    idle = copy.deepcopy(network)
+    nn.init.normal_(network.excite.weight, std=10)
+    nn.init.zeros_(idle.excite.weight)
+    kept = convert(network, x)
+    found = convert(idle, x)
+    assert student_cost(found).macs < student_cost(kept).macs
+    # Its path is gone, and the half of every channel stands in the convolution in front.
+    assert not any("silu" in step.origin or "excite" in step.origin for step in found.graph.steps)
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), idle(x), rtol=0.3, atol=0.15)
 
 
 def test_a_budget_leaves_an_exact_student_alone_or_says_what_it_needs():

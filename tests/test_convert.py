@@ -405,12 +405,29 @@ def test_wrong_options(options, message):
 # Taps ---------------------------------------------------------------------------------------
 
 
+GATED = (4, 7, 9)  # MobileNetV3's with squeeze-and-excitation and without a shortcut
 PLAIN = (1, 2, 4, 7, 11, 14, 17)  # MobileNetV2's blocks without a shortcut
 BLOCKS = {
     "resnet18": ["maxpool", *(f"layer{i}.{j}" for i in range(1, 5) for j in range(2))],
     "mobilenet_v2": [
         "features.0.2",
         *(f"features.{i}.conv" if i in PLAIN else f"features.{i}" for i in range(1, 18)),
+    ],
+    # A gate, whose factors are made of the same value, is no block of its own.
+    "mobilenet_v3_small": [
+        "features.0.2",
+        *(f"features.{i}.block" for i in (1, 2)),
+        "features.3",
+        *(
+            path
+            for i in range(4, 11)
+            for path in (
+                [f"features.{i}.block.0.2", f"features.{i}.block.1.2", f"features.{i}.block"]
+                if i in GATED
+                else [f"features.{i}"]
+            )
+        ),
+        "features.11",
     ],
     "densenet121": [
         "features.pool0",

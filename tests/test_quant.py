@@ -306,6 +306,18 @@ def test_a_grid_begins_where_its_values_do():
     assert lowest_level(F.hardswish(3 * values), 8, False, True) == -128
 
 
+def test_a_target_without_zero_points_gets_none():
+    network, x = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GELU(), nn.Conv2d(8, 4, 3)).eval(), batches()
+    lows = []
+    for zero_points in (True, False):
+        student = convert(network, x[0])
+        quantize(student, 4, 4, x, last_bits=4, sum_bits=4, zero_points=zero_points)
+        found = {module.quantizer.low for module in activations(student).values()}
+        lows.append(found - {0, -8, -128})
+    assert lows[0]
+    assert not lows[1]
+
+
 def test_biases_lie_on_the_accumulators_grid():
     network = quantize(student(), 2, 4, batches())
     for name, module in weighted(network).items():

@@ -1,6 +1,7 @@
 """Every form of a student computes what its golden model computes, and says where it does not."""
 
 import copy
+import importlib.util
 import json
 import sys
 from contextlib import suppress
@@ -110,6 +111,36 @@ def test_per_tensor_scales_and_dorefa_agree_too():
     student = student_of(2, 4, per_channel=False, method="dorefa")
     for check in verify(student, images(100), ["qcdq", "qdq"]):
         assert (check.max_steps, check.changed) == (0, 0), check
+
+
+class Smooth(nn.Module):
+    """Values that lie mostly above zero, but not all, into a convolution with padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1)
+        self.third, self.head = nn.Conv2d(6, 4, 3, padding=1), nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hardswish = nn.functional.hardswish
+        x = hardswish(self.second(hardswish(3 * self.first(x))))
+        return self.head(self.third(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+@pytest.mark.parametrize("sums", [None, 8])
+def test_zero_points_agree_with_the_golden_model(bits, sums):
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 12, 12)
+    student = archnet.convert(Smooth().eval(), x)
+    archnet.quantize(student, bits, bits, [x], sum_bits=sums or bits)
+    settle(student)
+    grids = [m.quantizer for m in student.operators.values() if hasattr(m, "quantizer")]
+    assert any(q is not None and -(2 ** (q.bits - 1)) < q.low < 0 for q in grids)
+    forms = ["qcdq", "qdq"]
+    forms += [form for form in ("qonnx", "openvino") if importlib.util.find_spec(form)]
+    for check in verify(student, images(100), forms):
+        assert (check.changed, check.max_steps) == (0, 0), check
 
 
 def test_the_student_stays_as_it_is():

@@ -2,8 +2,9 @@
 
 A *cut* is a node after which nothing else is alive: all that follows depends on it alone. A
 *block* is the smallest module that holds at least two weighted layers and whose output is a cut
-(a residual block, an inception module, a dense block); no class name is looked at. Taps stand at
-the outputs and inputs of blocks; a long chain without blocks (VGG) is cut at its activations.
+(a residual block, an inception module, a dense block) and no product of two features (a gate of
+squeeze-and-excitation); no class name is looked at. Taps stand at the outputs and inputs of blocks;
+a long chain without blocks (VGG) is cut at its activations.
 """
 
 import difflib

@@ -208,19 +208,3 @@ def test_a_sweep_from_the_command_line(tmp_path: Path, finished: RunFolder) -> N
     subprocess.run(command, cwd=tmp_path, check=True)
     runs = sorted((tmp_path / "outputs" / "mnist5k").glob("*/metrics.json"))
     assert {json.loads(path.read_text())["quant"]["act_bits"] for path in runs} == {4, 8}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "hinges"),
-    [
-        (["quant=none"], 3),
-        (["quant.bits=8"], 3),
-        (["quant.bits=4"], 0),
-        (["quant.weight_bits=2"], 0),
-        (["quant.bits=4", "convert.norm_hinges=2"], 2),
-    ],
-)
-def test_norms_have_hinges_where_bits_hold_them(overrides: list[str], hinges: int) -> None:
-    from archnet.compose import compose
-
-    assert pipeline.approximation(compose(ROOT / "conf", overrides)).norm_hinges == hinges

@@ -161,7 +161,8 @@ class QuantConfig:
     act_bits: int = _width(8)
     first_bits: int = _width(8)  # weights and input of the first layer
     last_bits: int = _width(8)  # weights and input of the last layer
-    # Least width of what additions, norms and averages read; trained layers read it rounded again.
+    # Least width of what additions, norms and averages read (trained layers read it rounded again)
+    # and of constant weights, but for those of one magnitude, which are exact at any width.
     sum_bits: int = _number(8, 1, 8)
     per_channel: bool = True  # one weight scale an output channel; false: one a tensor
     calibration_batches: int = _number(8, 1)  # unlabelled batches that set the first scales
@@ -298,8 +299,8 @@ class ConvertConfig:
     # Hinges of a smooth activation, where one clipped line is much farther off; 0: none.
     hinges: int = _number(3, 0, 5)
     # Hinges of a layer norm, where one scale and shift a channel is much farther off; 0: none.
-    # null: 3, and none below 8 bits, which round off what the hinges gain.
-    norm_hinges: int | None = _number(None, 0, 8)
+    # Their terms nearly cancel: with quant.sum_bits below 8, none are better.
+    norm_hinges: int = _number(3, 0, 8)
     # Most multiply-accumulates of the student, as a multiple of the teacher's. Hinges, contexts of
     # attention and context paths of gates are then taken where they save most error for their
     # cost; the rest has its compact form. null: all that are worth it.
@@ -505,8 +506,9 @@ def _validate_quant(quant: QuantConfig, hardware: HardwareConfig) -> None:
             pairs.append((f"quant.{name}", bits, bits))
     if quant.act_bits < quant.sum_bits:
         _require_width("sum_bits", quant.sum_bits, "act_bits", sides["act_bits"], hardware)
-        # Additions and averages multiply by constants of 8 bits.
-        pairs.append(("quant.sum_bits", 8, quant.sum_bits))
+        pairs.append(("quant.sum_bits", quant.sum_bits, quant.sum_bits))
+    if quant.weight_bits < quant.sum_bits:
+        _require_width("sum_bits", quant.sum_bits, "weight_bits", sides["weight_bits"], hardware)
     for key, weight_bits, act_bits in pairs:
         _require_pair(key, weight_bits, act_bits, hardware)
     scale = "per_channel" if quant.per_channel else "per_tensor"

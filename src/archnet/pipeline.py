@@ -291,39 +291,27 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
     Returns:
         The student, and what `run_quant` says of its widths.
     """
-    config, quant = this.config, this.config.quant
+    config, quant, asked = this.config, this.config.quant, this.config.convert
     batches = this.data.calibration_batches(quant.calibration_batches)
-    if config.convert.student is not None:
+    if asked.student is not None:
         student = given_student(config)
     else:
         student = archnet.convert(
             this.teacher,
             batches[0][:1],
             hardware=config.hardware,
-            start=config.convert.start,
-            taps=config.convert.taps,
+            start=asked.start,
+            taps=asked.taps,
             seed=config.seed,
-            calibration=this.data.calibration_inputs(config.convert.calibration),
-            approximation=approximation(config),
+            calibration=this.data.calibration_inputs(asked.calibration),
+            approximation=Approximation(
+                asked.attention, asked.hinges, asked.norm_hinges, asked.max_macs
+            ),
         )
     widths = run_quant(config, student, batches)
     if quant.method != "none":
         _check_integers(this, student)
     return student, widths
-
-
-def approximation(config: Config) -> Approximation:
-    """The forms that a config asks for.
-
-    The hinges of a layer norm are sums of terms that nearly cancel: at 8 bits they are worth their
-    cost, at 4 their rounding is larger than what they gain.
-    """
-    asked, quant = config.convert, config.quant
-    hinges = asked.norm_hinges
-    if hinges is None:
-        fine = quant.method == "none" or min(quant.weight_bits, quant.act_bits) >= 8
-        hinges = Approximation.norm_hinges if fine else 0
-    return Approximation(asked.attention, asked.hinges, hinges, asked.max_macs)
 
 
 def _check_integers(this: Run, student: Student) -> None:

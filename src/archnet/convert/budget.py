@@ -4,8 +4,8 @@ Some rules know two forms of what they replace: a *compact* one, which costs lit
 a *faithful* one, which is nearer to the teacher and dearer (hinges of a smooth activation, the
 context of an attention, the context path of squeeze-and-excitation). With a budget
 (`convert.max_macs`) the student starts all compact, and faithful forms are taken in the order of
-error saved per multiply-accumulate for as long as they fit: the greedy answer to a knapsack. One that
-saves next to nothing (squeeze-and-excitation that a teacher has no use for) is never built.
+error saved per multiply-accumulate for as long as they fit: the greedy answer to a knapsack. One
+that saves next to nothing (squeeze-and-excitation without use in a teacher) is never built.
 """
 
 import math

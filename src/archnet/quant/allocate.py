@@ -111,8 +111,14 @@ def allocate(
         raise QuantizationError("the student is quantized already; convert the teacher again")
     student = copy.deepcopy(student).eval()
     insert_activations(student, fine_sums=act_bits < sum_bits)
-    uniform = uniform_widths(student, weight_bits, act_bits, first_bits, last_bits, sum_bits)
-    offers = _offers(student, weight_widths, act_widths, free_ends)
+    ends = (first_bits, last_bits)
+    uniform = uniform_widths(student, weight_bits, act_bits, *ends, sum_bits, per_channel)
+    bound = set() if free_ends else end_names(student)
+    offers = {
+        name: sorted({width_for(module, bits, sum_bits, per_channel) for bits in weight_widths})
+        for name, module in weighted(student).items()
+    } | {group: sorted(set(act_widths)) for group in shared_grids(student).values()}
+    offers = {name: widths for name, widths in offers.items() if name not in bound}
     terms = bit_operations(student, macs) if budget_of == "bops" else packed_bytes(student)
     whole = cost_of(terms, uniform)
     smallest = cost_of(terms, uniform | {name: widths[0] for name, widths in offers.items()})
@@ -267,19 +273,3 @@ def solve(
         raise QuantizationError(f"no widths found in {SECONDS:g} s: {result.message}")
     taken = result.x[: len(chosen)] > 0.5
     return dict(pair for pair, one in zip(chosen, taken, strict=True) if one)
-
-
-def _offers(
-    student: Student, weight_widths: Sequence[int], act_widths: Sequence[int], free_ends: bool
-) -> dict[str, list[int]]:
-    """The widths that every layer and grid may choose from, narrowest first."""
-    bound = set() if free_ends else end_names(student)
-    offers = {
-        name: sorted({width_for(module, bits) for bits in weight_widths})
-        for name, module in weighted(student).items()
-        if name not in bound
-    }
-    for group in shared_grids(student).values():
-        if group not in bound:
-            offers[group] = sorted(set(act_widths))
-    return offers

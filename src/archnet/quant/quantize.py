@@ -92,7 +92,8 @@ def quantize(
             layer; 32 leaves them float, and they are float where the layers between are.
         sum_bits: least width of what no trained layer multiplies. Where it is more than
             ``act_bits``, an addition reads values of 8 bits that are rounded again, to 4, for the
-            convolution beside it, as in the literature, which has additions in floats.
+            convolution beside it, as in the literature, which has additions in floats. Constant
+            weights have it as well, but for those that any width holds exactly (`width_for`).
         per_channel: a weight scale for every output channel, or one for the layer.
         power_of_two: scales are powers of two, for chips that requantize by shifts.
         act_power_of_two: those of activations are, for chips that ask it of these alone.
@@ -117,7 +118,8 @@ def quantize(
     if describe(student):
         raise QuantizationError("the student is quantized already; convert the teacher again")
     insert_activations(student, fine_sums=act_bits < sum_bits)
-    own = uniform_widths(student, weight_bits, act_bits, first_bits, last_bits, sum_bits)
+    ends = (first_bits, last_bits)
+    own = uniform_widths(student, weight_bits, act_bits, *ends, sum_bits, per_channel)
     own = merged(own, widths) if widths is not None else own
     shared = shared_grids(student)
     samples = observe_grids(student, shared, calibration)

@@ -6,6 +6,8 @@ of its grid. Activations whose values meet in a concatenation share a grid; the 
 
 from collections.abc import Mapping
 
+import torch
+
 from archnet.ops import (
     Activation,
     Student,
@@ -24,6 +26,7 @@ def uniform_widths(
     first_bits: int = 8,
     last_bits: int = 8,
     sum_bits: int = 8,
+    per_channel: bool = True,
 ) -> dict[str, int]:
     """One width for all weights and one for all activations, but for the first and last layer.
 
@@ -34,13 +37,14 @@ def uniform_widths(
             that other values share takes the widest of what they ask for. Without effect on
             weights, or activations, where those between are float.
         sum_bits: least width of what no trained layer multiplies: what additions, norms and
-            averages alone read.
+            averages alone read; and of constant weights (`width_for`).
+        per_channel: whether every output channel has a scale of its own.
     """
     ends = _ends(student, first_bits, last_bits)
     widths: dict[str, int] = {}
     for name, module in weighted(student).items():
         bits = weight_bits if weight_bits == FLOAT else ends.get(name, weight_bits)
-        widths[name] = width_for(module, bits)
+        widths[name] = width_for(module, bits, sum_bits, per_channel)
     wide = dict.fromkeys(_not_multiplied(student), max(act_bits, sum_bits))
     for name, group in shared_grids(student).items():
         bits = act_bits if act_bits == FLOAT else (wide | ends).get(name, act_bits)
@@ -82,9 +86,22 @@ def weighted(student: Student) -> dict[str, WeightedOperator]:
     }
 
 
-def width_for(module: WeightedOperator, bits: int) -> int:
-    """``bits``, or 2 for 1 where a weight is zero: an identity, a lane of a grouped layer."""
-    return 2 if bits == 1 and bool((module.weight == 0).any()) else bits
+def width_for(
+    module: WeightedOperator, bits: int, sum_bits: int = 1, per_channel: bool = True
+) -> int:
+    """The width of a layer's weights where those of trained layers have ``bits``.
+
+    That is 2 for 1 where a weight is zero: an identity, a lane of a grouped layer. Constants, which
+    no training fits to their grid, have at least ``sum_bits``, unless those of each scale are one
+    number, its negative and zero, as in an addition: they are exact at any width.
+    """
+    magnitudes = module.weight.detach().abs()
+    if not module.trainable and bits < sum_bits:
+        rows = magnitudes.reshape(len(magnitudes) if per_channel else 1, -1)
+        largest = rows.amax(1, keepdim=True).expand_as(rows)
+        if not bool(((rows == 0) | torch.isclose(rows, largest)).all()):
+            return sum_bits
+    return 2 if bits == 1 and bool((magnitudes == 0).any()) else bits
 
 
 def _not_multiplied(student: Student) -> list[str]:

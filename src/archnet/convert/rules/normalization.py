@@ -73,7 +73,12 @@ _WORTH = 0.85
 
 
 def _token_norm(builder: Builder, x: Feature, norm: TokenNorm) -> Feature:
-    """`fit.TokenNorm` of every token, channels last, in lanes of channels with one small layer."""
+    """`fit.TokenNorm` of every token, channels last, in lanes of channels with one small layer.
+
+    All layers are constants. Every row but those of mean and deviation holds one number, its
+    negative and zeros, so that few bits round no weight: a hinge's factor multiplies what it
+    rectifies, and its share of the deviation comes with the deviation.
+    """
     channels = x.channels
     lane = max(d for d in range(1, builder.target.lanes + 1) if channels % d == 0)
     count, name = channels // lane, builder.last(x)
@@ -81,41 +86,45 @@ def _token_norm(builder: Builder, x: Feature, norm: TokenNorm) -> Feature:
     eye = torch.eye(lane, dtype=torch.float64)
     ones = torch.ones(lane, 1, dtype=torch.float64)
 
-    def shared(vector: Tensor, source: str) -> str:
-        """One number of a token, beside every lane: (..., lanes, 1)."""
-        single = builder.fully_connected(source, vector[None])
-        if count == 1:
-            return builder.emit("lanes", Reshape((*positions, 1, 1)), single)
-        spread = builder.fully_connected(single, torch.ones(count, 1).double(), trainable=False)
-        return builder.emit("lanes", Reshape((*positions, count, 1)), spread)
+    def shared(rows: Tensor, source: str) -> str:
+        """A few numbers of a token, beside every lane: (..., lanes, numbers)."""
+        numbers = builder.fully_connected(source, rows, trainable=False)
+        if count > 1:
+            copies = torch.eye(len(rows), dtype=torch.float64).repeat(count, 1)
+            numbers = builder.fully_connected(numbers, copies, trainable=False)
+        return builder.emit("lanes", Reshape((*positions, count, len(rows))), numbers)
 
     def rectified(weight: Tensor, offset: Tensor, *sources: str) -> str:
         joined = sources[0]
         if len(sources) > 1:
             joined = builder.emit("concat", Concat(len(positions) + 2), *sources)
-        total = builder.fully_connected(joined, weight, offset)
+        total = builder.fully_connected(joined, weight, offset, trainable=False)
         return builder.emit("act", Activation(0.0, math.inf), total)
 
     lanes = builder.emit("lanes", Reshape((*positions, count, lane)), name)
     means = []
     if norm.centred:
-        means = [shared(torch.full((channels,), 1 / channels, dtype=torch.float64), name)]
+        means = [shared(torch.full((1, channels), 1 / channels, dtype=torch.float64), name)]
     positive = torch.cat([eye, -ones], 1) if means else eye
     both = torch.cat([positive, -positive])
     sides = rectified(both, torch.zeros(2 * lane, dtype=torch.float64), lanes, *means)
     # Channel c of side i of lane n lies at (n, i, c) here, and at (i, n, c) in `deviation`.
     weights = norm.deviation.reshape(2, count, lane).transpose(0, 1).flatten()
     flat = builder.emit("flat", Reshape((*positions, 2 * channels)), sides)
-    deviation = shared(weights, flat)
+    shares = sorted({v for v, _, _ in norm.hinges})
+    deviation = shared(torch.tensor(shares, dtype=torch.float64)[:, None] * weights, flat)
+    unit = abs(norm.slope) or 1.0
     reach, knots, factors = [], [], [norm.slope * eye, -norm.slope * eye]
     for v, t, a in norm.hinges:
-        reach += [torch.cat([side, v * ones], 1) for side in (positive, -positive)]
-        knots += [-t] * 2 * lane
-        factors += [a * eye, -a * eye]
+        height = abs(a) / unit
+        share = torch.eye(len(shares), dtype=torch.float64)[shares.index(v)].expand(lane, -1)
+        reach += [height * torch.cat([side, share], 1) for side in (positive, -positive)]
+        knots += [-height * t] * 2 * lane
+        factors += [math.copysign(unit, a) * eye, math.copysign(unit, -a) * eye]
     bias = torch.tensor(knots, dtype=torch.float64)
     hinges = rectified(torch.cat(reach), bias, lanes, *means, deviation)
     joined = builder.emit("concat", Concat(len(positions) + 2), sides, hinges)
-    total = builder.fully_connected(joined, torch.cat(factors, 1))
+    total = builder.fully_connected(joined, torch.cat(factors, 1), trainable=False)
     total = builder.emit("join", Reshape((*positions, channels)), total)
     return builder.from_last(x.shape, x.axis, total)
 

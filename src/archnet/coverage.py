@@ -201,7 +201,9 @@ COLUMNS: Mapping[str, str] = {
     "converts": "",
     "nodes": "of the captured graph",
     "exact": "nodes that a rule without error converts",
-    "approximate": "nodes whose rule keeps the function only nearly; distillation does the rest",
+    "approximate": "nodes whose rule keeps the function only nearly; distillation does the rest. "
+    "Squeeze-and-excitation of random weights hardly varies and is *left out*, as it is of a "
+    "teacher that makes no use of it; where a trained one does, its path comes on top",
     "MACs": "student over teacher",
     "parameters": "student over teacher",
     "BOPs": f"MACs times weight bits times activation bits: student at W{WEIGHT_BITS}A{ACT_BITS}, "

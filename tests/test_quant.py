@@ -509,6 +509,21 @@ def test_what_no_trained_layer_multiplies_keeps_8_bits():
         assert found["input_grid"] == 8
 
 
+def test_constants_are_as_near_to_their_weights_as_8_bits_are():
+    """Nothing trains their rounding away: one number a row is exact, the rest has 8 bits."""
+    network = nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 4)).eval()
+    x = torch.randn(256, 6) * torch.rand(256, 1)
+    student = convert(network, x)
+    quantize(student, 2, 4, calibration=[x], last_bits=2)
+    constants = [m for m in weighted(student).values() if not m.trainable]
+    assert {module.weight_quantizer.bits for module in constants} == {2, 8}
+    for module in constants:
+        error = (module.weight_quantizer(module.weight) - module.weight).abs().amax()
+        bound = 1e-6 if module.weight_quantizer.bits == 2 else 1 / 127
+        assert error <= bound * module.weight.abs().amax()
+    assert any(m.weight_quantizer.bits == 2 for m in weighted(student).values() if m.trainable)
+
+
 class Residual(nn.Module):
     """Two convolutions beside a shortcut, which reads pixels that the first one reads too."""
 

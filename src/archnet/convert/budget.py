@@ -53,7 +53,7 @@ def within_budget(
         if item.faithful > _IDLE * item.compact
     }
     if idle:
-        form = replace(form, compact=idle)
+        form = replace(form, compact={**form.compact, **idle})
         faithful = build(form)
     if form.max_macs is None or not faithful.alternatives:
         _require(faithful.student, form)

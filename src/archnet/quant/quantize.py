@@ -91,8 +91,8 @@ def quantize(
         first_bits, last_bits: width of weights and input of the first and of the last trained
             layer; 32 leaves them float, and they are float where the layers between are.
         sum_bits: least width of what no trained layer multiplies. Where it is more than
-            ``act_bits``, an addition reads values of 8 bits that are rounded again, to 4, for the
-            convolution beside it, as in the literature, which has additions in floats. Constant
+            ``act_bits``, an addition reads the finer values, which are rounded again for the
+            convolution beside it; the literature has such additions in floats. Constant
             weights have it as well, but for those that any width holds exactly (`width_for`).
         per_channel: a weight scale for every output channel, or one for the layer.
         power_of_two: scales are powers of two, for chips that requantize by shifts.

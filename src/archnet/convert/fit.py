@@ -127,15 +127,107 @@ def mixing(values: Tensor, wanted: Tensor, share: float = 1e-2) -> Tensor:
     2105.01601).
 
     Args:
-        values: V (samples, N, d).
-        wanted: Y (samples, M, d).
+        values: V (..., N, d).
+        wanted: Y (..., M, d).
         share: see `ridge`.
 
     Returns:
         A (M, N), float64.
     """
-    uniform = torch.full((wanted.shape[1], values.shape[1]), 1 / values.shape[1])
-    return ridge(rows(values, 1), rows(wanted, 1), uniform, share)
+    uniform = torch.full((wanted.shape[-2], values.shape[-2]), 1 / values.shape[-2])
+    return ridge(rows(values, -2), rows(wanted, -2), uniform, share)
+
+
+Layer = tuple[Tensor, Tensor]  # of a fully connected layer: weight (O, I) and bias (O,), float64
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One head of attention by fully connected layers and two rectifications (see `attended`).
+
+    Attributes:
+        offer: layer W of a token's key and value, [K; V].
+        weights: A (M, N), over the tokens.
+        answer: layer U of what a token receives beside its query, C = [A V; A F; Q].
+        result: layer P of [C; max(U C, 0)].
+        gain: what `weights` are larger by than those that mix alone, so that all of C has one size.
+    """
+
+    offer: Layer
+    weights: Tensor
+    answer: Layer
+    result: Layer
+    gain: float
+
+    def mixed(self, values: Tensor) -> Tensor:
+        """What the weights over tokens give of V (..., N, d) alone: (..., M, d)."""
+        return (self.weights / self.gain).to(values) @ values
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor, wanted: Tensor) -> Attended:
+    """softmax(Q K' / sqrt(d)) V where weights over tokens may not depend on the input.
+
+    F = max(W [K; V], 0), C = [A V; A F; Q], Y = P [C; max(U C, 0)]: attention multiplies q k_j v_j
+    and sums over tokens j; a rectified sum of two factors stands for their product, since
+    x y = ((x + y)^2 - (x - y)^2) / 4 and hinges make squares. One rectification comes before the
+    mixing (a key with its value), one behind it (a query with what was mixed). So does attention
+    with a kernel split (Katharopoulos et al. 2020, arXiv 2006.16236): phi(q) sum_j phi(k_j) v_j'.
+
+    No step of a gradient is taken. Rows of W measure a key by queries that occur, as a score does,
+    and a value by values; rows of U a query by keys and what was mixed by the like of it; every
+    one to a deviation of 1. A and P follow by ridge regression, P around A V alone.
+
+    Args:
+        query: Q (..., M, d).
+        key, value: K and V (..., N, d).
+        wanted: Y (..., M, d).
+    """
+    width = value.shape[-1]
+    weights = mixing(value, wanted)
+    asked, keys, values = (rows(x, -1).double() for x in (query, key, value))
+    offers = torch.cat([keys, values])
+    offer = _likeness([(keys, asked), (values, values)], width)
+    offered = _rectify(offer, offers).T.reshape(*value.shape).to(value)
+    gain = max(_size(query) / max(_size(weights.to(value) @ value), 1e-6), 1e-6)
+    weights = weights * gain
+    mixed = [rows(weights.to(value) @ x, -1).double() for x in (value, offered)]
+    received = torch.cat([*mixed, asked])
+    answer = _likeness([(torch.cat(mixed), torch.cat(mixed)), (asked, keys)], 2 * width)
+    both = torch.cat([received, _rectify(answer, received)])
+    prior = torch.eye(width, len(both), dtype=torch.float64) / gain
+    y, mean = rows(wanted, -1).double(), both.mean(1, keepdim=True)
+    matrix = ridge(both - mean, y - y.mean(1, keepdim=True), prior, 1e-3)
+    bias = y.mean(1) - matrix @ mean.squeeze(1)
+    return Attended(offer, weights, answer, (matrix, bias), gain)
+
+
+def _likeness(pairs: Sequence[tuple[Tensor, Tensor]], count: int) -> Layer:
+    """A layer that adds how much each of some features is like members of a population.
+
+    Args:
+        pairs: features (d, samples) and their population (d, members), each with as many channels.
+        count: rows of the layer; each has one member of every population, evenly drawn.
+    """
+    parts, bias = [], torch.zeros(count, dtype=torch.float64)
+    for index, (x, like) in enumerate(pairs):
+        # Apart from each other by a part of the way between two members of one pair.
+        places = (torch.arange(count) + (index + 1) / (len(pairs) + 1)) * like.shape[1] / count
+        centre = x.mean(1, keepdim=True)
+        weight = (like - like.mean(1, keepdim=True)).T[places.long()]
+        weight = weight / (weight @ (x - centre)).std(1, keepdim=True).clamp_min(1e-6)
+        parts.append(weight)
+        bias = bias - (weight @ centre).squeeze(1)
+    return torch.cat(parts, 1), bias
+
+
+def _size(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def _rectify(layer: Layer, x: Tensor) -> Tensor:
+    """max(W x + b, 0) of x (I, samples)."""
+    weight, bias = layer
+    return (weight @ x + bias[:, None]).clamp_min(0)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from archnet.capture import Ref, TeacherGraph, TeacherNode
 from archnet.convert.builder import Builder
 from archnet.convert.feature import Feature, Value
-from archnet.convert.fit import mixing, relative_error, ridge, rows
+from archnet.convert.fit import Layer, attended, mixing, relative_error
 from archnet.convert.rules.base import (
     Alternative,
     Approximation,
@@ -59,15 +59,17 @@ def attention(site: Site) -> Value:
     `mixing`: Y_h = A_h V_h with a fixed matrix over tokens for every head h; queries and keys, and
     the layers that only they need, leave the student.
 
-    `context`: Y_h = P_h [A_h V_h; A_h max([Q_h; K_h], 0)]. What a token says of itself (its key
-    names how much the others heed it) is rectified and mixed as the values are; the layers of
-    queries and keys stay, and the fully connected layers across tokens cost what the products
-    of attention cost. A and P are fitted one after the other by ridge regression.
+    `context`: two rectified layers stand for attention's two products (`fit.attended`): one joins a
+    token's key with its value before both are mixed over tokens, one a token's query with what
+    the mixing brought to it. What a token receives then depends on what it asks for.
     """
-    value = site.feature("value")
     if site.approximation.attention == "mixing" or site.is_compact:
-        return _mixed(site, value, [])
-    return _mixed(site, value, [site.feature("query"), site.feature("key")])
+        return _mixed(site, site.feature("value"))
+    query, key, value = (site.feature(name) for name in ("query", "key", "value"))
+    if query.shape != site.node.shape or key.shape != value.shape:
+        # Heads of queries that share keys and values, or values of another width.
+        return _mixed(site, value)
+    return _in_context(site, query, key, value)
 
 
 @rule("aten.matmul.default", "aten.bmm.default", "aten.einsum.default", reads=_operands)
@@ -77,7 +79,7 @@ def product(site: Site) -> Value:
     if equation is not None and not _is_matmul(equation):
         raise site.error(f"einsum of '{equation}' has no rule; only matrix products have one")
     if isinstance(second, Ref):
-        return _mixed(site, site.builder.build(site.referred(second)), [])
+        return _mixed(site, site.builder.build(site.referred(second)))
     matrix = constant(second)  # type: ignore[arg-type]
     name = "tensors" if "tensors" in site.node.arguments else "self"
     if name == "tensors" or matrix.dim() != 2:
@@ -97,69 +99,93 @@ def _is_matmul(equation: str) -> bool:
     return same and sides[1] == left[:-1] + right[-1]
 
 
-def _mixed(site: Site, value: Feature, context: list[Feature]) -> Value:
+def _mixed(site: Site, value: Feature) -> Value:
     """Fully connected layers across the tokens, (..., heads, tokens, channels), for every head.
 
     Axes in front of the heads (windows) share them.
     """
-    builder, shape = site.builder, site.node.shape
-    tokens, head_axis = len(shape) - 1, len(shape) - 2
-    for feature in (value, *context):
-        if len(shape) < 2 or feature.shape[:-2] != shape[:-2]:
-            raise site.error(f"weighs features of shape {feature.shape} into {shape}")
-    if any(feature.shape[-2] != value.shape[-2] for feature in context):
-        context = []  # as many queries as keys, or none of both
+    shape = site.node.shape
+    if len(shape) < 2 or value.shape[:-2] != shape[:-2]:
+        raise site.error(f"weighs features of shape {value.shape} into {shape}")
     wanted, given = site.wanted(), site.given(value)
-    sources = [value]
-    if context:
-        wide = [Feature(f.shape, first=builder.first(f), axis=len(shape)) for f in context]
-        sources.append(builder.activation(builder.concat(wide), 0.0, math.inf))
-    across = [_tokens_last(builder, source, tokens) for source in sources]
-    heads = shape[-3] if len(shape) > 2 else 1
-    parts, simpler = [], torch.zeros_like(wanted) if context else wanted
-    for head in range(heads):
-        v, y = given, wanted
-        if heads > 1:
-            v, y = v.select(-3, head), y.select(-3, head)
-        matrix = mixing(v.reshape(-1, *v.shape[-2:]), y.reshape(-1, *y.shape[-2:]))
-        if context:
-            place = simpler.select(-3, head) if heads > 1 else simpler
-            place.copy_(matrix.float() @ v)
-        mixed = []
-        for source in across:
-            part = source
-            if heads > 1:
-                part = builder.slice(source, head_axis, head, head + 1)
-            done = builder.matrix_at_positions(part, matrix, _zeros(matrix))
-            # The same value, its channels at the end of (..., tokens, channels).
-            back = (*done.shape[:-2], done.shape[-1], done.shape[-2])
-            mixed.append(Feature(back, last=builder.first(done), axis=tokens))
-        parts.append(mixed[0] if not context else _projected(site, mixed, y))
-    result = joined(site, parts, head_axis) if heads > 1 else parts[0]
-    if context:
-        site.alternative = Alternative(
-            (site.argument("value").name,),
-            relative_error(simpler, wanted),
-            relative_error(site.given(result), wanted),
+    across = _tokens_last(site.builder, value)
+    parts = []
+    for head in range(_heads(shape)):
+        v, y = (_of_head(x, head, shape) for x in (given, wanted))
+        parts.append(_across(site, _part(site, across, head), mixing(v, y)))
+    return _together(site, parts)
+
+
+def _in_context(site: Site, query: Feature, key: Feature, value: Feature) -> Value:
+    """The layers of `fit.attended` for every head."""
+    builder, shape = site.builder, site.node.shape
+    wanted, simpler = site.wanted(), torch.empty_like(site.wanted())
+    given = [site.given(feature) for feature in (query, key, value)]
+    across = _tokens_last(builder, value)
+    offers = builder.concat([_in_order(builder, feature) for feature in (key, value)])
+    parts = []
+    for head in range(_heads(shape)):
+        q, k, v, y = (_of_head(x, head, shape) for x in (*given, wanted))
+        fitted = attended(q, k, v, y)
+        _of_head(simpler, head, shape).copy_(fitted.mixed(v))
+        offered = _rectified(site, _part(site, offers, head), fitted.offer)
+        received = builder.concat(
+            [
+                _across(site, _part(site, across, head), fitted.weights),
+                _across(site, _tokens_last(builder, offered), fitted.weights),
+                _part(site, _in_order(builder, query), head),
+            ]
         )
+        both = builder.concat([received, _rectified(site, received, fitted.answer)])
+        parts.append(builder.matrix_at_positions(both, *fitted.result))
+    result = _together(site, parts)
+    site.alternative = Alternative(
+        (site.argument("value").name,),
+        relative_error(simpler, wanted),
+        relative_error(site.given(result), wanted),
+    )
     return result
 
 
-def _projected(site: Site, mixed: list[Feature], wanted: Tensor) -> Feature:
-    """P [values; context] at every token of one head, fitted around the values alone."""
-    builder, last = site.builder, len(mixed[0].shape)
-    both = builder.concat([Feature(f.shape, first=builder.first(f), axis=last) for f in mixed])
-    x, width = rows(site.given(both), -1), mixed[0].shape[-1]
-    prior = torch.eye(width, both.shape[-1], dtype=torch.float64)
-    matrix = ridge(x, rows(wanted, -1), prior, 1e-3)
-    return builder.matrix_at_positions(both, matrix, _zeros(matrix))
+def _heads(shape: tuple[int, ...]) -> int:
+    return shape[-3] if len(shape) > 2 else 1
 
 
-def _tokens_last(builder: Builder, feature: Feature, tokens: int) -> Feature:
+def _of_head(x: Tensor, head: int, shape: tuple[int, ...]) -> Tensor:
+    """A view of one head's values, (samples, ..., tokens, channels)."""
+    return x.select(-3, head) if len(shape) > 2 else x
+
+
+def _part(site: Site, feature: Feature, head: int) -> Feature:
+    """One head of a feature, whose axis of heads stays with size one."""
+    axis = len(site.node.shape) - 2
+    return site.builder.slice(feature, axis, head, head + 1) if axis else feature
+
+
+def _together(site: Site, parts: list[Feature]) -> Feature:
+    return joined(site, parts, len(site.node.shape) - 2) if len(parts) > 1 else parts[0]
+
+
+def _across(site: Site, part: Feature, matrix: Tensor) -> Feature:
+    """A matrix over the tokens of (..., channels, tokens): (..., tokens, channels)."""
+    builder, zeros = site.builder, torch.zeros(len(matrix), dtype=torch.float64)
+    done = builder.matrix_at_positions(part, matrix, zeros)
+    shape = (*done.shape[:-2], done.shape[-1], done.shape[-2])
+    tokens_last = Feature(shape, last=builder.first(done), axis=len(shape) - 1)
+    return _in_order(builder, tokens_last)
+
+
+def _rectified(site: Site, feature: Feature, layer: Layer) -> Feature:
+    return site.builder.activation(site.builder.matrix_at_positions(feature, *layer), 0.0, math.inf)
+
+
+def _in_order(builder: Builder, feature: Feature) -> Feature:
+    """The same value, its channels taken to be at the end of (..., tokens, channels)."""
+    return Feature(feature.shape, first=builder.first(feature), axis=len(feature.shape))
+
+
+def _tokens_last(builder: Builder, feature: Feature) -> Feature:
     """(..., tokens, channels) as (..., channels, tokens), where a layer reads the tokens."""
+    tokens = len(feature.shape) - 1
     moved = builder.last(Feature(feature.shape, first=builder.first(feature), axis=tokens))
     return Feature(builder.graph.shapes[moved], first=moved, axis=len(feature.shape))
-
-
-def _zeros(matrix: Tensor) -> Tensor:
-    return torch.zeros(len(matrix), dtype=torch.float64)

@@ -220,6 +220,22 @@ TABLES = (
         },
     ),
     Table(
+        "attention",
+        "Forms of attention",
+        "`python benchmarks/attention.py <run>`; |form - attention| / |attention| on images that "
+        "had no part in fit or training, mean over the teacher's attentions; `context` is what "
+        "conversion builds.",
+        ("teacher", "form"),
+        {
+            "teacher": _plain("teacher"),
+            "form": _plain("form"),
+            "MACs, M": _number("macs", ".2f", 1e6),
+            "error after the fit": _plain("fitted"),
+            "after training": _plain("student_value"),
+            "minutes": _plain("minutes"),
+        },
+    ),
+    Table(
         "verify",
         "Trained students against their golden integer models",
         "`python benchmarks/verify.py <run>`; outputs compared bit by bit, in units of the last "

@@ -10,7 +10,14 @@ from torch.nn import functional as F
 
 from archnet.capture import CaptureError, capture
 from archnet.convert import Approximation, ConversionError, convert
-from archnet.convert.fit import clipped_line, mixing, regression, token_norm
+from archnet.convert.fit import (
+    attended,
+    clipped_line,
+    mixing,
+    regression,
+    relative_error,
+    token_norm,
+)
 from archnet.deploy import audit, export, parity
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import FullyConnected
@@ -222,17 +229,52 @@ def test_attention_becomes_one_layer_over_tokens_for_each_head(how):
     assert {row.exact for row in student.report if row.rule == "left out"} == {False}
 
 
-def test_rectified_queries_and_keys_bring_attention_nearer():
-    """All queries are alike, so that a key tells how much its token counts for everybody."""
-    network = Attention("fused")
-    with torch.no_grad():
-        network.qkv.weight[4:8].normal_(0, 1)
-        network.qkv.bias[:4] = 2
-    x, errors = torch.randn(256, 4, 8, 8), {}
+class Asking(nn.Module):
+    """Two heads of attention: keys and values for each or for both, every token or one asking."""
+
+    def __init__(self, key_heads=2, width=2, asking=64):
+        super().__init__()
+        self.key_heads, self.width, self.asking = key_heads, width, asking
+        self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 2 * key_heads)
+        self.v, self.out = nn.Linear(4, width * key_heads), nn.Linear(2 * width, 4)
+        with torch.no_grad():
+            self.q.weight.normal_(0, 1)
+            self.k.weight.normal_(0, 1)
+
+    def forward(self, x):
+        b, tokens = x.shape[0], x.flatten(2).transpose(1, 2)
+        q, k, v = (
+            layer(tokens).reshape(b, 64, -1, width).transpose(1, 2)
+            for layer, width in ((self.q, 2), (self.k, 2), (self.v, self.width))
+        )
+        shares = self.key_heads == 1
+        y = F.scaled_dot_product_attention(q[:, :, : self.asking], k, v, enable_gqa=shares)
+        return self.out(y.transpose(1, 2).reshape(b, self.asking, 2 * self.width))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"key_heads": 1}, {"width": 4}, {"asking": 1}],
+    ids=["each", "shared keys", "wide values", "class attention"],
+)
+def test_hinges_of_queries_keys_and_values_bring_attention_nearer(options):
+    network, x, errors = Asking(**options), torch.randn(256, 4, 8, 8), {}
     for form in ("mixing", "context"):
         student, errors[form] = error(network, x, approximation=Approximation(form))
         assert not audit(student, "arch5").violations
     assert errors["context"] < 0.75 * errors["mixing"]
+
+
+def test_a_head_of_attention_is_fitted_around_its_mixing():
+    """Where the weights do not depend on the input, nothing but the mixing is left to fit."""
+    q, k, v = torch.zeros(64, 8, 2), torch.zeros(64, 8, 2), torch.randn(64, 8, 3)
+    weights = torch.rand(8, 8).softmax(1)
+    fitted = attended(q, k, v, weights @ v)
+    assert relative_error(fitted.mixed(v), weights @ v) < 0.02
+    assert fitted.offer[0].shape == (3, 5)
+    assert fitted.answer[0].shape == (6, 8)
+    assert fitted.result[0].shape == (3, 14)
+    assert all(bool(layer[0].isfinite().all()) for layer in (fitted.offer, fitted.answer))
 
 
 APPROXIMATE = {

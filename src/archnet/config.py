@@ -293,8 +293,8 @@ class ConvertConfig:
     # null: the teacher is converted.
     student: str | None = None
     taps: list[str] | None = None  # teacher module paths to compare at; null: every block output
-    # What attention becomes: fixed weights over tokens (mixing), or those and rectified features of
-    # queries and keys mixed by them (context), which is dearer and nearer.
+    # What attention becomes: fixed weights over tokens (mixing), or those between two rectified
+    # layers, which let a query meet keys and values (context), which is dearer and nearer.
     attention: str = _choice("context", "mixing", "context")
     # Hinges of a smooth activation, where one clipped line is much farther off; 0: none.
     hinges: int = _number(3, 0, 5)

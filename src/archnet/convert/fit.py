@@ -178,8 +178,8 @@ def attended(query: Tensor, key: Tensor, value: Tensor, wanted: Tensor) -> Atten
     one to a deviation of 1. A and P follow by ridge regression, P around A V alone.
 
     Args:
-        query: Q (..., M, d).
-        key, value: K and V (..., N, d).
+        query: Q (..., M, c).
+        key, value: K (..., N, c) and V (..., N, d).
         wanted: Y (..., M, d).
     """
     width = value.shape[-1]

@@ -65,11 +65,7 @@ def attention(site: Site) -> Value:
     """
     if site.approximation.attention == "mixing" or site.is_compact:
         return _mixed(site, site.feature("value"))
-    query, key, value = (site.feature(name) for name in ("query", "key", "value"))
-    if query.shape != site.node.shape or key.shape != value.shape:
-        # Heads of queries that share keys and values, or values of another width.
-        return _mixed(site, value)
-    return _in_context(site, query, key, value)
+    return _in_context(site, *(site.feature(name) for name in ("query", "key", "value")))
 
 
 @rule("aten.matmul.default", "aten.bmm.default", "aten.einsum.default", reads=_operands)
@@ -104,36 +100,33 @@ def _mixed(site: Site, value: Feature) -> Value:
 
     Axes in front of the heads (windows) share them.
     """
-    shape = site.node.shape
-    if len(shape) < 2 or value.shape[:-2] != shape[:-2]:
-        raise site.error(f"weighs features of shape {value.shape} into {shape}")
+    heads = _heads(site, value)
     wanted, given = site.wanted(), site.given(value)
     across = _tokens_last(site.builder, value)
     parts = []
-    for head in range(_heads(shape)):
-        v, y = (_of_head(x, head, shape) for x in (given, wanted))
-        parts.append(_across(site, _part(site, across, head), mixing(v, y)))
+    for head in range(heads):
+        matrix = mixing(_of_head(given, head, heads), _of_head(wanted, head, heads))
+        parts.append(_across(site, _part(site, across, head, heads), matrix))
     return _together(site, parts)
 
 
 def _in_context(site: Site, query: Feature, key: Feature, value: Feature) -> Value:
     """The layers of `fit.attended` for every head."""
-    builder, shape = site.builder, site.node.shape
+    builder, heads = site.builder, _heads(site, query, key, value)
     wanted, simpler = site.wanted(), torch.empty_like(site.wanted())
-    given = [site.given(feature) for feature in (query, key, value)]
+    given = [*(site.given(feature) for feature in (query, key, value)), wanted]
     across = _tokens_last(builder, value)
     offers = builder.concat([_in_order(builder, feature) for feature in (key, value)])
     parts = []
-    for head in range(_heads(shape)):
-        q, k, v, y = (_of_head(x, head, shape) for x in (*given, wanted))
-        fitted = attended(q, k, v, y)
-        _of_head(simpler, head, shape).copy_(fitted.mixed(v))
-        offered = _rectified(site, _part(site, offers, head), fitted.offer)
+    for head in range(heads):
+        fitted = attended(*(_of_head(x, head, heads) for x in given))
+        _of_head(simpler, head, heads).copy_(fitted.mixed(_of_head(given[2], head, heads)))
+        offered = _rectified(site, _part(site, offers, head, heads), fitted.offer)
         received = builder.concat(
             [
-                _across(site, _part(site, across, head), fitted.weights),
+                _across(site, _part(site, across, head, heads), fitted.weights),
                 _across(site, _tokens_last(builder, offered), fitted.weights),
-                _part(site, _in_order(builder, query), head),
+                _part(site, _in_order(builder, query), head, heads),
             ]
         )
         both = builder.concat([received, _rectified(site, received, fitted.answer)])
@@ -147,19 +140,29 @@ def _in_context(site: Site, query: Feature, key: Feature, value: Feature) -> Val
     return result
 
 
-def _heads(shape: tuple[int, ...]) -> int:
-    return shape[-3] if len(shape) > 2 else 1
+def _heads(site: Site, *features: Feature) -> int:
+    """How many heads the result has; keys and values may have fewer, each for several heads."""
+    shape = site.node.shape
+    heads = shape[-3] if len(shape) > 2 else 1
+    for feature in features:
+        theirs = feature.shape[-3] if len(shape) > 2 and len(feature.shape) > 2 else 1
+        if len(shape) < 2 or feature.shape[:-3] != shape[:-3] or heads % theirs:
+            raise site.error(f"weighs features of shape {feature.shape} into {shape}")
+    return heads
 
 
-def _of_head(x: Tensor, head: int, shape: tuple[int, ...]) -> Tensor:
-    """A view of one head's values, (samples, ..., tokens, channels)."""
-    return x.select(-3, head) if len(shape) > 2 else x
+def _of_head(x: Tensor, head: int, heads: int) -> Tensor:
+    """A view of what head number ``head`` has of (samples, ..., heads, tokens, channels)."""
+    return x.select(-3, head * x.shape[-3] // heads) if x.dim() > 3 else x
 
 
-def _part(site: Site, feature: Feature, head: int) -> Feature:
-    """One head of a feature, whose axis of heads stays with size one."""
-    axis = len(site.node.shape) - 2
-    return site.builder.slice(feature, axis, head, head + 1) if axis else feature
+def _part(site: Site, feature: Feature, head: int, heads: int) -> Feature:
+    """The same of a feature, whose axis of heads stays with size one."""
+    axis = len(feature.shape) - 2
+    if not axis:
+        return feature
+    place = head * feature.shape[axis - 1] // heads
+    return site.builder.slice(feature, axis, place, place + 1)
 
 
 def _together(site: Site, parts: list[Feature]) -> Feature:

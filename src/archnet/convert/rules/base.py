@@ -22,8 +22,8 @@ class Approximation:
     """Which form approximate rules give to what has no exact one.
 
     Attributes:
-        attention: `mixing`, fixed weights over tokens; or `context`, with features of queries and
-            keys besides, which make the result depend on what the tokens hold.
+        attention: `mixing`, fixed weights over tokens; or `context`, with those between two
+            rectified layers, which let a query meet keys and values.
         hinges: of a smooth activation where they are worth their cost; with 0 each is one clipped
             line for every channel, which is free.
         norm_hinges: of a layer norm where they are worth their cost; with 0 each is one scale and

@@ -21,6 +21,7 @@ from archnet.runs import RunError, RunFolder, read_json
 ROOT = Path(__file__).resolve().parents[1]
 Make = Callable[..., Config]
 DEBUG = ("trainer=debug", "trainer.progress=false", "quant.weight_bits=2", "quant.act_bits=4")
+NO_STEPS = ("distill.steps=0", "distill.joint_steps=0")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,23 @@ def test_a_target_of_shifts_gets_scales_of_powers_of_two(
     assert read_json(folder.metrics)["parity"]["mismatches"] == 0
 
 
+def test_few_bits_begin_where_more_have_ended(make_config: Make, finished: RunFolder) -> None:
+    """A quantized run gives the weights it trained, before rounding; an older run has none."""
+    from archnet.run_student import given_student, load_student
+
+    cache = finished.config().teacher.cache_dir
+    options = [f"convert.student={finished.path}", f"teacher.cache_dir={cache}"]
+    config = make_config("trainer=debug", "quant.weight_bits=1", *NO_STEPS, *options)
+    given, trained = given_student(config), load_student(finished, "trained")
+    for name, module in given.named_parameters():
+        assert torch.equal(module, trained.state_dict()[name]), name
+    assert read_json(pipeline.run(config).metrics)["audit"]["pure"]
+    (finished.checkpoints / "trained.pt").rename(finished.checkpoints / "away.pt")
+    with pytest.raises(RunError, match=r"trained\.pt is missing"):
+        given_student(config)
+    (finished.checkpoints / "away.pt").rename(finished.checkpoints / "trained.pt")
+
+
 def test_text_that_is_missing_ends_with_one_line_before_anything_is_made(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "task=wmt14", "quant.bits=6"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -148,8 +166,7 @@ def test_a_float_student_is_the_teacher(make_config: Make, finished: RunFolder) 
         make_config(
             *DEBUG[:2],
             "quant=none",
-            "distill.steps=0",
-            "distill.joint_steps=0",
+            *NO_STEPS,
             f"teacher.cache_dir={cache}",
         )
     )

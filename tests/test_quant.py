@@ -23,12 +23,14 @@ from archnet.quant import (
     WeightDoReFa,
     WeightLSQ,
     best_scale,
+    describe,
     grid_steps,
     grids,
     input_quantizer,
     pack,
     quantize,
     unpack,
+    unquantize,
 )
 from archnet.quant.attach import insert_activations
 from archnet.quant.calibrate import activation_scale, lowest_level
@@ -562,3 +564,20 @@ def test_sums_are_finer_than_what_convolutions_read():
     steps = student.steps_between(student.graph.inputs, [student.graph.output])
     assert len(steps) == len(student.graph.steps)
     lower(student)
+
+
+@pytest.mark.parametrize("network", [Residual(), nn.Sequential(nn.Conv2d(3, 8, 1), nn.Hardswish())])
+def test_a_student_without_its_quantizers_is_the_float_one(network):
+    """Steps, taps and weights before rounding; quantized again it is what it would have been."""
+    network, images = network.eval(), torch.randn(32, 3, 8, 8)
+    student = convert(network, images)
+    plain, once = copy.deepcopy(student), quantize(copy.deepcopy(student), 2, 4, [images])
+    quantize(student, 4, 4, [images])
+    unquantize(student)
+    assert not describe(student)
+    assert len(student.graph.steps) == len(plain.graph.steps)
+    assert [tap.value for tap in student.taps] == [tap.value for tap in plain.taps]
+    assert torch.equal(student(images), plain(images))
+    quantize(student, 2, 4, [images])
+    assert describe(student) == describe(once)
+    assert torch.equal(student(images), once(images))

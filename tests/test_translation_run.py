@@ -85,7 +85,7 @@ def test_a_strict_student_is_pure(finished: RunFolder, places: list[str]) -> Non
     assert read_json(again.metrics)["audit"]["pure"]
     for given, message in (
         (f"{folder.path.parent}/*_six", "matches no finished run"),
-        (finished.path, "quantized already"),
+        (finished.path, "another hardware"),
     ):
         with pytest.raises(RunError, match=message):
             given_student(compose(CONF, [*strict, f"convert.student={given}"]))

@@ -288,9 +288,10 @@ class ConvertConfig:
     """How the teacher becomes a student."""
 
     start: str = _choice("exact", "exact", "random")  # weights: rewritten from the teacher's or new
-    # A finished float run (quant=none) of this task and target whose student is taken, instead of
-    # a new one: its folder, or a pattern (outputs/multi30k/*_float) whose newest match is taken;
-    # null: the teacher is converted.
+    # A finished run of this task and target whose student is taken, instead of a new one: its
+    # folder, or a pattern (outputs/multi30k/*_float) whose newest match is taken. Of a quantized
+    # run, its weights before rounding: few bits begin where more have ended. null: the teacher is
+    # converted.
     student: str | None = None
     taps: list[str] | None = None  # teacher module paths to compare at; null: every block output
     # What attention becomes: fixed weights over tokens (mixing), or those between two rectified

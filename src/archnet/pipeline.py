@@ -34,9 +34,9 @@ from archnet.distill import distill
 from archnet.errors import ArchnetError
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
-from archnet.quant import FLOAT, settle
+from archnet.quant import FLOAT
 from archnet.run_quant import run_quant
-from archnet.run_student import given_student, load_student, save_student
+from archnet.run_student import given_student, load_student, save_student, settle_student
 from archnet.run_teacher import run_teacher
 from archnet.runs import RunError, RunFolder, read_json, write_json
 from archnet.tasks import ClassificationData, TranslationData
@@ -225,9 +225,7 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
     def train() -> dict[str, Any]:
         student = load_student(folder, "calibrated")
         result = _distil(this, student)
-        margins = settle(student)
-        save_student(folder, "student", student)
-        return {**result, "margins": {m.step: m.roundings for m in margins}}
+        return {**result, **settle_student(folder, student)}
 
     finished["convert"] = folder.stage("convert", prepare)
     finished["distill"] = folder.stage("distill", train)

@@ -3,12 +3,13 @@
 import glob
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from archnet.config import Config
 from archnet.ops import Student
-from archnet.quant import describe, pack, unpack
+from archnet.quant import describe, pack, settle, unpack, unquantize
 from archnet.runs import RunError, RunFolder, atomic
 
 
@@ -18,8 +19,16 @@ def save_student(folder: RunFolder, name: str, student: Student) -> None:
         torch.save(pack(student), temporary)
 
 
+def settle_student(folder: RunFolder, student: Student) -> dict[str, Any]:
+    """Settle a trained student and keep it, as it was ``trained`` as well; the margins by step."""
+    save_student(folder, "trained", student)
+    margins = settle(student)
+    save_student(folder, "student", student)
+    return {"margins": {margin.step: margin.roundings for margin in margins}}
+
+
 def load_student(folder: RunFolder, name: str = "student") -> Student:
-    """A run's student in eval mode: trained, or as it was when ``calibrated``.
+    """A run's student in eval mode: settled, or as it was ``calibrated`` or ``trained``.
 
     Raises:
         RunError: the run has not come that far.
@@ -31,12 +40,12 @@ def load_student(folder: RunFolder, name: str = "student") -> Student:
 
 
 def given_student(config: Config) -> Student:
-    """The student of the finished float run that `convert.student` names, by its folder or by a
-    pattern: then the newest one.
+    """The student of the finished run that `convert.student` names, by its folder or by a pattern:
+    then the newest one. Of a quantized run the weights as they were trained, before rounding.
 
     Raises:
-        RunError: there is no such run, it is not finished, its student is quantized already, or it
-            was made from another teacher or for another target than this run's.
+        RunError: there is no such run, it is not finished, or it was made from another teacher or
+            for another target than this run's.
     """
     name = str(config.convert.student)
     given = f"convert.student={name}"
@@ -46,12 +55,12 @@ def given_student(config: Config) -> Student:
             path for path in glob.glob(name) if RunFolder(Path(path)).metrics.is_file()
         )
         if not finished:
-            raise RunError(f"{given} matches no finished run: run the float experiment first")
+            raise RunError(f"{given} matches no finished run: run that experiment first")
         name = finished[-1]
     folder = RunFolder.open(name)
     student = load_student(folder)
     if describe(student):
-        raise RunError(f"{given} is quantized already: name a run of quant=none")
+        student = unquantize(load_student(folder, "trained"))
     earlier = folder.config()
     for key, mine, theirs in (
         ("task", config.task.name, earlier.task.name),

@@ -27,9 +27,8 @@ from archnet.deploy import OnnxTranslator, changed, export_translator
 from archnet.distill import distill_text
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student, TokenEmbedding
-from archnet.quant import settle
 from archnet.run_quant import run_quant
-from archnet.run_student import given_student, load_student, save_student
+from archnet.run_student import given_student, load_student, save_student, settle_student
 from archnet.run_teacher import run_teacher
 from archnet.runs import RunFolder, atomic, write_json
 from archnet.tasks import EncodedText, Subwords, Tokenizer, TranslationData, scores
@@ -158,9 +157,7 @@ def stages(
     def train() -> dict[str, Any]:
         student = load_student(folder, "calibrated")
         result = distil(this, student)
-        margins = settle(student)
-        save_student(folder, "student", student)
-        return {**result, "margins": {m.step: m.roundings for m in margins}}
+        return {**result, **settle_student(folder, student)}
 
     finished["translations"] = folder.stage("translations", write_down)
     finished["convert"] = folder.stage("convert", prepare)

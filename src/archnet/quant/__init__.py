@@ -22,6 +22,7 @@ from archnet.quant.quantizers import (
 )
 from archnet.quant.settle import Margin, settle
 from archnet.quant.units import grid_steps
+from archnet.quant.unquantize import unquantize
 from archnet.quant.widths import FLOAT
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "quantize",
     "settle",
     "unpack",
+    "unquantize",
 ]

@@ -302,6 +302,9 @@ class ConvertConfig:
     # Hinges of a layer norm, where one scale and shift a channel is much farther off; 0: none.
     # Their terms nearly cancel: with quant.sum_bits below 8, none are better.
     norm_hinges: int = _number(3, 0, 8)
+    # Share of the compact form's error that a faithful form (hinges, a context of attention, a
+    # context path of a gate) must save, or it is not built; 0: every one is.
+    min_gain: float = _number(0.03, 0, 1)
     # Most multiply-accumulates of the student, as a multiple of the teacher's. Hinges, contexts of
     # attention and context paths of gates are then taken where they save most error for their
     # cost; the rest has its compact form. null: all that are worth it.

@@ -5,7 +5,8 @@ a *faithful* one, which is nearer to the teacher and dearer (hinges of a smooth 
 context of an attention, the context path of squeeze-and-excitation). With a budget
 (`convert.max_macs`) the student starts all compact, and faithful forms are taken in the order of
 error saved per multiply-accumulate for as long as they fit: the greedy answer to a knapsack. One
-that saves next to nothing (squeeze-and-excitation without use in a teacher) is never built.
+that saves next to nothing (squeeze-and-excitation without use in a teacher) is not built
+(`convert.min_gain`).
 """
 
 import math
@@ -16,8 +17,6 @@ from archnet.capture import TeacherGraph
 from archnet.convert.builder import ConversionError
 from archnet.convert.rules.base import Alternative, Approximation
 from archnet.ops import Refinement, Student
-
-_IDLE = 0.97  # of the compact form's error: a faithful form that leaves more is not built
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def within_budget(
     idle = {
         name: item.reads
         for name, item in faithful.alternatives.items()
-        if item.faithful > _IDLE * item.compact
+        if form.min_gain and item.faithful > (1 - form.min_gain) * item.compact
     }
     if idle:
         form = replace(form, compact={**form.compact, **idle})

@@ -28,6 +28,8 @@ class Approximation:
             line for every channel, which is free.
         norm_hinges: of a layer norm where they are worth their cost; with 0 each is one scale and
             shift for every channel, which is free.
+        min_gain: share of the compact form's error that a faithful form must save; one that saves
+            less is not built. With 0 every one is.
         max_macs: most multiply-accumulates of the student, as a multiple of the teacher's: those
             nodes take their faithful form where it saves most error for its cost
             (`archnet.convert.budget`). None: all that are worth it.
@@ -37,6 +39,7 @@ class Approximation:
     attention: str = "context"
     hinges: int = 3
     norm_hinges: int = 3
+    min_gain: float = 0.03
     max_macs: float | None = None
     compact: Mapping[str, Sequence[str]] = field(default_factory=dict)
 

@@ -118,8 +118,9 @@ TABLES = (
         "The same split. ConvNeXt (7x7 depthwise, layer norm, GELU), ViT (patches of 4x4, class "
         "token) and inverted residuals with squeeze-excitation and hardswish, trained here. No "
         "image-steps: right after the fit to 256 unlabelled images. A command with "
-        "`convert.student` goes on from another row's student, whose steps come on top.",
-        ("teacher", _bits, "macs_ratio", _fitted),
+        "`convert.student` goes on from another row's student, whose steps come on top. Rows of "
+        "earlier and of cheaper forms are in `benchmarks/results/approximate.csv`.",
+        ("teacher", _bits, _fitted),
         _ACCURACY,
     ),
     *(

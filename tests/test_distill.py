@@ -486,3 +486,55 @@ def test_zeros_of_the_conversion_are_kept_if_asked(tmp_path, kept):
     distill(teacher, student, Data(), settings, trainer=TRAINER, folder=tmp_path)
     assert bool((weight[:, :2] == 0).all()) == kept
     assert not torch.equal(weight, before)
+
+
+class Attending(nn.Module):
+    """Two blocks of attention and a layer on tokens of pixels, and a smooth activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 4)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 12, 0.0, "gelu", batch_first=True) for _ in range(2)
+        )
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).mT
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+def test_taps_inside_of_blocks_are_compared_where_the_whole_network_runs(tmp_path):
+    images = Images().images
+    graph = capture(Attending().eval(), images[:2])
+    student = convert(graph, calibration=images, inner_taps=True)
+    outer = [tap for tap in student.taps if not tap.inner]
+    inner = [tap for tap in student.taps if tap.inner]
+    assert student.taps == [*outer, *inner]
+    assert outer == convert(graph, calibration=images).taps
+    assert {"blocks.0.self_attn", "blocks.1.self_attn"} < {tap.path for tap in inner}
+    # Each carries what the report has measured there.
+    rows = zip(graph.nodes, student.report, strict=True)
+    errors = {node.name: row.error for node, row in rows if row.error is not None}
+    features = graph.features([tap.node for tap in student.taps])
+    *wanted, _ = features(images)
+    found = student.run({student.graph.inputs[0]: images}, [tap.value for tap in student.taps])
+    for tap, ours, theirs in zip(student.taps, found, wanted, strict=True):
+        assert ours.shape == theirs.shape
+        if tap.node in errors:
+            error = float((ours - theirs).norm() / theirs.norm())
+            assert error == pytest.approx(errors[tap.node], rel=1e-3)
+    quantize(student, 4, 4, [images])
+    assert [tap.inner for tap in student.taps] == [False] * len(outer) + [True] * len(inner)
+    for number, schedule in enumerate(("joint", "progressive", "local on the student's own")):
+        folder, settings = tmp_path / str(number), options(schedule)
+        distill(features, student, Data(), settings, trainer=TRAINER, folder=folder)
+    assert all(bool(weight.isfinite().all()) for weight in student.parameters())
+
+
+def test_periods_of_all_taps_have_those_inside_of_blocks():
+    for schedule in ("joint", "progressive", "local"):
+        *others, last = plan(options(schedule), ["a", "b"], True, inner=2)
+        assert set(last.weights) == {0, 1, 2, 3}
+        assert all(set(period.weights) <= {0, 1} for period in others)

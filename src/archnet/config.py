@@ -294,6 +294,9 @@ class ConvertConfig:
     # converted.
     student: str | None = None
     taps: list[str] | None = None  # teacher module paths to compare at; null: every block output
+    # Whether outputs of approximations inside a block are compared as well, in those stages of
+    # distillation that train the whole network.
+    inner_taps: bool = False
     # What attention becomes: fixed weights over tokens (mixing), or those between two rectified
     # layers, which let a query meet keys and values (context), which is dearer and nearer.
     attention: str = _choice("context", "mixing", "context")

@@ -300,6 +300,7 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
             hardware=config.hardware,
             start=asked.start,
             taps=asked.taps,
+            inner_taps=asked.inner_taps,
             seed=config.seed,
             calibration=this.data.calibration_inputs(asked.calibration),
             approximation=Approximation(

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,6 +31,7 @@ def convert(
     *,
     start: str = "exact",
     taps: Sequence[str] | None = None,
+    inner_taps: bool = False,
     seed: int = 0,
     calibration: Tensor | tuple[Tensor, ...] | None = None,
     approximation: Approximation | None = None,
@@ -45,6 +46,7 @@ def convert(
             and is there for ablations.
         taps: module paths whose outputs are compared in distillation; chosen from the graph
             (block outputs) when absent.
+        inner_taps: whether outputs of approximations inside the blocks are compared as well.
         seed: of the random start.
         calibration: unlabelled inputs, a few hundred samples as one batch; what has no exact form
             is fitted to the teacher's features on them. `example_inputs` when absent.
@@ -72,7 +74,7 @@ def convert(
         inputs = (inputs,)
 
     def build(form: Approximation) -> Built:
-        return _build(graph, target, tap_nodes, inputs, form)
+        return _build(graph, target, tap_nodes, inputs, form, inner_taps)
 
     student = within_budget(build, graph, approximation or Approximation())
     if start == "random":
@@ -88,6 +90,7 @@ def _build(
     tap_nodes: Sequence[tuple[str, TeacherNode]],
     inputs: tuple[Tensor, ...] | None,
     form: Approximation,
+    inner_taps: bool,
 ) -> Built:
     """Every node by its rule, the approximate ones in the forms that ``form`` says."""
     live = {node.name: _reads(node, form) for node in _live(graph, lambda n: _reads(n, form))}
@@ -106,6 +109,7 @@ def _build(
     }
     batches, report = graph.batches(), list[NodeReport]()
     alternatives: dict[str, Alternative] = {}
+    fitted: dict[str, Feature] = {}
     before = _macs(graph)
     uses = Counter(name for names in live.values() for name in names)
     uses[graph.output] += 1
@@ -138,6 +142,8 @@ def _build(
         error = None
         if not site.exact and not isinstance(value, list):
             error = relative_error(site.given(value), site.wanted())
+        if error is not None and isinstance(value, Feature) and node.name not in tapped:
+            fitted[node.name] = value
         if site.alternative is not None:
             alternatives[node.name] = site.alternative
         row = NodeReport(
@@ -164,6 +170,8 @@ def _build(
     builder.graph.taps = [
         Tap(path or node.name, node.name, _name_of(values[node.name])) for path, node in tap_nodes
     ]
+    if inner_taps:
+        builder.graph.taps += _inner_taps(graph, fitted)
     student = Student(builder.graph, builder.modules).eval()
     student.drop_unread()  # slices of a split whose results nobody wants
     macs = Counter(builder.macs)
@@ -174,6 +182,26 @@ def _build(
         for row, node in zip(report, graph.nodes, strict=True)
     ]
     return Built(student, alternatives)
+
+
+def _inner_taps(graph: TeacherGraph, fitted: Mapping[str, Feature]) -> list[Tap]:
+    """Taps at outputs of approximations, where these are values of the student as they stand.
+
+    What folded into a layer behind it, or is read in another order of axes alone, has no value of
+    its own to compare.
+    """
+    nodes = [node for node in graph.nodes if node.name in fitted and node.batch.plain]
+    found = Counter(node.path for node in nodes)
+    return [
+        Tap(
+            node.path if node.path and found[node.path] == 1 else node.name,
+            node.name,
+            first,
+            inner=True,
+        )
+        for node in nodes
+        if (first := fitted[node.name].first) is not None and node.name != graph.output
+    ]
 
 
 def _each(found: Values) -> list[Value]:

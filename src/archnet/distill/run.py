@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from archnet.distill.cache import CachedPairs, FeatureCache
 from archnet.distill.schedule import DistillError, Period, plan
 from archnet.distill.training import ArchDistillation, DistillOptions
-from archnet.ops import Student, WeightedOperator
+from archnet.ops import Student, Tap, WeightedOperator
 
 
 class TrainerOptions(Protocol):
@@ -124,14 +124,14 @@ class _Distillation(ArchDistillation):
         rows = min(self.options.cache_images, len(dataset))
         size = self.data.config.data.eval_batch_size
         loader = self.data.step_loader(dataset, size, -(-rows // size))
+        taps = [f"teacher{index}" for index in range(len(_outer(self.student)))]
 
         def features() -> Iterator[list[Tensor]]:
             for batch in loader:
                 images = batch.contiguous(memory_format=torch.channels_last)
                 found, scores = self.teacher_features(images.to(self.device))
-                yield [images, *found, scores]
+                yield [images, *found[: len(taps)], scores]
 
-        taps = [f"teacher{index}" for index in range(len(self.student.taps))]
         self.cache.write(["images", *taps, "scores"], rows, features())
 
     def _write_student(self, before: int, name: str) -> None:
@@ -208,7 +208,13 @@ def distill(
     Raises:
         DistillError: a loss is not finite (naming tap and step), or training was interrupted.
     """
-    periods = plan(options, [tap.path for tap in student.taps], _tail_is_trained(student))
+    outer = _outer(student)
+    periods = plan(
+        options,
+        [tap.path for tap in outer],
+        _tail_is_trained(student),
+        len(student.taps) - len(outer),
+    )
     batch = data.config.data.batch_size
     facts: dict[str, Any] = {
         "steps": periods[-1].last if periods else 0,
@@ -299,8 +305,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def _outer(student: Student) -> list[Tap]:
+    """The taps at which blocks begin and end; they come first in the student's list."""
+    return [tap for tap in student.taps if not tap.inner]
+
+
 def _tail_is_trained(student: Student) -> bool:
-    source = [student.taps[-1].value] if student.taps else student.graph.inputs
+    outer = _outer(student)
+    source = [outer[-1].value] if outer else student.graph.inputs
     tail = student.steps_between(source, [student.graph.output])
     operators = (student.operator(step.name) for step in tail)
     return any(isinstance(op, WeightedOperator) and op.trainable for op in operators)

@@ -50,7 +50,9 @@ class Period:
         return self.last - self.first
 
 
-def plan(options: ScheduleOptions, taps: Sequence[str], tail_is_trained: bool) -> list[Period]:
+def plan(
+    options: ScheduleOptions, taps: Sequence[str], tail_is_trained: bool, inner: int = 0
+) -> list[Period]:
     """The periods of a schedule.
 
     - ``joint``: all taps and the logits at once, `steps` steps.
@@ -65,14 +67,17 @@ def plan(options: ScheduleOptions, taps: Sequence[str], tail_is_trained: bool) -
     Args:
         taps: names of the taps, in forward order.
         tail_is_trained: whether trained layers follow the last tap (the classifier).
+        inner: how many taps inside of blocks follow those in the student's list; periods that
+            compare all taps compare these, too.
 
     Raises:
         DistillError: the schedule needs taps and there are none.
     """
     count = len(taps)
     everything = {index: options.decay ** (count - 1 - index) for index in range(count)}
+    everything |= dict.fromkeys(range(count, count + inner), 1.0)
+    even = dict.fromkeys(range(count + inner), 1.0)
     if options.schedule == "joint" or options.steps == 0:
-        even = dict.fromkeys(range(count), 1.0)
         return [Period("joint", 0, options.steps, even, True)] if options.steps else []
     if not count:
         raise DistillError(
@@ -105,7 +110,6 @@ def plan(options: ScheduleOptions, taps: Sequence[str], tail_is_trained: bool) -
                 )
             )
         done = periods[-1].last
-        even = dict.fromkeys(range(count), 1.0)
         joint = Period("joint", done, done + joint_steps, even, True, None, options.joint_rate)
         periods.append(joint)
     return [period for period in periods if period.steps > 0]

@@ -55,12 +55,14 @@ class Step:
 class Tap:
     """A pair of points whose features are compared: ``path`` in the teacher, ``value`` here.
 
-    ``node`` is the teacher's graph node that carries the feature.
+    ``node`` is the teacher's graph node that carries the feature. An ``inner`` one stands at the
+    output of an approximation inside a block: the block neither begins nor ends there.
     """
 
     path: str
     node: str
     value: str
+    inner: bool = False
 
 
 @dataclass

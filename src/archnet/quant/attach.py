@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from archnet.errors import ArchnetError
@@ -17,7 +18,6 @@ from archnet.ops import (
     Softmax,
     Step,
     Student,
-    Tap,
     WeightedOperator,
 )
 from archnet.quant.quantizers import (
@@ -78,7 +78,7 @@ def insert_activations(student: Student, fine_sums: bool = False) -> None:
         computes = isinstance(student.operator(step.name), COMPUTING)
         if computes and not has_place(step.name):
             insert_after(step.name, step.origin)
-    taps = [Tap(t.path, t.node, renamed.get(t.value, t.value)) for t in graph.taps]
+    taps = [replace(tap, value=renamed.get(tap.value, tap.value)) for tap in graph.taps]
     student.rewire(steps, added=added, output=renamed.get(graph.output), taps=taps)
     if fine_sums:
         _part(student)
@@ -99,6 +99,8 @@ def _part(student: Student) -> None:
                 reads[multiplies(module)].update(shared[place] for place in on_grid[name])
     both = reads[True] & reads[False]
     by_name = {step.name: step for step in student.graph.steps}
+    # A block starts from its tap, so what it reads has to follow from that value.
+    tapped = {tap.value for tap in student.taps}
     added: dict[str, Operator] = {}
     steps: list[Step] = []
 
@@ -106,7 +108,7 @@ def _part(student: Student) -> None:
         place = f"{name}_narrow"
         if place not in added:
             module = student.operator(name)
-            grown = isinstance(module, Activation)
+            grown = isinstance(module, Activation) or name in tapped
             sources = (name,) if grown else tuple(map(narrow, by_name[name].inputs))
             added[place] = Activation() if grown else copy.deepcopy(module)
             steps.append(Step(place, sources, by_name[name].origin))

@@ -1,6 +1,7 @@
 """Back from a quantized student to a float one: where training at few bits begins with more."""
 
 import json
+from dataclasses import replace
 
 from archnet.ops import (
     Activation,
@@ -10,7 +11,6 @@ from archnet.ops import (
     Operator,
     Step,
     Student,
-    Tap,
     WeightedOperator,
 )
 
@@ -50,7 +50,7 @@ def unquantize(student: Student) -> Student:
         else:
             steps.append(Step(step.name, inputs, step.origin))
     graph = student.graph
-    taps = [Tap(t.path, t.node, renamed.get(t.value, t.value)) for t in graph.taps]
+    taps = [replace(tap, value=renamed.get(tap.value, tap.value)) for tap in graph.taps]
     student.rewire(steps, output=renamed.get(graph.output), taps=taps)
     return student
 

@@ -33,17 +33,31 @@ def reshape(site: Site) -> Value:
     return site.builder.reshape(site.builder.build(value), shape)
 
 
-@rule("aten.permute.default", "aten.transpose.int", "aten.swapaxes.default")
+# Which two axes an operator exchanges: arguments by name, or axes themselves.
+_EXCHANGED: dict[str, tuple[str | int, str | int]] = {
+    "aten.transpose.int": ("dim0", "dim1"),
+    "aten.swapaxes.default": ("axis0", "axis1"),
+    "aten.swapdims.default": ("dim0", "dim1"),
+    "aten.mT.default": (-2, -1),
+    "aten.adjoint.default": (-2, -1),
+}
+
+
+@rule("aten.permute.default", "aten.moveaxis.int", "aten.movedim.int", *_EXCHANGED)
 def permute(site: Site) -> Value:
     """Axes in another order; one that only moves the batch does nothing to a sample."""
-    rank = site.batch.rank
-    if site.node.operator == "aten.permute.default":
+    rank, operator = site.batch.rank, site.node.operator
+    if operator == "aten.permute.default":
         order = [d % rank for d in site.argument("dims")]
-    else:
+    elif operator in _EXCHANGED:
         order = list(range(rank))
-        names = ("dim0", "dim1") if "transpose" in site.node.operator else ("axis0", "axis1")
-        a, b = (site.argument(name) % rank for name in names)
+        names = _EXCHANGED[operator]
+        a, b = (site.argument(n) % rank if isinstance(n, str) else n % rank for n in names)
         order[a], order[b] = order[b], order[a]
+    else:
+        source, place = (site.argument(name) % rank for name in ("source", "destination"))
+        order = [axis for axis in range(rank) if axis != source]
+        order.insert(place, source)
     return site.builder.permuted(site.value("self"), site.batch.student_order(order))
 
 

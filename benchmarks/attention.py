@@ -1,6 +1,6 @@
 """What attention may become within five operators: forms side by side, on a teacher's attention.
 
-    python benchmarks/attention.py outputs/cifar10/*_vit_float
+    python benchmarks/attention.py outputs/cifar10/<run>
 
 takes the teacher and the unlabelled images of a finished run, and for every attention of the
 teacher what goes in and what comes out. Each form is fitted to a part of the images, then trained

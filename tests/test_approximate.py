@@ -100,6 +100,8 @@ EXACT = {
     "channel shuffle": Function(
         lambda m, x: x.view(x.shape[0], 2, 2, 8, 8).transpose(1, 2).reshape(x.shape)
     ),
+    "axes exchanged": Function(lambda m, x: x.mT.relu().swapdims(1, 3).relu().adjoint()),
+    "axis moved": Function(lambda m, x: torch.moveaxis(x.movedim(1, -1).relu(), 3, 2)),
     "chunk": Function(lambda m, x: torch.cat([p.relu() for p in x.chunk(2, 1)][::-1], 1)),
     "split": Function(lambda m, x: torch.cat(x.split([1, 3], 1)[::-1], 1)),
     "unbind": Function(lambda m, x: x.unbind(2)[3] - x.unbind(3)[1]),
@@ -275,6 +277,9 @@ def test_a_head_of_attention_is_fitted_around_its_mixing():
     assert fitted.answer[0].shape == (6, 8)
     assert fitted.result[0].shape == (3, 14)
     assert all(bool(layer[0].isfinite().all()) for layer in (fitted.offer, fitted.answer))
+    # Keys that never vary are given no weight, whatever the queries are.
+    fitted = attended(torch.randn(64, 8, 2), k, v, weights @ v)
+    assert not fitted.offer[0][:, :2].any()
 
 
 APPROXIMATE = {

@@ -514,6 +514,9 @@ def test_taps_inside_of_blocks_are_compared_where_the_whole_network_runs(tmp_pat
     assert student.taps == [*outer, *inner]
     assert outer == convert(graph, calibration=images).taps
     assert {"blocks.0.self_attn", "blocks.1.self_attn"} < {tap.path for tap in inner}
+    # The functional GELU stands in the module whose output is a tap: losses go by path.
+    assert len({tap.path for tap in student.taps}) == len(student.taps)
+    assert any(tap.path.startswith("gelu") for tap in inner)
     # Each carries what the report has measured there.
     rows = zip(graph.nodes, student.report, strict=True)
     errors = {node.name: row.error for node, row in rows if row.error is not None}

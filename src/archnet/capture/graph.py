@@ -157,6 +157,7 @@ class TeacherGraph:
         result.args = ((*[by_name[name] for name in nodes], final),)
         # Without pytree information the tuple is returned as it is.
         graph._codegen = torch.fx.graph.CodeGen()
+        # `torch.fx` calls a graph's inputs placeholders.
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         assert len(placeholders) == len(self.inputs)
         module.recompile()

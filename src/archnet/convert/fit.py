@@ -188,7 +188,7 @@ def attended(query: Tensor, key: Tensor, value: Tensor, wanted: Tensor) -> Atten
     offers = torch.cat([keys, values])
     offer = _likeness([(keys, asked), (values, values)], width)
     offered = _rectify(offer, offers).T.reshape(*value.shape).to(value)
-    gain = max(_size(query) / max(_size(weights.to(value) @ value), 1e-6), 1e-6)
+    gain = (_size(query) or 1.0) / max(_size(weights.to(value) @ value), 1e-6)
     weights = weights * gain
     mixed = [rows(weights.to(value) @ x, -1).double() for x in (value, offered)]
     received = torch.cat([*mixed, asked])
@@ -214,13 +214,16 @@ def _likeness(pairs: Sequence[tuple[Tensor, Tensor]], count: int) -> Layer:
         places = (torch.arange(count) + (index + 1) / (len(pairs) + 1)) * like.shape[1] / count
         centre = x.mean(1, keepdim=True)
         weight = (like - like.mean(1, keepdim=True)).T[places.long()]
-        weight = weight / (weight @ (x - centre)).std(1, keepdim=True).clamp_min(1e-6)
+        deviation = (weight @ (x - centre)).std(1, keepdim=True)
+        # Features that do not vary have nothing to say, however large their population is.
+        weight = torch.where(deviation > 1e-6, weight / deviation, 0.0)
         parts.append(weight)
         bias = bias - (weight @ centre).squeeze(1)
     return torch.cat(parts, 1), bias
 
 
 def _size(x: Tensor) -> float:
+    """Root of the mean square."""
     return float(x.square().mean().sqrt())
 
 

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -171,7 +171,7 @@ def _build(
         Tap(path or node.name, node.name, _name_of(values[node.name])) for path, node in tap_nodes
     ]
     if inner_taps:
-        builder.graph.taps += _inner_taps(graph, fitted)
+        builder.graph.taps += _inner_taps(graph, fitted, {path for path, _ in tap_nodes})
     student = Student(builder.graph, builder.modules).eval()
     student.drop_unread()  # slices of a split whose results nobody wants
     macs = Counter(builder.macs)
@@ -184,17 +184,20 @@ def _build(
     return Built(student, alternatives)
 
 
-def _inner_taps(graph: TeacherGraph, fitted: Mapping[str, Feature]) -> list[Tap]:
+def _inner_taps(
+    graph: TeacherGraph, fitted: Mapping[str, Feature], taken: Collection[str]
+) -> list[Tap]:
     """Taps at outputs of approximations, where these are values of the student as they stand.
 
     What folded into a layer behind it, or is read in another order of axes alone, has no value of
     its own to compare.
     """
     nodes = [node for node in graph.nodes if node.name in fitted and node.batch.plain]
-    found = Counter(node.path for node in nodes)
+    # Losses go by path: where a module computes several of these, each has its node's name.
+    found = Counter([node.path for node in nodes] + list(taken) + [""])
     return [
         Tap(
-            node.path if node.path and found[node.path] == 1 else node.name,
+            node.path if found[node.path] == 1 else node.name,
             node.name,
             first,
             inner=True,

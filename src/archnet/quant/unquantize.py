@@ -35,28 +35,24 @@ def unquantize(student: Student) -> Student:
     for step in student.graph.steps:
         inputs = tuple(renamed.get(name, name) for name in step.inputs)
         module = student.operator(step.name)
+        same_as = step.name
         if isinstance(module, WeightedOperator):
             module.weight_quantizer = module.bias_quantizer = None
-        if isinstance(module, Activation):
+        elif isinstance(module, Activation):
             module.quantizer = None
-        if isinstance(module, Activation) and not module.spec():
-            # A place for a quantizer and nothing else.
-            renamed[step.name] = inputs[0]
-        elif _is_free(module) and (twin := seen.setdefault(_key(module, inputs), step.name)) != (
-            step.name
-        ):
-            # A layout move that was made twice, on finer values and on narrower ones.
-            renamed[step.name] = twin
-        else:
+            # One without bounds was a place for its quantizer and nothing else.
+            same_as = step.name if module.spec() else inputs[0]
+        elif isinstance(module, LayoutMove | MaxPooling | Concat):
+            # What was made twice, on finer values and on narrower ones, is one again.
+            same_as = seen.setdefault(_key(module, inputs), step.name)
+        if same_as == step.name:
             steps.append(Step(step.name, inputs, step.origin))
+        else:
+            renamed[step.name] = same_as
     graph = student.graph
     taps = [replace(tap, value=renamed.get(tap.value, tap.value)) for tap in graph.taps]
     student.rewire(steps, output=renamed.get(graph.output), taps=taps)
     return student
-
-
-def _is_free(module: Operator) -> bool:
-    return isinstance(module, LayoutMove | MaxPooling | Concat)
 
 
 def _key(module: Operator, inputs: tuple[str, ...]) -> tuple[str, str, tuple[str, ...]]:

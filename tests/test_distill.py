@@ -526,7 +526,7 @@ def test_taps_inside_of_blocks_are_compared_where_the_whole_network_runs(tmp_pat
     for tap, ours, theirs in zip(student.taps, found, wanted, strict=True):
         assert ours.shape == theirs.shape
         if tap.node in errors:
-            error = float((ours - theirs).norm() / theirs.norm())
+            error = float((ours - theirs).detach().norm() / theirs.norm())
             assert error == pytest.approx(errors[tap.node], rel=1e-3)
     quantize(student, 4, 4, [images])
     assert [tap.inner for tap in student.taps] == [False] * len(outer) + [True] * len(inner)

@@ -298,8 +298,11 @@ class ConvertConfig:
     # distillation that train the whole network.
     inner_taps: bool = False
     # What attention becomes: fixed weights over tokens (mixing), or those between two rectified
-    # layers, which let a query meet keys and values (context), which is dearer and nearer.
-    attention: str = _choice("context", "mixing", "context")
+    # layers, which let a query meet keys and values (context), which is dearer and nearer; or
+    # attention itself, made of hinges for every pair of tokens (pairs), the dearest and nearest.
+    attention: str = _choice("context", "mixing", "context", "pairs")
+    # Hinges of every product of two numbers in pairs.
+    attention_hinges: int = _number(6, 2, 16)
     # Hinges of a smooth activation, where one clipped line is much farther off; 0: none.
     hinges: int = _number(3, 0, 5)
     # Hinges of a layer norm, where one scale and shift a channel is much farther off; 0: none.

@@ -304,7 +304,12 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
             seed=config.seed,
             calibration=this.data.calibration_inputs(asked.calibration),
             approximation=Approximation(
-                asked.attention, asked.hinges, asked.norm_hinges, asked.min_gain, asked.max_macs
+                asked.attention,
+                asked.attention_hinges,
+                asked.hinges,
+                asked.norm_hinges,
+                asked.min_gain,
+                asked.max_macs,
             ),
         )
     widths = run_quant(config, student, batches)

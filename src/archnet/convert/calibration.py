@@ -4,6 +4,8 @@ An approximate rule fits what it builds to the teacher's own value at that node.
 *student's* value so far, so that every fit makes up for the error of those before it.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,6 +13,10 @@ from torch.nn import functional as F
 from archnet.capture import TeacherGraph, TeacherNode
 from archnet.convert.builder import Builder, ConversionError
 from archnet.convert.feature import Carry, Feature, Form, Value
+from archnet.ops import Step
+
+_HELD = 2**20  # most numbers of one sample in a value that is kept on the way to another
+_AT_ONCE = 2**26  # numbers in the largest value that is computed at once
 
 
 class Calibration:
@@ -122,21 +128,50 @@ class Calibration:
         return total.expand(self._count, *form.shape)
 
     def _step(self, name: str) -> Tensor:
-        """A named value, and what it needs, computed if they are not there."""
+        """A named value, and what it needs, computed if they are not there.
+
+        What is too large to be held for all samples is computed for some at a time, and again when
+        something else is asked that needs it.
+        """
+        if name not in self._student:
+            chosen = self._missing(name)
+            sizes = {step.name: self._elements(step.name) for step in chosen}
+            kept = [n for n, size in sizes.items() if size <= _HELD or n == name]
+            some = max(1, min(self._count, _AT_ONCE // max(sizes.values())))
+            parts: dict[str, list[Tensor]] = {n: [] for n in kept}
+            last = {source: step.name for step in chosen for source in step.inputs}
+            for start in range(0, self._count, some):
+                live: dict[str, Tensor] = {}
+                for step in chosen:
+                    inputs = [
+                        live[source]
+                        if source in live
+                        else self._student[source][start : start + some]
+                        for source in step.inputs
+                    ]
+                    live[step.name] = self._builder.modules[step.name](*inputs)
+                    if step.name in parts:
+                        parts[step.name].append(live[step.name])
+                    for source in step.inputs:
+                        if last[source] == step.name:
+                            live.pop(source, None)
+            for n, found in parts.items():
+                self._student[n] = found[0] if len(found) == 1 else torch.cat(found)
+        return self._student[name]
+
+    def _missing(self, name: str) -> list[Step]:
+        """The steps that lead to a value from those that are there, in order."""
+        steps: dict[str, Step] = {}
         stack = [name]
         while stack:
-            top = stack[-1]
-            if top in self._student:
-                stack.pop()
-                continue
-            step = self._builder.step(top)
-            missing = [source for source in step.inputs if source not in self._student]
-            if missing:
-                stack += missing
-            else:
-                inputs = [self._student[source] for source in step.inputs]
-                self._student[top] = self._builder.modules[top](*inputs)
-        return self._student[name]
+            top = stack.pop()
+            if top not in self._student and top not in steps:
+                steps[top] = self._builder.step(top)
+                stack += steps[top].inputs
+        return [step for step in self._builder.graph.steps if step.name in steps]
+
+    def _elements(self, name: str) -> int:
+        return math.prod(self._builder.graph.shapes[name])
 
 
 def _features(value: Value) -> list[Feature]:

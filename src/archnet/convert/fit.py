@@ -300,10 +300,32 @@ def token_norm(x: Tensor, wanted: Tensor, count: int, centred: bool = True) -> T
     z, s, y = (part.flatten()[picks] for part in (z / unit, s / unit, wanted))
     grid = [(float(v), t) for v in _REACHES for t in _KNOTS]
     basis = torch.stack([z, *(_odd_hinge(z, s, v, t) for v, t in grid)])
-    gram, cross = basis @ basis.T, basis @ y
-    damping = 1e-9 * gram[0, 0]
-    chosen = [0]
-    for _ in range(count):
+    chosen, solution = _pursuit(basis, y, count + 1, [0])
+    slope, *weights = (solution / unit).tolist()
+    places = (grid[j - 1] for j in chosen[1:])
+    hinges = tuple((v, t * unit, a) for (v, t), a in zip(places, weights, strict=True))
+    return TokenNorm(deviation, slope, hinges, centred)
+
+
+def _pursuit(
+    basis: Tensor, wanted: Tensor, count: int, chosen: Sequence[int] = ()
+) -> tuple[list[int], Tensor]:
+    """Orthogonal matching pursuit: rows of ``basis`` chosen one after another, each with all before
+    it by least squares.
+
+    Args:
+        basis: (J, M), float64.
+        wanted: (M,).
+        count: of rows in the end.
+        chosen: rows to begin with.
+
+    Returns:
+        The rows, and what each is multiplied by.
+    """
+    gram, cross = basis @ basis.T, basis @ wanted
+    damping = 1e-9 * gram.diagonal().max()
+    chosen = list(chosen)
+    while len(chosen) < count:
         # Every choice of one more at once: its least squares, and what they explain of the energy.
         index = torch.tensor([[*chosen, j] for j in range(len(basis))])
         part = gram[index[:, :, None], index[:, None, :]]
@@ -313,10 +335,101 @@ def token_norm(x: Tensor, wanted: Tensor, count: int, centred: bool = True) -> T
         explained[chosen] = -math.inf
         chosen.append(int(explained.argmax()))
     part = gram[chosen][:, chosen] + damping * torch.eye(len(chosen), dtype=torch.float64)
-    slope, *weights = (torch.linalg.solve(part, cross[chosen]) / unit).tolist()
-    places = (grid[j - 1] for j in chosen[1:])
-    hinges = tuple((v, t * unit, a) for (v, t), a in zip(places, weights, strict=True))
-    return TokenNorm(deviation, slope, hinges, centred)
+    return chosen, torch.linalg.solve(part, cross[chosen])
+
+
+@dataclass(frozen=True)
+class Hinges:
+    """sum_k a_k max(z - t_k, 0) + c.
+
+    Attributes:
+        knots: t (K,), float64.
+        weights: a (K,), float64.
+        offset: c.
+    """
+
+    knots: Tensor
+    weights: Tensor
+    offset: float = 0.0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        total = torch.full_like(z, self.offset)
+        for t, a in zip(self.knots.tolist(), self.weights.tolist(), strict=True):
+            total += a * (z - t).clamp_min(0)
+        return total
+
+
+def curve(x: Tensor, wanted: Tensor, count: int, *, offset: bool) -> Hinges:
+    """A function of one number as a sum of hinges, for values that have long tails.
+
+    Args:
+        x, wanted: (M,).
+        count: of hinges.
+        offset: whether there is one; without it the function is zero below its lowest knot.
+    """
+    x, wanted = x.double(), wanted.double()
+    knots = _spaced(x)
+    basis = torch.stack([torch.ones_like(x), *((x - t).clamp_min(0) for t in knots)])
+    if offset:
+        # The lowest knot is the line that the others bend.
+        chosen, found = _pursuit(basis, wanted, count + 1, [0, 1])
+        return Hinges(knots[torch.tensor(chosen[1:]) - 1], found[1:], float(found[0]))
+    chosen, found = _pursuit(basis[1:], wanted, count)
+    return Hinges(knots[torch.tensor(chosen)], found)
+
+
+def product(x: Tensor, y: Tensor, count: int) -> Hinges:
+    """Hinges f with f(x + y) - f(x) - f(y) nearly x y, chosen by what sums of products need.
+
+    The algebra is that of x y = ((x + y)^2 - x^2 - y^2) / 2, a square being a sum of hinges.
+
+    Args:
+        x, y: (M, J) of about one size; what is compared is the sum over J.
+        count: of hinges.
+    """
+    x, y = x.double(), y.double()
+    knots = _spaced((x + y).flatten())
+    basis = torch.stack([_product(x, y, float(t)).sum(1) for t in knots])
+    chosen, found = _pursuit(basis, (x * y).sum(1), count)
+    return Hinges(knots[torch.tensor(chosen)], found)
+
+
+def _product(x: Tensor, y: Tensor, t: float) -> Tensor:
+    return (x + y - t).clamp_min(0) - (x - t).clamp_min(0) - (y - t).clamp_min(0)
+
+
+def _spaced(x: Tensor) -> Tensor:
+    """Candidates for knots between all but the ends of ``x``: evenly spaced in its range and in its
+    order, half each way.
+    """
+    x = x[:: math.ceil(len(x) / 2**18)]
+    low, high = x.quantile(1e-3), x.quantile(1 - 1e-4)
+    shares = torch.tensor([*(k / 16 for k in range(1, 16)), 0.97, 0.98, 0.99, 0.995], dtype=x.dtype)
+    even = low + (high - low) * torch.arange(16, dtype=x.dtype) / 16
+    return torch.cat([even, x.quantile(shares)]).sort().values
+
+
+def balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Axes in which x . y is a sum of products of one size each, the largest first.
+
+    With covariances X = E[x x'] and Y = E[y y'], and X^(1/2) Y^(1/2) = U S W': x . y = a . b for
+    a = S^(1/2) U' X^(-1/2) x and b = S^(1/2) W' Y^(-1/2) y, whose covariances are both S.
+
+    Args:
+        first, second: (C, samples), of mean zero.
+
+    Returns:
+        The matrices (C, C) of a and of b, and S (C,), float64.
+    """
+    roots, inverses = [], []
+    for x in (first.double(), second.double()):
+        energy, axes = torch.linalg.eigh(x @ x.T / x.shape[1])
+        energy = energy.clamp_min(1e-9 * float(energy.max()) + 1e-30)
+        roots.append(axes * energy.sqrt() @ axes.T)
+        inverses.append(axes / energy.sqrt() @ axes.T)
+    left, sizes, right = torch.linalg.svd(roots[0] @ roots[1])
+    scale = sizes.sqrt()[:, None]
+    return scale * left.T @ inverses[0], scale * right @ inverses[1], sizes
 
 
 def rows(x: Tensor, axis: int) -> Tensor:

@@ -18,6 +18,9 @@ from archnet.convert.rules.base import (
     rule,
 )
 from archnet.convert.rules.layout import joined
+from archnet.convert.rules.pairs import Pairs
+
+_LOWEST = -16.0  # what a mask adds to scores of pairs that have no part
 
 # What may stand between a softmax and the product that it weighs.
 _CARRIERS = ("dropout", "contiguous", "clone", "view", "reshape", "expand", "detach")
@@ -63,9 +66,13 @@ def attention(site: Site) -> Value:
     token's key with its value before both are mixed over tokens, one a token's query with what
     the mixing brought to it. What a token receives then depends on what it asks for.
     """
-    if site.approximation.attention == "mixing" or site.is_compact:
+    form = site.approximation.attention
+    if form == "mixing" or site.is_compact:
         return _mixed(site, site.feature("value"))
-    return _in_context(site, *(site.feature(name) for name in ("query", "key", "value")))
+    features = [site.feature(name) for name in ("query", "key", "value")]
+    if form == "pairs" and site.builder.target.fc_per_position:
+        return _in_pairs(site, *features)
+    return _in_context(site, *features)
 
 
 @rule("aten.matmul.default", "aten.bmm.default", "aten.einsum.default", reads=_operands)
@@ -138,6 +145,41 @@ def _in_context(site: Site, query: Feature, key: Feature, value: Feature) -> Val
         relative_error(site.given(result), wanted),
     )
     return result
+
+
+def _in_pairs(site: Site, query: Feature, key: Feature, value: Feature) -> Value:
+    """Hinges for every pair of tokens."""
+    given, wanted = site.node.arguments, site.wanted()
+    scale = given.get("scale") or 1 / math.sqrt(query.shape[-1])
+    heads = _heads(site, query, key, value)
+    pairs = Pairs(site, (query, key, value), heads, _mask(site, heads), float(scale))
+    result = pairs.build()
+    site.alternative = Alternative(
+        (site.argument("value").name,),
+        relative_error(pairs.simpler, pairs.split_heads(wanted)),
+        relative_error(site.given(result), wanted),
+    )
+    return result
+
+
+def _mask(site: Site, heads: int) -> Tensor | None:
+    """What is added to the scores, (heads, queries, keys), if it is the same for all inputs."""
+    given = site.node.arguments
+    size = (site.node.shape[-2], site.feature("key").shape[-2])
+    mask = given.get("attn_mask")
+    if given.get("is_causal"):
+        mask = torch.ones(size, dtype=torch.bool).tril()
+    if mask is None:
+        return None
+    if isinstance(mask, Ref):
+        raise site.error("has a mask that depends on the input; convert.attention=pairs needs one")
+    while mask.dim() > 3 and mask.shape[0] == 1:
+        mask = mask[0]
+    if mask.dim() > 3:
+        raise site.error("has a mask for every window; convert.attention=pairs knows one for all")
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, -math.inf)
+    return mask.detach().double().cpu().clamp_min(_LOWEST).expand(heads, *size)
 
 
 def _heads(site: Site, *features: Feature) -> int:

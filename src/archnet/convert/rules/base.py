@@ -23,7 +23,9 @@ class Approximation:
 
     Attributes:
         attention: `mixing`, fixed weights over tokens; or `context`, with those between two
-            rectified layers, which let a query meet keys and values.
+            rectified layers, which let a query meet keys and values; or `pairs`, attention itself
+            with hinges for its products.
+        attention_hinges: of a product of two numbers, in `pairs`.
         hinges: of a smooth activation where they are worth their cost; with 0 each is one clipped
             line for every channel, which is free.
         norm_hinges: of a layer norm where they are worth their cost; with 0 each is one scale and
@@ -37,6 +39,7 @@ class Approximation:
     """
 
     attention: str = "context"
+    attention_hinges: int = 6
     hinges: int = 3
     norm_hinges: int = 3
     min_gain: float = 0.03

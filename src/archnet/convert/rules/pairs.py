@@ -1,0 +1,365 @@
+"""Attention for every pair of tokens: scores, softmax and weighted sum as sums of hinges."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from archnet.convert.feature import Feature
+from archnet.convert.fit import Hinges, balanced, curve, mixing, product, ridge, rows
+from archnet.convert.rules.base import Site
+from archnet.ops import Activation, Concat, MaxPool2x2, Permute, Reshape
+
+_SCORE_ERROR = 0.1  # deviation that axes left out may add to a score
+_VALUE_ERROR = 0.1  # share of the values' energy that axes left out may have
+_PRODUCTS = 2**20  # that hinges are fitted to
+_SAMPLES = 2**17  # that a curve is fitted to
+_EXPONENTIAL, _LOGARITHM = 5, 3  # hinges of each
+_CENTRE = 0.7  # weights over values, in a pair: weights have the longer tail
+
+
+class Pairs:
+    """softmax(Q K' / sqrt(d) + mask) V, its products made by hinges of sums (`fit.product`).
+
+    For every head, query i and key j, all of it constants of the conversion:
+
+    - t_ij = sum_c (f(a_ic + b_jc) - f(b_jc)) + k_j . mean(q) + mask_ij: a and b are queries and
+      keys, less their means, in the axes where their products are largest first
+      (`fit.balanced`). What moves all scores of a query alike a softmax does not see.
+    - p_ij = g(t_ij - m_i - l(mean_j e(t_ij - m_i))): m is the largest score, by max-pooling; e
+      and g are hinges near exp, l is near log.
+    - z_ic = sum_j (h(p_ij + y_jc) - h(p_ij) - h(y_jc)): y are values, less their mean, in the axes
+      of most energy; p is less its mean. The result is R z + A V: fixed weights A over tokens
+      give what is left.
+
+    A row of the layers that read pairs holds one number and its negative, so that few bits round
+    none of them; what they add are ones.
+
+    Args:
+        site: of the attention.
+        features: queries, keys and values, (..., heads, tokens, channels).
+        heads: of the result; keys and values may have fewer, each for several.
+        mask: (heads, queries, keys), or None.
+        scale: of scores.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        features: Sequence[Feature],
+        heads: int,
+        mask: Tensor | None,
+        scale: float,
+    ) -> None:
+        self.site, self.builder, self.heads = site, site.builder, heads
+        self.count, self.scale, self.mask = site.approximation.attention_hinges, scale, mask
+        self.query, self.key, self.value = features
+        shape = site.node.shape
+        self.windows = math.prod(shape[:-3])
+        self.asking, self.tokens = shape[-2], self.key.shape[-2]
+        self.queries = self.windows * self.asking  # of all windows
+        self.pick = torch.Generator().manual_seed(0)
+
+    def build(self) -> Feature:
+        """The attention; ``simpler`` is then what fixed weights alone give of the values."""
+        scores = self._scores()
+        weighed, means = self._weighted(scores)
+        shape = self.site.node.shape
+        result = self.builder.add([weighed, means])
+        split = self._shaped(
+            self.builder.first(result), (self.windows, self.asking, self.heads, shape[-1])
+        )
+        turned = self._turned(split, (0, 1, 3, 2, 4))
+        return Feature(shape, first=self._shaped(turned, shape), axis=len(shape))
+
+    # -- parts ---------------------------------------------------------------------------------
+
+    def _scores(self) -> str:
+        """t (queries of all windows, heads, keys)."""
+        query, key = self._given(self.query) * self.scale, self._given(self.key)
+        axes, centres, kept = [], [], 1
+        for head in range(self.heads):
+            asked, offered = (rows(self._of(x, head), -1) for x in (query, key))
+            centre = [x.mean(1, keepdim=True).double() for x in (asked, offered)]
+            a, b, sizes = balanced(asked - centre[0], offered - centre[1])
+            left = sizes.square().flip(0).cumsum(0).sqrt()
+            kept = max(kept, len(sizes) - int((left <= _SCORE_ERROR).sum()))
+            axes.append((self.scale * a, b))
+            centres.append((centre[0] / self.scale, centre[1], centre[0]))
+        ours = self._in_axes(self.query, [a[:kept] for a, _ in axes], [c[0] for c in centres])
+        theirs = self._in_axes(self.key, [b[:kept] for _, b in axes], [c[1] for c in centres])
+        a, b = (self._split(self.site.given(self._tagged(x))) for x in (ours, theirs))
+        f = product(*self._sampled(a, b, kept), self.count)
+        wide = self.heads * kept
+        pairs = [
+            self._copied(self._shaped(ours, (self.queries, 1, wide, 1)), 2, self.tokens),
+            self._shaped(
+                self._copied(
+                    self._shaped(theirs, (self.windows, 1, self.tokens * wide)), 2, self.asking
+                ),
+                (self.queries, self.tokens, wide, 1),
+            ),
+        ]
+        met = self._summed(self._units(f, pairs, (1, 1)), f, kept)
+        alone = self._summed(
+            self._units(f, [self._shaped(theirs, (self.windows, self.tokens, wide, 1))], (1,)),
+            f,
+            kept,
+        )
+        # The mean query asks all keys the same.
+        matrix = self._block([c[2].T for c in centres], self.key)
+        common = self._fixed(self._flat(self.key), matrix)
+        offset = self._total([common, alone], (1, -1))
+        offset = self._turned(offset, (0, 1, 3, 2))
+        offset = self._shaped(offset, (self.windows, 1, self.heads * self.tokens))
+        offset = self._copied(offset, 2, self.asking)
+        square = (self.queries, self.heads, self.tokens)
+        scores = self._total(
+            [self._turned(met, (0, 1, 3, 2)), self._shaped(offset, square)], (1, 1)
+        )
+        if self.mask is None:
+            return scores
+        masks = self.mask.double().transpose(0, 1).repeat(self.windows, 1, 1)
+        feature = Feature(square, first=scores, axis=3)
+        return self.builder.first(
+            self.builder.element_affine(feature, torch.ones_like(masks), masks)
+        )
+
+    def _weighted(self, scores: str) -> tuple[Feature, Feature]:
+        """R z and A V, (windows, queries, heads * channels) each."""
+        value = self._given(self.value)
+        axes, centres, kept = [], [], 1
+        for head in range(self.heads):
+            x = rows(self._of(value, head), -1).double()
+            centre = x.mean(1, keepdim=True)
+            energy, found = torch.linalg.eigh((x - centre) @ (x - centre).T / x.shape[1])
+            energy, found = energy.clamp_min(0).flip(0), found.flip(1)
+            left = energy.flip(0).cumsum(0)
+            kept = max(kept, len(energy) - int((left <= _VALUE_ERROR * energy.sum()).sum()))
+            axes.append(found.T)
+            centres.append(centre)
+        axes = [a[:kept] for a in axes]
+        weights, unit = self._softmax(scores, value, axes)
+        wide = self.heads * kept
+        theirs = self._in_axes(self.value, [a / unit for a in axes], centres)
+        x = self.site.given(self._tagged(weights))  # (B, queries, heads, keys)
+        y = self._split(self.site.given(self._tagged(theirs)))  # (B, windows, heads, keys, axes)
+        h = product(*self._sampled_sums(x, y), self.count)
+        turned = self._turned(theirs, (0, 1, 3, 2))
+        square = (self.queries, wide, self.tokens, 1)
+        pairs = [
+            self._shaped(
+                self._copied(
+                    self._shaped(weights, (self.queries, self.heads, 1, self.tokens)), 3, kept
+                ),
+                square,
+            ),
+            self._shaped(
+                self._copied(
+                    self._shaped(turned, (self.windows, 1, wide * self.tokens)), 2, self.asking
+                ),
+                square,
+            ),
+        ]
+        met = self._summed(self._units(h, pairs, (1, 1)), h, self.tokens)
+        first = self._summed(
+            self._units(
+                h, [self._shaped(weights, (self.queries, self.heads, self.tokens, 1))], (1,)
+            ),
+            h,
+            self.tokens,
+        )
+        first = self._copied(self._shaped(first, (self.queries, self.heads, 1)), 3, kept)
+        second = self._summed(
+            self._units(h, [self._shaped(turned, (self.windows, wide, self.tokens, 1))], (1,)),
+            h,
+            self.tokens,
+        )
+        second = self._copied(self._shaped(second, (self.windows, 1, wide)), 2, self.asking)
+        parts = [self._shaped(x, (self.queries, wide)) for x in (met, first, second)]
+        z = self._shaped(self._total(parts, (1, -1, -1)), (self.windows, self.asking, wide))
+        return self._result(z, value, [a.T for a in axes])
+
+    def _result(self, z: str, value: Tensor, axes: Sequence[Tensor]) -> tuple[Feature, Feature]:
+        wanted = self.split_heads(self.site.wanted())
+        products = self._split(self.site.given(self._tagged(z)))
+        self.simpler = torch.empty_like(wanted)
+        uniform = torch.full((self.asking, self.tokens), 1 / self.tokens)
+        mixed = []
+        tokens = self._turned(self._flat(self.value), (0, 1, 3, 2))
+        theirs, width = self.value.shape[-3] if len(self.value.shape) > 2 else 1, wanted.shape[-1]
+        for head in range(self.heads):
+            values, goal = self._of(value, head), wanted[:, :, head]
+            self.simpler[:, :, head] = mixing(values, goal).to(values) @ values
+            rest = goal - products[:, :, head] @ axes[head].T.to(goal)
+            matrix = ridge(rows(values, -2), rows(rest, -2), uniform, 1e-2)
+            start = head * theirs // self.heads * width
+            part = self.builder.slice(self._tagged(tokens), 2, start, start + width)
+            across = self._fixed(self.builder.first(part), matrix)
+            mixed.append(self._turned(across, (0, 1, 3, 2)))
+        joined = mixed[0] if len(mixed) == 1 else self.builder.emit("concat", Concat(3), *mixed)
+        weighed = self._fixed(z, torch.block_diag(*axes))
+        return self._tagged(weighed), self._tagged(joined)
+
+    def _softmax(self, scores: str, value: Tensor, axes: Sequence[Tensor]) -> tuple[str, float]:
+        """unit * (p - 1 / keys), (queries of all windows, heads, keys), and the unit: it makes
+        weights and what they weigh of one size.
+        """
+        square = (self.queries, self.heads, self.tokens)
+        t = self.site.given(self._tagged(scores))
+        below = t - t.amax(-1, keepdim=True)
+        highest = self._shaped(scores, (self.queries * self.heads, self.tokens, 1))
+        count = self.tokens
+        while count > 1:
+            highest = self.builder.emit("highest", MaxPool2x2(2, (0, 1, 0, count % 2)), highest)
+            count = math.ceil(count / 2)
+        highest = self._shaped(highest, (*square[:2], 1))
+        e = curve(*self._few(below, below.exp()), _EXPONENTIAL, offset=False)
+        pairs = [
+            self._shaped(scores, (*square, 1)),
+            self._shaped(self._copied(highest, 3, self.tokens), (*square, 1)),
+        ]
+        exponentials = self._summed(self._units(e, pairs, (1, -1)), e, self.tokens, 1 / self.tokens)
+        exponentials = self._shaped(exponentials, (*square[:2], 1))
+        mean = self.site.given(self._tagged(exponentials))
+        level = below.exp().mean(-1, keepdim=True).log()
+        logarithm = curve(*self._few(mean, level), _LOGARITHM, offset=True)
+        level_name = self._fixed(
+            self._units(logarithm, [exponentials], (1,)),
+            logarithm.weights.sign()[None],
+            logarithm.offset,
+        )
+        both = self.builder.emit("concat", Concat(3), highest, level_name)
+        reference = self._fixed(both, torch.ones(1, 2, dtype=torch.float64))
+        weights = t.softmax(-1)
+        ratio = [
+            float((self._of(value, head) @ axes[head].T.to(value)).std())
+            for head in range(self.heads)
+        ]
+        unit = _CENTRE * math.sqrt(sum(ratio) / len(ratio) / max(float(weights.std()), 1e-6))
+        reached = t - self.site.given(self._tagged(reference))
+        g = curve(*self._few(reached, unit * weights), _EXPONENTIAL, offset=False)
+        pairs[1] = self._shaped(self._copied(reference, 3, self.tokens), (*square, 1))
+        units = self._units(g, pairs, (1, -1))
+        signs = g.weights.sign()[None]
+        return self._shaped(self._fixed(units, signs, -unit / self.tokens), square), unit
+
+    # -- what is given -------------------------------------------------------------------------
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, ..., heads, tokens, channels) as (B, windows, heads, tokens, channels)."""
+        shape = x.shape if x.dim() > 3 else (x.shape[0], 1, *x.shape[1:])
+        return x.reshape(shape[0], -1, *shape[-3:])
+
+    def _given(self, feature: Feature) -> Tensor:
+        return self.split_heads(self.site.given(feature))
+
+    def _of(self, x: Tensor, head: int) -> Tensor:
+        """What a head has of (B, windows, heads, tokens, channels)."""
+        return x[:, :, head * x.shape[2] // self.heads]
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, windows, tokens, heads * channels) as (B, windows, heads, tokens, channels)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(2, 3)
+
+    def _draw(self, count: int, *sizes: int) -> list[Tensor]:
+        return [torch.randint(size, (count,), generator=self.pick) for size in sizes]
+
+    def _sampled(self, a: Tensor, b: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+        """Some pairs of a query and a key of one head, with all their axes."""
+        count = math.ceil(_PRODUCTS / 8 / kept)
+        sample, window, head = self._draw(count, *a.shape[:3])
+        i, j = self._draw(count, self.asking, self.tokens)
+        return a[sample, window, head, i], b[sample, window, head, j]
+
+    def _sampled_sums(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Some rows of weights and one axis of the values that they weigh."""
+        count = math.ceil(_PRODUCTS / 8 / self.tokens)
+        sample, window, head = self._draw(count, *y.shape[:3])
+        i, c = self._draw(count, self.asking, y.shape[-1])
+        return x[sample, window * self.asking + i, head], y[sample, window, head, :, c]
+
+    def _few(self, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        x, wanted = x.flatten(), wanted.flatten()
+        (places,) = self._draw(min(len(x), _SAMPLES), len(x))
+        return x[places], wanted[places]
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def _tagged(self, name: str) -> Feature:
+        shape = self.builder.graph.shapes[name]
+        return Feature(shape, first=name, axis=len(shape))
+
+    def _shaped(self, name: str, shape: tuple[int, ...]) -> str:
+        if self.builder.graph.shapes[name] == shape:
+            return name
+        return self.builder.emit("shape", Reshape(shape), name)
+
+    def _turned(self, name: str, order: tuple[int, ...]) -> str:
+        return self.builder.emit("order", Permute(order), name)
+
+    def _copied(self, name: str, axis: int, count: int) -> str:
+        """The same ``count`` times beside itself along an axis (the batch is axis 0)."""
+        if count == 1:
+            return name
+        return self.builder.emit("copies", Concat(axis), *[name] * count)
+
+    def _flat(self, feature: Feature) -> str:
+        """(windows, tokens, heads * channels)."""
+        shape = feature.shape
+        heads = shape[-3] if len(shape) > 2 else 1
+        name = self._shaped(
+            self.builder.first(feature), (self.windows, heads, shape[-2], shape[-1])
+        )
+        if heads > 1:
+            name = self._turned(name, (0, 1, 3, 2, 4))
+        return self._shaped(name, (self.windows, shape[-2], heads * shape[-1]))
+
+    def _fixed(self, name: str, weight: Tensor, bias: float | Tensor = 0.0) -> str:
+        """A constant fully connected layer."""
+        offset = torch.as_tensor(bias, dtype=torch.float64).expand(len(weight))
+        return self.builder.fully_connected(name, weight, offset, trainable=False)
+
+    def _block(self, matrices: Sequence[Tensor], feature: Feature) -> Tensor:
+        """One matrix over (heads * channels) of a feature of those of each head."""
+        theirs = feature.shape[-3] if len(feature.shape) > 2 else 1
+        height, width = matrices[0].shape
+        whole = torch.zeros(self.heads * height, theirs * width, dtype=torch.float64)
+        for head, matrix in enumerate(matrices):
+            start = head * theirs // self.heads * width
+            whole[head * height : (head + 1) * height, start : start + width] = matrix
+        return whole
+
+    def _in_axes(self, feature: Feature, axes: Sequence[Tensor], centres: Sequence[Tensor]) -> str:
+        """(windows, tokens, heads * axes) of a feature less its means."""
+        matrix = self._block(axes, feature)
+        shift = torch.cat([-(a @ c).squeeze(1) for a, c in zip(axes, centres, strict=True)])
+        return self._fixed(self._flat(feature), matrix, shift)
+
+    def _units(self, f: Hinges, sources: Sequence[str], signs: tuple[int, ...]) -> str:
+        """|a_k| max(sum of +- sources - t_k, 0) beside each other, of (..., 1) each."""
+        joined = sources[0]
+        if len(sources) > 1:
+            axis = len(self.builder.graph.shapes[joined])
+            joined = self.builder.emit("concat", Concat(axis), *sources)
+        size = f.weights.abs()
+        row = torch.tensor(signs, dtype=torch.float64)
+        lines = self._fixed(joined, size[:, None] * row, -size * f.knots)
+        return self.builder.emit("act", Activation(0.0, math.inf), lines)
+
+    def _summed(self, units: str, f: Hinges, together: int, scale: float = 1.0) -> str:
+        """Units (..., n, K) added over K and over every ``together`` of n: (..., n / together)."""
+        *ahead, n, count = self.builder.graph.shapes[units]
+        shape = (*ahead, n // together, together * count)
+        signs = scale * f.weights.sign().repeat(together)[None]
+        total = self._fixed(self._shaped(units, shape), signs)
+        return self._shaped(total, shape[:-1])
+
+    def _total(self, names: Sequence[str], signs: tuple[int, ...]) -> str:
+        """The sum of values of one shape."""
+        shape = self.builder.graph.shapes[names[0]]
+        ones = [self._shaped(name, (*shape, 1)) for name in names]
+        joined = self.builder.emit("concat", Concat(len(shape) + 1), *ones)
+        total = self._fixed(joined, torch.tensor([signs], dtype=torch.float64))
+        return self._shaped(total, shape)

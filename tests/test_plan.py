@@ -5,10 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from archnet.convert import convert
+from archnet.convert import Approximation, convert
 from archnet.ops import Student
-from archnet.ops.plan import Convolved, Piece, Split
+from archnet.ops.pairs import Bent, Copied
+from archnet.ops.piece import Piece
+from archnet.ops.plan import Convolved, Split
 from archnet.quant import quantize
 
 
@@ -97,3 +100,48 @@ def test_a_copy_runs_its_own_weights() -> None:
             parameter.zero_()
     assert not other(x).any()
     torch.testing.assert_close(student(x), before)
+
+
+class Attention(nn.Module):
+    """Two heads that meet scores of some size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, 36)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 2, 6).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(3 * q, 2 * k, v).transpose(1, 2).reshape(b, n, 12)
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_hinges_of_pairs_run_as_one_function(bits: int) -> None:
+    torch.manual_seed(0)
+    network, x = Attention().eval(), torch.randn(64, 7, 6)
+    student = convert(network, x[:1], calibration=x, approximation=Approximation("pairs"))
+    if bits < 32:
+        quantize(student, bits, bits, [x])
+    found = [piece for piece in pieces(student) if isinstance(piece, Bent)]
+    # Scores, exponentials, weights and sums; of one number the rest, a logarithm among it.
+    assert sorted(len(piece.hinges.signs) for piece in found) == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert sum(isinstance(piece, Copied) for piece in pieces(student)) == 9
+    student.double()
+    result, expected = (
+        student(x.double()),
+        step_by_step(student, x.double())[student.graph.output],
+    )
+    torch.testing.assert_close(result, expected)
+    for ours, theirs in zip(gradients(student, result), gradients(student, expected), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_hinges_that_are_asked_for_are_computed() -> None:
+    torch.manual_seed(0)
+    network, x = Attention().eval(), torch.randn(32, 7, 6)
+    student = convert(network, x[:1], calibration=x, approximation=Approximation("pairs"))
+    (bent, *_) = [piece for piece in pieces(student) if isinstance(piece, Bent)]
+    values = student.run({student.graph.inputs[0]: x}, [bent.hinges.act, bent.hinges.total])
+    expected = step_by_step(student, x)
+    for name, value in zip((bent.hinges.act, bent.hinges.total), values, strict=True):
+        torch.testing.assert_close(value, expected[name])

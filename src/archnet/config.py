@@ -302,7 +302,7 @@ class ConvertConfig:
     # attention itself, made of hinges for every pair of tokens (pairs), the dearest and nearest.
     attention: str = _choice("context", "mixing", "context", "pairs")
     # Hinges of every product of two numbers in pairs.
-    attention_hinges: int = _number(6, 2, 16)
+    attention_hinges: int = _number(8, 2, 16)
     # Hinges of a smooth activation, where one clipped line is much farther off; 0: none.
     hinges: int = _number(3, 0, 5)
     # Hinges of a layer norm, where one scale and shift a channel is much farther off; 0: none.

@@ -189,14 +189,17 @@ class Activation(Operator):
         bounds = {"low": self.low, "high": self.high}
         return {key: value for key, value in bounds.items() if math.isfinite(value)}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, values: int | None = None) -> Tensor:
+        """Clip and round; ``values`` says how many values a sample has, where x is no batch
+        of samples.
+        """
         if self.quantizer is not None:
             # A ReLU on an unsigned grid costs no extra pass: the lowest level is its bound. One
             # that shares a grid with negative levels (the two sides of an addition) has to be made.
             low = -math.inf if self.low == getattr(self.quantizer, "low", None) == 0 else self.low
             if math.isfinite(low) or math.isfinite(self.high):
                 x = x.clamp(low, self.high)
-            return self.quantizer(x)
+            return self.quantizer(x) if values is None else self.quantizer(x, values)
         if self.low == 0 and self.high == math.inf:
             return F.relu(x)
         if self.low == -math.inf and self.high == math.inf:

@@ -11,26 +11,11 @@ from torch.nn import functional as F
 
 from archnet.ops.layout import LayoutMove, Pad, Slice
 from archnet.ops.operators import Concat, FullyConnected
+from archnet.ops.pairs import copies, hinges_of_sums
+from archnet.ops.piece import Piece
 
 if TYPE_CHECKING:
     from archnet.ops.student import Step
-
-
-@dataclass
-class Piece:
-    """One piece of work: a step alone.
-
-    ``names`` are the values it computes, ``reads`` those it computes them from, ``dropped`` those
-    that nobody reads after it.
-    """
-
-    names: tuple[str, ...]
-    reads: tuple[str, ...]
-    dropped: tuple[str, ...] = ()
-
-    def work(self, operators: nn.ModuleDict, live: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        """The values ``names``; ``live`` holds all that is known by now."""
-        return [operators[self.names[0]](*[live[name] for name in self.reads])]
 
 
 def plan(
@@ -44,17 +29,26 @@ def plan(
     - A fully connected layer that reads the windows of a map (what a 7x7 convolution becomes) is
       run as the convolution it is: its 49 views and their concatenation need not exist, which is
       most of the time of a training step of such a student.
+    - Hinges of a sum that are added up (attention by pairs of tokens) are one function of the sum,
+      computed at once (`archnet.ops.pairs`): there are too many of them to exist for every pair.
+      Copies along an axis are views.
     - Slices that part a whole axis (the lanes of a depthwise layer) are one split, whose gradient
       is one concatenation; every slice alone would fill a whole tensor with zeros.
     """
     windows = _windows(steps, operators, shapes)
+    bent = hinges_of_sums(steps, operators, shapes)
     needed, chosen = set(targets), []
     for step in reversed(steps):
         if step.name in needed:
-            needed.update([windows[step.name].source] if step.name in windows else step.inputs)
+            if step.name in windows:
+                needed.add(windows[step.name].source)
+            else:
+                needed.update(bent[step.name].reads if step.name in bent else step.inputs)
             chosen.append(step)
     chosen.reverse()
     together: dict[str, Piece] = {
+        **bent,
+        **copies(chosen, operators, shapes),
         **_parts(chosen, operators),
         **_convolved(chosen, operators, windows),
     }

@@ -167,7 +167,11 @@ class Quantizer(nn.Module):
         return scale if self.channels == 1 else scale.reshape(-1, *[1] * (x.dim() - 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        factor = 1.0 / math.sqrt(max(1, self._values(x)) * max(1, self.high))
+        return self._rounded(x, self._values(x))
+
+    def _rounded(self, x: Tensor, values: int) -> Tensor:
+        """X on the grid, where so many values of one sample share a scale."""
+        factor = 1.0 / math.sqrt(max(1, values) * max(1, self.high))
         return _LearnedStep.apply(x, self.along(x), self.low, self.high, factor)
 
     def _values(self, x: Tensor) -> int:
@@ -255,6 +259,10 @@ class ActivationLSQ(Quantizer):
         # One bit on both sides of zero has three levels.
         high = max(1, low + 2**bits - 1)
         super().__init__(bits, low, high, 1, self.learned, power_of_two)
+
+    def forward(self, x: Tensor, values: int | None = None) -> Tensor:
+        """X on the grid; ``values`` is how many a sample has, where x is no batch of samples."""
+        return self._rounded(x, self._values(x) if values is None else values)
 
     def spec(self) -> dict[str, Any]:
         return {

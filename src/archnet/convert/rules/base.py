@@ -39,7 +39,7 @@ class Approximation:
     """
 
     attention: str = "context"
-    attention_hinges: int = 6
+    attention_hinges: int = 8
     hinges: int = 3
     norm_hinges: int = 3
     min_gain: float = 0.03

@@ -76,7 +76,7 @@ class Pairs:
     # -- parts ---------------------------------------------------------------------------------
 
     def _scores(self) -> str:
-        """t (queries of all windows, heads, keys)."""
+        """Scores t (queries of all windows, heads, keys)."""
         query, key = self._given(self.query) * self.scale, self._given(self.key)
         axes, centres, kept = [], [], 1
         for head in range(self.heads):
@@ -203,8 +203,8 @@ class Pairs:
         return self._tagged(weighed), self._tagged(joined)
 
     def _softmax(self, scores: str, value: Tensor, axes: Sequence[Tensor]) -> tuple[str, float]:
-        """unit * (p - 1 / keys), (queries of all windows, heads, keys), and the unit: it makes
-        weights and what they weigh of one size.
+        """Weights unit * (p - 1 / keys), (queries of all windows, heads, keys), and the unit: it
+        makes weights and what they weigh of one size.
         """
         square = (self.queries, self.heads, self.tokens)
         t = self.site.given(self._tagged(scores))

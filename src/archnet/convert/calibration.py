@@ -5,18 +5,19 @@ An approximate rule fits what it builds to the teacher's own value at that node.
 """
 
 import math
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archnet.capture import TeacherGraph, TeacherNode
 from archnet.convert.builder import Builder, ConversionError
 from archnet.convert.feature import Carry, Feature, Form, Value
 from archnet.ops import Step
+from archnet.ops.plan import plan
 
-_HELD = 2**20  # most numbers of one sample in a value that is kept on the way to another
-_AT_ONCE = 2**26  # numbers in the largest value that is computed at once
+_AT_ONCE = 2**26  # numbers in the largest value on the way to what is asked for
 
 
 class Calibration:
@@ -128,35 +129,27 @@ class Calibration:
         return total.expand(self._count, *form.shape)
 
     def _step(self, name: str) -> Tensor:
-        """A named value, and what it needs, computed if they are not there.
+        """A named value, computed from those that are there if it is not, some samples at a time.
 
-        What is too large to be held for all samples is computed for some at a time, and again when
-        something else is asked that needs it.
+        Only what is asked for is held: what lies between would be too much for all samples at once.
         """
         if name not in self._student:
-            chosen = self._missing(name)
-            sizes = {step.name: self._elements(step.name) for step in chosen}
-            kept = [n for n, size in sizes.items() if size <= _HELD or n == name]
-            some = max(1, min(self._count, _AT_ONCE // max(sizes.values())))
-            parts: dict[str, list[Tensor]] = {n: [] for n in kept}
-            last = {source: step.name for step in chosen for source in step.inputs}
+            steps, shapes = self._missing(name), self._builder.graph.shapes
+            # Only looked up in, as a student's own operators are.
+            operators = cast(nn.ModuleDict, self._builder.modules)
+            pieces = plan(steps, operators, shapes, [name])
+            widest = max(math.prod(shapes[n]) for piece in pieces for n in piece.names)
+            some = max(1, min(self._count, _AT_ONCE // widest))
+            sources = {n for piece in pieces for n in piece.reads if n in self._student}
+            parts = []
             for start in range(0, self._count, some):
-                live: dict[str, Tensor] = {}
-                for step in chosen:
-                    inputs = [
-                        live[source]
-                        if source in live
-                        else self._student[source][start : start + some]
-                        for source in step.inputs
-                    ]
-                    live[step.name] = self._builder.modules[step.name](*inputs)
-                    if step.name in parts:
-                        parts[step.name].append(live[step.name])
-                    for source in step.inputs:
-                        if last[source] == step.name:
-                            live.pop(source, None)
-            for n, found in parts.items():
-                self._student[n] = found[0] if len(found) == 1 else torch.cat(found)
+                live = {n: self._student[n][start : start + some] for n in sources}
+                for piece in pieces:
+                    live.update(zip(piece.names, piece.work(operators, live), strict=True))
+                    for dropped in piece.dropped:
+                        del live[dropped]
+                parts.append(live[name])
+            self._student[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._student[name]
 
     def _missing(self, name: str) -> list[Step]:
@@ -169,9 +162,6 @@ class Calibration:
                 steps[top] = self._builder.step(top)
                 stack += steps[top].inputs
         return [step for step in self._builder.graph.steps if step.name in steps]
-
-    def _elements(self, name: str) -> int:
-        return math.prod(self._builder.graph.shapes[name])
 
 
 def _features(value: Value) -> list[Feature]:

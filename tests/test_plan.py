@@ -134,6 +134,8 @@ def test_hinges_of_pairs_run_as_one_function(bits: int) -> None:
     torch.testing.assert_close(result, expected)
     for ours, theirs in zip(gradients(student, result), gradients(student, expected), strict=True):
         torch.testing.assert_close(ours, theirs)
+    with torch.inference_mode():
+        torch.testing.assert_close(student(x.double()), expected)
 
 
 def test_hinges_that_are_asked_for_are_computed() -> None:

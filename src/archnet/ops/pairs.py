@@ -110,10 +110,12 @@ class Bent(Piece):
         step = grid.scale.detach().to(x)
         ends = [(sign * grid.low, sign * grid.high) for sign in self.hinges.signs]
         low, high = (int(sum(pick(pair) for pair in ends)) for pick in (min, max))
-        with torch.enable_grad():
-            places = (torch.arange(low, high + 1, device=x.device) * step).requires_grad_()
-            # Rounded as they would be one by one, with the gradient that many would have.
-            table = act(places[:, None] * row + bias, x[0].numel() * len(row)) @ outer
+        places = torch.arange(low, high + 1, device=x.device) * step
+        places.requires_grad_(torch.is_grad_enabled())
+        # Rounded as they would be one by one, with the gradient that many would have.
+        table = act(places[:, None] * row + bias, x[0].numel() * len(row)) @ outer
+        slopes = places
+        if places.requires_grad:
             (slopes,) = torch.autograd.grad(table.sum(), places, retain_graph=True)
         return table, slopes, step, low
 

@@ -141,7 +141,8 @@ def test_hinges_of_pairs_run_as_one_function(bits: int) -> None:
 def test_hinges_that_are_asked_for_are_computed() -> None:
     torch.manual_seed(0)
     network, x = Attention().eval(), torch.randn(32, 7, 6)
-    student = convert(network, x[:1], calibration=x, approximation=Approximation("pairs"))
+    student = convert(network, x[:1], calibration=x, approximation=Approximation("pairs")).double()
+    x = x.double()
     (bent, *_) = [piece for piece in pieces(student) if isinstance(piece, Bent)]
     values = student.run({student.graph.inputs[0]: x}, [bent.hinges.act, bent.hinges.total])
     expected = step_by_step(student, x)

@@ -308,6 +308,8 @@ class ConvertConfig:
     # Hinges of a layer norm, where one scale and shift a channel is much farther off; 0: none.
     # Their terms nearly cancel: with quant.sum_bits below 8, none are better.
     norm_hinges: int = _number(3, 0, 8)
+    # Hinges of a feature times its gate, where a sum of both is much farther off; 0: none.
+    gate_hinges: int = _number(4, 0, 16)
     # Share of the compact form's error that a faithful form (hinges, a context of attention, a
     # context path of a gate) must save, or it is not built; 0: every one is.
     min_gain: float = _number(0.03, 0, 1)

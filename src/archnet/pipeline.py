@@ -308,6 +308,7 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
                 asked.attention_hinges,
                 asked.hinges,
                 asked.norm_hinges,
+                asked.gate_hinges,
                 asked.min_gain,
                 asked.max_macs,
             ),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _ROWS = 1024  # of each channel, enough to place two numbers
+_LEVEL = 1 / 255  # of 8 bits, over the largest value
 
 
 def regression(inputs: Sequence[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,6 +269,7 @@ def _odd_hinge(z: Tensor, s: Tensor, v: float, t: float) -> Tensor:
     return (z + reach).clamp(min=0) - (reach - z).clamp(min=0)
 
 
+_SLIGHT = 0.25  # slope, over the largest weight of a hinge, that is better none
 # Of the hinges, with the mean deviation for a unit.
 _REACHES = (-3, -2, -1.5, -1, -0.7, -0.5, -0.3, -0.15, 0, 0.15, 0.3, 0.5, 0.7, 1, 1.5, 2, 3)
 _KNOTS = tuple(k / 4 for k in range(-16, 17))
@@ -301,6 +303,11 @@ def token_norm(x: Tensor, wanted: Tensor, count: int, centred: bool = True) -> T
     grid = [(float(v), t) for v in _REACHES for t in _KNOTS]
     basis = torch.stack([z, *(_odd_hinge(z, s, v, t) for v, t in grid)])
     chosen, solution = _pursuit(basis, y, count + 1, [0])
+    if bool(solution[0].abs() < _SLIGHT * solution[1:].abs().max()):
+        # The magnitudes would share a grid with hinges many times as large.
+        chosen, solution = _pursuit(basis[1:], y, count)
+        chosen = [0, *(j + 1 for j in chosen)]
+        solution = torch.cat([torch.zeros(1, dtype=torch.float64), solution])
     slope, *weights = (solution / unit).tolist()
     places = (grid[j - 1] for j in chosen[1:])
     hinges = tuple((v, t * unit, a) for (v, t), a in zip(places, weights, strict=True))
@@ -323,65 +330,81 @@ def _pursuit(
         The rows, and what each is multiplied by.
     """
     gram, cross = basis @ basis.T, basis @ wanted
-    damping = 1e-9 * gram.diagonal().max()
+    # What rounding a row to 8 bits adds: rows whose weights nearly cancel would add too much.
+    noise = basis.shape[1] * (basis.abs().amax(1) * _LEVEL).square() / 12
+    gram = gram + torch.diag(noise + 1e-12)
     chosen = list(chosen)
     while len(chosen) < count:
         # Every choice of one more at once: its least squares, and what they explain of the energy.
         index = torch.tensor([[*chosen, j] for j in range(len(basis))])
-        part = gram[index[:, :, None], index[:, None, :]]
-        part = part + damping * torch.eye(index.shape[1], dtype=torch.float64)
+        # A row beside itself has no least squares; it is not looked at.
+        part = gram[index[:, :, None], index[:, None, :]] + 1e-9 * noise.max() * torch.eye(
+            index.shape[1], dtype=torch.float64
+        )
         solution = torch.linalg.solve(part, cross[index])
         explained = (solution * cross[index]).sum(1)
         explained[chosen] = -math.inf
         chosen.append(int(explained.argmax()))
-    part = gram[chosen][:, chosen] + damping * torch.eye(len(chosen), dtype=torch.float64)
-    return chosen, torch.linalg.solve(part, cross[chosen])
+    return chosen, torch.linalg.solve(gram[chosen][:, chosen], cross[chosen])
 
 
 @dataclass(frozen=True)
 class Hinges:
-    """sum_k a_k max(z - t_k, 0) + c.
+    """sum_k a_k max(d_k (z - t_k), 0) + c.
 
     Attributes:
         knots: t (K,), float64.
         weights: a (K,), float64.
+        sides: d (K,), 1 for a hinge that is open to the right of its knot, -1 for one to the left.
         offset: c.
     """
 
     knots: Tensor
     weights: Tensor
-    offset: float = 0.0
+    sides: Tensor
+    offset: float
 
     def __call__(self, z: Tensor) -> Tensor:
         total = torch.full_like(z, self.offset)
-        for t, a in zip(self.knots.tolist(), self.weights.tolist(), strict=True):
-            total += a * (z - t).clamp_min(0)
+        for t, a, d in zip(*(x.tolist() for x in self._hinges), strict=True):
+            total += a * (d * (z - t)).clamp_min(0)
         return total
 
+    @property
+    def _hinges(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.knots, self.weights, self.sides
 
-def curve(x: Tensor, wanted: Tensor, count: int, *, offset: bool) -> Hinges:
+
+def curve(x: Tensor, wanted: Tensor, count: int, *, side: int = 1, offset: bool = False) -> Hinges:
     """A function of one number as a sum of hinges, for values that have long tails.
+
+    Hinges that are all open to the flat side of a convex or concave function have weights of one
+    sign: nothing cancels, and few bits hold it.
 
     Args:
         x, wanted: (M,).
         count: of hinges.
-        offset: whether there is one; without it the function is zero below its lowest knot.
+        side: 1 for hinges open to the right, -1 to the left.
+        offset: whether there is one; without it the function is zero where all are closed.
     """
     x, wanted = x.double(), wanted.double()
     knots = _spaced(x)
-    basis = torch.stack([torch.ones_like(x), *((x - t).clamp_min(0) for t in knots)])
+    basis = torch.stack([(side * (x - t)).clamp_min(0) for t in knots])
     if offset:
-        # The lowest knot is the line that the others bend.
-        chosen, found = _pursuit(basis, wanted, count + 1, [0, 1])
-        return Hinges(knots[torch.tensor(chosen[1:]) - 1], found[1:], float(found[0]))
-    chosen, found = _pursuit(basis[1:], wanted, count)
-    return Hinges(knots[torch.tensor(chosen)], found)
+        basis = torch.cat([torch.ones_like(x)[None], basis])
+    first = int(offset)
+    chosen, found = _pursuit(basis, wanted, count + first, range(first))
+    places = knots[torch.tensor(chosen[first:]) - first]
+    sides = torch.full_like(places, side)
+    return Hinges(places, found[first:], sides, float(found[0]) if offset else 0.0)
 
 
 def product(x: Tensor, y: Tensor, count: int) -> Hinges:
     """Hinges f with f(x + y) - f(x) - f(y) nearly x y, chosen by what sums of products need.
 
-    The algebra is that of x y = ((x + y)^2 - x^2 - y^2) / 2, a square being a sum of hinges.
+    The algebra is that of x y = ((x + y)^2 - x^2 - y^2) / 2, a square being a sum of hinges; those
+    left of zero are open to the left, so that f is small where its numbers are, and convex: no
+    hinge has to cancel another.
 
     Args:
         x, y: (M, J) of about one size; what is compared is the sum over J.
@@ -389,13 +412,18 @@ def product(x: Tensor, y: Tensor, count: int) -> Hinges:
     """
     x, y = x.double(), y.double()
     knots = _spaced((x + y).flatten())
-    basis = torch.stack([_product(x, y, float(t)).sum(1) for t in knots])
-    chosen, found = _pursuit(basis, (x * y).sum(1), count)
-    return Hinges(knots[torch.tensor(chosen)], found)
+    sides = torch.where(knots < 0, -1.0, 1.0).double()
 
+    def hinge(z: Tensor, t: float, d: float) -> Tensor:
+        return (d * (z - t)).clamp_min(0)
 
-def _product(x: Tensor, y: Tensor, t: float) -> Tensor:
-    return (x + y - t).clamp_min(0) - (x - t).clamp_min(0) - (y - t).clamp_min(0)
+    rows = [torch.full((len(x),), float(x.shape[1]), dtype=torch.float64)]
+    for t, d in zip(knots.tolist(), sides.tolist(), strict=True):
+        rows.append((hinge(x + y, t, d) - hinge(x, t, d) - hinge(y, t, d)).sum(1))
+    chosen, found = _pursuit(torch.stack(rows), (x * y).sum(1), count + 1, [0])
+    places = torch.tensor(chosen[1:]) - 1
+    # f(x + y) - f(x) - f(y) has the offset of f once, and with its sign turned.
+    return Hinges(knots[places], found[1:], sides[places], -float(found[0]))
 
 
 def _spaced(x: Tensor) -> Tensor:

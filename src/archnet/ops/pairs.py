@@ -147,9 +147,10 @@ def _spread(grad: Tensor, z: Tensor) -> Tensor:
 
 
 class _Line(torch.autograd.Function):
-    """sum_k o_k max(w_k z + b_k, 0), w_k > 0, added over neighbours: (B, *shape).
+    """sum_k o_k max(w_k z + b_k, 0), added over neighbours: (B, *shape).
 
-    That is sum_k o_k w_k (max(z, t_k) - t_k) with t_k = -b_k / w_k.
+    With t_k = -b_k / w_k and a_k = o_k |w_k| that is the sum of a_k (max(z, t_k) - t_k) where
+    w_k > 0, and of a_k (max(z, t_k) - z) where w_k < 0.
     """
 
     @staticmethod
@@ -163,12 +164,15 @@ class _Line(torch.autograd.Function):
         bias: Tensor,
         outer: Tensor,
     ) -> Tensor:
-        ctx.bends = list(zip((-bias / row).tolist(), (outer * row).tolist(), strict=True))
+        knots, sizes = -bias / row, outer * row.abs()
+        ctx.bends = list(zip(knots.tolist(), sizes.tolist(), strict=True))
+        ctx.slope = -float(sizes[row < 0].sum())
+        start = -float((sizes * knots)[row > 0].sum())
         ctx.sign = sign
         ctx.save_for_backward(first, second)
         result = torch.empty((len(first), *shape), dtype=first.dtype, device=first.device)
         for part, z in _sums(first, second, sign):
-            total = torch.full_like(z, -sum(t * a for t, a in ctx.bends))
+            total = (ctx.slope * z).add_(start)
             for t, a in ctx.bends:
                 total.add_(z.clamp_min(t), alpha=a)
             result[part] = total.reshape(len(z), *shape, -1).sum(-1)
@@ -179,7 +183,8 @@ class _Line(torch.autograd.Function):
         first, second = ctx.saved_tensors
         moved = torch.empty(first.shape, dtype=grad.dtype, device=grad.device)
         for part, z in _sums(first, second, ctx.sign):
-            given, total = _spread(grad[part], z), torch.zeros_like(z)
+            given = _spread(grad[part], z)
+            total = ctx.slope * given
             for t, a in ctx.bends:
                 total.add_(torch.ops.aten.threshold_backward(given, z, t), alpha=a)
             moved[part] = total
@@ -277,7 +282,7 @@ def _found(
     bounds = operators[act.name]
     weight, outer = (cast(FullyConnected, operators[s.name]).weight for s in (lines, total))
     count = len(weight)
-    if (bounds.low, bounds.high) != (0, math.inf) or not bool((weight[:, 0] > 0).all()):
+    if (bounds.low, bounds.high) != (0, math.inf) or not bool((weight[:, 0] != 0).all()):
         return None
     signs = weight[0] / weight[0, 0]
     repeated = outer.reshape(-1, count) if len(outer) == 1 and not outer.shape[1] % count else None

@@ -30,6 +30,8 @@ class Approximation:
             line for every channel, which is free.
         norm_hinges: of a layer norm where they are worth their cost; with 0 each is one scale and
             shift for every channel, which is free.
+        gate_hinges: of the product of a feature and its gate, where they are worth their cost; with
+            0 every gate is a sum.
         min_gain: share of the compact form's error that a faithful form must save; one that saves
             less is not built. With 0 every one is.
         max_macs: most multiply-accumulates of the student, as a multiple of the teacher's: those
@@ -42,6 +44,7 @@ class Approximation:
     attention_hinges: int = 8
     hinges: int = 3
     norm_hinges: int = 3
+    gate_hinges: int = 4
     min_gain: float = 0.03
     max_macs: float | None = None
     compact: Mapping[str, Sequence[str]] = field(default_factory=dict)

@@ -1,18 +1,27 @@
 """Products of two features, squeeze-and-excitation among them (approximate)."""
 
-from archnet.convert.feature import Carry, Form, Value
-from archnet.convert.fit import regression, relative_error, rows
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from archnet.convert.builder import Builder
+from archnet.convert.feature import Carry, Feature, Form, Value
+from archnet.convert.fit import Hinges, product, regression, relative_error, rows
 from archnet.convert.rules.base import Alternative, Site, scaled_to_fit
+from archnet.convert.rules.hinged import Layers
 
 
 def gate(site: Site) -> Value:
     """Y = x s, nearly a x + b s + c for every channel, fitted by least squares.
 
-    A product around its means is x s = E[s] x + E[x] s - E[x] E[s] + (x - E[x]) (s - E[s]); what
-    is dropped is the last term, and least squares puts as much of it into the others as they can
-    take. Where ``s`` is one number a channel (squeeze-and-excitation, Hu et al. 2018, arXiv
-    1709.01507) it becomes a context path: `s` passes through whatever matrix follows at one
-    position, and is spread over the map afterwards.
+    A product around its means is x s = E[s] x + E[x] s - E[x] E[s] + (x - E[x]) (s - E[s]). Where
+    that pays, the last term is made of hinges of a sum (`fit.product`); where it does not, least
+    squares puts as much of it into the others as they can take. Where ``s`` is one number a channel
+    (squeeze-and-excitation, Hu et al. 2018, arXiv 1709.01507) it becomes a context path: `s` passes
+    through whatever matrix follows at one position, and is spread over the map afterwards.
 
     Compact, of squeeze-and-excitation alone: a x + c; ``s``, and all that only it needs, leaves
     the student.
@@ -40,13 +49,88 @@ def gate(site: Site) -> Value:
     inputs = [rows(site.given(f).expand_as(wanted), x.axis) for f in features]
     target = rows(wanted, x.axis)
     slopes, offset = regression(inputs, target)
+    f = _hinges(site, inputs)
+    if f is not None:
+        features.append(_product(site.builder, features, f))
+        inputs.append(rows(site.given(features[-1]), x.axis))
+        slopes, offset = regression(inputs, target)
     if s.shape != shape:
-        faithful = sum(a[:, None] * v for a, v in zip(slopes.T, inputs, strict=True))
         a, b = regression(inputs[:1], target)
-        site.alternative = Alternative(
-            (names[0],),
-            relative_error(a * inputs[0] + b[:, None], target),
-            relative_error(faithful + offset[:, None], target),
-        )
+        alone = relative_error(_line(a, b, inputs[:1]), target)
+        faithful = relative_error(_line(slopes, offset, inputs), target)
+        site.alternative = Alternative((names[0],), alone, faithful)
     terms = [Carry(f, slopes[:, i]) for i, f in enumerate(features)]
     return Form(shape, [*terms], offset, axis=x.axis)
+
+
+_SMALL = 0.02  # an error that is not worth a hinge
+_WORTH = 0.85
+_PAIRS = 2**17  # that hinges are fitted to
+
+
+def _line(slopes: Tensor, offset: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """sum_i a_i x_i + b for every channel, (C, M)."""
+    total = offset[:, None].expand_as(inputs[0]).clone()
+    for slope, item in zip(slopes.T, inputs, strict=True):
+        total += slope[:, None] * item
+    return total
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """Hinges for two features, each scaled to mean 0 and deviation 1 by channel."""
+
+    means: Sequence[Tensor]
+    sizes: Sequence[Tensor]
+    hinges: Hinges
+
+
+def _hinges(site: Site, inputs: Sequence[Tensor]) -> _Scaled | None:
+    """Hinges for the product of two features (C, M), if they are worth their cost.
+
+    What counts is the product of what is given: beside the teacher's, errors of what stands before
+    would hide what the product loses.
+    """
+    count = site.approximation.gate_hinges
+    if not count or not site.builder.target.fc_per_position:
+        return None
+    wanted = inputs[0] * inputs[1]
+    slopes, offset = regression(inputs, wanted)
+    error = relative_error(_line(slopes, offset, inputs), wanted)
+    if error < _SMALL:
+        return None
+    x, s = (item.double() for item in inputs)
+    sizes = [item.std(1) for item in (x, s)]
+    # A channel that hardly moves is not blown up.
+    least = [0.01 * float(size.max()) + 1e-12 for size in sizes]
+    sizes = [size.clamp_min(few) for size, few in zip(sizes, least, strict=True)]
+    means = [item.mean(1) for item in (x, s)]
+    x, s = (
+        (item - mean[:, None]) / size[:, None]
+        for item, mean, size in zip((x, s), means, sizes, strict=True)
+    )
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(x.numel(), (min(x.numel(), _PAIRS),), generator=generator)
+    f = product(x.flatten()[places, None], s.flatten()[places, None], count)
+    met = f(x + s) - f(x) - f(s)
+    slopes, offset = regression([*inputs, met], wanted)
+    nearer = relative_error(_line(slopes, offset, [*inputs, met]), wanted)
+    return _Scaled(means, sizes, f) if nearer < _WORTH * error else None
+
+
+def _product(builder: Builder, features: Sequence[Feature], f: _Scaled) -> Feature:
+    """f(x + s) - f(x) - f(s) of two features."""
+    layers, hinges = Layers(builder), f.hinges
+    x, s = (
+        builder.batchnorm(feature, 1 / size, -mean / size)
+        for feature, mean, size in zip(features, f.means, f.sizes, strict=True)
+    )
+    flat = (math.prod(x.shape[: x.axis - 1]), x.channels, math.prod(x.shape[x.axis :]), 1)
+    ours = layers.shaped(builder.first(x), flat)
+    theirs = layers.shaped(builder.first(s), (*flat[:2], math.prod(s.shape[s.axis :]), 1))
+    alone = [layers.summed(layers.units(hinges, [n], (1,)), hinges, 1) for n in (ours, theirs)]
+    if s.shape != x.shape:
+        theirs, alone[1] = (layers.copied(n, 3, flat[2]) for n in (theirs, alone[1]))
+    met = layers.summed(layers.units(hinges, [ours, theirs], (1, 1)), hinges, 1)
+    total = layers.total([met, *alone], (1, -1, -1))
+    return Feature(x.shape, first=layers.shaped(total, x.shape), axis=x.axis)

@@ -114,7 +114,7 @@ def _token_norm(builder: Builder, x: Feature, norm: TokenNorm) -> Feature:
     shares = sorted({v for v, _, _ in norm.hinges})
     deviation = shared(torch.tensor(shares, dtype=torch.float64)[:, None] * weights, flat)
     unit = abs(norm.slope) or 1.0
-    reach, knots, factors = [], [], [norm.slope * eye, -norm.slope * eye]
+    reach, knots, factors = [], [], [norm.slope * eye, -norm.slope * eye] if norm.slope else []
     for v, t, a in norm.hinges:
         height = abs(a) / unit
         share = torch.eye(len(shares), dtype=torch.float64)[shares.index(v)].expand(lane, -1)
@@ -123,8 +123,9 @@ def _token_norm(builder: Builder, x: Feature, norm: TokenNorm) -> Feature:
         factors += [math.copysign(unit, a) * eye, math.copysign(unit, -a) * eye]
     bias = torch.tensor(knots, dtype=torch.float64)
     hinges = rectified(torch.cat(reach), bias, lanes, *means, deviation)
-    joined = builder.emit("concat", Concat(len(positions) + 2), sides, hinges)
-    total = builder.fully_connected(joined, torch.cat(factors, 1), trainable=False)
+    if norm.slope:
+        hinges = builder.emit("concat", Concat(len(positions) + 2), sides, hinges)
+    total = builder.fully_connected(hinges, torch.cat(factors, 1), trainable=False)
     total = builder.emit("join", Reshape((*positions, channels)), total)
     return builder.from_last(x.shape, x.axis, total)
 

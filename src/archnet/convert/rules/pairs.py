@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from archnet.convert.feature import Feature
-from archnet.convert.fit import Hinges, balanced, curve, mixing, product, ridge, rows
+from archnet.convert.fit import balanced, curve, mixing, product, ridge, rows
 from archnet.convert.rules.base import Site
-from archnet.ops import Activation, Concat, MaxPool2x2, Permute, Reshape
+from archnet.convert.rules.hinged import Layers
+from archnet.ops import Concat, MaxPool2x2
 
 _SCORE_ERROR = 0.1  # deviation that axes left out may add to a score
 _VALUE_ERROR = 0.1  # share of the values' energy that axes left out may have
@@ -19,7 +20,7 @@ _EXPONENTIAL, _LOGARITHM = 5, 3  # hinges of each
 _CENTRE = 0.7  # weights over values, in a pair: weights have the longer tail
 
 
-class Pairs:
+class Pairs(Layers):
     """softmax(Q K' / sqrt(d) + mask) V, its products made by hinges of sums (`fit.product`).
 
     For every head, query i and key j, all of it constants of the conversion:
@@ -52,7 +53,8 @@ class Pairs:
         mask: Tensor | None,
         scale: float,
     ) -> None:
-        self.site, self.builder, self.heads = site, site.builder, heads
+        super().__init__(site.builder)
+        self.site, self.heads = site, heads
         self.count, self.scale, self.mask = site.approximation.attention_hinges, scale, mask
         self.query, self.key, self.value = features
         shape = site.node.shape
@@ -67,11 +69,11 @@ class Pairs:
         weighed, means = self._weighted(scores)
         shape = self.site.node.shape
         result = self.builder.add([weighed, means])
-        split = self._shaped(
+        split = self.shaped(
             self.builder.first(result), (self.windows, self.asking, self.heads, shape[-1])
         )
-        turned = self._turned(split, (0, 1, 3, 2, 4))
-        return Feature(shape, first=self._shaped(turned, shape), axis=len(shape))
+        turned = self.turned(split, (0, 1, 3, 2, 4))
+        return Feature(shape, first=self.shaped(turned, shape), axis=len(shape))
 
     # -- parts ---------------------------------------------------------------------------------
 
@@ -89,35 +91,33 @@ class Pairs:
             centres.append((centre[0] / self.scale, centre[1], centre[0]))
         ours = self._in_axes(self.query, [a[:kept] for a, _ in axes], [c[0] for c in centres])
         theirs = self._in_axes(self.key, [b[:kept] for _, b in axes], [c[1] for c in centres])
-        a, b = (self._split(self.site.given(self._tagged(x))) for x in (ours, theirs))
+        a, b = (self._split(self.site.given(self.tagged(x))) for x in (ours, theirs))
         f = product(*self._sampled(a, b, kept), self.count)
         wide = self.heads * kept
         pairs = [
-            self._copied(self._shaped(ours, (self.queries, 1, wide, 1)), 2, self.tokens),
-            self._shaped(
-                self._copied(
-                    self._shaped(theirs, (self.windows, 1, self.tokens * wide)), 2, self.asking
+            self.copied(self.shaped(ours, (self.queries, 1, wide, 1)), 2, self.tokens),
+            self.shaped(
+                self.copied(
+                    self.shaped(theirs, (self.windows, 1, self.tokens * wide)), 2, self.asking
                 ),
                 (self.queries, self.tokens, wide, 1),
             ),
         ]
-        met = self._summed(self._units(f, pairs, (1, 1)), f, kept)
-        alone = self._summed(
-            self._units(f, [self._shaped(theirs, (self.windows, self.tokens, wide, 1))], (1,)),
+        met = self.summed(self.units(f, pairs, (1, 1)), f, kept)
+        alone = self.summed(
+            self.units(f, [self.shaped(theirs, (self.windows, self.tokens, wide, 1))], (1,)),
             f,
             kept,
         )
         # The mean query asks all keys the same.
         matrix = self._block([c[2].T for c in centres], self.key)
-        common = self._fixed(self._flat(self.key), matrix)
-        offset = self._total([common, alone], (1, -1))
-        offset = self._turned(offset, (0, 1, 3, 2))
-        offset = self._shaped(offset, (self.windows, 1, self.heads * self.tokens))
-        offset = self._copied(offset, 2, self.asking)
+        common = self.fixed(self._flat(self.key), matrix)
+        offset = self.total([common, alone], (1, -1))
+        offset = self.turned(offset, (0, 1, 3, 2))
+        offset = self.shaped(offset, (self.windows, 1, self.heads * self.tokens))
+        offset = self.copied(offset, 2, self.asking)
         square = (self.queries, self.heads, self.tokens)
-        scores = self._total(
-            [self._turned(met, (0, 1, 3, 2)), self._shaped(offset, square)], (1, 1)
-        )
+        scores = self.total([self.turned(met, (0, 1, 3, 2)), self.shaped(offset, square)], (1, 1))
         if self.mask is None:
             return scores
         masks = self.mask.double().transpose(0, 1).repeat(self.windows, 1, 1)
@@ -143,51 +143,49 @@ class Pairs:
         weights, unit = self._softmax(scores, value, axes)
         wide = self.heads * kept
         theirs = self._in_axes(self.value, [a / unit for a in axes], centres)
-        x = self.site.given(self._tagged(weights))  # (B, queries, heads, keys)
-        y = self._split(self.site.given(self._tagged(theirs)))  # (B, windows, heads, keys, axes)
+        x = self.site.given(self.tagged(weights))  # (B, queries, heads, keys)
+        y = self._split(self.site.given(self.tagged(theirs)))  # (B, windows, heads, keys, axes)
         h = product(*self._sampled_sums(x, y), self.count)
-        turned = self._turned(theirs, (0, 1, 3, 2))
+        turned = self.turned(theirs, (0, 1, 3, 2))
         square = (self.queries, wide, self.tokens, 1)
         pairs = [
-            self._shaped(
-                self._copied(
-                    self._shaped(weights, (self.queries, self.heads, 1, self.tokens)), 3, kept
+            self.shaped(
+                self.copied(
+                    self.shaped(weights, (self.queries, self.heads, 1, self.tokens)), 3, kept
                 ),
                 square,
             ),
-            self._shaped(
-                self._copied(
-                    self._shaped(turned, (self.windows, 1, wide * self.tokens)), 2, self.asking
+            self.shaped(
+                self.copied(
+                    self.shaped(turned, (self.windows, 1, wide * self.tokens)), 2, self.asking
                 ),
                 square,
             ),
         ]
-        met = self._summed(self._units(h, pairs, (1, 1)), h, self.tokens)
-        first = self._summed(
-            self._units(
-                h, [self._shaped(weights, (self.queries, self.heads, self.tokens, 1))], (1,)
-            ),
+        met = self.summed(self.units(h, pairs, (1, 1)), h, self.tokens)
+        first = self.summed(
+            self.units(h, [self.shaped(weights, (self.queries, self.heads, self.tokens, 1))], (1,)),
             h,
             self.tokens,
         )
-        first = self._copied(self._shaped(first, (self.queries, self.heads, 1)), 3, kept)
-        second = self._summed(
-            self._units(h, [self._shaped(turned, (self.windows, wide, self.tokens, 1))], (1,)),
+        first = self.copied(self.shaped(first, (self.queries, self.heads, 1)), 3, kept)
+        second = self.summed(
+            self.units(h, [self.shaped(turned, (self.windows, wide, self.tokens, 1))], (1,)),
             h,
             self.tokens,
         )
-        second = self._copied(self._shaped(second, (self.windows, 1, wide)), 2, self.asking)
-        parts = [self._shaped(x, (self.queries, wide)) for x in (met, first, second)]
-        z = self._shaped(self._total(parts, (1, -1, -1)), (self.windows, self.asking, wide))
+        second = self.copied(self.shaped(second, (self.windows, 1, wide)), 2, self.asking)
+        parts = [self.shaped(x, (self.queries, wide)) for x in (met, first, second)]
+        z = self.shaped(self.total(parts, (1, -1, -1)), (self.windows, self.asking, wide))
         return self._result(z, value, [a.T for a in axes])
 
     def _result(self, z: str, value: Tensor, axes: Sequence[Tensor]) -> tuple[Feature, Feature]:
         wanted = self.split_heads(self.site.wanted())
-        products = self._split(self.site.given(self._tagged(z)))
+        products = self._split(self.site.given(self.tagged(z)))
         self.simpler = torch.empty_like(wanted)
         uniform = torch.full((self.asking, self.tokens), 1 / self.tokens)
         mixed = []
-        tokens = self._turned(self._flat(self.value), (0, 1, 3, 2))
+        tokens = self.turned(self._flat(self.value), (0, 1, 3, 2))
         theirs, width = self.value.shape[-3] if len(self.value.shape) > 2 else 1, wanted.shape[-1]
         for head in range(self.heads):
             values, goal = self._of(value, head), wanted[:, :, head]
@@ -195,55 +193,52 @@ class Pairs:
             rest = goal - products[:, :, head] @ axes[head].T.to(goal)
             matrix = ridge(rows(values, -2), rows(rest, -2), uniform, 1e-2)
             start = head * theirs // self.heads * width
-            part = self.builder.slice(self._tagged(tokens), 2, start, start + width)
-            across = self._fixed(self.builder.first(part), matrix)
-            mixed.append(self._turned(across, (0, 1, 3, 2)))
+            part = self.builder.slice(self.tagged(tokens), 2, start, start + width)
+            across = self.fixed(self.builder.first(part), matrix)
+            mixed.append(self.turned(across, (0, 1, 3, 2)))
         joined = mixed[0] if len(mixed) == 1 else self.builder.emit("concat", Concat(3), *mixed)
-        weighed = self._fixed(z, torch.block_diag(*axes))
-        return self._tagged(weighed), self._tagged(joined)
+        weighed = self.fixed(z, torch.block_diag(*axes))
+        return self.tagged(weighed), self.tagged(joined)
 
     def _softmax(self, scores: str, value: Tensor, axes: Sequence[Tensor]) -> tuple[str, float]:
         """Weights unit * (p - 1 / keys), (queries of all windows, heads, keys), and the unit: it
         makes weights and what they weigh of one size.
         """
         square = (self.queries, self.heads, self.tokens)
-        t = self.site.given(self._tagged(scores))
+        t = self.site.given(self.tagged(scores))
         below = t - t.amax(-1, keepdim=True)
-        highest = self._shaped(scores, (self.queries * self.heads, self.tokens, 1))
+        highest = self.shaped(scores, (self.queries * self.heads, self.tokens, 1))
         count = self.tokens
         while count > 1:
             highest = self.builder.emit("highest", MaxPool2x2(2, (0, 1, 0, count % 2)), highest)
             count = math.ceil(count / 2)
-        highest = self._shaped(highest, (*square[:2], 1))
-        e = curve(*self._few(below, below.exp()), _EXPONENTIAL, offset=False)
+        highest = self.shaped(highest, (*square[:2], 1))
+        e = curve(*self._few(below, below.exp()), _EXPONENTIAL)
         pairs = [
-            self._shaped(scores, (*square, 1)),
-            self._shaped(self._copied(highest, 3, self.tokens), (*square, 1)),
+            self.shaped(scores, (*square, 1)),
+            self.shaped(self.copied(highest, 3, self.tokens), (*square, 1)),
         ]
-        exponentials = self._summed(self._units(e, pairs, (1, -1)), e, self.tokens, 1 / self.tokens)
-        exponentials = self._shaped(exponentials, (*square[:2], 1))
-        mean = self.site.given(self._tagged(exponentials))
+        exponentials = self.summed(self.units(e, pairs, (1, -1)), e, self.tokens, 1 / self.tokens)
+        exponentials = self.shaped(exponentials, (*square[:2], 1))
+        mean = self.site.given(self.tagged(exponentials))
         level = below.exp().mean(-1, keepdim=True).log()
-        logarithm = curve(*self._few(mean, level), _LOGARITHM, offset=True)
-        level_name = self._fixed(
-            self._units(logarithm, [exponentials], (1,)),
-            logarithm.weights.sign()[None],
-            logarithm.offset,
-        )
+        logarithm = curve(*self._few(mean, level), _LOGARITHM, side=-1, offset=True)
+        units = self.units(logarithm, [exponentials], (1,))
+        level_name = self.fixed(units, logarithm.weights.sign()[None], logarithm.offset)
         both = self.builder.emit("concat", Concat(3), highest, level_name)
-        reference = self._fixed(both, torch.ones(1, 2, dtype=torch.float64))
+        reference = self.fixed(both, torch.ones(1, 2, dtype=torch.float64))
         weights = t.softmax(-1)
         ratio = [
             float((self._of(value, head) @ axes[head].T.to(value)).std())
             for head in range(self.heads)
         ]
         unit = _CENTRE * math.sqrt(sum(ratio) / len(ratio) / max(float(weights.std()), 1e-6))
-        reached = t - self.site.given(self._tagged(reference))
-        g = curve(*self._few(reached, unit * weights), _EXPONENTIAL, offset=False)
-        pairs[1] = self._shaped(self._copied(reference, 3, self.tokens), (*square, 1))
-        units = self._units(g, pairs, (1, -1))
+        reached = t - self.site.given(self.tagged(reference))
+        g = curve(*self._few(reached, unit * weights), _EXPONENTIAL)
+        pairs[1] = self.shaped(self.copied(reference, 3, self.tokens), (*square, 1))
+        units = self.units(g, pairs, (1, -1))
         signs = g.weights.sign()[None]
-        return self._shaped(self._fixed(units, signs, -unit / self.tokens), square), unit
+        return self.shaped(self.fixed(units, signs, -unit / self.tokens), square), unit
 
     # -- what is given -------------------------------------------------------------------------
 
@@ -287,39 +282,14 @@ class Pairs:
 
     # -- steps ---------------------------------------------------------------------------------
 
-    def _tagged(self, name: str) -> Feature:
-        shape = self.builder.graph.shapes[name]
-        return Feature(shape, first=name, axis=len(shape))
-
-    def _shaped(self, name: str, shape: tuple[int, ...]) -> str:
-        if self.builder.graph.shapes[name] == shape:
-            return name
-        return self.builder.emit("shape", Reshape(shape), name)
-
-    def _turned(self, name: str, order: tuple[int, ...]) -> str:
-        return self.builder.emit("order", Permute(order), name)
-
-    def _copied(self, name: str, axis: int, count: int) -> str:
-        """The same ``count`` times beside itself along an axis (the batch is axis 0)."""
-        if count == 1:
-            return name
-        return self.builder.emit("copies", Concat(axis), *[name] * count)
-
     def _flat(self, feature: Feature) -> str:
         """(windows, tokens, heads * channels)."""
         shape = feature.shape
         heads = shape[-3] if len(shape) > 2 else 1
-        name = self._shaped(
-            self.builder.first(feature), (self.windows, heads, shape[-2], shape[-1])
-        )
+        name = self.shaped(self.builder.first(feature), (self.windows, heads, shape[-2], shape[-1]))
         if heads > 1:
-            name = self._turned(name, (0, 1, 3, 2, 4))
-        return self._shaped(name, (self.windows, shape[-2], heads * shape[-1]))
-
-    def _fixed(self, name: str, weight: Tensor, bias: float | Tensor = 0.0) -> str:
-        """A constant fully connected layer."""
-        offset = torch.as_tensor(bias, dtype=torch.float64).expand(len(weight))
-        return self.builder.fully_connected(name, weight, offset, trainable=False)
+            name = self.turned(name, (0, 1, 3, 2, 4))
+        return self.shaped(name, (self.windows, shape[-2], heads * shape[-1]))
 
     def _block(self, matrices: Sequence[Tensor], feature: Feature) -> Tensor:
         """One matrix over (heads * channels) of a feature of those of each head."""
@@ -335,31 +305,4 @@ class Pairs:
         """(windows, tokens, heads * axes) of a feature less its means."""
         matrix = self._block(axes, feature)
         shift = torch.cat([-(a @ c).squeeze(1) for a, c in zip(axes, centres, strict=True)])
-        return self._fixed(self._flat(feature), matrix, shift)
-
-    def _units(self, f: Hinges, sources: Sequence[str], signs: tuple[int, ...]) -> str:
-        """|a_k| max(sum of +- sources - t_k, 0) beside each other, of (..., 1) each."""
-        joined = sources[0]
-        if len(sources) > 1:
-            axis = len(self.builder.graph.shapes[joined])
-            joined = self.builder.emit("concat", Concat(axis), *sources)
-        size = f.weights.abs()
-        row = torch.tensor(signs, dtype=torch.float64)
-        lines = self._fixed(joined, size[:, None] * row, -size * f.knots)
-        return self.builder.emit("act", Activation(0.0, math.inf), lines)
-
-    def _summed(self, units: str, f: Hinges, together: int, scale: float = 1.0) -> str:
-        """Units (..., n, K) added over K and over every ``together`` of n: (..., n / together)."""
-        *ahead, n, count = self.builder.graph.shapes[units]
-        shape = (*ahead, n // together, together * count)
-        signs = scale * f.weights.sign().repeat(together)[None]
-        total = self._fixed(self._shaped(units, shape), signs)
-        return self._shaped(total, shape[:-1])
-
-    def _total(self, names: Sequence[str], signs: tuple[int, ...]) -> str:
-        """The sum of values of one shape."""
-        shape = self.builder.graph.shapes[names[0]]
-        ones = [self._shaped(name, (*shape, 1)) for name in names]
-        joined = self.builder.emit("concat", Concat(len(shape) + 1), *ones)
-        total = self._fixed(joined, torch.tensor([signs], dtype=torch.float64))
-        return self._shaped(total, shape)
+        return self.fixed(self._flat(feature), matrix, shift)

@@ -548,7 +548,7 @@ def test_a_gate_that_saves_nothing_is_left_out():
     found = convert(idle, x)
     assert student_cost(found).macs < student_cost(kept).macs
     all_of_them = convert(idle, x, approximation=Approximation(min_gain=0))
-    assert student_cost(all_of_them).macs >= student_cost(kept).macs
+    assert student_cost(all_of_them).macs > student_cost(found).macs
     # Its path is gone, and the half of every channel stands in the convolution in front.
     assert not any("silu" in step.origin or "excite" in step.origin for step in found.graph.steps)
     with torch.no_grad():

@@ -304,7 +304,7 @@ class ConvertConfig:
     # Hinges of every product of two numbers in pairs.
     attention_hinges: int = _number(8, 2, 16)
     # Hinges of a smooth activation, where one clipped line is much farther off; 0: none.
-    hinges: int = _number(3, 0, 5)
+    hinges: int = _number(3, 0, 8)
     # Hinges of a layer norm, where one scale and shift a channel is much farther off; 0: none.
     # Their terms nearly cancel: with quant.sum_bits below 8, none are better.
     norm_hinges: int = _number(3, 0, 8)

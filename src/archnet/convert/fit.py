@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import torch
 from torch import Tensor
 
 _ROWS = 1024  # of each channel, enough to place two numbers
+_SAMPLES = 2**16  # that a curve is fitted to
 _LEVEL = 1 / 255  # of 8 bits, over the largest value
 
 
@@ -65,40 +65,6 @@ def clipped_line(
             best = torch.where(better, error, best)
             slope, offset = slope.masked_fill(better, a), offset.masked_fill(better, b)
     return slope.double(), offset.double()
-
-
-def hinges(x: Tensor, wanted: Tensor, count: int) -> tuple[list[float], list[float], float]:
-    """One piecewise linear function: wanted ~ sum_j a_j max(x - t_j, 0) + c.
-
-    The first knot is the lowest of ``x`` (but for one value in a thousand), so that its hinge is a
-    line; the others are chosen among quantiles of ``x``, every choice by least squares.
-
-    Args:
-        x: (C, M); the function is the same for all channels.
-        wanted: (C, M).
-        count: of hinges, 1 to 5.
-
-    Returns:
-        Knots t, slopes a and the offset c.
-    """
-    x, wanted = x.flatten().double(), wanted.flatten().double()
-    step = math.ceil(len(x) / 2**15)
-    x, wanted = x[::step], wanted[::step]
-    shares = torch.cat([torch.tensor([0.001]), torch.linspace(0.04, 0.96, 16)]).double()
-    knots = x.quantile(shares)
-    basis = torch.stack([torch.ones_like(x), *((x - t).clamp(min=0) for t in knots)])
-    gram, cross = basis @ basis.T / len(x), basis @ wanted / len(x)
-    best, found = -math.inf, torch.zeros(2, dtype=torch.float64)
-    chosen: tuple[int, ...] = (0,)
-    for others in combinations(range(1, len(knots)), count - 1):
-        places = (0, *others)
-        index = torch.tensor([0, *(place + 1 for place in places)])
-        part = gram[index][:, index] + 1e-9 * torch.eye(len(index), dtype=torch.float64)
-        solution = torch.linalg.solve(part, cross[index])
-        # What least squares explain of the energy.
-        if (explained := float(solution @ cross[index])) > best:
-            best, chosen, found = explained, places, solution
-    return [float(knots[i]) for i in chosen], found[1:].tolist(), float(found[0])
 
 
 def ridge(x: Tensor, wanted: Tensor, prior: Tensor, share: float) -> Tensor:
@@ -303,7 +269,7 @@ def token_norm(x: Tensor, wanted: Tensor, count: int, centred: bool = True) -> T
     grid = [(float(v), t) for v in _REACHES for t in _KNOTS]
     basis = torch.stack([z, *(_odd_hinge(z, s, v, t) for v, t in grid)])
     chosen, solution = _pursuit(basis, y, count + 1, [0])
-    if bool(solution[0].abs() < _SLIGHT * solution[1:].abs().max()):
+    if count and bool(solution[0].abs() < _SLIGHT * solution[1:].abs().max()):
         # The magnitudes would share a grid with hinges many times as large.
         chosen, solution = _pursuit(basis[1:], y, count)
         chosen = [0, *(j + 1 for j in chosen)]
@@ -387,6 +353,10 @@ def curve(x: Tensor, wanted: Tensor, count: int, *, side: int = 1, offset: bool 
         side: 1 for hinges open to the right, -1 to the left.
         offset: whether there is one; without it the function is zero where all are closed.
     """
+    if len(x) > _SAMPLES:
+        # At random: neighbours are pixels or tokens, and a stride would meet the same ones.
+        picks = torch.randint(len(x), (_SAMPLES,), generator=torch.Generator().manual_seed(0))
+        x, wanted = x[picks], wanted[picks]
     x, wanted = x.double(), wanted.double()
     knots = _spaced(x)
     basis = torch.stack([(side * (x - t)).clamp_min(0) for t in knots])

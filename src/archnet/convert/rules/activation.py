@@ -2,13 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
 from archnet.capture import Ref
 from archnet.convert.feature import Carry, Form, Value
-from archnet.convert.fit import clipped_line, hinges, relative_error, rows
+from archnet.convert.fit import Hinges, clipped_line, curve, relative_error, rows
 from archnet.convert.rules.base import Alternative, Site, constant, rule
 
 
@@ -155,38 +154,36 @@ def smooth_activation(site: Site) -> Value:
     goes into the layer in front, so that it costs what a ReLU costs.
 
     Faithful: Y nearly sum_j a_j max(x - t_j, 0) + c, a batch norm and a clip for every segment and
-    one small layer that is the same for every lane of channels (`fit.hinges`). A teacher whose
+    one small layer that is the same for every lane of channels (`fit.curve`). A teacher whose
     values stay near zero, where these functions are nearly a line, needs it; it is taken where it
     leaves less than `_WORTH` of the compact form's error, and a budget does not forbid it.
     """
-    curve = _CURVES[site.node.operator.removeprefix("aten.").split(".")[0].removesuffix("_")]
-    low = curve.low * float(site.node.arguments.get("alpha", 1.0))
+    shape = _CURVES[site.node.operator.removeprefix("aten.").split(".")[0].removesuffix("_")]
+    low = shape.low * float(site.node.arguments.get("alpha", 1.0))
     form = site.form(site.subject)
     x, wanted = rows(site.given(form), form.axis), rows(site.wanted(), form.axis)
     slope, offset = clipped_line(
         x,
         wanted,
         low,
-        curve.high,
-        torch.linspace(*curve.slopes, _CANDIDATES).tolist(),
-        torch.linspace(*curve.offsets, _CANDIDATES).tolist(),
+        shape.high,
+        torch.linspace(*shape.slopes, _CANDIDATES).tolist(),
+        torch.linspace(*shape.offsets, _CANDIDATES).tolist(),
     )
     count = site.approximation.hinges
     if count and not site.is_compact:
-        knots, weights, constant = hinges(x, wanted, count)
-        compact = (slope[:, None] * x + offset[:, None]).clamp(low, curve.high)
-        faithful = torch.full_like(x, constant)
-        for knot, weight in zip(knots, weights, strict=True):
-            faithful += weight * (x - knot).clamp(min=0)
+        hinges = curve(x.flatten(), wanted.flatten(), count, offset=True)
+        compact = (slope[:, None] * x + offset[:, None]).clamp(low, shape.high)
+        faithful = hinges(x)
         errors = relative_error(compact, wanted), relative_error(faithful, wanted)
         if errors[1] < _WORTH * errors[0]:
             site.alternative = Alternative(tuple(site.node.refs()), *errors)
-            return _piecewise(site, knots, weights, constant)
+            return _piecewise(site, hinges)
     line = site.builder.build(form.affine(slope, offset))
-    return site.builder.activation(line, low, curve.high)
+    return site.builder.activation(line, low, shape.high)
 
 
-def _piecewise(site: Site, knots: list[float], weights: list[float], offset: float) -> Value:
+def _piecewise(site: Site, hinges: Hinges) -> Value:
     """The same function as a sum of ramps, c + sum_j +-min(max(s_j (x - t_j), 0), h_j).
 
     Hinges have ranges and weights that nearly cancel, and their rounding does not. A ramp is one
@@ -195,9 +192,8 @@ def _piecewise(site: Site, knots: list[float], weights: list[float], offset: flo
     exact at any width, and the grid that they share is as fine as one of the sum.
     """
     builder, x = site.builder, site.feature(site.subject)
-    order = sorted(range(len(knots)), key=knots.__getitem__)
-    starts = [knots[i] for i in order]
-    slopes = list(accumulate(weights[i] for i in order))
+    knots, order = hinges.knots.sort()
+    starts, slopes = knots.tolist(), hinges.weights[order].cumsum(0).tolist()
     one = torch.ones(1, dtype=torch.float64)
     ramps, signs = [], []
     for start, end, slope in zip(starts, [*starts[1:], math.inf], slopes, strict=True):
@@ -206,7 +202,7 @@ def _piecewise(site: Site, knots: list[float], weights: list[float], offset: flo
         line = builder.batchnorm(x, abs(slope) * one, -abs(slope) * start * one)
         ramps.append(builder.activation(line, 0.0, abs(slope) * (end - start)))
         signs.append(math.copysign(1.0, slope))
-    return builder.add(ramps, signs, offset)
+    return builder.add(ramps, signs, hinges.offset)
 
 
 @rule("aten.dropout.default", "aten.dropout_.default", "aten.feature_dropout.default")

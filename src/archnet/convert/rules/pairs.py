@@ -15,7 +15,6 @@ from archnet.ops import Concat, MaxPool2x2
 _SCORE_ERROR = 0.1  # deviation that axes left out may add to a score
 _VALUE_ERROR = 0.1  # share of the values' energy that axes left out may have
 _PRODUCTS = 2**20  # that hinges are fitted to
-_SAMPLES = 2**17  # that a curve is fitted to
 _EXPONENTIAL, _LOGARITHM = 5, 3  # hinges of each
 _CENTRE = 0.7  # weights over values, in a pair: weights have the longer tail
 
@@ -213,7 +212,7 @@ class Pairs(Layers):
             highest = self.builder.emit("highest", MaxPool2x2(2, (0, 1, 0, count % 2)), highest)
             count = math.ceil(count / 2)
         highest = self.shaped(highest, (*square[:2], 1))
-        e = curve(*self._few(below, below.exp()), _EXPONENTIAL)
+        e = curve(below.flatten(), below.exp().flatten(), _EXPONENTIAL)
         pairs = [
             self.shaped(scores, (*square, 1)),
             self.shaped(self.copied(highest, 3, self.tokens), (*square, 1)),
@@ -222,7 +221,7 @@ class Pairs(Layers):
         exponentials = self.shaped(exponentials, (*square[:2], 1))
         mean = self.site.given(self.tagged(exponentials))
         level = below.exp().mean(-1, keepdim=True).log()
-        logarithm = curve(*self._few(mean, level), _LOGARITHM, side=-1, offset=True)
+        logarithm = curve(mean.flatten(), level.flatten(), _LOGARITHM, side=-1, offset=True)
         units = self.units(logarithm, [exponentials], (1,))
         level_name = self.fixed(units, logarithm.weights.sign()[None], logarithm.offset)
         both = self.builder.emit("concat", Concat(3), highest, level_name)
@@ -234,7 +233,7 @@ class Pairs(Layers):
         ]
         unit = _CENTRE * math.sqrt(sum(ratio) / len(ratio) / max(float(weights.std()), 1e-6))
         reached = t - self.site.given(self.tagged(reference))
-        g = curve(*self._few(reached, unit * weights), _EXPONENTIAL)
+        g = curve(reached.flatten(), unit * weights.flatten(), _EXPONENTIAL)
         pairs[1] = self.shaped(self.copied(reference, 3, self.tokens), (*square, 1))
         units = self.units(g, pairs, (1, -1))
         signs = g.weights.sign()[None]
@@ -274,11 +273,6 @@ class Pairs(Layers):
         sample, window, head = self._draw(count, *y.shape[:3])
         i, c = self._draw(count, self.asking, y.shape[-1])
         return x[sample, window * self.asking + i, head], y[sample, window, head, :, c]
-
-    def _few(self, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        x, wanted = x.flatten(), wanted.flatten()
-        (places,) = self._draw(min(len(x), _SAMPLES), len(x))
-        return x[places], wanted[places]
 
     # -- steps ---------------------------------------------------------------------------------
 

@@ -172,11 +172,15 @@ def _mask(site: Site, heads: int) -> Tensor | None:
     if mask is None:
         return None
     if isinstance(mask, Ref):
-        raise site.error("has a mask that depends on the input; convert.attention=pairs needs one")
+        raise site.error(
+            "has a mask that depends on the input; pairs know none: take convert.attention=context"
+        )
     while mask.dim() > 3 and mask.shape[0] == 1:
         mask = mask[0]
     if mask.dim() > 3:
-        raise site.error("has a mask for every window; convert.attention=pairs knows one for all")
+        raise site.error(
+            "has a mask for every window; pairs know one for all: take convert.attention=context"
+        )
     if mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, -math.inf)
     return mask.detach().double().cpu().clamp_min(_LOWEST).expand(heads, *size)

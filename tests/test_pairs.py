@@ -1,0 +1,218 @@
+"""Attention for every pair of tokens, and gates, by hinges of sums: near, and in integers."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from archnet.convert import Approximation, ConversionError, convert
+from archnet.convert.fit import balanced, curve, product
+from archnet.deploy import audit, verify
+from archnet.deploy.c_header import to_c
+from archnet.deploy.integer import lower
+from archnet.ops import FullyConnected, Student
+from archnet.quant import quantize, settle
+
+PAIRS = Approximation("pairs")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class Asking(nn.Module):
+    """Two heads of attention over 12 tokens of 6 channels."""
+
+    def __init__(self, key_heads: int = 2, asking: int = 12, windows: int = 1, **given) -> None:
+        super().__init__()
+        self.key_heads, self.asking, self.windows, self.given = key_heads, asking, windows, given
+        self.q, self.k = nn.Linear(6, 8), nn.Linear(6, 4 * key_heads)
+        self.v = nn.Linear(6, 5 * key_heads)
+        self.out = nn.Linear(10, 5)
+        for layer in (self.q, self.k):
+            nn.init.normal_(layer.weight, 0, 0.6)
+        with torch.no_grad():
+            # As in networks that were trained, a few axes of the values have nearly all energy.
+            self.v.weight.mul_(torch.tensor([1, 1, 0.1, 0.1, 0.05]).repeat(key_heads)[:, None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, shared = x.shape[0], 12 // self.windows, self.key_heads
+        q, k, v = (
+            layer(x).reshape(b, self.windows, n, heads, -1).transpose(2, 3)
+            for layer, heads in ((self.q, 2), (self.k, shared), (self.v, shared))
+        )
+        if self.windows == 1:
+            q, k, v = q[:, 0], k[:, 0], v[:, 0]
+        q = q[..., : self.asking, :]
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=shared == 1, **self.given)
+        return self.out(y.transpose(-2, -3).reshape(b, -1, 10))
+
+
+class Gated(nn.Module):
+    """Squeeze-and-excitation, and a gate for every value."""
+
+    def __init__(self, own: bool = False) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.gate, self.own = nn.Conv2d(8, 8, 1), own
+        nn.init.normal_(self.gate.weight, 0, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        s = x.relu() if self.own else x.relu().mean((2, 3), keepdim=True)
+        return self.out(x * F.hardsigmoid(self.gate(s)))
+
+
+def errors(network: nn.Module, x: torch.Tensor, **forms: Approximation) -> dict[str, float]:
+    network, half = network.eval(), len(x) // 2
+    with torch.no_grad():
+        wanted = network(x[half:])
+    found = {}
+    for name, form in forms.items():
+        student = convert(network, x[:1], calibration=x[:half], approximation=form)
+        assert not audit(student, "arch5").violations
+        with torch.no_grad():
+            found[name] = float((student(x[half:]) - wanted).norm() / wanted.norm())
+    return found
+
+
+CASES = {
+    "plain": {},
+    "class attention": {"asking": 1},
+    "windows": {"windows": 2, "asking": 6},
+    "scale": {"scale": 0.8},
+    "causal": {"is_causal": True},
+    "mask": {"attn_mask": torch.rand(12, 12) < 0.6},
+    "bias": {"attn_mask": torch.randn(2, 12, 12)},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_by_pairs_is_nearly_exact(case: str) -> None:
+    given = dict(CASES[case])
+    if case == "mask":
+        given["attn_mask"] = given["attn_mask"] | torch.eye(12, dtype=torch.bool)
+    network = Asking(**given)
+    found = errors(network, torch.randn(256, 12, 6), context=Approximation("context"), pairs=PAIRS)
+    assert found["pairs"] < 0.1
+    assert found["pairs"] < 0.4 * found["context"]
+
+
+def test_keys_for_several_heads() -> None:
+    found = errors(Asking(key_heads=1), torch.randn(256, 12, 6), pairs=PAIRS)
+    assert found["pairs"] < 0.1
+
+
+def test_more_hinges_come_nearer() -> None:
+    forms = {str(n): Approximation("pairs", attention_hinges=n) for n in (2, 4, 8)}
+    found = errors(Asking(), torch.randn(256, 12, 6), **forms)
+    assert found["8"] < 0.8 * found["4"] < 0.8 * 0.8 * found["2"]
+
+
+def test_a_mask_that_depends_on_the_input_is_an_error() -> None:
+    class Masked(Asking):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.given = {"attn_mask": x[:, None, :1, :1].expand(-1, 2, 12, 12)}
+            return super().forward(x)
+
+    with pytest.raises(ConversionError, match=r"mask that depends on the input.*attention=context"):
+        errors(Masked(), torch.randn(16, 12, 6), pairs=PAIRS)
+
+
+def test_without_layers_at_positions_attention_has_its_context() -> None:
+    x = torch.randn(32, 12, 6)
+    student = convert(Asking().eval(), x[:1], "arch5_conv", calibration=x, approximation=PAIRS)
+    assert not audit(student, "arch5_conv").violations
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["for a channel", "for a value"])
+def test_a_gate_by_hinges_is_nearer_than_a_sum(own: bool) -> None:
+    x = torch.randn(128, 3, 8, 8) * (0.3 + torch.rand(128, 3, 1, 1))
+    forms = {str(n): Approximation(gate_hinges=n) for n in (0, 4, 8)}
+    found = errors(Gated(own), x, **forms)
+    assert found["4"] < 0.5 * found["0"]
+    assert found["8"] < found["4"]
+
+
+def test_axes_of_two_features_hold_their_products() -> None:
+    x, y = torch.randn(4, 200).double(), torch.randn(4, 200).double()
+    x[3] = x[2]  # not of full rank
+    a, b, sizes = balanced(x, y)
+    torch.testing.assert_close((a @ x).T @ (b @ y), x.T @ y)
+    assert bool((sizes[:-1] >= sizes[1:]).all())
+    assert float(sizes[3]) < 1e-3
+    for matrix, value in ((a, x), (b, y)):
+        covariance = matrix @ value @ value.T @ matrix.T / 200
+        torch.testing.assert_close(covariance, torch.diag(sizes), atol=1e-3, rtol=1e-4)
+
+
+def test_products_and_curves_have_weights_of_one_sign() -> None:
+    """What cancels would be lost to rounding."""
+    f = product(torch.randn(4000, 3), torch.randn(4000, 3), 8)
+    assert bool((f.weights > 0).all())
+    x = -torch.rand(5000) * 6
+    assert bool((curve(x, x.exp(), 5).weights > 0).all())
+    z = 0.02 + torch.rand(5000)
+    logarithm = curve(z, z.log(), 4, side=-1, offset=True)
+    assert bool((logarithm.weights < 0).all())
+    assert float((logarithm(z) - z.log()).square().mean().sqrt()) < 0.08
+
+
+def quantized(network: nn.Module, x: torch.Tensor, *bits: int) -> Student:
+    student = convert(network.eval(), x[:1], calibration=x, approximation=PAIRS)
+    quantize(student, *bits, [x])
+    settle(student)
+    return student
+
+
+def test_few_bits_hold_the_layers_for_pairs() -> None:
+    x = torch.randn(64, 12, 6)
+    student = convert(Asking().eval(), x[:1], calibration=x, approximation=PAIRS)
+    before = {name: op.weight.clone() for name, op in student.operators.items() if is_fixed(op)}
+    quantize(student, 2, 4, [x])
+    narrow = 0
+    for name, weight in before.items():
+        layer = student.operator(name)
+        assert isinstance(layer, FullyConnected)
+        grid = layer.parameters_on_grid()[0]
+        narrow += layer.weight_quantizer.bits == 2
+        limit = 1e-5 if layer.weight_quantizer.bits == 2 else 0.01
+        torch.testing.assert_close(grid, weight, rtol=limit, atol=limit * float(weight.abs().max()))
+    # All but those that turn axes and mix tokens.
+    assert narrow > 15
+
+
+def is_fixed(operator: nn.Module) -> bool:
+    return isinstance(operator, FullyConnected) and not operator.trainable
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 4)])
+@pytest.mark.parametrize("network", [Asking(), Gated()], ids=["attention", "gate"])
+def test_runtimes_agree_with_the_golden_model(network: nn.Module, bits: tuple[int, int]) -> None:
+    x = torch.randn(64, 12, 6) if isinstance(network, Asking) else torch.randn(64, 3, 8, 8)
+    student = quantized(network, x, *bits)
+    forms = ["qcdq", "qdq"]
+    forms += [form for form in ("qonnx", "openvino") if importlib.util.find_spec(form)]
+    for check in verify(student, 2 * x, forms):
+        assert (check.changed, check.max_steps) == (0, 0), check
+
+
+def test_a_c_compiler_and_tflite_take_it() -> None:
+    x = torch.randn(32, 12, 6)
+    student = quantized(Asking(), x, 8, 8)
+    model = lower(student)
+    assert "archnet_run" in to_c(model)
+
+
+def test_math_is_finite_where_attention_looks_at_one_token() -> None:
+    """Scores far apart: a softmax that is one-hot."""
+    network = Asking()
+    with torch.no_grad():
+        network.q.weight.mul_(6)
+    found = errors(network, torch.randn(256, 12, 6), pairs=PAIRS)
+    assert math.isfinite(found["pairs"])
+    assert found["pairs"] < 0.5

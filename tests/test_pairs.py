@@ -13,6 +13,7 @@ from archnet.convert.fit import balanced, curve, product
 from archnet.deploy import audit, verify
 from archnet.deploy.c_header import to_c
 from archnet.deploy.integer import lower
+from archnet.hardware import teacher_cost
 from archnet.ops import FullyConnected, Student
 from archnet.quant import quantize, settle
 
@@ -100,6 +101,69 @@ def test_attention_by_pairs_is_nearly_exact(case: str) -> None:
     found = errors(network, torch.randn(256, 12, 6), context=Approximation("context"), pairs=PAIRS)
     assert found["pairs"] < 0.1
     assert found["pairs"] < 0.4 * found["context"]
+
+
+class Written(Asking):
+    """The same with two products and a softmax, as many networks have it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(windows=2)
+        self.how, self.table = how, nn.Parameter(torch.randn(2, 6, 6))
+        self.register_buffer("mask", torch.rand(2, 1, 6, 6) < 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b = x.shape[0]
+        x = x.reshape(-1, 6, 6) if self.how == "folded" else x.reshape(b, 2, 6, 6)
+        q, k, v = (
+            layer(x).unflatten(-1, (2, -1)).transpose(-2, -3) for layer in (self.q, self.k, self.v)
+        )
+        if self.how == "einsum":
+            scores = torch.einsum("b w h i d, b w h j d -> b w h i j", q, 0.6 * k) + self.table
+            scores = scores.masked_fill(self.mask, -100)
+            y = torch.einsum("bwhij,bwhjd->bwhid", scores.softmax(-1), v)
+        elif self.how == "folded":
+            scores = (0.6 * q) @ k.transpose(-2, -1) + self.table[None]
+            scores = scores.view(-1, 2, 2, 6, 6) + torch.where(self.mask, -100.0, 0.0)
+            y = scores.view(-1, 2, 6, 6).softmax(-1) @ v
+        else:
+            order = (0, 1, 2, 4, 3)
+            y = F.softmax(q @ k.permute(order) / 2 + 3.0, dim=4).matmul(v)
+        return self.out(y.transpose(-2, -3).reshape(b, 12, 10))
+
+
+@pytest.mark.parametrize("how", ["matmul", "einsum", "folded"])
+def test_attention_written_as_products_is_attention(how: str) -> None:
+    network, x = Written(how), torch.randn(256, 12, 6)
+    found = errors(network, x, context=Approximation("context"), pairs=PAIRS)
+    assert found["pairs"] < 0.1
+    assert found["pairs"] < 0.4 * found["context"]
+    form = Approximation("mixing")
+    student = convert(network, x[:1], calibration=x, approximation=form)
+    # Queries and keys are not computed, and the report says so.
+    assert {row.rule for row in student.report if row.operator == "aten.softmax.int"} == {
+        "left out"
+    }
+    teacher = teacher_cost(network, x[:1]).macs
+    assert sum(row.macs_before for row in student.report) == teacher
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda q, k: q.abs() @ k.mT.abs(),
+        lambda q, k: (q @ k.mT).tanh(),
+        lambda q, k: q[..., :1] * k.mT[..., :1, :],
+    ],
+    ids=["turned before", "bent", "no product"],
+)
+def test_what_is_not_quite_attention_keeps_its_fixed_weights(scores) -> None:
+    class Other(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return scores(x, x).softmax(-1) @ x
+
+    x = torch.randn(64, 8, 4)
+    student = convert(Other().eval(), x[:1], calibration=x, approximation=PAIRS)
+    assert [row.rule for row in student.report if row.error is not None] == ["product"]
 
 
 def test_keys_for_several_heads() -> None:

@@ -15,6 +15,7 @@ from archnet.convert.builder import Builder, ConversionError, TargetLimits
 from archnet.convert.calibration import Calibration
 from archnet.convert.feature import Feature, Form, Value
 from archnet.convert.fit import relative_error
+from archnet.convert.fuse import fuse
 from archnet.convert.narrow import narrow
 from archnet.convert.rules import RULES
 from archnet.convert.rules.attention import softmax_weights
@@ -74,7 +75,7 @@ def convert(
         inputs = (inputs,)
 
     def build(form: Approximation) -> Built:
-        return _build(graph, target, tap_nodes, inputs, form, inner_taps)
+        return _build(graph, fuse(graph), target, tap_nodes, inputs, form, inner_taps)
 
     student = within_budget(build, graph, approximation or Approximation())
     if start == "random":
@@ -85,6 +86,7 @@ def convert(
 
 
 def _build(
+    written: TeacherGraph,
     graph: TeacherGraph,
     target: TargetLimits,
     tap_nodes: Sequence[tuple[str, TeacherNode]],
@@ -92,7 +94,10 @@ def _build(
     form: Approximation,
     inner_taps: bool,
 ) -> Built:
-    """Every node by its rule, the approximate ones in the forms that ``form`` says."""
+    """Every node by its rule, the approximate ones in the forms that ``form`` says.
+
+    ``graph`` has one node for each attention, ``written`` is as the teacher has it.
+    """
     live = {node.name: _reads(node, form) for node in _live(graph, lambda n: _reads(n, form))}
     for path, node in tap_nodes:
         if node.name not in live:
@@ -100,7 +105,7 @@ def _build(
                 f"convert.taps names '{path}', whose value the student does without: it stands in "
                 "front of an attention, or nobody reads it"
             )
-    read = {node.name for node in _live(graph, TeacherNode.refs)}
+    read = {node.name for node in _live(written, TeacherNode.refs)}
     builder = Builder(target)
     fitting = None if inputs is None else Calibration(graph, inputs, builder)
     builder.paths = {node.name: node.path for node in graph.nodes}
@@ -110,7 +115,7 @@ def _build(
     batches, report = graph.batches(), list[NodeReport]()
     alternatives: dict[str, Alternative] = {}
     fitted: dict[str, Feature] = {}
-    before = _macs(graph)
+    before = _macs(written)
     uses = Counter(name for names in live.values() for name in names)
     uses[graph.output] += 1
     tapped = {node.name for _, node in tap_nodes}

@@ -163,27 +163,26 @@ def _in_pairs(site: Site, query: Feature, key: Feature, value: Feature) -> Value
 
 
 def _mask(site: Site, heads: int) -> Tensor | None:
-    """What is added to the scores, (heads, queries, keys), if it is the same for all inputs."""
+    """What is added to scores for all inputs, (windows or 1, heads, queries, keys)."""
     given = site.node.arguments
     size = (site.node.shape[-2], site.feature("key").shape[-2])
     mask = given.get("attn_mask")
     if given.get("is_causal"):
         mask = torch.ones(size, dtype=torch.bool).tril()
+    if isinstance(mask, Ref):
+        raise site.error("has a mask that depends on the input; take convert.attention=context")
+    if mask is None:
+        mask = given.get("bias")
+    elif mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, -math.inf)
     if mask is None:
         return None
-    if isinstance(mask, Ref):
-        raise site.error(
-            "has a mask that depends on the input; pairs know none: take convert.attention=context"
-        )
     while mask.dim() > 3 and mask.shape[0] == 1:
         mask = mask[0]
-    if mask.dim() > 3:
-        raise site.error(
-            "has a mask for every window; pairs know one for all: take convert.attention=context"
-        )
-    if mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, -math.inf)
-    return mask.detach().double().cpu().clamp_min(_LOWEST).expand(heads, *size)
+    if mask.dim() < 3:
+        mask = mask.expand(1, *size)
+    mask = mask.detach().double().cpu().clamp_min(_LOWEST)
+    return mask.reshape(-1, *mask.shape[-3:]).expand(-1, heads, *size)
 
 
 def _heads(site: Site, *features: Feature) -> int:

@@ -139,10 +139,7 @@ class Site:
 
     def constant(self, tensor: Tensor) -> Tensor:
         """A constant of the teacher at every element of the result: (*shape), float64."""
-        batch, shape = self.node.batch, list(self.node.shape)
-        if batch.folded == 1:
-            shape.insert(batch.axis, 1)
-        return batch.samples(constant(tensor).expand(shape), self.node.shape)[0]
+        return at_elements(self.node, tensor)
 
     # -- fits ----------------------------------------------------------------------------------
 
@@ -238,3 +235,11 @@ def scaled_to_fit(site: Site, value: Value) -> Form:
 def constant(tensor: Tensor) -> Tensor:
     """A weight of the teacher in the precision that rules compute in (float64, on the CPU)."""
     return tensor.detach().double().cpu()
+
+
+def at_elements(node: TeacherNode, tensor: Tensor) -> Tensor:
+    """A constant of the teacher at every element of a node's result: (*shape), float64."""
+    batch, shape = node.batch, list(node.shape)
+    if batch.folded == 1:
+        shape.insert(batch.axis, 1)
+    return batch.samples(constant(tensor).expand(shape), node.shape)[0]

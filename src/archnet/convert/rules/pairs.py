@@ -40,7 +40,7 @@ class Pairs(Layers):
         site: of the attention.
         features: queries, keys and values, (..., heads, tokens, channels).
         heads: of the result; keys and values may have fewer, each for several.
-        mask: (heads, queries, keys), or None.
+        mask: (windows or 1, heads, queries, keys), or None.
         scale: of scores.
     """
 
@@ -119,7 +119,8 @@ class Pairs(Layers):
         scores = self.total([self.turned(met, (0, 1, 3, 2)), self.shaped(offset, square)], (1, 1))
         if self.mask is None:
             return scores
-        masks = self.mask.double().transpose(0, 1).repeat(self.windows, 1, 1)
+        masks = self.mask.expand(self.windows, *self.mask.shape[1:])
+        masks = masks.transpose(1, 2).reshape(square)
         feature = Feature(square, first=scores, axis=3)
         return self.builder.first(
             self.builder.element_affine(feature, torch.ones_like(masks), masks)

@@ -1,0 +1,158 @@
+"""Attention written as products and a softmax is attention."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from archnet.capture import Ref, TeacherGraph, TeacherNode
+from archnet.convert.rules.base import at_elements
+
+FUSED = "aten.scaled_dot_product_attention.default"
+
+# What moves no value on the way from a score to its weight.
+_CARRIERS = ("dropout", "contiguous", "clone", "view", "reshape", "detach", "alias")
+_TURNS = ("transpose", "swapaxes", "swapdims", "permute", "mT", "adjoint")
+_LOWEST = -1e4  # of a mask: what a softmax makes zero of
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """scale * Q K' + bias; ``bias`` is for one sample, of the scores' shape."""
+
+    query: Ref
+    key: Ref
+    scale: float = 1.0
+    bias: Tensor | None = None
+
+    def scaled(self, factor: float) -> "_Scores":
+        bias = None if self.bias is None else self.bias * factor
+        return replace(self, scale=self.scale * factor, bias=bias)
+
+    def plus(self, bias: Tensor) -> "_Scores":
+        return replace(self, bias=bias if self.bias is None else self.bias + bias)
+
+
+def fuse(graph: TeacherGraph) -> TeacherGraph:
+    """The graph with every softmax(c Q K' + B) V, B constant, as one node of attention.
+
+    The node that multiplies by the values takes the place of all; what it no longer reads stays in
+    the graph. What is written in another way stays as it is.
+    """
+    by_name = {node.name: node for node in graph.nodes}
+    nodes = [_fused(node, by_name) or node for node in graph.nodes]
+    return replace(graph, nodes=nodes)
+
+
+def _fused(node: TeacherNode, by_name: Mapping[str, TeacherNode]) -> TeacherNode | None:
+    pair = _operands(node, "...ij,...jd->...id")
+    if pair is None:
+        return None
+    weights, value = pair
+    source = by_name.get(weights.name)
+    while source is not None and _stem(source) in _CARRIERS:
+        source = by_name.get(source.refs()[0])
+    if source is None or _stem(source) != "softmax":
+        return None
+    if source.arguments["dim"] not in (-1, source.batch.rank - 1):
+        return None
+    scores = _scores(source.refs()[0], by_name)
+    if scores is None:
+        return None
+    arguments = {
+        "query": scores.query,
+        "key": scores.key,
+        "value": value,
+        "attn_mask": None,
+        "is_causal": False,
+        "scale": scores.scale,
+        "bias": scores.bias,
+    }
+    return replace(node, operator=FUSED, arguments=arguments)
+
+
+def _scores(name: str, by_name: Mapping[str, TeacherNode]) -> _Scores | None:
+    """What a softmax reads, as scores of queries and keys."""
+    node = by_name.get(name)
+    if node is None:
+        return None
+    stem, given = _stem(node), node.arguments
+    if stem in _CARRIERS:
+        found = _scores(node.refs()[0], by_name)
+        if found is None or found.bias is None:
+            return found
+        return replace(found, bias=found.bias.reshape(node.shape))
+    if stem in ("add", "mul", "div") and isinstance(given["self"], Ref):
+        found, other = _scores(given["self"].name, by_name), given["other"]
+        if found is None or isinstance(other, Ref):
+            return None
+        if stem == "add":
+            if not isinstance(other, Tensor):
+                return found  # a softmax does not see it
+            return found.plus(given["alpha"] * at_elements(node, other))
+        if isinstance(other, Tensor) and other.numel() > 1:
+            return None
+        return found.scaled(float(other) if stem == "mul" else 1 / float(other))
+    if stem == "masked_fill" and isinstance(given["mask"], Tensor):
+        found = _scores(given["self"].name, by_name)
+        if found is None or isinstance(given["value"], Ref | Tensor):
+            return None
+        lowest = max(float(given["value"]), _LOWEST)
+        return found.plus(at_elements(node, given["mask"]) * lowest)
+    pair = _operands(node, "...id,...jd->...ij")
+    if pair is not None:
+        return _Scores(*pair)
+    pair = _operands(node, "...id,...dj->...ij")
+    turned = None if pair is None else by_name.get(pair[1].name)
+    if pair is None or turned is None or not _turns_last(turned):
+        return None
+    return _Scores(pair[0], Ref(turned.refs()[0]))
+
+
+def _stem(node: TeacherNode) -> str:
+    return node.operator.removeprefix("aten.").split(".")[0].strip("_")
+
+
+def _operands(node: TeacherNode, product: str) -> tuple[Ref, Ref] | None:
+    """The two features of a product of the kind '...ij,...jd->...id' (letters may be others)."""
+    stem, given = _stem(node), node.arguments
+    if stem in ("matmul", "bmm"):
+        first, second = given["self"], given.get("other", given.get("mat2"))
+        ours, theirs = product.split("->", maxsplit=1)[0].split(",")
+        same = ours[-1] == theirs[-2]
+    elif stem == "einsum" and len(given["tensors"]) == 2:
+        first, second = given["tensors"]
+        same = _is_einsum(given["equation"], product)
+    else:
+        return None
+    if not same or not isinstance(first, Ref) or not isinstance(second, Ref):
+        return None
+    return first, second
+
+
+def _is_einsum(equation: str, product: str) -> bool:
+    """Whether an equation is the product but for its letters and the axes in front."""
+    sides = equation.replace(" ", "").replace("...", "").split("->")
+    terms = sides[0].split(",")
+    if len(sides) != 2 or len(terms) != 2:
+        return False
+    ahead = {term[:-2] for term in (*terms, sides[1])}
+    ours = "".join(term[-2:] for term in (*terms, sides[1]))
+    theirs = product.replace("...", "").replace(",", "").replace("->", "")
+    alike = len(set(zip(ours, theirs, strict=False))) == len(set(ours)) == len(set(theirs))
+    return len(ahead) == 1 and len(ours) == len(theirs) and alike
+
+
+def _turns_last(node: TeacherNode) -> bool:
+    """Whether a node swaps the last two axes and nothing else."""
+    stem, given, rank = _stem(node), node.arguments, node.batch.rank
+    last = {rank - 2, rank - 1}
+    if stem not in _TURNS:
+        return False
+    if stem in ("mT", "adjoint"):
+        return True
+    if stem == "permute":
+        order = [dim % rank for dim in given["dims"]]
+        return order == [*range(rank - 2), rank - 1, rank - 2]
+    dims = [value for name, value in given.items() if name not in ("self", "input")]
+    return {dim % rank for dim in dims} == last

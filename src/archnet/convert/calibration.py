@@ -146,9 +146,10 @@ class Calibration:
                 live = {n: self._student[n][start : start + some] for n in sources}
                 for piece in pieces:
                     live.update(zip(piece.names, piece.work(operators, live), strict=True))
+                    if name in piece.names:
+                        parts.append(live[name])
                     for dropped in piece.dropped:
                         del live[dropped]
-                parts.append(live[name])
             self._student[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._student[name]
 

@@ -60,10 +60,12 @@ def plan(
         piece = together.get(step.name) or Piece((step.name,), step.inputs)
         done.update(piece.names)
         pieces.append(piece)
-    kept = set(targets)
+    read_later: set[str] = set()
     for piece in reversed(pieces):
-        piece.dropped = tuple(name for name in dict.fromkeys(piece.reads) if name not in kept)
-        kept.update(piece.reads)
+        # A target that nobody reads any more is dropped once it has been given.
+        ends = dict.fromkeys([*piece.names, *piece.reads])
+        piece.dropped = tuple(name for name in ends if name not in read_later)
+        read_later.update(piece.reads)
     return pieces
 
 

@@ -1,7 +1,7 @@
 """The student: a list of steps, each one operator applied to named values."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -180,12 +180,24 @@ class Student(nn.Module):
 
         Values are dropped after their last reader, so that memory holds what is alive.
         """
-        live = dict(values)
+        found = dict(self.visit(values, targets))
+        return [values[name] if name in values else found[name] for name in targets]
+
+    def visit(
+        self, values: Mapping[str, Tensor], targets: Sequence[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The same, one target after another as they are computed, by name.
+
+        Those that nobody keeps are dropped as all others are: of a student whose values would not
+        fit into memory together, all can be looked at.
+        """
+        live, wanted = dict(values), set(targets)
         for piece in self._pieces(tuple(values), tuple(targets)):
-            live.update(zip(piece.names, piece.work(self.operators, live), strict=True))
+            results = piece.work(self.operators, live)
+            live.update(zip(piece.names, results, strict=True))
+            yield from ((name, live[name]) for name in piece.names if name in wanted)
             for name in piece.dropped:
                 del live[name]
-        return [live[name] for name in targets]
 
     def _pieces(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> list[Piece]:
         """How ``targets`` are computed from ``sources``, planned once."""

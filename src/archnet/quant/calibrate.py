@@ -1,5 +1,6 @@
 """Scales of least squared error, from weights and from unlabelled batches."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from archnet.quant.quantizers import (
 
 CANDIDATES = 64  # scales tried, evenly spaced up to the one that clips nothing
 SAMPLES = 32768  # values kept per activation
+AT_ONCE = 2**26  # numbers in the largest value that is observed at once
 LARGEST_BIAS = 2.0**28  # steps of an accumulator; the rest of its 32 bits is for sums
 ZERO_POINTS = 8  # lowest levels tried between 0 and half of the grid
 _WORTH = 0.9  # of the squared error on a symmetric grid: an offset costs the chip something
@@ -98,16 +100,20 @@ def observe(
 ) -> dict[str, Tensor]:
     """A sample of each named value over some batches, flattened (at most `SAMPLES` values)."""
     taken: dict[str, list[Tensor]] = {name: [] for name in names}
-    batches = list(batches)
-    share = -(-SAMPLES // max(1, len(batches)))
+    batches = [(batch,) if isinstance(batch, Tensor) else tuple(batch) for batch in batches]
+    widest = max(math.prod(shape) for shape in student.graph.shapes.values())
+    parts = [
+        part
+        for batch in batches
+        for part in zip(*(x.split(max(1, AT_ONCE // widest)) for x in batch), strict=True)
+    ]
+    share = -(-SAMPLES // max(1, len(parts)))
     generator = torch.Generator().manual_seed(seed)
     device = next(student.parameters()).device
     with torch.no_grad():
-        for batch in batches:
-            inputs = (batch,) if isinstance(batch, Tensor) else batch
+        for inputs in parts:
             given = zip(student.graph.inputs, (x.to(device) for x in inputs), strict=True)
-            results = student.run(dict(given), names)
-            for name, value in zip(names, results, strict=True):
+            for name, value in student.visit(dict(given), names):
                 flat = value.flatten().float().cpu()
                 picks = torch.randint(len(flat), (min(share, len(flat)),), generator=generator)
                 # The extremes are kept, so that nothing is taken for unsigned by chance.

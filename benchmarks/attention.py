@@ -24,6 +24,7 @@ from record import append
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archnet.convert import Approximation, convert
 from archnet.convert.fit import attended, mixing, relative_error, ridge, rows
 from archnet.run_teacher import run_teacher
 from archnet.runs import RunFolder
@@ -148,12 +149,41 @@ class Context(Form):
         return self._layer("result", torch.cat([received, answered], -1))
 
 
+class Attention(nn.Module):
+    """Attention alone, as a teacher."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+class Pairs(Form):
+    """`convert.attention=pairs`, all of it constants (`archnet.convert.rules.pairs`)."""
+
+    def __init__(self, data: Products) -> None:
+        super().__init__(data)
+        given = data[:3]
+        form = Approximation("pairs")
+        examples = tuple(x[:1] for x in given)
+        self.student = convert(Attention(), examples, calibration=given, approximation=form)
+        self.macs = sum(row.macs_after for row in self.student.report)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.cat(
+            [
+                self.student(*part)
+                for part in zip(*(x.split(32) for x in (query, key, value)), strict=True)
+            ]
+        )
+
+
 FORMS: dict[str, type[Form]] = {
     "mixing": Mixing,
     "rectified": Rectified,
     "relation": Relation,
     "context": Context,
+    "pairs": Pairs,
 }
+FIXED = ("pairs",)  # without anything that is trained
 
 
 def error(form: Form, data: Products) -> float:
@@ -183,6 +213,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished classification run")
     parser.add_argument("--images", type=int, default=1920, help="unlabelled, of the run's task")
     parser.add_argument("--steps", type=int, default=300, help="of each form of each attention")
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     run = RunFolder.open(options.run)
@@ -195,14 +226,16 @@ def main() -> None:
     )
     heard = listen(teacher, data.calibration_inputs(options.images))
     kept = round(options.images * (1 - HELD_OUT))
-    for name, kind in FORMS.items():
+    for name in options.forms:
+        kind = FORMS[name]
         began, fitted, trained, macs = time.monotonic(), [], [], 0
         for place, found in enumerate(heard):
             torch.manual_seed(place)
             part, rest = tuple(x[:kept] for x in found), tuple(x[kept:] for x in found)
             form = kind(cast(Products, part))
             fitted.append(error(form, cast(Products, rest)))
-            train(form, cast(Products, part), options.steps, place)
+            if name not in FIXED:
+                train(form, cast(Products, part), options.steps, place)
             trained.append(error(form, cast(Products, rest)))
             macs += form.macs
         row = {
@@ -214,7 +247,7 @@ def main() -> None:
             "macs": macs,
             "fitted": round(sum(fitted) / len(fitted), 3),
             "student_value": round(sum(trained) / len(trained), 3),
-            "inputs_seen": 32 * options.steps,
+            "inputs_seen": 0 if name in FIXED else 32 * options.steps,
             "minutes": round((time.monotonic() - began) / 60, 2),
             "seed": config.seed,
             "command": shlex.join(["python", *sys.argv]),

@@ -148,3 +148,22 @@ def test_hinges_that_are_asked_for_are_computed() -> None:
     expected = step_by_step(student, x)
     for name, value in zip((bent.hinges.act, bent.hinges.total), values, strict=True):
         torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_under_autocast_hinges_are_no_less_precise_than_one_by_one(bits: int) -> None:
+    torch.manual_seed(0)
+    network, x = Attention().eval(), torch.randn(64, 7, 6)
+    student = convert(network, x[:1], calibration=x, approximation=Approximation("pairs"))
+    if bits < 32:
+        quantize(student, bits, bits, [x])
+    with torch.no_grad():
+        expected = student(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            one_by_one = step_by_step(student, x)[student.graph.output]
+    with torch.autocast("cpu", torch.bfloat16):
+        result = student(x)
+    result.float().square().mean().backward()
+    off, others = ((y.detach().float() - expected).norm() for y in (result, one_by_one))
+    assert off < 1.1 * others
+    assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())

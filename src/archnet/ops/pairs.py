@@ -74,6 +74,11 @@ class Bent(Piece):
         self.hinges = hinges
 
     def work(self, operators: nn.ModuleDict, live: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        # A grid has more levels than half precision tells apart.
+        with torch.autocast(live[self.reads[0]].device.type, enabled=False):
+            return [self._worked(operators, live)]
+
+    def _worked(self, operators: nn.ModuleDict, live: Mapping[str, Tensor]) -> Tensor:
         hinges = self.hinges
         lines, act, total = (operators[n] for n in (hinges.lines, hinges.act, hinges.total))
         assert isinstance(lines, FullyConnected)
@@ -82,10 +87,10 @@ class Bent(Piece):
         grid = self._grid(operators)
         on_grid = lines.weight_quantizer is not None or total.weight_quantizer is not None
         if (grid is None) if act.quantizer is not None else on_grid:
-            return [self._by_steps(operators, live)]
-        sources = [live[name].squeeze(-1) for name in hinges.sources]
-        sign = hinges.signs[-1] if len(sources) > 1 else 0.0
+            return self._by_steps(operators, live)
         weight, bias = lines.parameters_on_grid()
+        sources = [live[name].squeeze(-1).to(weight.dtype) for name in hinges.sources]
+        sign = hinges.signs[-1] if len(sources) > 1 else 0.0
         outer, offset = total.parameters_on_grid()
         layers = (weight[:, 0], bias, outer[0, : len(bias)])
         where = (sources[0], sources[-1], sign, hinges.shape[:-1])
@@ -93,7 +98,7 @@ class Bent(Piece):
             bent = _Line.apply(*where, *layers)
         else:
             bent = _Table.apply(*where, *self._table(sources[0], grid, act, layers))
-        return [(bent + offset).unsqueeze(-1)]
+        return cast(Tensor, bent + offset).unsqueeze(-1)
 
     def _grid(self, operators: nn.ModuleDict) -> Any:
         """The quantizer that all sources share, if there is one."""
@@ -120,7 +125,8 @@ class Bent(Piece):
         return table, slopes, step, low
 
     def _by_steps(self, operators: nn.ModuleDict, live: Mapping[str, Tensor]) -> Tensor:
-        found = dict(live)
+        dtype = cast(FullyConnected, operators[self.hinges.lines]).weight.dtype
+        found = {name: live[name].to(dtype) for name in self.reads}
         for step in self.hinges.steps:
             found[step.name] = operators[step.name](*[found[name] for name in step.inputs])
         return found[self.hinges.total]

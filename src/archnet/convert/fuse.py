@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from archnet.capture import Ref, TeacherGraph, TeacherNode
-from archnet.convert.rules.base import at_elements
+from archnet.convert.rules.base import RULES, Approximation, at_elements
 
+WEIGHED = "...ij,...jd->...id"  # weights times values
 FUSED = "aten.scaled_dot_product_attention.default"
 
 # What moves no value on the way from a score to its weight.
@@ -37,15 +38,27 @@ def fuse(graph: TeacherGraph) -> TeacherGraph:
     """The graph with every softmax(c Q K' + B) V, B constant, as one node of attention.
 
     The node that multiplies by the values takes the place of all; what it no longer reads stays in
-    the graph. What is written in another way stays as it is.
+    the graph. What is written in another way stays as it is, and so does attention whose queries
+    or keys no rule can convert: its fixed weights need neither.
     """
     by_name = {node.name: node for node in graph.nodes}
-    nodes = [_fused(node, by_name) or node for node in graph.nodes]
+    nodes, convertible = list[TeacherNode](), set(graph.inputs)
+    for node in graph.nodes:
+        fused = _fused(node, by_name)
+        if fused is None or not convertible.issuperset(fused.refs()):
+            fused = node
+        nodes.append(fused)
+        rule = RULES.get(fused.operator)
+        if rule is None or _stem(node) == "softmax":
+            continue
+        reads = fused.refs() if rule.reads is None else rule.reads(fused, Approximation())
+        if convertible.issuperset(reads):
+            convertible.add(node.name)
     return replace(graph, nodes=nodes)
 
 
 def _fused(node: TeacherNode, by_name: Mapping[str, TeacherNode]) -> TeacherNode | None:
-    pair = _operands(node, "...ij,...jd->...id")
+    pair = _operands(node, WEIGHED)
     if pair is None:
         return None
     weights, value = pair
@@ -122,7 +135,7 @@ def _operands(node: TeacherNode, product: str) -> tuple[Ref, Ref] | None:
         same = ours[-1] == theirs[-2]
     elif stem == "einsum" and len(given["tensors"]) == 2:
         first, second = given["tensors"]
-        same = _is_einsum(given["equation"], product)
+        same = is_einsum(given["equation"], product)
     else:
         return None
     if not same or not isinstance(first, Ref) or not isinstance(second, Ref):
@@ -130,7 +143,7 @@ def _operands(node: TeacherNode, product: str) -> tuple[Ref, Ref] | None:
     return first, second
 
 
-def _is_einsum(equation: str, product: str) -> bool:
+def is_einsum(equation: str, product: str) -> bool:
     """Whether an equation is the product but for its letters and the axes in front."""
     sides = equation.replace(" ", "").replace("...", "").split("->")
     terms = sides[0].split(",")

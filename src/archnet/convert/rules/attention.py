@@ -9,6 +9,7 @@ from archnet.capture import Ref, TeacherGraph, TeacherNode
 from archnet.convert.builder import Builder
 from archnet.convert.feature import Feature, Value
 from archnet.convert.fit import Layer, attended, mixing, relative_error
+from archnet.convert.fuse import WEIGHED, is_einsum
 from archnet.convert.rules.base import (
     Alternative,
     Approximation,
@@ -79,7 +80,7 @@ def attention(site: Site) -> Value:
 def product(site: Site) -> Value:
     """Softmax weights times values, as `attention` by `mixing`; or x W' for a constant W."""
     second, equation = _second(site.node), site.node.arguments.get("equation")
-    if equation is not None and not _is_matmul(equation):
+    if equation is not None and not is_einsum(equation, WEIGHED):
         raise site.error(f"einsum of '{equation}' has no rule; only matrix products have one")
     if isinstance(second, Ref):
         return _mixed(site, site.builder.build(site.referred(second)))
@@ -89,17 +90,6 @@ def product(site: Site) -> Value:
         raise site.error("multiplies by a constant of other than two axes; this has no rule")
     bias = torch.zeros(matrix.shape[1], dtype=torch.float64)
     return matrix_on(site, site.tagged("self", len(site.node.shape)), matrix.T, bias)
-
-
-def _is_matmul(equation: str) -> bool:
-    """Whether an einsum is '...ij,...jk->...ik'."""
-    sides = equation.replace(" ", "").split("->")
-    operands = sides[0].split(",")
-    if len(sides) != 2 or len(operands) != 2:
-        return False
-    left, right = operands
-    same = left[:-2] == right[:-2] and left[-1] == right[-2]
-    return same and sides[1] == left[:-1] + right[-1]
 
 
 def _mixed(site: Site, value: Feature) -> Value:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from torch.nn import functional as F
 from archnet.convert import Approximation, ConversionError, convert
 from archnet.convert.fit import balanced, curve, product
 from archnet.deploy import audit, verify
-from archnet.deploy.c_header import to_c
 from archnet.deploy.integer import lower
 from archnet.hardware import teacher_cost
 from archnet.ops import FullyConnected, Student
 from archnet.quant import quantize, settle
+from test_c_header import assert_same, needs_gcc
 
 PAIRS = Approximation("pairs")
 
@@ -166,6 +167,17 @@ def test_what_is_not_quite_attention_keeps_its_fixed_weights(scores) -> None:
     assert [row.rule for row in student.report if row.error is not None] == ["product"]
 
 
+def test_attention_whose_queries_no_rule_converts_keeps_its_fixed_weights() -> None:
+    class Cosine(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = F.normalize(x, dim=-1)
+            return (q @ q.transpose(-1, -2)).softmax(-1) @ x
+
+    x = torch.randn(64, 8, 4)
+    student = convert(Cosine().eval(), x[:1], calibration=x, approximation=PAIRS)
+    assert [row.rule for row in student.report if row.error is not None] == ["product"]
+
+
 def test_keys_for_several_heads() -> None:
     found = errors(Asking(key_heads=1), torch.randn(256, 12, 6), pairs=PAIRS)
     assert found["pairs"] < 0.1
@@ -265,11 +277,11 @@ def test_runtimes_agree_with_the_golden_model(network: nn.Module, bits: tuple[in
         assert (check.changed, check.max_steps) == (0, 0), check
 
 
-def test_a_c_compiler_and_tflite_take_it() -> None:
-    x = torch.randn(32, 12, 6)
-    student = quantized(Asking(), x, 8, 8)
-    model = lower(student)
-    assert "archnet_run" in to_c(model)
+@needs_gcc
+@pytest.mark.parametrize("network", [Asking(), Gated()], ids=["attention", "gate"])
+def test_c_gives_the_integers_of_the_golden_model(network: nn.Module, tmp_path: Path) -> None:
+    x = torch.randn(32, 12, 6) if isinstance(network, Asking) else torch.randn(32, 3, 8, 8)
+    assert_same(lower(quantized(network, x, 8, 8)), 2 * x.numpy(), tmp_path)
 
 
 def test_math_is_finite_where_attention_looks_at_one_token() -> None:

@@ -332,13 +332,10 @@ class Hinges:
 
     def __call__(self, z: Tensor) -> Tensor:
         total = torch.full_like(z, self.offset)
-        for t, a, d in zip(*(x.tolist() for x in self._hinges), strict=True):
+        hinges = (self.knots.tolist(), self.weights.tolist(), self.sides.tolist())
+        for t, a, d in zip(*hinges, strict=True):
             total += a * (d * (z - t)).clamp_min(0)
         return total
-
-    @property
-    def _hinges(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.knots, self.weights, self.sides
 
 
 def curve(x: Tensor, wanted: Tensor, count: int, *, side: int = 1, offset: bool = False) -> Hinges:

@@ -10,7 +10,7 @@ import archnet
 from archnet.config import Config, offered
 from archnet.hardware import Target, check_layers, check_memory, student_cost
 from archnet.ops import Student
-from archnet.quant import Allocation, allocate
+from archnet.quant import Allocation, allocate, equalize
 from archnet.quant.sensitivity import Batch
 
 _log = logging.getLogger(__name__)
@@ -58,6 +58,14 @@ def _quantize(config: Config, student: Student, batches: Sequence[Batch]) -> dic
         "act_power_of_two": config.hardware.act_scales == "power_of_two",
         "zero_points": config.hardware.zero_points,
     }
+    if quant.equalize and quant.act_bits < quant.sum_bits:
+        power_of_two = "power_of_two" in (
+            config.hardware.requantization,
+            config.hardware.act_scales,
+        )
+        widths = (quant.weight_bits, quant.act_bits)
+        equalized = equalize(student, *widths, batches, power_of_two=power_of_two)
+        _log.info("equalized: %d values get a batch norm", len(equalized))
     if quant.budget is None:
         archnet.quantize(student, calibration=batches, **uniform)
         return {}

@@ -11,6 +11,7 @@ from archnet.quant.attach import (
     unpack,
 )
 from archnet.quant.calibrate import best_scale, calibrate_weights
+from archnet.quant.equalize import equalize
 from archnet.quant.quantize import quantize
 from archnet.quant.quantizers import (
     ActivationDoReFa,
@@ -41,6 +42,7 @@ __all__ = [
     "best_scale",
     "calibrate_weights",
     "describe",
+    "equalize",
     "grid_steps",
     "grids",
     "input_quantizer",

@@ -1,7 +1,7 @@
 """Scales of least squared error, from weights and from unlabelled batches."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from archnet.quant.quantizers import (
 
 CANDIDATES = 64  # scales tried, evenly spaced up to the one that clips nothing
 SAMPLES = 32768  # values kept per activation
+CHANNEL_SAMPLES = 2**17  # values kept of a value with channels
 AT_ONCE = 2**26  # numbers in the largest value that is observed at once
 LARGEST_BIAS = 2.0**28  # steps of an accumulator; the rest of its 32 bits is for sums
 ZERO_POINTS = 8  # lowest levels tried between 0 and half of the grid
@@ -100,26 +101,66 @@ def observe(
 ) -> dict[str, Tensor]:
     """A sample of each named value over some batches, flattened (at most `SAMPLES` values)."""
     taken: dict[str, list[Tensor]] = {name: [] for name in names}
-    batches = [(batch,) if isinstance(batch, Tensor) else tuple(batch) for batch in batches]
-    widest = max(math.prod(shape) for shape in student.graph.shapes.values())
-    parts = [
-        part
-        for batch in batches
-        for part in zip(*(x.split(max(1, AT_ONCE // widest)) for x in batch), strict=True)
-    ]
+    parts = _split(student, batches)
     share = -(-SAMPLES // max(1, len(parts)))
     generator = torch.Generator().manual_seed(seed)
-    device = next(student.parameters()).device
-    with torch.no_grad():
-        for inputs in parts:
-            given = zip(student.graph.inputs, (x.to(device) for x in inputs), strict=True)
-            for name, value in student.visit(dict(given), names):
-                flat = value.flatten().float().cpu()
-                picks = torch.randint(len(flat), (min(share, len(flat)),), generator=generator)
-                # The extremes are kept, so that nothing is taken for unsigned by chance.
-                ends = torch.stack([flat.min(), flat.max()])
-                taken[name].append(torch.cat([flat[picks], ends]))
+    for name, value in _seen(student, names, parts):
+        flat = value.flatten().float().cpu()
+        picks = torch.randint(len(flat), (min(share, len(flat)),), generator=generator)
+        # The extremes are kept, so that nothing is taken for unsigned by chance.
+        ends = torch.stack([flat.min(), flat.max()])
+        taken[name].append(torch.cat([flat[picks], ends]))
     return {name: torch.cat(parts) for name, parts in taken.items()}
+
+
+def observe_channels(
+    student: Student,
+    axes: Mapping[str, int],
+    batches: Iterable[Tensor | tuple[Tensor, ...]],
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """A sample of each named value by channel, (C, N), with at most `CHANNEL_SAMPLES` numbers.
+
+    ``axes`` names the values and the axis of their channels, counted with the batch as axis 0.
+    """
+    taken: dict[str, list[Tensor]] = {name: [] for name in axes}
+    parts = _split(student, batches)
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in _seen(student, list(axes), parts):
+        rows = value.movedim(axes[name], 0).flatten(1)
+        share = -(-CHANNEL_SAMPLES // (len(rows) * len(parts)))
+        picks = torch.randint(rows.shape[1], (min(share, rows.shape[1]),), generator=generator)
+        taken[name].append(rows[:, picks.to(rows.device)].float().cpu())
+    return {name: torch.cat(parts, 1) for name, parts in taken.items()}
+
+
+def _split(
+    student: Student, batches: Iterable[Tensor | tuple[Tensor, ...]]
+) -> list[tuple[Tensor, ...]]:
+    """Batches of all inputs, so small that no value of theirs is too large."""
+    widest = max(math.prod(shape) for shape in student.graph.shapes.values())
+    return [
+        part
+        for batch in batches
+        for part in zip(
+            *(
+                x.split(max(1, AT_ONCE // widest))
+                for x in ((batch,) if isinstance(batch, Tensor) else batch)
+            ),
+            strict=True,
+        )
+    ]
+
+
+def _seen(
+    student: Student, names: Sequence[str], parts: Sequence[tuple[Tensor, ...]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The named values on each of the parts, one after another."""
+    device = next(student.parameters()).device
+    for inputs in parts:
+        given = zip(student.graph.inputs, (x.to(device) for x in inputs), strict=True)
+        with torch.no_grad():
+            yield from student.visit(dict(given), names)
 
 
 def observe_grids(

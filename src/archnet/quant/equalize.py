@@ -1,0 +1,284 @@
+"""Channels of one value brought to one size before a narrow grid, by a batch norm.
+
+One scale serves all channels of an activation, so that at 4 bits a channel a fifteenth as large as
+the largest one is rounded to zero. A batch norm on the finer grid of what was computed (it is no
+trained layer, `quant.sum_bits`) divides every channel by a size of its own; the layers behind it
+multiply the columns of their weights by the same sizes. In floats nothing changes. It is the
+equalization of Nagel et al. 2019 (arXiv 1906.04721) and SmoothQuant (Xiao et al. 2022, arXiv
+2211.10438), but between any two operators: what is before needs not be linear, and its features
+stay comparable with the teacher's.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from archnet.ops import (
+    BatchNorm,
+    Conv3x3,
+    FullyConnected,
+    LayoutMove,
+    Operator,
+    Permute,
+    Step,
+    Student,
+    WeightedOperator,
+)
+from archnet.quant.attach import multiplies
+from archnet.quant.calibrate import SAMPLES, best_scale, lowest_level, observe_channels
+from archnet.quant.quantizers import signed_range
+from archnet.quant.widths import FLOAT, weighted
+
+EXPONENTS = (0.25, 0.5, 0.75, 1.0)  # of a channel's size, tried besides 0 (Lin et al. 2306.00978)
+WORTH = 0.5  # of the error without it: a batch norm costs the chip something
+ROWS = 64  # outputs of a layer whose weights are looked at
+SMALLEST = 1 / 64  # of the largest channel; a channel that is silent on the samples is no larger
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A value and the trained layers that read it through layout moves alone.
+
+    ``channels`` says for each reader which channel of the value every column of its weight
+    multiplies; ``axis`` is that of the channels, counted with the batch as axis 0.
+    """
+
+    value: str
+    axis: int
+    channels: Mapping[str, Tensor]
+
+
+def equalize(
+    student: Student,
+    weight_bits: int,
+    act_bits: int,
+    calibration: Iterable[Tensor | tuple[Tensor, ...]],
+    *,
+    power_of_two: bool = False,
+) -> list[str]:
+    """Put batch norms where they lessen what rounding to so few bits costs, in place.
+
+    For every value that trained layers multiply, the squared error at their outputs is estimated
+    from samples: that of the rounded activations under the squared weights, and that of the
+    rounded weights under the squared activations. Sizes are the channels' best scales to the power
+    that makes it least; a batch norm is put where this is less than half of what it was. The first
+    and the last layer have widths of their own and are left alone.
+
+    Args:
+        student: float, not quantized. It computes the same as before.
+        weight_bits, act_bits: the widths it is going to have.
+        calibration: unlabelled batches (B, C, H, W), or tuples of all inputs of the student.
+        power_of_two: scales are powers of two, for chips that requantize by shifts.
+
+    Returns:
+        The values that are equalized, in order.
+    """
+    if act_bits == FLOAT:
+        return []
+    places = _places(student)
+    samples = observe_channels(student, {p.value: p.axis for p in places}, calibration)
+    found = []
+    for place in places:
+        layers = {name: student.operator(name) for name in place.channels}
+        columns = [_columns(layers[name], place.channels[name]) for name in layers]
+        sizes = _sizes(samples[place.value], columns, weight_bits, act_bits, power_of_two)
+        if sizes is not None:
+            found.append((place, sizes))
+    for place, sizes in found:
+        _divide(student, place, sizes)
+    return [place.value for place, _ in found]
+
+
+def _places(student: Student) -> list[_Place]:
+    trained = [name for name, module in weighted(student).items() if module.trainable]
+    by_name = {step.name: step for step in student.graph.steps}
+    ends = {*trained[:1], *trained[-1:]}
+    readers: dict[str, list[str]] = {}
+    chains: dict[str, list[str]] = {}
+    for step in student.graph.steps:
+        if multiplies(student.operator(step.name)):
+            for name in step.inputs:
+                chain = [name]
+                while name in by_name and isinstance(student.operator(name), LayoutMove):
+                    (name,) = by_name[name].inputs
+                    chain.append(name)
+                readers.setdefault(name, []).append(step.name)
+                chains[step.name] = chain[::-1]
+    found = []
+    for names in readers.values():
+        modules = [student.operator(name) for name in names]
+        plain = all(isinstance(module, Conv3x3 | FullyConnected) for module in modules)
+        if plain and not ends & set(names):
+            place = _place(student, {name: chains[name] for name in names})
+            found += [place] if place is not None else []
+    return found
+
+
+def _place(student: Student, chains: Mapping[str, Sequence[str]]) -> _Place | None:
+    """Where the chains from one value to its readers can be equalized: the first value that they
+    have in common and whose channels each column of the readers belongs to one of.
+    """
+    shortest = min(len(chain) for chain in chains.values())
+    common = [
+        value
+        for index, value in enumerate(next(iter(chains.values()))[:shortest])
+        if all(chain[index] == value for chain in chains.values())
+    ]
+    for last in (False, True):
+        for value in common:
+            shape = student.graph.shapes.get(value, ())
+            axis = len(shape) if last else 1
+            if value in student.graph.inputs or not shape:
+                continue
+            channels = {
+                name: _channels(student, value, axis, chain[-1], student.operator(name))
+                for name, chain in chains.items()
+            }
+            if all(found is not None for found in channels.values()):
+                known = {name: found for name, found in channels.items() if found is not None}
+                return _Place(value, axis, known)
+    return None
+
+
+def _channels(
+    student: Student, value: str, axis: int, read: str, module: Operator
+) -> Tensor | None:
+    """Which channel of ``value`` each column of a layer's weight multiplies, (I,); None if one
+    column meets several.
+    """
+    shape = student.graph.shapes[value]
+    sizes = [1] * (len(shape) + 1)
+    sizes[axis] = shape[axis - 1]
+    # From one on: what a layout move fills in is zero.
+    marks = torch.arange(1.0, shape[axis - 1] + 1).reshape(sizes).expand(1, *shape).clone()
+    (seen,) = student.run({value: marks}, [read])
+    rows = seen.movedim(1 if isinstance(module, Conv3x3) else -1, 0).flatten(1)
+    highest = rows.amax(1)
+    lowest = torch.where(rows > 0, rows, math.inf).amin(1)
+    return highest.long() - 1 if bool((highest == lowest).all()) else None
+
+
+def _columns(module: Operator, channels: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's weights (O, I, K), `ROWS` outputs of them, with the channel of each column, (I,)."""
+    assert isinstance(module, WeightedOperator)
+    weight = module.weight.detach()[:: -(-len(module.weight) // ROWS)]
+    return weight.reshape(*weight.shape[:2], -1), channels
+
+
+def _sizes(
+    samples: Tensor,
+    columns: Sequence[tuple[Tensor, Tensor]],
+    weight_bits: int,
+    act_bits: int,
+    power_of_two: bool,
+) -> Tensor | None:
+    """The size of every channel, (C,), geometric mean 1; None where it is not worth it."""
+    power = samples.square().mean(1).clamp_min(1e-12)
+    # What is behind an output measures it by its own size: errors count relative to that.
+    layers = []
+    for weight, channels in columns:
+        size = (weight.square().sum(2) * power[channels]).sum(1).clamp_min(1e-12).sqrt()
+        layers.append((weight / size[:, None, None], channels))
+    best, least = None, math.inf
+    for low in _lows(samples, act_bits):
+        own = best_scale(samples, low, low + 2**act_bits - 1)
+        own = own.clamp_min(float(own.max()) * SMALLEST)
+        for exponent in (0.0, *EXPONENTS):
+            sizes = own.log().mul(exponent)
+            sizes = (sizes - sizes.mean()).exp()
+            error = _rounding(samples / sizes[:, None], act_bits, power_of_two) * sizes.square()
+            total = 0.0
+            for weight, channels in layers:
+                factor = sizes[channels][None, :, None]
+                total += float((weight.square().sum((0, 2)) * error[channels]).sum())
+                if weight_bits != FLOAT:
+                    wrong = _weights_rounded(weight * factor, weight_bits, power_of_two)
+                    total += float((wrong / factor.square() * power[channels][None, :, None]).sum())
+            if best is None and exponent == 0:
+                least = WORTH * total
+            elif exponent and total < least:
+                best, least = sizes, total
+    return best
+
+
+def _lows(samples: Tensor, bits: int) -> list[int]:
+    """Where the grid that a channel is measured by may begin."""
+    if not bool((samples < 0).any()):
+        return [0]
+    symmetric = signed_range(bits)[0]
+    return sorted({symmetric, -(-symmetric // 2), -(-symmetric // 4)})
+
+
+def _stride(samples: Tensor) -> int:
+    return max(1, samples.numel() // SAMPLES)
+
+
+def _rounding(samples: Tensor, bits: int, power_of_two: bool) -> Tensor:
+    """Mean squared error of every channel on the grid that suits all together, (C,)."""
+    flat = samples.flatten()[:: _stride(samples)]
+    low = lowest_level(flat, bits, power_of_two, True)
+    scale = best_scale(flat[None], low, low + 2**bits - 1, power_of_two)
+    rounded = (samples / scale).round().clamp(low, low + 2**bits - 1) * scale
+    return (rounded - samples).square().mean(1)
+
+
+def _weights_rounded(weight: Tensor, bits: int, power_of_two: bool) -> Tensor:
+    """Squared error of every weight (O, I, K) on the grid of its output channel."""
+    rows = weight.flatten(1)
+    low, high = signed_range(bits)
+    scale = best_scale(rows, low, high, power_of_two)[:, None, None]
+    return ((weight / scale).round().clamp(low, high) * scale - weight).square()
+
+
+def _divide(student: Student, place: _Place, sizes: Tensor) -> None:
+    """Divide the channels of a value by their sizes and multiply its readers' columns by them.
+
+    Layout moves on the way to the readers are made anew: an addition may read the old ones.
+    """
+    module = BatchNorm(len(sizes), eps=1e-5)
+    with torch.no_grad():
+        module.weight.copy_(1 / sizes)
+        module.running_var.fill_(1 - module.eps)
+        for name, channels in place.channels.items():
+            reader = student.operator(name)
+            assert isinstance(reader, WeightedOperator)
+            reader.weight.mul_(sizes[channels].reshape(-1, *[1] * (reader.weight.dim() - 2)))
+    rank = len(student.graph.shapes[place.value]) + 1
+    work: dict[str, Operator] = {f"{place.value}_equal": module}
+    if place.axis != 1:
+        there, back = (0, rank - 1, *range(1, rank - 1)), (0, *range(2, rank), 1)
+        work = {
+            f"{place.value}_equal_first": Permute(there),
+            **work,
+            f"{place.value}_equal_last": Permute(back),
+        }
+    by_name = {step.name: step for step in student.graph.steps}
+    added: dict[str, Operator] = {}
+    steps: list[Step] = []
+
+    def put(name: str, source: str, operator: Operator, origin: str) -> str:
+        if name not in added:
+            added[name] = operator
+            steps.append(Step(name, (source,), origin))
+        return name
+
+    def equal(name: str, origin: str) -> str:
+        if name == place.value:
+            for made, operator in work.items():
+                name = put(made, name, operator, origin)
+            return name
+        (source,) = by_name[name].inputs
+        move = student.operator(name)
+        return put(f"{name}_equal", equal(source, origin), copy.deepcopy(move), origin)
+
+    for step in student.graph.steps:
+        inputs = step.inputs
+        if step.name in place.channels:
+            inputs = tuple(equal(name, step.origin) for name in inputs)
+        steps.append(Step(step.name, inputs, step.origin))
+    student.rewire(steps, added=added)
+    student.drop_unread()

@@ -13,6 +13,7 @@ from archnet.ops.layout import LayoutMove, Pad, Slice
 from archnet.ops.operators import Concat, FullyConnected
 from archnet.ops.pairs import copies, hinges_of_sums
 from archnet.ops.piece import Piece
+from archnet.ops.tables import functions_of_levels
 
 if TYPE_CHECKING:
     from archnet.ops.student import Step
@@ -32,11 +33,16 @@ def plan(
     - Hinges of a sum that are added up (attention by pairs of tokens) are one function of the sum,
       computed at once (`archnet.ops.pairs`): there are too many of them to exist for every pair.
       Copies along an axis are views.
+    - What becomes of single numbers between two grids (an activation by hinges, a norm) is looked
+      up in a table (`archnet.ops.tables`).
     - Slices that part a whole axis (the lanes of a depthwise layer) are one split, whose gradient
       is one concatenation; every slice alone would fill a whole tensor with zeros.
     """
     windows = _windows(steps, operators, shapes)
-    bent = hinges_of_sums(steps, operators, shapes)
+    bent: dict[str, Piece] = {
+        **functions_of_levels(steps, operators, shapes),
+        **hinges_of_sums(steps, operators, shapes),
+    }
     needed, chosen = set(targets), []
     for step in reversed(steps):
         if step.name in needed:

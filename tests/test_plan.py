@@ -12,7 +12,8 @@ from archnet.ops import Student
 from archnet.ops.pairs import Bent, Copied
 from archnet.ops.piece import Piece
 from archnet.ops.plan import Convolved, Split
-from archnet.quant import quantize
+from archnet.ops.tables import Tabled
+from archnet.quant import equalize, quantize
 
 
 def step_by_step(student: Student, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -166,4 +167,58 @@ def test_under_autocast_hinges_are_no_less_precise_than_one_by_one(bits: int) ->
     result.float().square().mean().backward()
     off, others = ((y.detach().float() - expected).norm() for y in (result, one_by_one))
     assert off < 1.1 * others
+    assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
+
+
+class Smooth(nn.Module):
+    """Hinges by channel: on a map, behind lanes, before an addition, and on tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 20, 3), nn.Conv2d(20, 20, 3, 1, 1, groups=20)
+        self.third, self.head = nn.Conv2d(20, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.hardswish(2 * self.first(x))
+        x = F.gelu(self.second(x)) + x
+        return self.head(F.silu(self.third(x).flatten(2).transpose(1, 2))).mean(1)
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_functions_of_single_numbers_are_looked_up(bits: int) -> None:
+    torch.manual_seed(0)
+    network, x = Smooth().eval(), torch.randn(32, 3, 10, 10)
+    approximation = Approximation(hinges=3)
+    student = convert(network, x[:1], calibration=x, approximation=approximation)
+    if bits < 32:
+        equalize(student, bits, bits, [x])
+        quantize(student, bits, bits, [x])
+        found = [piece for piece in pieces(student) if isinstance(piece, Tabled)]
+        assert sum(len(piece.function.steps) > 6 for piece in found) == 3
+    student.double()
+    for batch in (x.double(), x[:2].double()):  # of two samples no table is made
+        result = student(batch)
+        expected = step_by_step(student, batch)[student.graph.output]
+        torch.testing.assert_close(result, expected)
+        ours, theirs = gradients(student, result), gradients(student, expected)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other)
+    with torch.inference_mode():
+        torch.testing.assert_close(student(batch), expected)
+
+
+def test_a_function_of_several_numbers_is_not_looked_up() -> None:
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AvgPool2d(2)).eval(), torch.randn(16, 3, 8, 8)
+    student = quantize(convert(network, x[:1]), 8, 8, [x])
+    assert not any(isinstance(piece, Tabled) for piece in pieces(student))
+
+
+def test_a_table_under_autocast() -> None:
+    torch.manual_seed(0)
+    network, x = Smooth().eval(), torch.randn(32, 3, 10, 10)
+    student = quantize(convert(network, x[:1], calibration=x), 4, 4, [x])
+    with torch.autocast("cpu", torch.bfloat16):
+        result = student(x)
+    result.float().square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())

@@ -73,8 +73,8 @@ class Tabled(Piece):
             samples = -(-levels * channels // numbers)
             if 2 * samples <= len(x) and levels * channels <= _LARGEST:
                 return self._looked_up(operators, x, quantizer, samples)
-        weight = next(operators[step.name] for step in function.steps).parameters()
-        dtype = next((p.dtype for p in weight), x.dtype)
+        parameters = (p for step in function.steps for p in operators[step.name].parameters())
+        dtype = next((parameter.dtype for parameter in parameters), x.dtype)
         return self._run(operators, x.to(dtype))
 
     def _run(self, operators: nn.ModuleDict, x: Tensor) -> Tensor:
@@ -153,18 +153,16 @@ def _added(index: Tensor, values: Tensor, count: int) -> Tensor:
 def functions_of_levels(
     steps: Sequence["Step"], operators: nn.ModuleDict, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tabled]:
-    """What a constant layer makes of single numbers, or else a norm, by the activation behind it."""
+    """What constant layers, or else norms, make of single numbers, by the activation behind."""
     by_name = {step.name: step for step in steps}
     found: dict[str, Tabled] = {}
     inside: set[str] = set()
     for kind in (FullyConnected, BatchNorm):
         for step in steps:
-            before = by_name.get(step.inputs[0]) if step.inputs else None
-            if before is None or step.name in inside:
+            if step.name in inside or not isinstance(operators[step.name], Activation):
                 continue
-            if not isinstance(operators[step.name], Activation):
-                continue
-            if isinstance(operators[before.name], kind) and _alone(operators[before.name]):
+            before = _computed(step, by_name, operators)
+            if isinstance(before, kind) and _alone(before):
                 function = _function(step, by_name, operators, shapes)
                 if function is not None:
                     found[step.name] = Tabled(function)
@@ -220,9 +218,7 @@ def _function(
     return _Function(steps, source, tuple(sorted(places)), shape, axis, place, order)
 
 
-def _source(
-    end: "Step", by_name: Mapping[str, "Step"], operators: nn.ModuleDict
-) -> str | None:
+def _source(end: "Step", by_name: Mapping[str, "Step"], operators: nn.ModuleDict) -> str | None:
     """The last value on a grid through which all goes that arrives at ``end``."""
     region: dict[str, None] = {}
     open_ = list(end.inputs)
@@ -237,19 +233,27 @@ def _source(
     for name in reversed([name for name in by_name if name in region]):
         if _grids(name, by_name, operators):
             behind = _behind(name, end, by_name, region)
-            ends = [n for n in behind if n != end.name and _is_place(by_name[n], by_name, operators)]
-            if not ends:
+            others = (by_name[inner] for inner in behind - {end.name})
+            if not any(_is_place(step, by_name, operators) for step in others):
                 return name
     return None
 
 
-def _is_place(
-    step: "Step", by_name: Mapping[str, "Step"], operators: nn.ModuleDict
-) -> bool:
+def _is_place(step: "Step", by_name: Mapping[str, "Step"], operators: nn.ModuleDict) -> bool:
     """Whether a step is an activation of something else than a norm."""
-    before = step.inputs[0]
-    normed = before in by_name and isinstance(operators[before], BatchNorm)
-    return isinstance(operators[step.name], Activation) and not normed
+    if not isinstance(operators[step.name], Activation):
+        return False
+    return not isinstance(_computed(step, by_name, operators), BatchNorm)
+
+
+def _computed(
+    step: "Step", by_name: Mapping[str, "Step"], operators: nn.ModuleDict
+) -> nn.Module | None:
+    """The operator whose result arrives, only moved, at a step; None where none is known."""
+    name = step.inputs[0]
+    while name in by_name and isinstance(operators[name], LayoutMove):
+        (name,) = by_name[name].inputs
+    return operators[name] if name in by_name else None
 
 
 def _grids(name: str, by_name: Mapping[str, "Step"], operators: nn.ModuleDict) -> set[str]:

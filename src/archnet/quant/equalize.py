@@ -103,10 +103,9 @@ def _places(student: Student) -> list[_Place]:
         if multiplies(student.operator(step.name)):
             for name in step.inputs:
                 chain = [name]
-                while name in by_name and isinstance(student.operator(name), LayoutMove):
-                    (name,) = by_name[name].inputs
-                    chain.append(name)
-                readers.setdefault(name, []).append(step.name)
+                while chain[-1] in by_name and isinstance(student.operator(chain[-1]), LayoutMove):
+                    chain += by_name[chain[-1]].inputs
+                readers.setdefault(chain[-1], []).append(step.name)
                 chains[step.name] = chain[::-1]
     found = []
     for names in readers.values():
@@ -163,7 +162,7 @@ def _channels(
 
 
 def _columns(module: Operator, channels: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer's weights (O, I, K), `ROWS` outputs of them, with the channel of each column, (I,)."""
+    """Weights (O, I, K) of a layer, of `ROWS` outputs, with the channel of each column, (I,)."""
     assert isinstance(module, WeightedOperator)
     weight = module.weight.detach()[:: -(-len(module.weight) // ROWS)]
     return weight.reshape(*weight.shape[:2], -1), channels
@@ -237,16 +236,25 @@ def _weights_rounded(weight: Tensor, bits: int, power_of_two: bool) -> Tensor:
 def _divide(student: Student, place: _Place, sizes: Tensor) -> None:
     """Divide the channels of a value by their sizes and multiply its readers' columns by them.
 
-    Layout moves on the way to the readers are made anew: an addition may read the old ones.
+    A norm that is there for these readers alone divides; else one is put. Layout moves on the way
+    to the readers are made anew: an addition may read the old ones.
     """
+    for name, channels in place.channels.items():
+        reader = student.operator(name)
+        assert isinstance(reader, WeightedOperator)
+        with torch.no_grad():
+            reader.weight.mul_(sizes[channels].reshape(-1, *[1] * (reader.weight.dim() - 2)))
+    by_name = {step.name: step for step in student.graph.steps}
+    before = student.operator(place.value) if place.value in by_name else None
+    if isinstance(before, BatchNorm) and place.axis == 1 and _serves(student, place):
+        with torch.no_grad():
+            before.weight.div_(sizes)
+            before.bias.div_(sizes)
+        return
     module = BatchNorm(len(sizes), eps=1e-5)
     with torch.no_grad():
         module.weight.copy_(1 / sizes)
         module.running_var.fill_(1 - module.eps)
-        for name, channels in place.channels.items():
-            reader = student.operator(name)
-            assert isinstance(reader, WeightedOperator)
-            reader.weight.mul_(sizes[channels].reshape(-1, *[1] * (reader.weight.dim() - 2)))
     rank = len(student.graph.shapes[place.value]) + 1
     work: dict[str, Operator] = {f"{place.value}_equal": module}
     if place.axis != 1:
@@ -256,7 +264,6 @@ def _divide(student: Student, place: _Place, sizes: Tensor) -> None:
             **work,
             f"{place.value}_equal_last": Permute(back),
         }
-    by_name = {step.name: step for step in student.graph.steps}
     added: dict[str, Operator] = {}
     steps: list[Step] = []
 
@@ -282,3 +289,19 @@ def _divide(student: Student, place: _Place, sizes: Tensor) -> None:
         steps.append(Step(step.name, inputs, step.origin))
     student.rewire(steps, added=added)
     student.drop_unread()
+
+
+def _serves(student: Student, place: _Place) -> bool:
+    """Whether a value is there for the readers of its place alone."""
+    consumers, open_ = student.consumers(), [place.value]
+    kept = {student.graph.output, *(tap.value for tap in student.taps)}
+    while open_:
+        name = open_.pop()
+        if name in kept:
+            return False
+        for step in consumers.get(name, []):
+            if isinstance(student.operator(step.name), LayoutMove):
+                open_.append(step.name)
+            elif step.name not in place.channels:
+                return False
+    return True

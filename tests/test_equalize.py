@@ -13,7 +13,7 @@ from archnet.compose import compose
 from archnet.convert import convert
 from archnet.deploy import verify
 from archnet.ops import BatchNorm, Student
-from archnet.quant import equalize, quantize, settle
+from archnet.quant import QuantizationError, equalize, quantize, settle
 from archnet.run_quant import run_quant
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -96,6 +96,12 @@ def test_channels_of_one_size_stay_without_a_norm() -> None:
 def test_float_activations_need_none() -> None:
     student, x = uneven(Uneven(), 3, 8, 8)
     assert equalize(student, 4, 32, [x]) == []
+
+
+def test_a_quantized_student_is_refused() -> None:
+    student, x = uneven(Uneven(), 3, 8, 8)
+    with pytest.raises(QuantizationError, match="quantized already"):
+        equalize(quantize(student, 4, 4, [x]), 4, 4, [x])
 
 
 def test_the_first_and_the_last_layer_are_left_alone() -> None:

@@ -167,7 +167,7 @@ class QuantConfig:
     per_channel: bool = True  # one weight scale an output channel; false: one a tensor
     # A batch norm divides what is rounded for trained layers by a size per channel, where that
     # halves their error, and act_bits < sum_bits; false: all channels of a value as they are.
-    equalize: bool = False
+    equalize: bool = True
     calibration_batches: int = _number(8, 1)  # unlabelled batches that set the first scales
     # Mixed widths: every layer and every grid of activations gets its own of `widths`, so that the
     # student costs at most this share of one with the widths above; null: the widths above.

@@ -68,7 +68,8 @@ class Tabled(Piece):
         found = [cast(Activation, operators[name]).quantizer for name in function.places]
         quantizer: Any = found[0] if all(item is found[0] for item in found) else None
         numbers, channels = math.prod(function.shape), function.shape[function.axis]
-        if quantizer is not None:
+        # Sentences are as long as they are, whatever length their student was measured with.
+        if quantizer is not None and tuple(x.shape[1:]) == function.shape:
             levels = quantizer.high - quantizer.low + 1
             samples = -(-levels * channels // numbers)
             if 2 * samples <= len(x) and levels * channels <= _LARGEST:

@@ -28,7 +28,7 @@ from archnet.ops import (
     Student,
     WeightedOperator,
 )
-from archnet.quant.attach import multiplies
+from archnet.quant.attach import QuantizationError, describe, multiplies
 from archnet.quant.calibrate import SAMPLES, best_scale, lowest_level, observe_channels
 from archnet.quant.quantizers import signed_range
 from archnet.quant.widths import FLOAT, weighted
@@ -76,7 +76,12 @@ def equalize(
 
     Returns:
         The values that are equalized, in order.
+
+    Raises:
+        QuantizationError: the student is quantized already.
     """
+    if describe(student):
+        raise QuantizationError("the student is quantized already; equalize it before")
     if act_bits == FLOAT:
         return []
     places = _places(student)
@@ -164,7 +169,7 @@ def _channels(
 def _columns(module: Operator, channels: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (O, I, K) of a layer, of `ROWS` outputs, with the channel of each column, (I,)."""
     assert isinstance(module, WeightedOperator)
-    weight = module.weight.detach()[:: -(-len(module.weight) // ROWS)]
+    weight = module.weight.detach()[:: -(-len(module.weight) // ROWS)].float().cpu()
     return weight.reshape(*weight.shape[:2], -1), channels
 
 
@@ -243,15 +248,16 @@ def _divide(student: Student, place: _Place, sizes: Tensor) -> None:
         reader = student.operator(name)
         assert isinstance(reader, WeightedOperator)
         with torch.no_grad():
-            reader.weight.mul_(sizes[channels].reshape(-1, *[1] * (reader.weight.dim() - 2)))
+            columns = sizes[channels].reshape(-1, *[1] * (reader.weight.dim() - 2))
+            reader.weight.mul_(columns.to(reader.weight))
     by_name = {step.name: step for step in student.graph.steps}
     before = student.operator(place.value) if place.value in by_name else None
     if isinstance(before, BatchNorm) and place.axis == 1 and _serves(student, place):
         with torch.no_grad():
-            before.weight.div_(sizes)
-            before.bias.div_(sizes)
+            before.weight.div_(sizes.to(before.weight))
+            before.bias.div_(sizes.to(before.bias))
         return
-    module = BatchNorm(len(sizes), eps=1e-5)
+    module = BatchNorm(len(sizes), eps=1e-5).to(next(student.parameters()))
     with torch.no_grad():
         module.weight.copy_(1 / sizes)
         module.running_var.fill_(1 - module.eps)

@@ -59,12 +59,14 @@ def _quantize(config: Config, student: Student, batches: Sequence[Batch]) -> dic
         "zero_points": config.hardware.zero_points,
     }
     if quant.equalize and quant.act_bits < quant.sum_bits:
-        power_of_two = "power_of_two" in (
-            config.hardware.requantization,
-            config.hardware.act_scales,
+        equalized = equalize(
+            student,
+            quant.weight_bits,
+            quant.act_bits,
+            batches,
+            power_of_two=uniform["power_of_two"] or uniform["act_power_of_two"],
+            zero_points=config.hardware.zero_points,
         )
-        widths = (quant.weight_bits, quant.act_bits)
-        equalized = equalize(student, *widths, batches, power_of_two=power_of_two)
         _log.info("equalized: %d values get a batch norm", len(equalized))
     if quant.budget is None:
         archnet.quantize(student, calibration=batches, **uniform)

@@ -52,6 +52,33 @@ class _Place:
     channels: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class _Grid:
+    """The grid that all channels of a value are going to share."""
+
+    bits: int
+    power_of_two: bool
+    zero_points: bool
+
+    def lows(self, samples: Tensor) -> list[int]:
+        """Where the grid that a channel is measured by may begin."""
+        if not bool((samples < 0).any()):
+            return [0]
+        symmetric = signed_range(self.bits)[0]
+        if not self.zero_points:
+            return [symmetric]
+        return sorted({symmetric, -(-symmetric // 2), -(-symmetric // 4)})
+
+    def error(self, samples: Tensor) -> Tensor:
+        """Mean squared error of every channel of (C, N) on the grid that suits all, (C,)."""
+        flat = samples.flatten()[:: max(1, samples.numel() // SAMPLES)]
+        low = lowest_level(flat, self.bits, self.power_of_two, self.zero_points)
+        high = low + 2**self.bits - 1
+        scale = best_scale(flat[None], low, high, self.power_of_two)
+        rounded = (samples / scale).round().clamp(low, high) * scale
+        return (rounded - samples).square().mean(1)
+
+
 def equalize(
     student: Student,
     weight_bits: int,
@@ -59,6 +86,7 @@ def equalize(
     calibration: Iterable[Tensor | tuple[Tensor, ...]],
     *,
     power_of_two: bool = False,
+    zero_points: bool = True,
 ) -> list[str]:
     """Put batch norms where they lessen what rounding to so few bits costs, in place.
 
@@ -73,6 +101,7 @@ def equalize(
         weight_bits, act_bits: the widths it is going to have.
         calibration: unlabelled batches (B, C, H, W), or tuples of all inputs of the student.
         power_of_two: scales are powers of two, for chips that requantize by shifts.
+        zero_points: as in `quantize`.
 
     Returns:
         The values that are equalized, in order.
@@ -90,7 +119,8 @@ def equalize(
     for place in places:
         layers = {name: student.operator(name) for name in place.channels}
         columns = [_columns(layers[name], place.channels[name]) for name in layers]
-        sizes = _sizes(samples[place.value], columns, weight_bits, act_bits, power_of_two)
+        grid = _Grid(act_bits, power_of_two, zero_points)
+        sizes = _sizes(samples[place.value], columns, weight_bits, grid)
         if sizes is not None:
             found.append((place, sizes))
     for place, sizes in found:
@@ -177,8 +207,7 @@ def _sizes(
     samples: Tensor,
     columns: Sequence[tuple[Tensor, Tensor]],
     weight_bits: int,
-    act_bits: int,
-    power_of_two: bool,
+    grid: _Grid,
 ) -> Tensor | None:
     """The size of every channel, (C,), geometric mean 1; None where it is not worth it."""
     power = samples.square().mean(1).clamp_min(1e-12)
@@ -188,46 +217,25 @@ def _sizes(
         size = (weight.square().sum(2) * power[channels]).sum(1).clamp_min(1e-12).sqrt()
         layers.append((weight / size[:, None, None], channels))
     best, least = None, math.inf
-    for low in _lows(samples, act_bits):
-        own = best_scale(samples, low, low + 2**act_bits - 1)
+    for low in grid.lows(samples):
+        own = best_scale(samples, low, low + 2**grid.bits - 1)
         own = own.clamp_min(float(own.max()) * SMALLEST)
         for exponent in (0.0, *EXPONENTS):
             sizes = own.log().mul(exponent)
             sizes = (sizes - sizes.mean()).exp()
-            error = _rounding(samples / sizes[:, None], act_bits, power_of_two) * sizes.square()
+            error = grid.error(samples / sizes[:, None]) * sizes.square()
             total = 0.0
             for weight, channels in layers:
                 factor = sizes[channels][None, :, None]
                 total += float((weight.square().sum((0, 2)) * error[channels]).sum())
                 if weight_bits != FLOAT:
-                    wrong = _weights_rounded(weight * factor, weight_bits, power_of_two)
+                    wrong = _weights_rounded(weight * factor, weight_bits, grid.power_of_two)
                     total += float((wrong / factor.square() * power[channels][None, :, None]).sum())
             if best is None and exponent == 0:
                 least = WORTH * total
             elif exponent and total < least:
                 best, least = sizes, total
     return best
-
-
-def _lows(samples: Tensor, bits: int) -> list[int]:
-    """Where the grid that a channel is measured by may begin."""
-    if not bool((samples < 0).any()):
-        return [0]
-    symmetric = signed_range(bits)[0]
-    return sorted({symmetric, -(-symmetric // 2), -(-symmetric // 4)})
-
-
-def _stride(samples: Tensor) -> int:
-    return max(1, samples.numel() // SAMPLES)
-
-
-def _rounding(samples: Tensor, bits: int, power_of_two: bool) -> Tensor:
-    """Mean squared error of every channel on the grid that suits all together, (C,)."""
-    flat = samples.flatten()[:: _stride(samples)]
-    low = lowest_level(flat, bits, power_of_two, True)
-    scale = best_scale(flat[None], low, low + 2**bits - 1, power_of_two)
-    rounded = (samples / scale).round().clamp(low, low + 2**bits - 1) * scale
-    return (rounded - samples).square().mean(1)
 
 
 def _weights_rounded(weight: Tensor, bits: int, power_of_two: bool) -> Tensor:

@@ -107,9 +107,12 @@ def observe(
     for name, value in _seen(student, names, parts):
         flat = value.flatten().float().cpu()
         picks = torch.randint(len(flat), (min(share, len(flat)),), generator=generator)
-        # The extremes are kept, so that nothing is taken for unsigned by chance.
-        ends = torch.stack([flat.min(), flat.max()])
-        taken[name].append(torch.cat([flat[picks], ends]))
+        drawn, least = flat[picks], flat.min()
+        if least < 0 <= drawn.min():
+            # So that nothing is taken for unsigned by chance. Extremes have no other privilege:
+            # a scale of least squared error would be stretched to one value in a million.
+            drawn = torch.cat([drawn, least[None]])
+        taken[name].append(drawn)
     return {name: torch.cat(parts) for name, parts in taken.items()}
 
 

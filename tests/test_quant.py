@@ -33,7 +33,7 @@ from archnet.quant import (
     unquantize,
 )
 from archnet.quant.attach import insert_activations
-from archnet.quant.calibrate import activation_scale, lowest_level
+from archnet.quant.calibrate import activation_scale, lowest_level, observe
 from archnet.quant.quantizers import signed_range
 from archnet.teachers.nets import CifarResNet
 
@@ -392,6 +392,28 @@ def test_calibration_leaves_the_weights_alone():
     quantize(network, 2, 2, batches(1))
     assert torch.equal(conv.weight, before)
     assert not torch.equal(conv.parameters_on_grid()[0], before)
+
+
+def _seen(images):
+    """What calibration draws of images that are only flattened."""
+    network = student(nn.Sequential(nn.Flatten(), nn.Linear(768, 3)))
+    first = next(s.name for s in network.graph.steps if network.graph.inputs[0] in s.inputs)
+    return observe(network, [first], images)[first]
+
+
+def test_extremes_count_as_often_as_they_are_drawn():
+    images = torch.randn(32, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images[:, 0, 0, 0, 0], images[:, 0, 0, 0, 1] = 50.0, -50.0
+    seen = _seen(images)
+    # Of 6,144 values of a batch 1,024 are drawn: of 64 extremes one in six.
+    assert len(seen) == 32 * 1024
+    assert 0 < (seen.abs() == 50).sum() < 24
+
+
+def test_a_rare_sign_is_seen():
+    images = torch.rand(8, 16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images[3, 5, 1, 7, 7] = -0.5
+    assert _seen(images).min() == -0.5
 
 
 # Powers of two ------------------------------------------------------------------------------

@@ -284,33 +284,46 @@ def _pursuit(
     basis: Tensor, wanted: Tensor, count: int, chosen: Sequence[int] = ()
 ) -> tuple[list[int], Tensor]:
     """Orthogonal matching pursuit: rows of ``basis`` chosen one after another, each with all before
-    it by least squares.
+    it by least squares; then each is exchanged for a better one as long as there is any.
 
     Args:
         basis: (J, M), float64.
         wanted: (M,).
         count: of rows in the end.
-        chosen: rows to begin with.
+        chosen: rows to begin with, which stay.
 
     Returns:
         The rows, and what each is multiplied by.
     """
     gram, cross = basis @ basis.T, basis @ wanted
     # What rounding a row to 8 bits adds: rows whose weights nearly cancel would add too much.
-    noise = basis.shape[1] * (basis.abs().amax(1) * _LEVEL).square() / 12
-    gram = gram + torch.diag(noise + 1e-12)
-    chosen = list(chosen)
-    while len(chosen) < count:
-        # Every choice of one more at once: its least squares, and what they explain of the energy.
-        index = torch.tensor([[*chosen, j] for j in range(len(basis))])
+    added = basis.shape[1] * (basis.abs().amax(1) * _LEVEL).square() / 12
+    gram = gram + torch.diag(added + 1e-12)
+    ridge = 1e-9 * added.max()
+
+    def best_beside(others: list[int]) -> tuple[int, float]:
+        """The row that explains most of the energy beside the others, and how much all do."""
+        # Every choice at once: its least squares.
+        index = torch.tensor([[*others, j] for j in range(len(basis))])
+        part = gram[index[:, :, None], index[:, None, :]]
+        part = part + ridge * torch.eye(index.shape[1], dtype=torch.float64)
+        explained = (torch.linalg.solve(part, cross[index]) * cross[index]).sum(1)
         # A row beside itself has no least squares; it is not looked at.
-        part = gram[index[:, :, None], index[:, None, :]] + 1e-9 * noise.max() * torch.eye(
-            index.shape[1], dtype=torch.float64
-        )
-        solution = torch.linalg.solve(part, cross[index])
-        explained = (solution * cross[index]).sum(1)
-        explained[chosen] = -math.inf
-        chosen.append(int(explained.argmax()))
+        explained[others] = -math.inf
+        found = int(explained.argmax())
+        return found, float(explained[found])
+
+    fixed, chosen, most = len(chosen), list(chosen), -math.inf
+    while len(chosen) < count:
+        row, most = best_beside(chosen)
+        chosen.append(row)
+    improved = True
+    while improved:
+        improved = False
+        for place in range(fixed, count):
+            row, explained = best_beside([*chosen[:place], *chosen[place + 1 :]])
+            if row != chosen[place] and explained > most * (1 + 1e-6):
+                chosen[place], most, improved = row, explained, True
     return chosen, torch.linalg.solve(gram[chosen][:, chosen], cross[chosen])
 
 

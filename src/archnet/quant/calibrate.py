@@ -107,11 +107,14 @@ def observe(
     for name, value in _seen(student, names, parts):
         flat = value.flatten().float().cpu()
         picks = torch.randint(len(flat), (min(share, len(flat)),), generator=generator)
-        drawn, least = flat[picks], flat.min()
-        if least < 0 <= drawn.min():
-            # So that nothing is taken for unsigned by chance. Extremes have no other privilege:
-            # a scale of least squared error would be stretched to one value in a million.
-            drawn = torch.cat([drawn, least[None]])
+        drawn = flat[picks]
+        # A sign that none drawn has is added, so that nothing is taken for unsigned, or for dead,
+        # by chance. Extremes have no other privilege: a scale of least squared error would be
+        # stretched to one value in a million.
+        if (lowest := flat.min()) < 0 <= drawn.min():
+            drawn = torch.cat([drawn, lowest[None]])
+        if (highest := flat.max()) > 0 >= drawn.max():
+            drawn = torch.cat([drawn, highest[None]])
         taken[name].append(drawn)
     return {name: torch.cat(parts) for name, parts in taken.items()}
 

@@ -163,6 +163,7 @@ def run_row(path: Path) -> dict[str, Any]:
         "budget": metrics["quant"].get("budget", ""),
         "budget_of": metrics["quant"].get("budget_of", ""),
         "start": config.convert.start,
+        "device": metrics.get("device", "cpu"),  # runs before the column were of the CPU
         **_validation(folder),
         **(_translation(config, metrics) if translates else {}),
     }

@@ -64,6 +64,12 @@ def _number(column: str, form: str = ".2f", unit: float = 1) -> Callable[[Row], 
     return lambda row: format(float(row[column]) / unit, form) if row.get(column) else ""
 
 
+def _minutes(row: Row) -> str:
+    """Those of training, with what it ran on where that is no CPU."""
+    device = row.get("device") or "cpu"
+    return f"{float(row['minutes']):.1f}" + ("" if device == "cpu" else f" ({device})")
+
+
 def _variant(row: Row) -> str:
     parts = [
         row["schedule"] + (f" ({row['block_inputs']} features)" if row["block_inputs"] else ""),
@@ -89,7 +95,7 @@ _ACCURACY = {
     **_COST,
     "image-steps": _number("inputs_seen", ",.0f"),
     "unlabelled": _number("unlabelled", ",.0f"),
-    "minutes": _number("minutes", ".1f"),
+    "minutes": _minutes,
     "command": lambda row: f"`{row['command']}`",
 }
 
@@ -138,7 +144,7 @@ TABLES = (
                 "same sentences, %": _number("agreement", ".1f"),
                 **_COST,
                 "sentence-steps": _number("inputs_seen", ",.0f"),
-                "minutes": _number("minutes", ".1f"),
+                "minutes": _minutes,
                 "command": lambda row: f"`{row['command']}`",
             },
         )
@@ -171,7 +177,7 @@ TABLES = (
             "student, %": _number("val_accuracy"),
             "agreement, %": _number("val_agreement"),
             "image-steps": _number("inputs_seen", ",.0f"),
-            "minutes": _number("minutes", ".1f"),
+            "minutes": _minutes,
         },
     ),
     Table(

@@ -29,7 +29,8 @@ def pieces(student: Student) -> list[Piece]:
 
 def gradients(student: Student, result: torch.Tensor) -> list[torch.Tensor]:
     student.zero_grad()
-    (result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum().backward()
+    ramp = torch.linspace(-1, 1, result.numel(), device=result.device)
+    (result * ramp.view_as(result)).sum().backward()
     return [p.grad.clone() for p in student.parameters() if p.grad is not None]
 
 

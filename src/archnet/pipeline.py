@@ -35,6 +35,7 @@ from archnet.errors import ArchnetError
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
 from archnet.quant import FLOAT
+from archnet.run_device import device_name, device_of, set_up
 from archnet.run_quant import run_quant
 from archnet.run_student import given_student, load_student, save_student, settle_student
 from archnet.run_teacher import run_teacher
@@ -60,13 +61,8 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where evaluation runs: the accelerator that the trainer would take."""
-        accelerator = self.config.trainer.accelerator
-        if accelerator in ("auto", "gpu") and torch.cuda.is_available():
-            return torch.device("cuda")
-        if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
-            return torch.device("mps")
-        return torch.device("cpu")
+        """Where evaluation runs."""
+        return device_of(self.config.trainer)
 
 
 def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
@@ -249,8 +245,7 @@ def _write_metrics(folder: RunFolder, metrics: dict[str, Any]) -> dict[str, Any]
 
 def _open(config: Config, folder: RunFolder) -> Run:
     _hush()
-    if config.trainer.threads:
-        torch.set_num_threads(config.trainer.threads)
+    set_up(config.trainer)
     data = ClassificationData(config.task, config.seed)
     data.prepare_data()
     data.setup()
@@ -506,6 +501,7 @@ def _common_metrics(
         "audit": {key: finished["audit"][key] for key in ("pure", "violations")},
         "parity": {key: finished["parity"][key] for key in ("runtime", *parity)},
         "seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
+        "device": device_name(config.trainer),
         "versions": {
             "archnet": archnet.__version__,
             "python": platform.python_version(),

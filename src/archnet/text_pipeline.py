@@ -27,6 +27,7 @@ from archnet.deploy import OnnxTranslator, changed, export_translator
 from archnet.distill import distill_text
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student, TokenEmbedding
+from archnet.run_device import device_of, set_up
 from archnet.run_quant import run_quant
 from archnet.run_student import given_student, load_student, save_student, settle_student
 from archnet.run_teacher import run_teacher
@@ -70,10 +71,8 @@ class TextRun:
 
     @property
     def device(self) -> torch.device:
-        """Where translating runs: the accelerator that the trainer would take."""
-        wanted = self.config.trainer.accelerator
-        cuda = wanted in ("auto", "gpu") and torch.cuda.is_available()
-        return torch.device("cuda" if cuda else "cpu")
+        """Where translating runs."""
+        return device_of(self.config.trainer)
 
 
 def search_options(config: Config) -> SearchOptions:
@@ -84,8 +83,7 @@ def search_options(config: Config) -> SearchOptions:
 
 def open_run(config: Config, folder: RunFolder) -> TextRun:
     """The text and the trained teacher of a run, made or found."""
-    if config.trainer.threads:
-        torch.set_num_threads(config.trainer.threads)
+    set_up(config.trainer)
     published = None
     if config.teacher.source == "marian":
         published, tokens = load_marian(config.teacher.name, config.task.text.max_tokens + 1)

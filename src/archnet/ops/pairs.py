@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from archnet.ops.layout import LayoutMove, Reshape
 from archnet.ops.operators import Activation, Concat, FullyConnected, MaxPooling
 from archnet.ops.piece import Piece
+from archnet.ops.tables import added
 
 if TYPE_CHECKING:
     from archnet.ops.student import Step
@@ -231,7 +232,7 @@ class _Table(torch.autograd.Function):
         for part, z in _sums(first, second, ctx.sign):
             places = _places(z, step, ctx.low, len(slopes))
             given = _spread(grad[part], z)
-            total.scatter_add_(0, places.long(), given.flatten())
+            total += added(places, given.flatten(), len(slopes))
             moved[part] = given * slopes.index_select(0, places).reshape(z.shape)
         return (*_shared(ctx, moved, 2), total, None, None, None)
 

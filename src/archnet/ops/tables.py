@@ -137,15 +137,17 @@ class _Lookup(torch.autograd.Function):
         index, slopes = ctx.saved_tensors
         flat, given = index.reshape(-1), grad.permute(ctx.order).reshape(-1)
         moved = slopes.index_select(0, flat).mul_(given)
-        total = _added(flat, given, len(slopes))
+        total = added(flat, given, len(slopes))
         return moved.view(index.shape).permute(ctx.back), total, None, None, None
 
 
-def _added(index: Tensor, values: Tensor, count: int) -> Tensor:
-    """The sum of the values of each index, (count,)."""
-    if values.device.type == "cpu":
-        return torch.bincount(index, values, count)
-    return torch.zeros(count, dtype=values.dtype, device=values.device).index_add_(0, index, values)
+def added(index: Tensor, values: Tensor, count: int) -> Tensor:
+    """The sum of the values of each index, (count,).
+
+    A histogram: millions of values for a few dozen entries, which adding one by one in memory
+    would make wait for each other on a GPU.
+    """
+    return torch.bincount(index, values, count).to(values.dtype)
 
 
 # Finding them ---------------------------------------------------------------------------------

@@ -109,6 +109,32 @@ def test_features_give_values_in_the_order_asked_at_any_batch(batch):
     torch.testing.assert_close(scores, teacher(images))
 
 
+class Constants(nn.Module):
+    """Made of a literal, of an operator, and of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x) * torch.tensor([1.0, 2.0]).repeat(2)[:, None, None]
+        return x.view(x.shape[0], 2, -1) + torch.arange(2 * x.shape[2] * x.shape[3]).float()
+
+
+def test_features_are_computed_where_they_are_moved_to():
+    features = capture(Constants().eval(), torch.randn(1, 3, 5, 5)).features(["conv2d"])
+    conv, result = features.to("meta")(torch.empty(3, 3, 5, 5, device="meta"))
+    assert conv.device == result.device == torch.device("meta")
+    assert result.shape == (3, 2, 50)
+
+
+def test_features_follow_from_maps_with_channels_last():
+    teacher, x = Constants().eval(), torch.randn(3, 3, 5, 5)
+    features = capture(teacher, x).features([]).to(memory_format=torch.channels_last)
+    (result,) = features(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(result, teacher(x))
+
+
 def test_a_feature_that_does_not_exist_is_named():
     graph = capture(Nested(), torch.zeros(1, 3, 8, 8))
     with pytest.raises(CaptureError, match="no node conv2d_9"):

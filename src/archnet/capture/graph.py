@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -160,8 +160,42 @@ class TeacherGraph:
         # `torch.fx` calls a graph's inputs placeholders.
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         assert len(placeholders) == len(self.inputs)
+        for node in graph.nodes:
+            if node.target is torch.ops.aten.view.default:
+                # A view asks for strides as they were at capture. Another memory format or
+                # another device's kernels give others.
+                node.target = torch.ops.aten.reshape.default
         module.recompile()
-        return module
+        return _Features(module)
+
+
+class _Features(nn.Module):
+    """A captured graph that moves to another device as any module does.
+
+    `torch.export` keeps constants as plain attributes, and writes the device of the capture into
+    the operators that make tensors.
+    """
+
+    def __init__(self, captured: Any) -> None:
+        super().__init__()
+        self.captured = captured
+        for name, value in [*vars(captured).items()]:
+            if isinstance(value, Tensor):
+                delattr(captured, name)
+                captured.register_buffer(name, value, persistent=False)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return cast(tuple[Tensor, ...], self.captured(*inputs))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        device = next((p.device for p in (*self.parameters(), *self.buffers())), None)
+        fixed = [node for node in self.captured.graph.nodes if node.kwargs.get("device")]
+        if device is not None and any(node.kwargs["device"] != device for node in fixed):
+            for node in fixed:
+                node.kwargs = {**node.kwargs, "device": device}
+            self.captured.recompile()
+        return self
 
 
 def capture(teacher: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> TeacherGraph:

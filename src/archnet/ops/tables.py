@@ -289,7 +289,8 @@ def _behind(
 
 def _rows(layer: FullyConnected, numbers: Tensor) -> Tensor | None:
     """Which number each output of a layer is made of, (1, ..., O); None if of several."""
-    rows, columns = (layer.weight.detach() != 0).nonzero(as_tuple=True)
+    # Plans are made of numbers on the CPU, wherever the student is.
+    rows, columns = (layer.weight.detach().cpu() != 0).nonzero(as_tuple=True)
     if len(rows.unique()) != layer.out_features:
         return None
     first = torch.zeros(layer.out_features, dtype=torch.long)

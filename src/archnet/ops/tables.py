@@ -23,6 +23,7 @@ from archnet.ops.piece import Piece
 if TYPE_CHECKING:
     from archnet.ops.student import Step
 
+_PLACES = 2**18  # numbers in which a GPU adds up what belongs to the entries of a table
 _LARGEST = 2**22  # entries of a table that are told apart by half a step in single precision
 
 
@@ -56,6 +57,7 @@ class Tabled(Piece):
     def __init__(self, function: _Function) -> None:
         super().__init__((function.steps[-1].name,), (function.source,))
         self.function = function
+        self._place = function.place
 
     def work(self, operators: nn.ModuleDict, live: Mapping[str, Tensor]) -> Sequence[Tensor]:
         x = live[self.reads[0]]
@@ -103,8 +105,9 @@ class Tabled(Piece):
             return rows.reshape(channels, -1)[:, :levels].flatten()
 
         results = self._run(operators, places)
-        place = function.place.to(x.device)
-        table = entries(results.flatten(1).index_select(1, place))
+        # Kept where it is read: the host waits for what it sends.
+        self._place = self._place.to(x.device)
+        table = entries(results.flatten(1).index_select(1, self._place))
         slopes = table
         if trains:
             (slopes,) = torch.autograd.grad(results.sum(), places, retain_graph=True)
@@ -142,12 +145,15 @@ class _Lookup(torch.autograd.Function):
 
 
 def added(index: Tensor, values: Tensor, count: int) -> Tensor:
-    """The sum of the values of each index, (count,).
-
-    A histogram: millions of values for a few dozen entries, which adding one by one in memory
-    would make wait for each other on a GPU.
-    """
-    return torch.bincount(index, values, count).to(values.dtype)
+    """The sum of the values of each index, (count,): millions of values for a few entries."""
+    if values.device.type == "cpu":
+        return torch.bincount(index, values, count).to(values.dtype)
+    # A GPU adds in memory, where additions to one place wait for each other: to many copies of
+    # the entries instead. (Its bincount reads the index first, for which the host would wait.)
+    copies = max(1, _PLACES // count)
+    copy = torch.arange(len(index), device=index.device, dtype=index.dtype) % copies
+    sums = torch.zeros(copies * count, dtype=values.dtype, device=values.device)
+    return sums.index_add_(0, copy * count + index, values).view(copies, count).sum(0)
 
 
 # Finding them ---------------------------------------------------------------------------------

@@ -303,6 +303,33 @@ APPROXIMATE = {
         0.05,
     ),
     "gate": (Function(lambda m, x: x * x.sigmoid()), 0.5),
+    "layer norm of a map": (nn.Sequential(nn.Conv2d(4, 8, 3), nn.LayerNorm([8, 6, 6])), 0.35),
+    "layer norm of rows and columns": (
+        nn.Sequential(nn.Conv2d(4, 8, 3), nn.LayerNorm([6, 6], elementwise_affine=False)),
+        0.3,
+    ),
+    "gate of positions": (
+        Function(
+            lambda m, x: x * m.conv(torch.cat([x.mean(1, True), x.amax(1, True)], 1)).sigmoid(),
+            conv=nn.Conv2d(2, 1, 3, padding=1),
+        ),
+        0.2,
+    ),
+    "gates of rows and columns": (
+        Function(
+            lambda m, x: x * m.a(x.mean(2, True)).sigmoid() * m.b(x.mean(3, True)).sigmoid(),
+            a=nn.Conv2d(4, 4, 1),
+            b=nn.Conv2d(4, 4, 1),
+        ),
+        0.2,
+    ),
+    "RMS norm by hand": (
+        Function(lambda m, x: x * torch.rsqrt(x.square().mean(1, keepdim=True) + 0.1)),
+        0.35,
+    ),
+    "GELU by hand": (Function(lambda m, x: 0.5 * x * (1 + torch.erf(x / 2**0.5))), 0.5),
+    "exponential": (Function(lambda m, x: x.exp()), 0.3),
+    "power": (Function(lambda m, x: x.abs() ** 1.5), 0.2),
 }
 
 

@@ -81,7 +81,8 @@ class TeacherNode:
     ``operator`` is the overload's name (``aten.conv2d.default``), ``path`` the teacher's module
     that ran it, ``arguments`` maps schema names to plain values, tensors (constants of the
     teacher) or `Ref`, ``shape`` is that of the result for one sample: without the batch axis, or
-    where that is joined with another, with the other alone.
+    where that is joined with another, with the other alone. ``floating``: the result is of
+    floating-point numbers.
     """
 
     name: str
@@ -90,6 +91,7 @@ class TeacherNode:
     arguments: Mapping[str, Any]
     shape: tuple[int, ...]
     batch: Batch
+    floating: bool = True
 
     def refs(self) -> list[str]:
         """Names of the values that this node reads, in order, with repetitions."""
@@ -286,7 +288,7 @@ def _read(program: ExportedProgram) -> TeacherGraph:
                 continue
             arguments = _named_arguments(node, resolve)
             read = _refs(list(arguments.values()))
-            if not read or str(node.target).startswith("aten.new_"):
+            if not read or _reads_no_values(str(node.target)):
                 constants[node.name] = _compute(node, resolve)
                 continue
             batch = _batch_of(node, batches[read[0]])
@@ -298,6 +300,7 @@ def _read(program: ExportedProgram) -> TeacherGraph:
                     arguments,
                     _sample_shape(value, batch),
                     batch,
+                    not isinstance(value, Tensor) or value.is_floating_point(),
                 )
             )
             batches[node.name] = batch
@@ -360,25 +363,29 @@ def _is_symbolic(size: Any) -> bool:
     return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
-def _compute(node: torch.fx.Node, resolve: Callable[[Any], Any]) -> Any:
-    """A node that depends on no input, for a batch of one.
+def _reads_no_values(operator: str) -> bool:
+    """Whether an operator reads a tensor for its type and shape alone: ``new_zeros`` and so on."""
+    return operator.startswith("aten.new_") or operator in _LIKE
 
-    ``new_zeros`` and its kin read a tensor for its type alone: any of one element will do.
-    """
+
+_LIKE = [f"aten.{value}_like.default" for value in ("zeros", "ones", "full")]
+
+
+def _compute(node: torch.fx.Node, resolve: Callable[[Any], Any]) -> Any:
+    """A node that depends on no input's values, for a batch of one."""
 
     def known(argument: Any) -> Any:
-        if isinstance(argument, Ref):
-            return torch.empty(1)
         if isinstance(argument, list | tuple):
-            return type(argument)(known(item) for item in argument)
-        return argument
+            return type(argument)(map(known, argument))
+        found = resolve(argument)
+        if isinstance(found, Ref):
+            value = argument.meta["val"]
+            return torch.empty([_of_one(size) for size in value.shape], dtype=value.dtype)
+        return found
 
     assert callable(node.target)
     with torch.no_grad():
-        return node.target(
-            *(known(resolve(item)) for item in node.args),
-            **{key: known(resolve(item)) for key, item in node.kwargs.items()},
-        )
+        return node.target(*map(known, node.args), **{k: known(v) for k, v in node.kwargs.items()})
 
 
 def _refs(arguments: Any) -> list[str]:

@@ -7,8 +7,9 @@ import torch
 
 from archnet.capture import Ref
 from archnet.convert.feature import Carry, Form, Value
-from archnet.convert.fit import Hinges, clipped_line, curve, relative_error, rows
-from archnet.convert.rules.base import Alternative, Site, constant, rule
+from archnet.convert.fit import Hinges, clipped_line, curve, regression, relative_error, rows
+from archnet.convert.rules.base import Alternative, Site, constant, rule, scaled_to_fit
+from archnet.convert.rules.layout import stretched
 
 
 @rule("aten.relu.default", "aten.relu_.default")
@@ -55,10 +56,31 @@ def hardsigmoid(site: Site) -> Value:
     return site.builder.activation(site.builder.build(line), 0.0, 1.0)
 
 
-@rule("aten.leaky_relu.default", "aten.leaky_relu_.default")
+@rule("aten.threshold.default", "aten.threshold_.default")
+def threshold(site: Site) -> Value:
+    """X where it is above t, else v: a clip where v is t, and else a jump."""
+    low, value = float(site.argument("threshold")), float(site.argument("value"))
+    if low != value:
+        raise site.error(f"jumps from {value} to {low}; only a clip has a rule")
+    return site.builder.activation(site.feature("self"), low, math.inf)
+
+
+@rule(
+    "aten.leaky_relu.default",
+    "aten.leaky_relu_.default",
+    "aten.rrelu.default",
+    "aten.rrelu_.default",
+)
 def leaky_relu(site: Site) -> Value:
-    """Y = a x + (1 - a) max(x, 0): a ReLU and its own input, added."""
-    x, slope = site.feature("self"), float(site.argument("negative_slope"))
+    """Y = a x + (1 - a) max(x, 0): a ReLU and its own input, added.
+
+    Of a randomised one (RReLU) the slope is the mean of its two, as in eval mode.
+    """
+    x = site.feature("self")
+    if "rrelu" in site.node.operator:
+        slope = (float(site.argument("lower")) + float(site.argument("upper"))) / 2
+    else:
+        slope = float(site.argument("negative_slope"))
     rectified = site.builder.activation(x, 0.0, math.inf)
     scales = [torch.full((x.channels,), s, dtype=torch.float64) for s in (slope, 1 - slope)]
     terms = [Carry(feature, scale) for feature, scale in zip((x, rectified), scales, strict=True)]
@@ -83,15 +105,29 @@ def magnitude(site: Site) -> Value:
     return Form(x.shape, [Carry(x, -ones), Carry(rectified, 2 * ones)], axis=x.axis)
 
 
+@rule("aten.softshrink.default")
+def softshrink(site: Site) -> Value:
+    """Y = max(x - t, 0) - max(-x - t, 0)."""
+    form, t = site.form("self"), float(site.argument("lambd"))
+    shift = torch.tensor([-t]).double()
+    sides = [
+        site.builder.activation(
+            site.builder.build(form.affine(torch.tensor([sign]).double(), shift)), 0.0, math.inf
+        )
+        for sign in (1.0, -1.0)
+    ]
+    ones = torch.ones(sides[0].channels, dtype=torch.float64)
+    terms = [Carry(side, sign * ones) for side, sign in zip(sides, (1.0, -1.0), strict=True)]
+    return Form(form.shape, [*terms], axis=form.axis)
+
+
 @rule("aten.maximum.default", "aten.minimum.default")
 def extremum(site: Site) -> Value:
     """max(a, b) = b + max(a - b, 0); min(a, b) = b - max(b - a, 0)."""
     if not all(isinstance(site.argument(name), Ref) for name in ("self", "other")):
         raise site.error("compares with a constant; only a clip with numbers has a rule")
-    a = site.feature("self")
-    b = site.builder.build(site.tagged("other", a.axis))
-    if a.shape != b.shape:
-        raise site.error(f"compares shapes {a.shape} and {b.shape}; broadcast has no rule")
+    a, b = (site.builder.build(stretched(site, site.value(name))) for name in ("self", "other"))
+    b = site.builder.build(site.builder.tagged(b, a.axis))
     sign = 1.0 if "maximum" in site.node.operator else -1.0
     ones = torch.ones(a.channels, dtype=torch.float64)
     gap = Form(a.shape, [Carry(a, sign * ones), Carry(b, -sign * ones)], axis=a.axis)
@@ -138,6 +174,7 @@ _CURVES = {
     "log_sigmoid": Curve(-math.inf, 0.0, (0.3, 1.1), (-0.8, 0.3)),
     "sigmoid": Curve(0.0, 1.0, (0.1, 0.3), (0.3, 0.7)),
     "tanh": Curve(-1.0, 1.0, (0.4, 1.1), (-0.3, 0.3)),
+    "erf": Curve(-1.0, 1.0, (0.5, 1.3), (-0.3, 0.3)),
 }
 _CANDIDATES = 9  # of each number
 _WORTH = 0.85
@@ -183,6 +220,28 @@ def smooth_activation(site: Site) -> Value:
     return site.builder.activation(line, low, shape.high)
 
 
+_POINTWISE = ("square", "sqrt", "rsqrt", "exp", "expm1", "log", "log1p", "reciprocal", "sin", "cos")
+
+
+@rule("aten.pow.Tensor_Scalar", *(f"aten.{name}.default" for name in _POINTWISE))
+def pointwise(site: Site) -> Value:
+    """Any other function of single numbers: hinges, or a line for every channel as compact form.
+
+    Both are right where calibration inputs lead, and as far off as they like elsewhere.
+    """
+    count, form = site.approximation.hinges, site.form(site.subject)
+    if count and not site.is_compact:
+        x, wanted = (rows(y, form.axis) for y in (site.given(form), site.wanted()))
+        hinges = curve(x.flatten(), wanted.flatten(), count, offset=True)
+        slopes, offset = regression([x], wanted)
+        compact = relative_error(slopes * x + offset[:, None], wanted)
+        faithful = relative_error(hinges(x), wanted)
+        if faithful < _WORTH * compact:
+            site.alternative = Alternative(tuple(site.node.refs()), compact, faithful)
+            return _piecewise(site, hinges)
+    return scaled_to_fit(site, form)
+
+
 def _piecewise(site: Site, hinges: Hinges) -> Value:
     """The same function as a sum of ramps, c + sum_j +-min(max(s_j (x - t_j), 0), h_j).
 
@@ -205,7 +264,13 @@ def _piecewise(site: Site, hinges: Hinges) -> Value:
     return builder.add(ramps, signs, hinges.offset)
 
 
-@rule("aten.dropout.default", "aten.dropout_.default", "aten.feature_dropout.default")
+@rule(
+    "aten.dropout.default",
+    "aten.dropout_.default",
+    "aten.feature_dropout.default",
+    "aten.alpha_dropout.default",
+    "aten.feature_alpha_dropout.default",
+)
 def dropout(site: Site) -> Value:
     """The identity in eval mode."""
     return site.value(site.subject)

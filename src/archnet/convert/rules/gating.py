@@ -12,6 +12,7 @@ from archnet.convert.feature import Carry, Feature, Form, Value
 from archnet.convert.fit import Hinges, product, regression, relative_error, rows
 from archnet.convert.rules.base import Alternative, Site, scaled_to_fit
 from archnet.convert.rules.hinged import Layers
+from archnet.convert.rules.layout import stretched
 
 
 def gate(site: Site) -> Value:
@@ -36,14 +37,11 @@ def gate(site: Site) -> Value:
     if x.shape != site.node.shape:
         x, s, names = s, x, names[::-1]
     shape = site.node.shape
-    if x.shape != shape or len(s.shape) != len(shape):
-        raise site.error(f"multiplies shapes {x.shape} and {s.shape}; this has no rule")
+    x = stretched(site, x)
+    per_channel = (shape[0], 1, 1)
+    if not (x.axis == 1 and len(shape) == 3 and s.shape == per_channel):
+        s = stretched(site, s)
     s = site.builder.tagged(s, x.axis)
-    per_channel = [n if axis == x.axis else 1 for axis, n in enumerate(shape, 1)]
-    if list(s.shape) not in (list(shape), per_channel):
-        raise site.error(f"multiplies shapes {x.shape} and {s.shape}; this has no rule")
-    if s.shape != shape and not (len(shape) == 3 and x.axis == 1):
-        raise site.error("gates the channels of something that is no map; this has no rule")
     features = [site.builder.build(x), site.builder.build(s)]
     wanted = site.wanted()
     inputs = [rows(site.given(f).expand_as(wanted), x.axis) for f in features]

@@ -1,10 +1,12 @@
 """Layout moves of the teacher (exact): they compute nothing. And changes of size."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from archnet.capture import Ref
@@ -19,6 +21,8 @@ from archnet.ops import Concat, Pad, Permute, Reshape
     "aten.view.default",
     "aten.reshape.default",
     "aten._unsafe_view.default",
+    "aten.view_as.default",
+    "aten.reshape_as.default",
     "aten.squeeze.dims",
     "aten.squeeze.dim",
     "aten.unsqueeze.default",
@@ -85,24 +89,49 @@ def select(site: Site) -> Value:
     )
 
 
-@rule("aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default")
+@rule("aten.narrow.default")
+def narrow(site: Site) -> Value:
+    """So many entries of an axis, from one on."""
+    feature, axis = site.feature("self"), site.axis(site.argument("dim"))
+    start = site.argument("start") % feature.shape[axis - 1]
+    return site.builder.slice(feature, axis, start, start + site.argument("length"))
+
+
+# The axis of an operator that says it by its name.
+_NAMED_AXES = {"hsplit": 1, "vsplit": 0, "dsplit": 2}
+
+
+@rule(
+    "aten.chunk.default",
+    "aten.split.Tensor",
+    "aten.split_with_sizes.default",
+    "aten.tensor_split.sections",
+    "aten.tensor_split.indices",
+    *(f"aten.{name}.{kind}" for name in _NAMED_AXES for kind in ("int", "array")),
+)
 def split(site: Site) -> Values:
     """Slices of one axis, side by side."""
-    feature, axis = site.feature("self"), site.axis(site.argument("dim"))
-    size = feature.shape[axis - 1]
-    if "chunk" in site.node.operator:
-        each: Sequence[int] | int = math.ceil(size / site.argument("chunks"))
-    elif "sizes" in site.node.operator:
-        each = site.argument("split_sizes")
-    else:
-        each = site.argument("split_size")
-    if isinstance(each, int):
-        each = [min(each, size - start) for start in range(0, size, each)]
-    parts, start = [], 0
-    for count in each:
-        parts.append(site.builder.slice(feature, axis, start, start + count))
-        start += count
-    return [*parts]
+    name = site.node.operator.split(".")[1]
+    axis = site.axis(_NAMED_AXES[name] if name in _NAMED_AXES else site.argument("dim"))
+    feature = site.feature("self")
+    bounds = [0, *_ends(site, name, feature.shape[axis - 1])]
+    return [site.builder.slice(feature, axis, *pair) for pair in itertools.pairwise(bounds)]
+
+
+def _ends(site: Site, name: str, size: int) -> list[int]:
+    """Where each part of an axis of so many entries ends."""
+    if name == "split_with_sizes":
+        return list(itertools.accumulate(site.argument("split_sizes")))
+    if name in ("chunk", "split"):
+        each = -(-size // site.argument("chunks")) if name == "chunk" else None
+        each = each or site.argument("split_size")
+        return [min(start + each, size) for start in range(0, size, each)]
+    if "indices" not in site.node.arguments:
+        count = site.argument("sections")
+        # The first ones have one entry more where it does not come out even.
+        sizes = [size // count + (part < size % count) for part in range(count)]
+        return list(itertools.accumulate(sizes))
+    return [*(slice(end).indices(size)[1] for end in site.argument("indices")), size]
 
 
 @rule("aten.unbind.int")
@@ -143,15 +172,109 @@ def roll(site: Site) -> Value:
     return feature
 
 
-@rule("aten.flip.default")
+@rule("aten.flip.default", "aten.fliplr.default", "aten.flipud.default")
 def flip(site: Site) -> Value:
     """An axis from its end: slices of one, concatenated the other way round."""
-    feature = site.feature("self")
-    for dim in site.argument("dims"):
-        axis = site.axis(dim)
-        turned = range(feature.shape[axis - 1] - 1, -1, -1)
-        feature = joined(site, [site.builder.slice(feature, axis, i, i + 1) for i in turned], axis)
+    named = {"aten.fliplr.default": [1], "aten.flipud.default": [0]}
+    dims = named.get(site.node.operator) or site.argument("dims")
+    return _flipped(site, site.feature("self"), map(site.axis, dims))
+
+
+def _flipped(site: Site, feature: Feature, axes: Iterable[int]) -> Feature:
+    for axis in axes:
+        feature = picked(site, feature, axis, range(feature.shape[axis - 1] - 1, -1, -1))
     return feature
+
+
+@rule("aten.rot90.default")
+def quarter_turns(site: Site) -> Value:
+    """K turns from the first axis towards the second: flips, and an exchange where k is odd."""
+    turns, (first, second) = site.argument("k") % 4, site.argument("dims")
+    turned = {0: [], 1: [second], 2: [first, second], 3: [first]}[turns]
+    feature = _flipped(site, site.feature("self"), map(site.axis, turned))
+    if turns % 2 == 0:
+        return feature
+    order = list(range(site.batch.rank))
+    order[first], order[second] = order[second], order[first]
+    return site.builder.permuted(feature, site.batch.student_order(order))
+
+
+@rule("aten.index_select.default", "aten.index.Tensor")
+def indexed(site: Site) -> Value:
+    """Entries of one axis in the order of a constant: slices, concatenated."""
+    if "indices" in site.node.arguments:
+        places = [(d, i) for d, i in enumerate(site.argument("indices")) if i is not None]
+    else:
+        places = [(site.argument("dim"), site.argument("index"))]
+    (dim, index), *others = places
+    if others or not isinstance(index, Tensor) or index.dim() != 1:
+        raise site.error("takes entries by several indices or by a feature; this has no rule")
+    feature, axis = site.feature("self"), site.axis(dim)
+    order = torch.arange(feature.shape[axis - 1])[index.cpu()]
+    return picked(site, feature, axis, order.tolist())
+
+
+def picked(site: Site, feature: Feature, axis: int, order: Sequence[int]) -> Feature:
+    """Entries of an axis in some order; neighbours that stay neighbours are one slice."""
+    starts = [i for i, item in enumerate(order) if not i or item != order[i - 1] + 1]
+    runs = [(order[a], order[b - 1] + 1) for a, b in itertools.pairwise([*starts, len(order)])]
+    return joined(site, [site.builder.slice(feature, axis, *run) for run in runs], axis)
+
+
+@rule("aten.expand.default", "aten.expand_as.default", "aten.broadcast_to.default")
+def expansion(site: Site) -> Value:
+    """Copies along axes of one entry."""
+    return stretched(site, site.value("self"))
+
+
+def stretched(site: Site, value: Value) -> Value:
+    """A value in the shape of the node's result: copies side by side along axes of one entry."""
+    shape = site.node.shape
+    fits = len(value.shape) == len(shape) and all(
+        have in (1, want) for have, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        raise site.error(f"broadcasts {value.shape} to {shape}; only axes of one entry are copied")
+    for axis, (have, want) in enumerate(zip(value.shape, shape, strict=True), 1):
+        if have != want:
+            value = joined(site, [site.builder.build(value)] * want, axis)
+    return value
+
+
+@rule("aten.repeat.default", "aten.tile.default")
+def repetition(site: Site) -> Value:
+    """An axis several times, one after another."""
+    counts = site.argument("repeats" if "repeat" in site.node.operator else "dims")
+    counts = [*[1] * (site.batch.rank - len(counts)), *counts]
+    if len(counts) > site.batch.rank:
+        raise site.error("adds axes in front of the batch; this has no rule")
+    value = site.value("self")
+    for dim, count in enumerate(counts):
+        if count != 1:
+            axis = site.axis(dim)
+            value = joined(site, [site.builder.build(value)] * count, axis)
+    return value
+
+
+@rule("aten.repeat_interleave.self_int")
+def interleaved_repetition(site: Site) -> Value:
+    """Every entry of an axis several times: copies along an axis of their own."""
+    count, dim = site.argument("repeats"), site.argument("dim")
+    if dim is None:
+        raise site.error("flattens the batch: give dim")
+    feature, axis = site.feature("self"), site.axis(dim)
+    shape = (*feature.shape[:axis], 1, *feature.shape[axis:])
+    tall = site.builder.layout(feature, "split", Reshape(shape), axis)
+    copies = joined(site, [tall] * count, axis + 1)
+    return site.builder.layout(copies, "shape", Reshape(site.node.shape), feature.axis)
+
+
+@rule("aten.channel_shuffle.default", "aten.native_channel_shuffle.default")
+def channel_shuffle(site: Site) -> Value:
+    """Channels (G C/G) become (C/G G)."""
+    groups, (channels, *others) = site.argument("groups"), site.node.shape
+    order = (0, 2, 1, *range(3, 3 + len(others)))
+    return _rearranged(site, (groups, channels // groups, *others), order, site.node.shape)
 
 
 def joined(site: Site, features: Sequence[Feature], axis: int) -> Feature:
@@ -300,3 +423,18 @@ def _filled(site: Site, feature: Feature, axis: int, mode: str, before: int, aft
 def identity(site: Site) -> Value:
     """The same values."""
     return site.value(site.subject)
+
+
+@rule(
+    "aten.to.dtype",
+    "aten.to.device",
+    "aten.to.dtype_layout",
+    "aten.to.other",
+    "aten.type_as.default",
+    "aten._to_copy.default",
+)
+def cast(site: Site) -> Value:
+    """The same values, as long as they stay floating-point numbers."""
+    if not site.node.floating:
+        raise site.error("makes integers of a feature; this has no rule")
+    return site.value("self")

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from archnet.convert.builder import Builder
 from archnet.convert.feature import Feature, Value
-from archnet.convert.fit import TokenNorm, regression, relative_error, token_norm
+from archnet.convert.fit import TokenNorm, regression, relative_error, rows, token_norm
 from archnet.convert.rules.base import Alternative, Site, as_form, constant, rule, scaled_to_fit
+from archnet.convert.rules.residual import affine, number
 from archnet.ops import Activation, Concat, Reshape
 
 
@@ -46,7 +47,7 @@ def layer_norm(site: Site) -> Value:
     form's error, and a budget does not forbid it.
     """
     if len(site.argument("normalized_shape")) != 1:
-        raise site.error("normalises over several axes; only the last one has a rule")
+        return _over_several_axes(site)
     value = site.tagged("input", len(site.node.shape))
     count, builder = site.approximation.norm_hinges, site.builder
     if not count or site.is_compact or not builder.target.fc_per_position:
@@ -54,12 +55,7 @@ def layer_norm(site: Site) -> Value:
     x, wanted = site.given(value).flatten(0, -2), site.wanted().flatten(0, -2)
     slopes, offset = regression([x.T], wanted.T)
     compact = relative_error(x * slopes[:, 0] + offset, wanted)
-    centred = wanted
-    for name, undo in (("bias", torch.sub), ("weight", torch.div)):
-        if site.node.arguments.get(name) is not None:
-            scale = constant(site.argument(name))
-            centred = undo(centred, torch.where(scale.abs() < 1e-6, 1e-6, scale))
-    norm = token_norm(x, centred, count, "layer" in site.node.operator)
+    norm = token_norm(x, _normalised(site, wanted), count, "layer" in site.node.operator)
     normed = norm(x)
     slopes, offset = regression([normed.T], wanted.T)
     faithful = relative_error(normed * slopes[:, 0] + offset, wanted)
@@ -70,6 +66,29 @@ def layer_norm(site: Site) -> Value:
 
 
 _WORTH = 0.85
+
+
+def _normalised(site: Site, wanted: Tensor) -> Tensor:
+    """The teacher's result (..., *axes) before its own scale and shift."""
+    for name, undo in (("bias", torch.sub), ("weight", torch.div)):
+        if site.node.arguments.get(name) is not None:
+            scale = constant(site.argument(name))
+            wanted = undo(wanted, torch.where(scale.abs() < 1e-6, 1e-6, scale))
+    return wanted
+
+
+def _over_several_axes(site: Site) -> Value:
+    """The compact form for channels; the teacher's scale and shift of every element behind it."""
+    value = site.tagged("input", 1)
+    x, wanted = (rows(y, 1) for y in (site.given(value), _normalised(site, site.wanted())))
+    slopes, offset = regression([x], wanted)
+    weight, bias = (site.node.arguments.get(name) for name in ("weight", "bias"))
+    return affine(
+        site,
+        as_form(value).affine(slopes[:, 0], offset),
+        number(1.0) if weight is None else constant(weight),
+        number(0.0) if bias is None else constant(bias),
+    )
 
 
 def _token_norm(builder: Builder, x: Feature, norm: TokenNorm) -> Feature:

@@ -7,7 +7,7 @@ from archnet.capture import Ref
 from archnet.convert.feature import Value
 from archnet.convert.rules.base import Site, as_form, constant, rule
 from archnet.convert.rules.gating import gate
-from archnet.convert.rules.layout import joined
+from archnet.convert.rules.layout import joined, stretched
 from archnet.ops import Pad
 
 
@@ -40,11 +40,18 @@ def addition(site: Site) -> Value:
         (item, factor) = (first, factors[0]) if second.__class__ is Ref else (second, factors[1])
         shift = number(item) if isinstance(item, int | float) else constant(item)
         return affine(site, features[0], number(1.0), factor * shift)
-    form, addend = features
-    if addend.shape != form.shape:
-        raise site.error(f"adds shapes {form.shape} and {addend.shape}; broadcast has no rule")
+    form, addend = (stretched(site, feature) for feature in features)
     tagged = as_form(site.builder.tagged(addend, form.axis))
     return as_form(form).plus(tagged)
+
+
+@rule("aten.lerp.Scalar")
+def interpolation(site: Site) -> Value:
+    """Y = (1 - w) a + w b."""
+    weight = float(site.argument("weight"))
+    a = as_form(stretched(site, scaled(site.value("self"), number(1 - weight))))
+    b = stretched(site, scaled(site.value("end"), number(weight)))
+    return a.plus(as_form(site.builder.tagged(b, a.axis)))
 
 
 @rule("aten.mul.Tensor", "aten.mul_.Tensor", "aten.div.Tensor", "aten.div_.Tensor")

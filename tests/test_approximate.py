@@ -328,6 +328,13 @@ APPROXIMATE = {
         0.35,
     ),
     "GELU by hand": (Function(lambda m, x: 0.5 * x * (1 + torch.erf(x / 2**0.5))), 0.5),
+    "global response norm": (
+        Function(
+            lambda m, x: x * (n := x.norm(p=2, dim=(2, 3), keepdim=True)) / (n.mean(1, True) + 0.1)
+        ),
+        0.1,
+    ),
+    "of length one": (Function(lambda m, x: F.normalize(x, dim=1)), 0.4),
     "exponential": (Function(lambda m, x: x.exp()), 0.3),
     "power": (Function(lambda m, x: x.abs() ** 1.5), 0.2),
 }

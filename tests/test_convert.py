@@ -183,6 +183,7 @@ def test_a_transposed_convolution_cut_by_its_padding_is_refused():
         lambda x: torch.maximum(x, x[:, :1].flip(2)),
         lambda x: F.threshold(x, -0.2, -0.2),
         lambda x: F.softshrink(x, 0.3),
+        lambda x: x.norm(p=1, dim=1, keepdim=True),
         nn.RReLU().eval(),
     ],
 )
@@ -214,6 +215,12 @@ SUMS = {
     "all positions": (lambda m, x: x.amax((2, 3), keepdim=True) + m.c0(x), convs(1)),
     "rows and columns": (lambda m, x: m.c0(x)[:, :, :1] + x[:, :, :, :1], convs(1)),
     "between": (lambda m, x: torch.lerp(m.c0(x), x, 0.3), convs(1)),
+    "constants and a product": (
+        lambda m, x: torch.addcmul(torch.ones(4, 1, 1), torch.arange(4.0)[:, None, None], m.c0(x)),
+        convs(1),
+    ),
+    "a product added": (lambda m, x: torch.addcmul(x[:, :1], m.c0(x), torch.ones(1), value=0.3),
+                        convs(1)),
     "like": (lambda m, x: m.c0(x) + torch.ones_like(x) - torch.full_like(x, 0.5), convs(1)),
     "concatenated twice": (lambda m, x: torch.cat([torch.cat([x, m.c0(x)], 1), x], -3), convs(1)),
 }  # fmt: skip
@@ -403,6 +410,8 @@ def test_an_operator_without_rule_names_operator_path_and_file():
         (Function(lambda x: x.repeat_interleave(2)), "give dim"),
         (Function(lambda x: F.threshold(x, 0.1, 0.0)), "jumps"),
         (Function(lambda x: x.long().float()), "makes integers"),
+        (Function(lambda x: torch.addcmul(x, x, x)), "a \\+ b"),
+        (Function(lambda x: torch.linalg.vector_norm(x, torch.inf, 1)), "sums of powers"),
         (Function(lambda x: x.reshape(-1)), "between the samples"),
         (Function(lambda x: torch.cat([x, x], 0)), "along the batch"),
         (Function(lambda x: F.pad(x, (1, 1), value=1.0)), "zeros"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from archnet.capture import Ref
-from archnet.convert.feature import Carry, Form, Value
+from archnet.convert.feature import Carry, Feature, Form, Value
 from archnet.convert.fit import Hinges, clipped_line, curve, regression, relative_error, rows
 from archnet.convert.rules.base import Alternative, Site, constant, rule, scaled_to_fit
 from archnet.convert.rules.layout import stretched
@@ -99,7 +99,11 @@ def prelu(site: Site) -> Value:
 @rule("aten.abs.default", "aten.abs_.default")
 def magnitude(site: Site) -> Value:
     """|x| = 2 max(x, 0) - x."""
-    x = site.feature("self")
+    return absolute(site, site.feature("self"))
+
+
+def absolute(site: Site, x: Feature) -> Form:
+    """The form |x|."""
     rectified = site.builder.activation(x, 0.0, math.inf)
     ones = torch.ones(x.channels, dtype=torch.float64)
     return Form(x.shape, [Carry(x, -ones), Carry(rectified, 2 * ones)], axis=x.axis)

@@ -8,7 +8,9 @@ from torch import Tensor
 from archnet.convert.builder import Builder
 from archnet.convert.feature import Feature, Value
 from archnet.convert.fit import TokenNorm, regression, relative_error, rows, token_norm
+from archnet.convert.rules.activation import absolute
 from archnet.convert.rules.base import Alternative, Site, as_form, constant, rule, scaled_to_fit
+from archnet.convert.rules.pooling import summed
 from archnet.convert.rules.residual import affine, number
 from archnet.ops import Activation, Concat, Reshape
 
@@ -153,3 +155,16 @@ def _token_norm(builder: Builder, x: Feature, norm: TokenNorm) -> Feature:
 def group_norm(site: Site) -> Value:
     """The same for groups of channels of one sample: nearly a batch norm, by least squares."""
     return scaled_to_fit(site, site.tagged("input", site.axis(1)))
+
+
+@rule("aten.linalg_vector_norm.default", "aten.norm.ScalarOpt_dim")
+def vector_norm(site: Site) -> Value:
+    """|x|_p nearly a sum_i |x_i| + b, for every channel by least squares; the sum itself if p is 1.
+
+    Global response norm (Woo et al. 2023, arXiv 2301.00808) is made of it.
+    """
+    order = site.node.arguments.get("ord", site.node.arguments.get("p"))
+    if site.argument("dim") is None or order in (0, math.inf, -math.inf):
+        raise site.error("is over all axes, or counts or compares; only sums of powers have a rule")
+    total = summed(site, site.builder.build(absolute(site, site.feature("self"))))
+    return total if order == 1 else scaled_to_fit(site, total)

@@ -138,11 +138,14 @@ def mean(site: Site) -> Value:
     Over rows and columns of a map it is global average pooling; over the tokens of a sequence, or
     over channels, the axis is moved to the end.
     """
-    builder, dims = site.builder, site.argument("dim")
-    axes = sorted(site.axis(d) for d in dims)
-    feature = site.feature("self")
+    return summed(site, site.feature("self"), "mean" in site.node.operator)
+
+
+def summed(site: Site, feature: Feature, mean: bool = False) -> Feature:
+    """The sum of a feature, or its mean, over the node's axes."""
+    builder, axes = site.builder, sorted(map(site.axis, site.argument("dim")))
     count = math.prod(feature.shape[axis - 1] for axis in axes)
-    factor = 1 / count if "mean" in site.node.operator else 1.0
+    factor = 1 / count if mean else 1.0
     if feature.is_map and axes == [2, 3]:
         pooled = _over_positions(site, feature, lambda x: factor * x.sum((2, 3), keepdim=True))
         return builder.reshape(pooled, site.node.shape)

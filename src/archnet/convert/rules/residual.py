@@ -54,6 +54,23 @@ def interpolation(site: Site) -> Value:
     return a.plus(as_form(site.builder.tagged(b, a.axis)))
 
 
+@rule("aten.addcmul.default")
+def scaled_addition(site: Site) -> Value:
+    """Y = a + v b c, of which b or c is a constant, and a may be one."""
+    parts = [site.argument(name) for name in ("tensor1", "tensor2")]
+    factors = [constant(item) for item in parts if not isinstance(item, Ref)]
+    if len(factors) != 1:
+        raise site.error("adds a product of two features: write it as a + b * c")
+    (feature,) = [item for item in parts if isinstance(item, Ref)]
+    scale = factors[0] * float(site.node.arguments.get("value", 1.0))
+    product = affine(site, stretched(site, site.referred(feature)), scale, number(0.0))
+    addend = site.argument("self")
+    if not isinstance(addend, Ref):
+        return affine(site, product, number(1.0), constant(addend))
+    tagged = site.builder.tagged(stretched(site, site.referred(addend)), product.axis)
+    return as_form(product).plus(as_form(tagged))
+
+
 @rule("aten.mul.Tensor", "aten.mul_.Tensor", "aten.div.Tensor", "aten.div_.Tensor")
 def scaling(site: Site) -> Value:
     """Y = c x for a number or a constant tensor (layer scale): goes into the weights.

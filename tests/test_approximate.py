@@ -353,6 +353,14 @@ def test_approximations_stay_near_and_say_how_near(name, hardware):
     assert found < 1.5 * max(fitted)
 
 
+def test_a_gate_that_is_not_worth_it_leaves_what_it_gates_in_the_shape_of_the_product():
+    network = Function(
+        lambda m, x: m.conv(x.mean((2, 3), True) * x[:, :1]), conv=nn.Conv2d(4, 4, 1)
+    )
+    student, _ = error(network, torch.randn(64, 4, 8, 8), approximation=Approximation(min_gain=1))
+    assert student(torch.randn(2, 4, 8, 8)).shape == (2, 4, 8, 8)
+
+
 @pytest.mark.parametrize("function", [nn.Hardswish(), nn.SiLU(), nn.Sigmoid()])
 def test_segments_are_added_with_ones_which_few_bits_keep(function):
     """Weights of hinges would nearly cancel; those of ramps are exact at any width."""

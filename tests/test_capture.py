@@ -135,6 +135,17 @@ def test_features_follow_from_maps_with_channels_last():
     torch.testing.assert_close(result, teacher(x))
 
 
+def test_a_part_under_another_context_is_said():
+    class Casting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", enabled=False):
+                x = x.relu()
+            return x + 1
+
+    with pytest.raises(CaptureError, match="wrap_with_autocast"):
+        capture(Casting(), torch.zeros(1, 3))
+
+
 def test_a_feature_that_does_not_exist_is_named():
     graph = capture(Nested(), torch.zeros(1, 3, 8, 8))
     with pytest.raises(CaptureError, match="no node conv2d_9"):

@@ -281,6 +281,11 @@ def _read(program: ExportedProgram) -> TeacherGraph:
                 batches[node.name] = Batch(value.dim())
                 fixed_batch |= not _is_symbolic(value.shape[0])
         elif node.op == "call_function":
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                raise CaptureError(
+                    f"the teacher's forward has a part under {node.target.name()} (autocast, no_grad "
+                    "in the middle, a branch, a loop): leave that out of the forward pass"
+                )
             if value is None:
                 continue  # an assertion of the export
             if isinstance(value, torch.SymInt | int):

@@ -31,7 +31,7 @@ def gate(site: Site) -> Value:
         (name,) = site.approximation.compact[site.node.name]
         value = site.values[name]
         assert not isinstance(value, list)
-        return scaled_to_fit(site, value)
+        return scaled_to_fit(site, stretched(site, value))
     names = [site.argument("self").name, site.argument("other").name]
     x, s = site.value("self"), site.value("other")
     if x.shape != site.node.shape:

@@ -283,8 +283,8 @@ def _read(program: ExportedProgram) -> TeacherGraph:
         elif node.op == "call_function":
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 raise CaptureError(
-                    f"the teacher's forward has a part under {node.target.name()} (autocast, no_grad "
-                    "in the middle, a branch, a loop): leave that out of the forward pass"
+                    f"the teacher's forward has a part under {node.target.name()} (autocast, "
+                    "no_grad, a branch, a loop): leave that out of the forward pass"
                 )
             if value is None:
                 continue  # an assertion of the export

@@ -225,3 +225,12 @@ def test_a_sweep_from_the_command_line(tmp_path: Path, finished: RunFolder) -> N
     subprocess.run(command, cwd=tmp_path, check=True)
     runs = sorted((tmp_path / "outputs" / "mnist5k").glob("*/metrics.json"))
     assert {json.loads(path.read_text())["quant"]["act_bits"] for path in runs} == {4, 8}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_said_before_any_work(
+    make_config: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(ArchnetError, match=r"trainer\.accelerator=gpu, but torch finds none"):
+        pipeline.run(make_config("trainer.accelerator=gpu"))
+    assert not (tmp_path / "outputs").exists()

@@ -35,7 +35,7 @@ from archnet.errors import ArchnetError
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
 from archnet.quant import FLOAT
-from archnet.run_device import device_name, device_of, set_up
+from archnet.run_device import device_name, device_of, require_device, set_up
 from archnet.run_quant import run_quant
 from archnet.run_student import given_student, load_student, save_student, settle_student
 from archnet.run_teacher import run_teacher
@@ -82,8 +82,10 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
     if config.resume:
         folder = RunFolder.open(config.resume)
         config = folder.resumed(config, overridden)
+        require_device(config.trainer)
         folder.write_config(config)
     else:
+        require_device(config.trainer)
         if config.task.kind == "translation":
             TranslationData(config.task, config.seed).text.check()
         folder = RunFolder.create(config)

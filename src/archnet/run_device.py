@@ -3,6 +3,21 @@
 import torch
 
 from archnet.config import TrainerConfig
+from archnet.errors import ArchnetError
+
+
+def require_device(trainer: TrainerConfig) -> None:
+    """Raise `ArchnetError` where training asks for a device that this machine does not have."""
+    wanted, found = trainer.accelerator, device_of(trainer).type
+    if wanted in ("gpu", "mps") and found != {"gpu": "cuda"}.get(wanted, wanted):
+        raise ArchnetError(
+            f"trainer.accelerator={wanted}, but torch finds none: set auto or cpu, or install a "
+            "torch that is built for it"
+        )
+    if found == "cuda" and trainer.devices > torch.cuda.device_count():
+        raise ArchnetError(
+            f"trainer.devices={trainer.devices}, but there are {torch.cuda.device_count()} GPUs"
+        )
 
 
 def set_up(trainer: TrainerConfig) -> None:

@@ -313,7 +313,7 @@ APPROXIMATE = {
             lambda m, x: x * m.conv(torch.cat([x.mean(1, True), x.amax(1, True)], 1)).sigmoid(),
             conv=nn.Conv2d(2, 1, 3, padding=1),
         ),
-        0.2,
+        0.4,
     ),
     "gates of rows and columns": (
         Function(
@@ -321,7 +321,7 @@ APPROXIMATE = {
             a=nn.Conv2d(4, 4, 1),
             b=nn.Conv2d(4, 4, 1),
         ),
-        0.2,
+        0.4,
     ),
     "RMS norm by hand": (
         Function(lambda m, x: x * torch.rsqrt(x.square().mean(1, keepdim=True) + 0.1)),

@@ -335,6 +335,7 @@ APPROXIMATE = {
         0.1,
     ),
     "of length one": (Function(lambda m, x: F.normalize(x, dim=1)), 0.4),
+    "gated linear unit": (Function(lambda m, x: F.glu(m.up(x), 1), up=nn.Conv2d(4, 8, 1)), 0.4),
     "exponential": (Function(lambda m, x: x.exp()), 0.3),
     "power": (Function(lambda m, x: x.abs() ** 1.5), 0.2),
 }

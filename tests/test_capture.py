@@ -135,6 +135,19 @@ def test_features_follow_from_maps_with_channels_last():
     torch.testing.assert_close(result, teacher(x))
 
 
+def test_a_gated_linear_unit_is_captured_as_its_parts():
+    teacher, x = nn.Sequential(nn.Linear(4, 6), nn.GLU()).eval(), torch.randn(5, 4)
+    graph = capture(teacher, x)
+    assert [node.operator.split(".")[1] for node in graph.nodes if "aten" in node.operator] == [
+        *("linear", "chunk", "sigmoid", "mul")
+    ]
+    assert {node.path for node in graph.nodes} == {"0", "1"}
+    (gate,) = [node for node in graph.nodes if "sigmoid" in node.operator]
+    found, result = graph.features([gate.name])(x)
+    torch.testing.assert_close(found, teacher[0](x)[:, 3:].sigmoid())
+    torch.testing.assert_close(result, teacher(x))
+
+
 def test_a_part_under_another_context_is_said():
     class Casting(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

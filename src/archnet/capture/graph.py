@@ -8,6 +8,7 @@ here and stands in the arguments as a tensor.
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -229,7 +230,32 @@ def capture(teacher: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> 
             f"torch.export cannot capture {type(teacher).__name__}: {first_line} "
             "(branches on tensor values have to leave the forward pass)"
         ) from error
+    _open_gates(program)
     return _read(program)
+
+
+def _open_gates(program: ExportedProgram) -> None:
+    """Write every gated linear unit as its parts: glu(x) = a sigmoid(b), with a and b the halves.
+
+    So that every part has a value of the teacher's that a rule can be fitted to.
+    """
+    graph, aten = program.graph, torch.ops.aten
+    for node in [node for node in graph.nodes if node.target is aten.glu.default]:
+        named = _named_arguments(node, lambda argument: argument)
+        with graph.inserting_before(node):
+
+            def put(target: Any, *args: Any, origin: torch.fx.Node = node) -> torch.fx.Node:
+                made = graph.call_function(target, args)
+                result = target(*torch.fx.node.map_arg(args, lambda read: read.meta["val"]))
+                made.meta = {**origin.meta, "val": result}
+                return made
+
+            halves = put(aten.chunk.default, named["self"], 2, named["dim"])
+            parts = [put(operator.getitem, halves, index) for index in range(2)]
+            gate = put(aten.sigmoid.default, parts[1])
+            node.replace_all_uses_with(put(aten.mul.Tensor, parts[0], gate))
+        graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def _view(teacher: nn.Module) -> nn.Module:

@@ -148,15 +148,38 @@ def test_a_gated_linear_unit_is_captured_as_its_parts():
     torch.testing.assert_close(result, teacher(x))
 
 
-def test_a_part_under_another_context_is_said():
-    class Casting(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", enabled=False):
-                x = x.relu()
-            return x + 1
+class Inside(nn.Module):
+    """With a part under a context."""
 
+    def __init__(self, context) -> None:
+        super().__init__()
+        self.context = context
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self.context():
+            y = self.linear(x)
+            z = y.relu()
+        return y + self.linear(z)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, lambda: torch.autocast("cpu", enabled=False)], ids=["grad", "cast"]
+)
+def test_a_part_without_gradients_or_autocast_is_captured_as_any_other(context):
+    teacher, x = Inside(context).eval(), torch.randn(5, 3)
+    graph = capture(teacher, x)
+    kinds = [node.operator.split(".")[1] for node in graph.nodes]
+    assert kinds == ["linear", "relu", "linear", "add"]
+    assert [node.path for node in graph.nodes] == ["linear", "", "linear", ""]
+    found, result = graph.features([graph.nodes[1].name])(x)
+    torch.testing.assert_close(found, teacher.linear(x).relu())
+    torch.testing.assert_close(result, teacher(x))
+
+
+def test_a_part_in_another_precision_is_said():
     with pytest.raises(CaptureError, match="wrap_with_autocast"):
-        capture(Casting(), torch.zeros(1, 3))
+        capture(Inside(lambda: torch.autocast("cpu")), torch.zeros(1, 3))
 
 
 def test_a_feature_that_does_not_exist_is_named():

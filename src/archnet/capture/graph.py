@@ -8,7 +8,6 @@ here and stands in the arguments as a tensor.
 
 import copy
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from archnet.capture.simplify import simplify
 from archnet.errors import ArchnetError
 
 
@@ -221,41 +221,22 @@ def capture(teacher: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> 
     examples = tuple(x[:1].to(device).expand(2, *x.shape[1:]).contiguous() for x in examples)
     frozen = _view(teacher).eval()
     try:
-        program = torch.export.export(
-            frozen, examples, dynamic_shapes=tuple({0: Dim.AUTO} for _ in examples), strict=False
-        )
+        # Without gradients, so that a part of the teacher under `no_grad` is nothing special.
+        with torch.no_grad():
+            program = torch.export.export(
+                frozen,
+                examples,
+                dynamic_shapes=tuple({0: Dim.AUTO} for _ in examples),
+                strict=False,
+            )
     except Exception as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CaptureError(
             f"torch.export cannot capture {type(teacher).__name__}: {first_line} "
             "(branches on tensor values have to leave the forward pass)"
         ) from error
-    _open_gates(program)
+    simplify(program)
     return _read(program)
-
-
-def _open_gates(program: ExportedProgram) -> None:
-    """Write every gated linear unit as its parts: glu(x) = a sigmoid(b), with a and b the halves.
-
-    So that every part has a value of the teacher's that a rule can be fitted to.
-    """
-    graph, aten = program.graph, torch.ops.aten
-    for node in [node for node in graph.nodes if node.target is aten.glu.default]:
-        named = _named_arguments(node, lambda argument: argument)
-        with graph.inserting_before(node):
-
-            def put(target: Any, *args: Any, origin: torch.fx.Node = node) -> torch.fx.Node:
-                made = graph.call_function(target, args)
-                result = target(*torch.fx.node.map_arg(args, lambda read: read.meta["val"]))
-                made.meta = {**origin.meta, "val": result}
-                return made
-
-            halves = put(aten.chunk.default, named["self"], 2, named["dim"])
-            parts = [put(operator.getitem, halves, index) for index in range(2)]
-            gate = put(aten.sigmoid.default, parts[1])
-            node.replace_all_uses_with(put(aten.mul.Tensor, parts[0], gate))
-        graph.erase_node(node)
-    program.graph_module.recompile()
 
 
 def _view(teacher: nn.Module) -> nn.Module:
@@ -310,7 +291,7 @@ def _read(program: ExportedProgram) -> TeacherGraph:
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 raise CaptureError(
                     f"the teacher's forward has a part under {node.target.name()} (autocast, "
-                    "no_grad, a branch, a loop): leave that out of the forward pass"
+                    "enable_grad, a branch, a loop): leave that out of the forward pass"
                 )
             if value is None:
                 continue  # an assertion of the export

@@ -267,6 +267,11 @@ def _require_rules(graph: TeacherGraph) -> None:
     like = f" (compare the rule of {near[0]})" if near else ""
     # The first is enough to start with, and all of them tell how far the teacher is.
     more = f"; no rule either for {', '.join(others)}" if others else ""
+    if operator in RULES:
+        raise ConversionError(
+            f"no rule for {operator} of two features at '{missing[operator][0]}': only softmax "
+            f"weights times values (attention) and products by constants have one{more}"
+        )
     raise ConversionError(
         f"no rule for {operator} at '{missing[operator][0]}': add one with "
         f'@rule("{operator}") in src/archnet/convert/rules/{short}.py, '

@@ -295,13 +295,38 @@ def stacking(site: Site) -> Value:
     axis = site.node.batch.student_axis(site.argument("dim"))
     if site.node.batch.axis < 0 or axis < 1:
         raise site.error("stacks along the batch")
+    features = [site.builder.build(site.referred(item)) for item in site.argument("tensors")]
+    return _stacked(site, features, axis)
+
+
+def _stacked(site: Site, features: Sequence[Feature], axis: int) -> Feature:
+    """Features of one shape side by side along an axis of their own."""
     wide = []
-    for item in site.argument("tensors"):
-        feature = site.builder.build(site.referred(item))
+    for feature in features:
         shape = (*feature.shape[: axis - 1], 1, *feature.shape[axis - 1 :])
         tall = site.builder.layout(feature, "stack", Reshape(shape))
         wide.append(Feature(shape, first=tall.first, axis=axis))
     return joined(site, wide, axis)
+
+
+@rule("aten.im2col.default")
+def windows(site: Site) -> Value:
+    """The kh kw pixels of every window of a map: (C kh kw, windows)."""
+    pair, builder = site.pair, site.builder
+    rows, columns = pair("padding")
+    padded = builder.pad(site.feature("self"), (rows, rows), (columns, columns))
+    views = builder.windows(padded, pair("kernel_size"), pair("stride"), pair("dilation"))
+    return builder.reshape(_stacked(site, views, 2), site.node.shape)
+
+
+@rule("aten.unfold.default")
+def windows_of_axis(site: Site) -> Value:
+    """The entries of every window along an axis, as the last axis."""
+    axis, size, step = (site.argument(name) for name in ("dimension", "size", "step"))
+    axis, feature = site.axis(axis), site.feature("self")
+    span = (site.node.shape[axis - 1] - 1) * step + 1
+    views = [site.builder.slice(feature, axis, at, at + span, step) for at in range(size)]
+    return _stacked(site, views, len(site.node.shape))
 
 
 @rule("aten.pixel_shuffle.default")

@@ -126,13 +126,16 @@ class Written(Asking):
             scores = (0.6 * q) @ k.transpose(-2, -1) + self.table[None]
             scores = scores.view(-1, 2, 2, 6, 6) + torch.where(self.mask, -100.0, 0.0)
             y = scores.view(-1, 2, 6, 6).softmax(-1) @ v
+        elif self.how == "scaled":
+            scores = (q @ k.mT + self.table) * torch.tensor([0.4, 0.8])[:, None, None]
+            y = scores.softmax(-1) @ v
         else:
             order = (0, 1, 2, 4, 3)
             y = F.softmax(q @ k.permute(order) / 2 + 3.0, dim=4).matmul(v)
         return self.out(y.transpose(-2, -3).reshape(b, 12, 10))
 
 
-@pytest.mark.parametrize("how", ["matmul", "einsum", "folded"])
+@pytest.mark.parametrize("how", ["matmul", "einsum", "folded", "scaled"])
 def test_attention_written_as_products_is_attention(how: str) -> None:
     network, x = Written(how), torch.randn(256, 12, 6)
     found = errors(network, x, context=Approximation("context"), pairs=PAIRS)
@@ -154,8 +157,12 @@ def test_attention_written_as_products_is_attention(how: str) -> None:
         lambda q, k: q.abs() @ k.mT.abs(),
         lambda q, k: (q @ k.mT).tanh(),
         lambda q, k: q[..., :1] * k.mT[..., :1, :],
+        lambda q, k: (q @ k.mT) * torch.arange(8),
+        lambda q, k: (q.unflatten(0, (-1, 1)) @ k.mT.unflatten(0, (-1, 1)) * torch.rand(8, 8))[
+            :, 0
+        ],
     ],
-    ids=["turned before", "bent", "no product"],
+    ids=["turned before", "bent", "no product", "scaled by key", "scaled by pair"],
 )
 def test_what_is_not_quite_attention_keeps_its_fixed_weights(scores) -> None:
     class Other(nn.Module):

@@ -1,8 +1,9 @@
 """Attention written as products and a softmax is attention."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from archnet.capture import Ref, TeacherGraph, TeacherNode
@@ -19,15 +20,18 @@ _LOWEST = -1e4  # of a mask: what a softmax makes zero of
 
 @dataclass(frozen=True)
 class _Scores:
-    """scale * Q K' + bias; ``bias`` is for one sample, of the scores' shape."""
+    """scale * Q K' + bias; ``bias`` is for one sample, of the scores' shape.
+
+    ``scale`` is (1,), or (heads,), as in a Swin V2, with heads in front of queries and keys.
+    """
 
     query: Ref
     key: Ref
-    scale: float = 1.0
+    scale: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64))
     bias: Tensor | None = None
 
-    def scaled(self, factor: float) -> "_Scores":
-        bias = None if self.bias is None else self.bias * factor
+    def scaled(self, factor: Tensor) -> "_Scores":
+        bias = None if self.bias is None else self.bias * factor[:, None, None]
         return replace(self, scale=self.scale * factor, bias=bias)
 
     def plus(self, bias: Tensor) -> "_Scores":
@@ -103,9 +107,10 @@ def _scores(name: str, by_name: Mapping[str, TeacherNode]) -> _Scores | None:
             if not isinstance(other, Tensor):
                 return found  # a softmax does not see it
             return found.plus(given["alpha"] * at_elements(node, other))
-        if isinstance(other, Tensor) and other.numel() > 1:
+        factor = _by_head(node, other)
+        if factor is None:
             return None
-        return found.scaled(float(other) if stem == "mul" else 1 / float(other))
+        return found.scaled(factor if stem == "mul" else 1 / factor)
     if stem == "masked_fill" and isinstance(given["mask"], Tensor):
         found = _scores(given["self"].name, by_name)
         if found is None or isinstance(given["value"], Ref | Tensor):
@@ -120,6 +125,19 @@ def _scores(name: str, by_name: Mapping[str, TeacherNode]) -> _Scores | None:
     if pair is None or turned is None or not _turns_last(turned):
         return None
     return _Scores(pair[0], Ref(turned.refs()[0]))
+
+
+def _by_head(node: TeacherNode, factor: Tensor | float) -> Tensor | None:
+    """A constant factor of scores (..., heads, queries, keys) as (1,) or (heads,); None if it
+    differs between windows, or between pairs of one head.
+    """
+    if not isinstance(factor, Tensor) or factor.numel() == 1:
+        return torch.full((1,), float(factor), dtype=torch.float64)
+    everywhere = at_elements(node, factor)
+    if everywhere.dim() < 3:
+        return None
+    heads = everywhere.flatten(0, -4)[0, :, 0, 0] if everywhere.dim() > 3 else everywhere[:, 0, 0]
+    return heads if bool((everywhere == heads[:, None, None]).all()) else None
 
 
 def _stem(node: TeacherNode) -> str:

@@ -140,9 +140,10 @@ def _in_context(site: Site, query: Feature, key: Feature, value: Feature) -> Val
 def _in_pairs(site: Site, query: Feature, key: Feature, value: Feature) -> Value:
     """Hinges for every pair of tokens."""
     given, wanted = site.node.arguments, site.wanted()
-    scale = given.get("scale") or 1 / math.sqrt(query.shape[-1])
-    heads = _heads(site, query, key, value)
-    pairs = Pairs(site, (query, key, value), heads, _mask(site, heads), float(scale))
+    scale, heads = given.get("scale"), _heads(site, query, key, value)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scales = torch.as_tensor(scale, dtype=torch.float64).expand(heads)
+    pairs = Pairs(site, (query, key, value), heads, _mask(site, heads), scales.tolist())
     result = pairs.build()
     site.alternative = Alternative(
         (site.argument("value").name,),

@@ -41,7 +41,7 @@ class Pairs(Layers):
         features: queries, keys and values, (..., heads, tokens, channels).
         heads: of the result; keys and values may have fewer, each for several.
         mask: (windows or 1, heads, queries, keys), or None.
-        scale: of scores.
+        scales: of the scores of each head.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Pairs(Layers):
         features: Sequence[Feature],
         heads: int,
         mask: Tensor | None,
-        scale: float,
+        scales: Sequence[float],
     ) -> None:
         super().__init__(site.builder)
         self.site, self.heads = site, heads
-        self.count, self.scale, self.mask = site.approximation.attention_hinges, scale, mask
+        self.count, self.scales, self.mask = site.approximation.attention_hinges, scales, mask
         self.query, self.key, self.value = features
         shape = site.node.shape
         self.windows = math.prod(shape[:-3])
@@ -78,16 +78,17 @@ class Pairs(Layers):
 
     def _scores(self) -> str:
         """Scores t (queries of all windows, heads, keys)."""
-        query, key = self._given(self.query) * self.scale, self._given(self.key)
+        query, key = self._given(self.query), self._given(self.key)
         axes, centres, kept = [], [], 1
-        for head in range(self.heads):
+        for head, scale in enumerate(self.scales):
             asked, offered = (rows(self._of(x, head), -1) for x in (query, key))
+            asked = asked * scale
             centre = [x.mean(1, keepdim=True).double() for x in (asked, offered)]
             a, b, sizes = balanced(asked - centre[0], offered - centre[1])
             left = sizes.square().flip(0).cumsum(0).sqrt()
             kept = max(kept, len(sizes) - int((left <= _SCORE_ERROR).sum()))
-            axes.append((self.scale * a, b))
-            centres.append((centre[0] / self.scale, centre[1], centre[0]))
+            axes.append((scale * a, b))
+            centres.append((centre[0] / scale, centre[1], centre[0]))
         ours = self._in_axes(self.query, [a[:kept] for a, _ in axes], [c[0] for c in centres])
         theirs = self._in_axes(self.key, [b[:kept] for _, b in axes], [c[1] for c in centres])
         a, b = (self._split(self.site.given(self.tagged(x))) for x in (ours, theirs))

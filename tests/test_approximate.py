@@ -335,6 +335,15 @@ APPROXIMATE = {
         0.1,
     ),
     "of length one": (Function(lambda m, x: F.normalize(x, dim=1)), 0.4),
+    "weights of two branches": (
+        Function(
+            lambda m, x: (
+                torch.stack([x, x.relu()], 1) * m.fc(x.mean((2, 3))).view(-1, 2, 4, 1, 1).softmax(1)
+            ).sum(1),
+            fc=nn.Linear(4, 8),
+        ),
+        0.2,
+    ),
     "gated linear unit": (Function(lambda m, x: F.glu(m.up(x), 1), up=nn.Conv2d(4, 8, 1)), 0.4),
     "exponential": (Function(lambda m, x: x.exp()), 0.3),
     "power": (Function(lambda m, x: x.abs() ** 1.5), 0.2),
@@ -427,6 +436,20 @@ def test_a_teacher_that_fixes_its_batch_is_told_how_not_to():
 
     with pytest.raises(CaptureError, match=r"len\(x\).*x\.shape\[0\]"):
         convert(Fixed().eval(), torch.zeros(4, 4, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda m, x: x.softmax(1), "more than two values"),
+        (lambda m, x: x[:, :2].log_softmax(1), "more than two values"),
+        (lambda m, x: x.mean((2, 3)).softmax(1), "end with its class scores"),
+    ],
+)
+def test_other_softmaxes_are_errors(function, message):
+    x = torch.randn(8, 4, 2, 2)
+    with pytest.raises(ConversionError, match=message):
+        convert(Function(function), x[:1], calibration=x)
 
 
 def test_matrix_products_of_features_have_no_rule_outside_attention():

@@ -1,15 +1,24 @@
 """ReLU and clips (exact): the float case of an activation quantizer; smooth ones (approximate)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from archnet.capture import Ref
+from archnet.convert.builder import Builder
 from archnet.convert.feature import Carry, Feature, Form, Value
 from archnet.convert.fit import Hinges, clipped_line, curve, regression, relative_error, rows
-from archnet.convert.rules.base import Alternative, Site, constant, rule, scaled_to_fit
-from archnet.convert.rules.layout import stretched
+from archnet.convert.rules.base import (
+    Alternative,
+    Site,
+    as_form,
+    constant,
+    rule,
+    scaled_to_fit,
+)
+from archnet.convert.rules.layout import joined, stretched
 
 
 @rule("aten.relu.default", "aten.relu_.default")
@@ -139,20 +148,6 @@ def extremum(site: Site) -> Value:
     return Form(a.shape, [Carry(b), Carry(rectified, sign * ones)], axis=a.axis)
 
 
-@rule(
-    "aten.softmax.int",
-    "aten._softmax.default",
-    "aten.log_softmax.int",
-    "aten._log_softmax.default",
-)
-def probabilities(site: Site) -> Value:
-    """None: class scores are what is compared, exported and run."""
-    raise site.error(
-        "makes probabilities, which no chip of five operators does: let the teacher end with its "
-        "class scores (for example teacher.softmax = nn.Identity()); the largest stays the largest"
-    )
-
-
 @dataclass(frozen=True)
 class Curve:
     """A smooth function that one clipped line min(max(a x + b, low), high) stands for.
@@ -200,13 +195,49 @@ def smooth_activation(site: Site) -> Value:
     leaves less than `_WORTH` of the compact form's error, and a budget does not forbid it.
     """
     shape = _CURVES[site.node.operator.removeprefix("aten.").split(".")[0].removesuffix("_")]
-    low = shape.low * float(site.node.arguments.get("alpha", 1.0))
-    form = site.form(site.subject)
-    x, wanted = rows(site.given(form), form.axis), rows(site.wanted(), form.axis)
+    shape = replace(shape, low=shape.low * float(site.node.arguments.get("alpha", 1.0)))
+    return _curved(site, site.form(site.subject), site.wanted(), shape)
+
+
+@rule(
+    "aten.softmax.int",
+    "aten._softmax.default",
+    "aten.log_softmax.int",
+    "aten._log_softmax.default",
+)
+def probabilities(site: Site) -> Value:
+    """Weights of two, as between two branches: s and 1 - s, with s the sigmoid of their gap.
+
+    Class scores are compared, exported and run as they are, and so have none; nor have weights of
+    more than two, outside attention.
+    """
+    axis, feature = site.axis(site.argument("dim")), site.feature(site.subject)
+    if len(feature.shape) == 1:
+        raise site.error(
+            "makes probabilities, which no chip of five operators does: let the teacher end with "
+            "its class scores (for example teacher.softmax = nn.Identity()); the largest stays the "
+            "largest"
+        )
+    if feature.shape[axis - 1] != 2 or "log" in site.node.operator:
+        raise site.error(
+            "makes weights of more than two values, or logarithms; only two have a rule, and "
+            "attention has one"
+        )
+    a, b = (site.builder.slice(feature, axis, index, index + 1) for index in range(2))
+    ones = torch.ones(a.channels, dtype=torch.float64)
+    gap = Form(a.shape, [Carry(a), Carry(b, -ones)], axis=a.axis)
+    ours = _curved(site, gap, site.wanted().narrow(axis, 0, 1), _CURVES["sigmoid"])
+    theirs = as_form(ours).affine(-ones, ones)
+    return joined(site, [site.builder.build(value) for value in (ours, theirs)], axis)
+
+
+def _curved(site: Site, form: Form, target: Tensor, shape: Curve) -> Value:
+    """A smooth function of a form, as `smooth_activation` says; (B, *shape) is what it gives."""
+    x, wanted = rows(site.given(form), form.axis), rows(target, form.axis)
     slope, offset = clipped_line(
         x,
         wanted,
-        low,
+        shape.low,
         shape.high,
         torch.linspace(*shape.slopes, _CANDIDATES).tolist(),
         torch.linspace(*shape.offsets, _CANDIDATES).tolist(),
@@ -214,14 +245,14 @@ def smooth_activation(site: Site) -> Value:
     count = site.approximation.hinges
     if count and not site.is_compact:
         hinges = curve(x.flatten(), wanted.flatten(), count, offset=True)
-        compact = (slope[:, None] * x + offset[:, None]).clamp(low, shape.high)
+        compact = (slope[:, None] * x + offset[:, None]).clamp(shape.low, shape.high)
         faithful = hinges(x)
         errors = relative_error(compact, wanted), relative_error(faithful, wanted)
         if errors[1] < _WORTH * errors[0]:
             site.alternative = Alternative(tuple(site.node.refs()), *errors)
-            return _piecewise(site, hinges)
+            return _piecewise(site.builder, site.builder.build(form), hinges)
     line = site.builder.build(form.affine(slope, offset))
-    return site.builder.activation(line, low, shape.high)
+    return site.builder.activation(line, shape.low, shape.high)
 
 
 _POINTWISE = ("square", "sqrt", "rsqrt", "exp", "expm1", "log", "log1p", "reciprocal", "sin", "cos")
@@ -242,11 +273,11 @@ def pointwise(site: Site) -> Value:
         faithful = relative_error(hinges(x), wanted)
         if faithful < _WORTH * compact:
             site.alternative = Alternative(tuple(site.node.refs()), compact, faithful)
-            return _piecewise(site, hinges)
+            return _piecewise(site.builder, site.builder.build(form), hinges)
     return scaled_to_fit(site, form)
 
 
-def _piecewise(site: Site, hinges: Hinges) -> Value:
+def _piecewise(builder: Builder, x: Feature, hinges: Hinges) -> Value:
     """The same function as a sum of ramps, c + sum_j +-min(max(s_j (x - t_j), 0), h_j).
 
     Hinges have ranges and weights that nearly cancel, and their rounding does not. A ramp is one
@@ -254,7 +285,6 @@ def _piecewise(site: Site, hinges: Hinges) -> Value:
     adds. Slopes go into the batch norms, so that the layer which adds the ramps has ones in it,
     exact at any width, and the grid that they share is as fine as one of the sum.
     """
-    builder, x = site.builder, site.feature(site.subject)
     knots, order = hinges.knots.sort()
     starts, slopes = knots.tolist(), hinges.weights[order].cumsum(0).tolist()
     one = torch.ones(1, dtype=torch.float64)

@@ -1,8 +1,11 @@
 """Convolutions of any kernel, stride, dilation and grouping (exact)."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
+from archnet.convert.builder import Builder
 from archnet.convert.feature import Convolution, Feature, Form, Value
 from archnet.convert.rules.base import Site, constant, matrix_on, rule
 from archnet.ops import Pad, Permute, Reshape
@@ -62,31 +65,68 @@ def transposed_convolution(site: Site) -> Value:
     groups, extra = site.argument("groups"), site.pair("output_padding")
     kernel, outputs = tuple(weight.shape[2:]), weight.shape[1] * groups
     bias = _bias(site, outputs)
-    channels, rows, columns = feature.shape
     if kernel == stride and (padding, dilation, extra, groups) == ((0, 0), (1, 1), (0, 0), 1):
         matrix = weight.flatten(1).T
         offset = bias.repeat_interleave(kernel[0] * kernel[1])
         built = builder.first(builder.matrix_at_positions(feature, matrix, offset))
-        split = Reshape((outputs, *kernel, rows, columns))
+        split = Reshape((outputs, *kernel, *feature.shape[1:]))
         parts = builder.layout(Feature(builder.graph.shapes[built], first=built), "split", split)
         moved = builder.layout(parts, "order", Permute((0, 1, 4, 2, 5, 3)))
         return builder.layout(moved, "shape", Reshape(site.node.shape), 1)
     sides = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
     if min(sides) < 0:
         raise site.error("is padded by more than its kernel; this has no rule")
-    if stride != (1, 1):
-        apart = builder.layout(feature, "apart", Reshape((channels, rows, 1, columns, 1)))
-        zeros = Pad(((0, 0), (0, 0), (0, stride[0] - 1), (0, 0), (0, stride[1] - 1)))
-        sparse = Reshape((channels, rows * stride[0], columns * stride[1]))
-        feature = builder.layout(builder.layout(apart, "zeros", zeros), "sparse", sparse, 1)
-        feature = builder.slice(feature, 2, 0, (rows - 1) * stride[0] + 1)
-        feature = builder.slice(feature, 3, 0, (columns - 1) * stride[1] + 1)
+    feature = _apart(builder, feature, stride)
     feature = builder.pad(feature, (0, extra[0]), (0, extra[1]))
     turned = weight.flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     term = Convolution(
         feature, turned, site.node.name, (1, 1), (sides[0], sides[1]), dilation, groups
     )
     return Form(site.node.shape, [term], bias)
+
+
+@rule("aten.col2im.default")
+def overlapping_windows(site: Site) -> Value:
+    """Windows (C kh kw, H' W') laid over each other and added: one map for each of their pixels."""
+    builder, feature = site.builder, site.feature("self")
+    kernel, stride, padding, dilation = (
+        site.pair(name) for name in ("kernel_size", "stride", "padding", "dilation")
+    )
+    height, width = site.pair("output_size")
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip((height, width), padding, dilation, kernel, stride, strict=True)
+    ]
+    channels, maps = site.node.shape[0], []
+    apart = builder.reshape(feature, (channels, kernel[0] * kernel[1], *size))
+    for tap, at in enumerate(itertools.product(*map(range, kernel))):
+        view = builder.reshape(builder.slice(apart, 2, tap, tap + 1), (channels, *size))
+        view = _apart(builder, view, stride)
+        starts = [place * step for place, step in zip(at, dilation, strict=True)]
+        rows, columns = (
+            (start, n + 2 * p - start - length)
+            for start, n, p, length in zip(
+                starts, (height, width), padding, view.shape[1:], strict=True
+            )
+        )
+        maps.append(builder.pad(view, rows, columns))
+    total = builder.add(maps)
+    for axis, (side, n) in enumerate(zip(padding, (height, width), strict=True), 2):
+        total = builder.slice(total, axis, side, side + n)
+    return total
+
+
+def _apart(builder: Builder, feature: Feature, stride: tuple[int, int]) -> Feature:
+    """A map whose pixels zeros keep apart, so that they lie a stride from each other."""
+    if stride == (1, 1):
+        return feature
+    channels, rows, columns = feature.shape
+    apart = builder.layout(feature, "apart", Reshape((channels, rows, 1, columns, 1)))
+    zeros = Pad(((0, 0), (0, 0), (0, stride[0] - 1), (0, 0), (0, stride[1] - 1)))
+    sparse = Reshape((channels, rows * stride[0], columns * stride[1]))
+    feature = builder.layout(builder.layout(apart, "zeros", zeros), "sparse", sparse, 1)
+    feature = builder.slice(feature, 2, 0, (rows - 1) * stride[0] + 1)
+    return builder.slice(feature, 3, 0, (columns - 1) * stride[1] + 1)
 
 
 def _bias(site: Site, outputs: int) -> Tensor:

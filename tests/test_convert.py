@@ -156,6 +156,42 @@ def test_convolutions_of_a_sequence(target, conv):
     check(nn.Sequential(conv, nn.BatchNorm1d(6), nn.ReLU()), (4, 15), target)
 
 
+class Frames(nn.Module):
+    """The same layers for every frame of a video (B, T, C, H, W), joined with the batch."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), *layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layers(x.flatten(0, 1))
+        return y.reshape(x.shape[0], x.shape[1], -1).mean(1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 1),
+        nn.Conv2d(4, 6, 1, stride=2),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.Conv2d(4, 6, (5, 3), stride=2, padding=(2, 0)),
+        nn.Conv2d(4, 4, 3, padding=1, groups=4),
+        nn.Conv2d(4, 6, 2, stride=3, dilation=2),
+        nn.MaxPool2d(3, 2, 1),
+        nn.AvgPool2d(2),
+        nn.AdaptiveMaxPool2d(1),
+        nn.AdaptiveAvgPool2d((2, 1)),
+        nn.Upsample(scale_factor=2),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+    ],
+    ids=str,
+)
+def test_images_joined_with_the_batch(target, layer):
+    outputs = getattr(layer, "out_channels", 4)
+    check(Frames(layer, nn.BatchNorm2d(outputs)), (3, 4, 8, 7), target)
+
+
 def test_a_transposed_convolution_cut_by_its_padding_is_refused():
     with pytest.raises(ConversionError, match="padded by more than its kernel"):
         convert(nn.ConvTranspose2d(2, 2, 2, 2, padding=2).eval(), torch.zeros(1, 2, 8, 8))

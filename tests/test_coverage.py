@@ -254,6 +254,21 @@ class DynamicBatch(nn.Module):
         return self.out(y.view(y.size(0), -1))
 
 
+class Video(nn.Module):
+    """Looks at every frame by itself, frames joined with the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frame = nn.Sequential(
+            *(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+        )
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.frame(x.flatten(0, 1)).view(x.shape[0], -1))
+
+
 IMAGE = (3, 8, 8)
 
 
@@ -266,6 +281,7 @@ IMAGE = (3, 8, 8)
         (TwoInputs, [IMAGE, (7,)]),
         (Shared, [IMAGE]),
         (DynamicBatch, [IMAGE]),
+        (Video, [(4, *IMAGE)]),
     ],
 )
 def test_networks_as_people_write_them(make, shapes, hardware, tmp_path: Path) -> None:

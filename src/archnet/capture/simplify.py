@@ -8,6 +8,10 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 aten = torch.ops.aten
+_PRODUCTS = (aten.matmul.default, aten.bmm.default)
+# What keeps weights weights, and scores scores.
+_CARRIERS = ("dropout", "contiguous", "clone", "detach", "view", "reshape")
+_ON_SCORES = (*_CARRIERS, "add", "mul", "div", "masked_fill")
 
 
 def simplify(program: ExportedProgram) -> None:
@@ -18,6 +22,8 @@ def simplify(program: ExportedProgram) -> None:
     for node in list(program.graph.nodes):
         if node.target is aten.glu.default:
             _open_gate(node)
+        if node.target in _PRODUCTS:
+            _turn(node)
     program.graph_module.recompile()
 
 
@@ -46,18 +52,64 @@ def _open_gate(node: Node) -> None:
 
     So that every part has a value of the teacher's that a rule can be fitted to.
     """
-
-    def put(target: Any, *args: Any) -> Node:
-        made = node.graph.call_function(target, args)
-        made.meta = {**node.meta, "val": target(*torch.fx.node.map_arg(args, _value))}
-        return made
-
     with node.graph.inserting_before(node):
-        halves = put(aten.chunk.default, node.args[0], 2, *(node.args[1:] or (-1,)))
-        ours, theirs = (put(operator.getitem, halves, index) for index in range(2))
-        node.replace_all_uses_with(put(aten.mul.Tensor, ours, put(aten.sigmoid.default, theirs)))
+        halves = _put(node, aten.chunk.default, node.args[0], 2, *(node.args[1:] or (-1,)))
+        ours, theirs = (_put(node, operator.getitem, halves, index) for index in range(2))
+        gate = _put(node, aten.sigmoid.default, theirs)
+        node.replace_all_uses_with(_put(node, aten.mul.Tensor, ours, gate))
     node.graph.erase_node(node)
 
 
-def _value(node: Node) -> Any:
-    return node.meta["val"]
+def _turn(node: Node) -> None:
+    """Attention on channels first, as attention on tokens first.
+
+    V W' = (W V')' for weights W of a softmax, and for scores Q' K = Q' (K')': then weights stand in
+    front of values, and the second factor of scores is a transpose, as rules know it.
+    """
+    first, second = node.args
+    assert isinstance(first, Node)
+    assert isinstance(second, Node)
+    with node.graph.inserting_before(node):
+        if _is_turn(second) and _are_weights(second.args[0]):
+            values = _put(node, aten.transpose.int, first, -2, -1)
+            product = _put(node, node.target, second.args[0], values)
+            node.replace_all_uses_with(_put(node, aten.transpose.int, product, -2, -1))
+            node.graph.erase_node(node)
+        elif not _is_turn(second) and _are_scores(node):
+            keys = _put(node, aten.transpose.int, second, -2, -1)
+            node.args = (first, _put(node, aten.transpose.int, keys, -2, -1))
+
+
+def _is_turn(node: Any) -> bool:
+    """Whether a node exchanges the last two axes."""
+    if _stem(node) not in ("transpose", "swapaxes", "swapdims"):
+        return _stem(node) in ("mT", "adjoint")
+    rank = node.meta["val"].dim()
+    return {int(dim) % rank for dim in node.args[1:]} == {rank - 2, rank - 1}
+
+
+def _are_weights(node: Any) -> bool:
+    while _stem(node) in _CARRIERS:
+        node = node.args[0]
+    return _stem(node) == "softmax"
+
+
+def _are_scores(node: Node) -> bool:
+    """Whether a softmax reads a product, scaled and masked."""
+    return any(
+        _stem(user) == "softmax" or (_stem(user) in _ON_SCORES and _are_scores(user))
+        for user in node.users
+    )
+
+
+def _stem(node: Any) -> str:
+    target = getattr(node, "target", None)
+    return str(target).removeprefix("aten.").split(".")[0].strip("_")
+
+
+def _put(place: Node, target: Any, *args: Any) -> Node:
+    """A new operator, taken to be of the module whose operator it stands for."""
+    made = place.graph.call_function(target, args)
+    result = target(*torch.fx.node.map_arg(args, lambda read: read.meta["val"]))
+    made.meta = {**place.meta, "val": result}
+    return made

@@ -1,7 +1,9 @@
 """What a rule is, and the register of all rules."""
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +13,7 @@ from archnet.convert.builder import Builder, ConversionError
 from archnet.convert.calibration import Calibration
 from archnet.convert.feature import Carry, Convolution, Feature, Form, Value
 from archnet.convert.fit import regression, rows
+from archnet.ops import Reshape
 
 Reads = Callable[[TeacherNode, "Approximation"], list[str]]
 # What an operator with several results gives; `getitem` picks from it.
@@ -235,6 +238,38 @@ def scaled_to_fit(site: Site, value: Value) -> Form:
 def constant(tensor: Tensor) -> Tensor:
     """A weight of the teacher in the precision that rules compute in (float64, on the CPU)."""
     return tensor.detach().double().cpu()
+
+
+def by_map(work: Callable[[Site], Values]) -> Callable[[Site], Values]:
+    """A rule for maps (C, H, W) whose channels do not meet serves several images a sample as well.
+
+    Frames of a video, or windows, (N, C, H, W), are joined with the batch in the teacher: here
+    their channels are beside each other.
+    """
+
+    @functools.wraps(work)
+    def wrapped(site: Site) -> Values:
+        (name, *_), builder = site.node.refs(), site.builder
+        value = site.referred(Ref(name))
+        if len(value.shape) != 4:
+            return work(site)
+        count, channels, *sides = value.shape
+        maps = Reshape((count * channels, *sides))
+        flat = builder.layout(builder.build(value), "maps", maps, 1)
+        shape = site.node.shape
+        node = replace(site.node, shape=(math.prod(shape[:2]), *shape[2:]), batch=Batch(4))
+        values = {**site.values, name: flat}
+        made = work(
+            replace(site, node=node, values=values, batches={**site.batches, name: Batch(4)})
+        )
+
+        def images(value: Value) -> Value:
+            shape = (count, value.shape[0] // count, *value.shape[1:])
+            return builder.layout(builder.build(value), "images", Reshape(shape), 2)
+
+        return [images(value) for value in made] if isinstance(made, list) else images(made)
+
+    return wrapped
 
 
 def at_elements(node: TeacherNode, tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Convolutions of any kernel, stride, dilation and grouping (exact)."""
 
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,17 +24,41 @@ def convolution(site: Site) -> Value:
     padding = _padding(site, weight.shape[2], weight.shape[3], dilation)
     groups = site.argument("groups")
     bias = _bias(site, len(weight))
-    value = site.tagged("input", 1)
-    if len(value.shape) != 3:
-        raise site.error("convolves images that are joined with the batch")
+    value = site.tagged("input", site.axis(1))
     if weight.shape[2:] == (1, 1) and padding == (0, 0) and groups == 1 and stride == (1, 1):
         return matrix_on(site, value, weight[:, :, 0, 0], bias)
     feature = site.builder.build(value)
+    if len(value.shape) == 4:
+        kernel = Convolution(feature, weight, site.node.name, stride, padding, dilation, groups)
+        return _of_images(site.builder, kernel, bias, site.node.shape)
     if weight.shape[2:] == (1, 1) and padding == (0, 0):
         # Dropping pixels is a layout move; what remains is a matrix that sums can merge with.
         feature, stride = site.builder.windows(feature, (1, 1), stride)[0], (1, 1)
     term = Convolution(feature, weight, site.node.name, stride, padding, dilation, groups)
     return Form(site.node.shape, [term], bias)
+
+
+def _of_images(builder: Builder, conv: Convolution, bias: Tensor, shape: tuple[int, ...]) -> Value:
+    """Several images a sample, (N, C, H, W), one below the other as one map, with their padding.
+
+    The rows at which the window lies on two of them are computed and thrown away.
+    """
+    images, channels, height, width = conv.feature.shape
+    (stride, _), (side, across) = conv.stride, conv.padding
+    span = conv.dilation[0] * (conv.weight.shape[2] - 1) + 1
+    # Every image begins at a row where the window stops.
+    tall = -(-max(height + 2 * side, span) // stride) * stride
+    first = builder.build(builder.permuted(conv.feature, (0, 2, 1, 3, 4)))
+    room = Pad(((0, 0), (0, 0), (side, tall - height - side), (across, across)))
+    apart = builder.layout(first, "apart", room, 1)
+    below = Reshape((channels, images * tall, width + 2 * across))
+    one = builder.layout(apart, "below", below, 1)
+    one = builder.pad(one, (0, max(0, span - stride)), (0, 0))
+    made = builder.convolve(replace(conv, feature=one, padding=(0, 0)), bias)
+    split = Reshape((shape[1], images, tall // stride, shape[3]))
+    parts = builder.layout(made, "images", split, 1)
+    rows = builder.slice(parts, 3, 0, shape[2])
+    return builder.permuted(rows, (0, 2, 1, 3, 4))
 
 
 @rule("aten.conv1d.default", "aten.conv1d.padding")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from archnet.capture import Ref
 from archnet.convert.feature import Feature, Value, resized
-from archnet.convert.rules.base import Site, Values, rule
+from archnet.convert.rules.base import Site, Values, by_map, rule
 from archnet.ops import Concat, Pad, Permute, Reshape
 
 
@@ -358,6 +358,7 @@ def _rearranged(
 
 
 @rule("aten.upsample_nearest2d.vec")
+@by_map
 def upsample_nearest(site: Site) -> Value:
     """Every pixel r x r times: copies side by side along axes of their own."""
     builder, (channels, rows, columns) = site.builder, site.node.shape
@@ -372,6 +373,7 @@ def upsample_nearest(site: Site) -> Value:
 
 
 @rule("aten.upsample_bilinear2d.vec", "aten.upsample_bicubic2d.vec")
+@by_map
 def upsample_linear(site: Site) -> Value:
     """A constant matrix over rows, then one over columns: what the operator makes of units."""
     builder = site.builder

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archnet.convert.feature import Convolution, Feature, Value
-from archnet.convert.rules.base import Site, Values, rule
+from archnet.convert.rules.base import Site, Values, by_map, rule
 from archnet.ops import Concat, Permute, Reshape
 
 # Maps split into windows, (C, rows, kernel, columns, kernel): every window's values at the end.
@@ -16,6 +16,7 @@ _WINDOWS = Permute((0, 1, 2, 4, 3, 5))
 
 
 @rule("aten.max_pool2d.default")
+@by_map
 def max_pool(site: Site) -> Value:
     """A k x k window is k - 1 windows of 2x2 one after the other.
 
@@ -47,6 +48,7 @@ def max_pool(site: Site) -> Value:
 
 
 @rule("aten.adaptive_max_pool2d.default")
+@by_map
 def adaptive_max_pool(site: Site) -> Values:
     """Windows of one size, each a row of values whose maximum is taken by halves."""
     feature, builder = _map(site), site.builder
@@ -88,6 +90,7 @@ def _row_maximum(site: Site, row: Feature) -> Feature:
 
 
 @rule("aten.avg_pool2d.default")
+@by_map
 def average_pool(site: Site) -> Value:
     """A fully connected layer with constant weights over the positions of each window.
 
@@ -118,6 +121,7 @@ def average_pool(site: Site) -> Value:
 
 
 @rule("aten.adaptive_avg_pool2d.default")
+@by_map
 def adaptive_average_pool(site: Site) -> Value:
     """The identity, windows of one size, or a constant matrix over all positions."""
     feature = _map(site)
@@ -161,10 +165,7 @@ def summed(site: Site, feature: Feature, mean: bool = False) -> Feature:
 
 def _map(site: Site) -> Feature:
     """The operator's input as a map (C, H, W)."""
-    feature = site.builder.build(site.tagged("self", 1))
-    if len(feature.shape) != 3:
-        raise site.error("pools images that are joined with the batch")
-    return feature
+    return site.builder.build(site.tagged("self", 1))
 
 
 def _over_positions(site: Site, feature: Feature, pool: Callable[[Tensor], Tensor]) -> Feature:

@@ -177,6 +177,30 @@ def test_a_part_without_gradients_or_autocast_is_captured_as_any_other(context):
     torch.testing.assert_close(result, teacher(x))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: (x @ w[0]).softmax(1)[:, None] @ x,
+        lambda x, w: (x @ w.mT).softmax(-1),
+        lambda x, w: (x.mT @ (x * w)).div(2).softmax(-1).mT @ x.mT,
+        lambda x, w: x.mT @ torch.bmm(x, x.mT + w[0, 0]).softmax(-1).swapaxes(1, 2),
+    ],
+    ids=["vector", "constant", "not at the end", "both"],
+)
+def test_products_around_a_softmax_stay_what_they_are(function):
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x, self.w)
+
+    teacher, x = Attention().eval(), torch.randn(3, 4, 4)
+    (result,) = capture(teacher, x).features([])(x)
+    torch.testing.assert_close(result, teacher(x))
+
+
 def test_a_part_in_another_precision_is_said():
     with pytest.raises(CaptureError, match="wrap_with_autocast"):
         capture(Inside(lambda: torch.autocast("cpu")), torch.zeros(1, 3))

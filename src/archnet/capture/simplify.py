@@ -75,7 +75,7 @@ def _turn(node: Node) -> None:
             product = _put(node, node.target, second.args[0], values)
             node.replace_all_uses_with(_put(node, aten.transpose.int, product, -2, -1))
             node.graph.erase_node(node)
-        elif not _is_turn(second) and _are_scores(node):
+        elif second.meta["val"].dim() > 1 and not _is_turn(second) and _are_scores(node):
             keys = _put(node, aten.transpose.int, second, -2, -1)
             node.args = (first, _put(node, aten.transpose.int, keys, -2, -1))
 

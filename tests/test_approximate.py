@@ -345,6 +345,8 @@ APPROXIMATE = {
         0.2,
     ),
     "gated linear unit": (Function(lambda m, x: F.glu(m.up(x), 1), up=nn.Conv2d(4, 8, 1)), 0.4),
+    "variance": (Function(lambda m, x: x.var((2, 3))), 0.3),
+    "deviation": (Function(lambda m, x: x / (x.std(1, correction=0, keepdim=True) + 0.5)), 0.4),
     "exponential": (Function(lambda m, x: x.exp()), 0.3),
     "power": (Function(lambda m, x: x.abs() ** 1.5), 0.2),
 }

@@ -156,6 +156,25 @@ def test_convolutions_of_a_sequence(target, conv):
     check(nn.Sequential(conv, nn.BatchNorm1d(6), nn.ReLU()), (4, 15), target)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.MaxPool1d(2),
+        nn.MaxPool1d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool1d(3, 2, 1),
+        nn.AdaptiveAvgPool1d(1),
+        nn.AdaptiveMaxPool1d(5),
+        nn.Upsample(scale_factor=2),
+        nn.Upsample(scale_factor=2, mode="linear"),
+        nn.ConvTranspose1d(4, 4, 3, 2, 1, output_padding=1),
+    ],
+    ids=str,
+)
+def test_operators_on_a_sequence(target, layer):
+    check(nn.Sequential(nn.BatchNorm1d(4), layer, nn.BatchNorm1d(4), nn.ReLU()), (4, 15), target)
+
+
 class Frames(nn.Module):
     """The same layers for every frame of a video (B, T, C, H, W), joined with the batch."""
 
@@ -339,6 +358,14 @@ def test_global_mean(target, keep):
         lambda x: x.amax((2, 3), keepdim=True),
         lambda x: x.amax(1),
         lambda x: x.max(2).values,
+        lambda x: F.max_pool2d(x, (2, 3)),
+        lambda x: F.max_pool2d(x, (3, 1), (2, 3), (1, 0), ceil_mode=True),
+        lambda x: F.max_pool2d(x, (3, 2), 1, dilation=(2, 3)),
+        lambda x: x.amin((1, 3)),
+        lambda x: x.min(2, keepdim=True)[0],
+        lambda x: torch.einsum("bchw,oc->bowh", x, torch.arange(12.0).view(3, 4)),
+        lambda x: torch.einsum("wo,bchw->bhoc", torch.arange(8.0).view(4, 2), x),
+        lambda x: x @ torch.arange(4.0),
         lambda x: F.adaptive_max_pool2d(x, 1),
         lambda x: F.adaptive_max_pool2d(x, (3, 2)),
         lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
@@ -444,8 +471,7 @@ def test_an_operator_without_rule_names_operator_path_and_file():
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (nn.MaxPool2d(3, dilation=2), "dilated max-pooling"),
-        (nn.MaxPool2d((2, 3)), "square"),
+        (nn.MaxPool2d(3, padding=1, dilation=2), "gaps and padding"),
         (Function(lambda x: x.repeat(2, 1, 1, 1)), "along the batch"),
         (Function(lambda x: x.repeat(2, 1, 1, 1, 1)), "in front of the batch"),
         (Function(lambda x: x.expand(3, -1, -1, -1, -1)), "broadcasts"),

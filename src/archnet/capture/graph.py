@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from archnet.capture.simplify import simplify
+from archnet.capture.simplify import named_arguments, simplify
 from archnet.errors import ArchnetError
 
 
@@ -298,7 +298,7 @@ def _read(program: ExportedProgram) -> TeacherGraph:
             if isinstance(value, torch.SymInt | int):
                 constants[node.name] = _of_one(value)
                 continue
-            arguments = _named_arguments(node, resolve)
+            arguments = {k: resolve(value) for k, value in named_arguments(node).items()}
             read = _refs(list(arguments.values()))
             if not read or _reads_no_values(str(node.target)):
                 constants[node.name] = _compute(node, resolve)
@@ -433,14 +433,3 @@ def _sample_shape(value: Any, batch: Batch) -> tuple[int, ...]:
 def _module_path(node: torch.fx.Node) -> str:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return stack[-1][0] if stack else ""
-
-
-def _named_arguments(node: torch.fx.Node, resolve: Any) -> dict[str, Any]:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        named = {str(index): item for index, item in enumerate(node.args)}
-    else:
-        named = {item.name: item.default_value for item in schema.arguments}
-        named.update(zip((item.name for item in schema.arguments), node.args, strict=False))
-    named.update(node.kwargs)
-    return {key: resolve(value) for key, value in named.items()}

@@ -1,14 +1,16 @@
 """What `torch.export` gave, in operators that rules know, before it is read."""
 
+import math
 import operator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 aten = torch.ops.aten
-_PRODUCTS = (aten.matmul.default, aten.bmm.default)
 # What keeps weights weights, and scores scores.
 _CARRIERS = ("dropout", "contiguous", "clone", "detach", "view", "reshape")
 _ON_SCORES = (*_CARRIERS, "add", "mul", "div", "masked_fill")
@@ -20,11 +22,21 @@ def simplify(program: ExportedProgram) -> None:
         if node.target is torch.ops.higher_order.wrap_with_autocast:
             _inline(program, node)
     for node in list(program.graph.nodes):
-        if node.target is aten.glu.default:
-            _open_gate(node)
-        if node.target in _PRODUCTS:
-            _turn(node)
+        if node.target in _ON_MAPS:
+            _on_map(node)
+        elif rewrite := _REWRITES.get(node.target):
+            rewrite(node)
     program.graph_module.recompile()
+
+
+def named_arguments(node: Node) -> dict[str, Any]:
+    """All arguments of an operator by the names in its schema, defaults among them."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {str(index): item for index, item in enumerate(node.args)}
+    named = {item.name: item.default_value for item in schema.arguments}
+    named.update(zip(named, node.args, strict=False))
+    return {**named, **node.kwargs}
 
 
 def _inline(program: ExportedProgram, node: Node) -> None:
@@ -47,6 +59,94 @@ def _inline(program: ExportedProgram, node: Node) -> None:
     node.graph.erase_node(node)
 
 
+def _on_map(node: Node) -> None:
+    """An operator on rows (C, L) as the one on maps (C, 1, L) that it is."""
+    given = named_arguments(node)
+    for name, value in given.items():
+        if name == "weight":
+            with node.graph.inserting_before(node):
+                given[name] = _put(node, aten.unsqueeze.default, value, 2)
+        elif isinstance(value, list | tuple) and value:
+            given[name] = [0 if "padding" in name else 1, *value]
+    with node.graph.inserting_before(node):
+        read, *others = given.values()
+        one = _put(node, aten.unsqueeze.default, read, -2)
+        made = _put(node, _ON_MAPS[node.target], one, *others)
+        _replace(node, made, lambda result: _put(node, aten.squeeze.dim, result, -2))
+
+
+def _replace(node: Node, made: Node, finish: Callable[[Node], Node]) -> None:
+    """Let ``made``, or each of its results, take the place of ``node``, after ``finish``."""
+    if isinstance(made.meta["val"], Tensor):
+        node.replace_all_uses_with(finish(made))
+    else:
+        for user in list(node.users):
+            user.replace_all_uses_with(finish(_put(node, operator.getitem, made, user.args[1])))
+            node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def _least(node: Node) -> None:
+    """min(x) = -max(-x)."""
+    largest = aten.max.dim if node.target is aten.min.dim else aten.amax.default
+    with node.graph.inserting_before(node):
+        made = _put(node, largest, _put(node, aten.neg.default, node.args[0]), *node.args[1:])
+
+        def turned(result: Node) -> Node:
+            is_place = not result.meta["val"].is_floating_point()
+            return result if is_place else _put(node, aten.neg.default, result)
+
+        _replace(node, made, turned)
+
+
+def _spread(node: Node) -> None:
+    """Variance and deviation as they are defined: the mean square of what is left of the mean."""
+    given, x = named_arguments(node), node.args[0]
+    dims, last = given["dim"], given["keepdim"]
+    if not dims:
+        return  # over the samples as well
+    correction = given["unbiased"] if "unbiased" in given else given["correction"]
+    sizes = [x.meta["val"].shape[dim] for dim in dims]  # type: ignore[union-attr]
+    if not all(isinstance(size, int) for size in sizes):
+        return
+    count = math.prod(sizes)
+    left = count - (1 if correction is None else correction)
+    with node.graph.inserting_before(node):
+        mean = _put(node, aten.mean.dim, x, dims, True)
+        squares = _put(node, aten.pow.Tensor_Scalar, _put(node, aten.sub.Tensor, x, mean), 2)
+        made = _put(node, aten.mean.dim, squares, dims, last)
+        made = _put(node, aten.mul.Tensor, made, count / left)
+        if _stem(node) == "std":
+            made = _put(node, aten.sqrt.default, made)
+        _replace(node, made, lambda result: result)
+
+
+def _sum_of_products(node: Node) -> None:
+    """An einsum that contracts one axis of a value with one of a matrix, as a product with it."""
+    equation, factors = cast(str, node.args[0]).replace(" ", ""), cast(list[Node], node.args[1])
+    sides = equation.split("->")
+    if len(factors) != 2 or len(sides) != 2 or "." in equation:
+        return
+    (ours, theirs), result = sides[0].split(","), sides[1]
+    if len(ours) == 2 < len(theirs):
+        ours, theirs, factors = theirs, ours, factors[::-1]
+    common = [letter for letter in ours if letter in theirs]
+    if len(theirs) != 2 or len(common) != 1 or common[0] in result:
+        return
+    inner = common[0]
+    outer = theirs.replace(inner, "")
+    kept = ours.replace(inner, "")
+    with node.graph.inserting_before(node):
+        order = [ours.index(letter) for letter in kept + inner]
+        x = _put(node, aten.permute.default, factors[0], order)
+        matrix = factors[1]
+        if theirs != inner + outer:
+            matrix = _put(node, aten.transpose.int, matrix, 0, 1)
+        made = _put(node, aten.matmul.default, x, matrix)
+        order = [(kept + outer).index(letter) for letter in result]
+        _replace(node, _put(node, aten.permute.default, made, order), lambda result: result)
+
+
 def _open_gate(node: Node) -> None:
     """A gated linear unit as its parts: glu(x) = a sigmoid(b), with a and b the halves of x.
 
@@ -56,12 +156,11 @@ def _open_gate(node: Node) -> None:
         halves = _put(node, aten.chunk.default, node.args[0], 2, *(node.args[1:] or (-1,)))
         ours, theirs = (_put(node, operator.getitem, halves, index) for index in range(2))
         gate = _put(node, aten.sigmoid.default, theirs)
-        node.replace_all_uses_with(_put(node, aten.mul.Tensor, ours, gate))
-    node.graph.erase_node(node)
+        _replace(node, _put(node, aten.mul.Tensor, ours, gate), lambda result: result)
 
 
-def _turn(node: Node) -> None:
-    """Attention on channels first, as attention on tokens first.
+def _product(node: Node) -> None:
+    """A product with a vector as one with a matrix; attention on channels first as on tokens first.
 
     V W' = (W V')' for weights W of a softmax, and for scores Q' K = Q' (K')': then weights stand in
     front of values, and the second factor of scores is a transpose, as rules know it.
@@ -70,12 +169,15 @@ def _turn(node: Node) -> None:
     assert isinstance(first, Node)
     assert isinstance(second, Node)
     with node.graph.inserting_before(node):
-        if _is_turn(second) and _are_weights(second.args[0]):
+        if second.meta["val"].dim() == 1:
+            column = _put(node, aten.unsqueeze.default, second, 1)
+            made = _put(node, node.target, first, column)
+            _replace(node, made, lambda result: _put(node, aten.squeeze.dim, result, -1))
+        elif _is_turn(second) and _are_weights(second.args[0]):
             values = _put(node, aten.transpose.int, first, -2, -1)
-            product = _put(node, node.target, second.args[0], values)
-            node.replace_all_uses_with(_put(node, aten.transpose.int, product, -2, -1))
-            node.graph.erase_node(node)
-        elif second.meta["val"].dim() > 1 and not _is_turn(second) and _are_scores(node):
+            made = _put(node, node.target, second.args[0], values)
+            _replace(node, made, lambda result: _put(node, aten.transpose.int, result, -2, -1))
+        elif not _is_turn(second) and _are_scores(node):
             keys = _put(node, aten.transpose.int, second, -2, -1)
             node.args = (first, _put(node, aten.transpose.int, keys, -2, -1))
 
@@ -113,3 +215,27 @@ def _put(place: Node, target: Any, *args: Any) -> Node:
     result = target(*torch.fx.node.map_arg(args, lambda read: read.meta["val"]))
     made.meta = {**place.meta, "val": result}
     return made
+
+
+_ON_MAPS: dict[Any, Any] = {
+    aten.conv1d.default: aten.conv2d.default,
+    aten.conv1d.padding: aten.conv2d.padding,
+    aten.conv_transpose1d.default: aten.conv_transpose2d.input,
+    aten.max_pool1d.default: aten.max_pool2d.default,
+    aten.avg_pool1d.default: aten.avg_pool2d.default,
+    aten.adaptive_max_pool1d.default: aten.adaptive_max_pool2d.default,
+    aten.adaptive_avg_pool1d.default: aten.adaptive_avg_pool2d.default,
+    aten.upsample_nearest1d.vec: aten.upsample_nearest2d.vec,
+    aten.upsample_linear1d.vec: aten.upsample_bilinear2d.vec,
+}
+_REWRITES: dict[Any, Callable[[Node], None]] = {
+    aten.glu.default: _open_gate,
+    aten.matmul.default: _product,
+    aten.bmm.default: _product,
+    aten.einsum.default: _sum_of_products,
+    aten.amin.default: _least,
+    aten.min.dim: _least,
+    **dict.fromkeys(
+        (aten.var.dim, aten.var.correction, aten.std.dim, aten.std.correction), _spread
+    ),
+}

@@ -288,7 +288,7 @@ def _macs(graph: TeacherGraph) -> dict[str, int]:
     for node in graph.nodes:
         given, depth = node.arguments, 0
         stem = node.operator.removeprefix("aten.").split(".")[0].strip("_")
-        if stem in ("conv1d", "conv2d", "linear") and isinstance(given.get("weight"), Tensor):
+        if stem in ("conv2d", "linear") and isinstance(given.get("weight"), Tensor):
             depth = math.prod(given["weight"].shape[1:])
         elif stem in ("matmul", "bmm", "mm", "einsum"):
             first = given["tensors"][0] if "tensors" in given else given["self"]

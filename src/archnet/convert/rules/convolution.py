@@ -61,22 +61,6 @@ def _of_images(builder: Builder, conv: Convolution, bias: Tensor, shape: tuple[i
     return builder.permuted(rows, (0, 2, 1, 3, 4))
 
 
-@rule("aten.conv1d.default", "aten.conv1d.padding")
-def convolution_1d(site: Site) -> Value:
-    """The same on a map of one row."""
-    feature = site.builder.build(site.tagged("input", 1))
-    weight = constant(site.argument("weight")).unsqueeze(2)
-    (stride, _), (dilation, _) = site.pair("stride"), site.pair("dilation")
-    _, sides = _padding(site, 1, weight.shape[3], (1, dilation))
-    row = site.builder.layout(feature, "row", Reshape((feature.channels, 1, feature.shape[1])), 1)
-    bias = _bias(site, len(weight))
-    name, groups = site.node.name, site.argument("groups")
-    term = Convolution(row, weight, name, (1, stride), (0, sides), (1, dilation), groups)
-    length = site.node.shape[1]
-    built = site.builder.build(Form((len(weight), 1, length), [term], bias))
-    return site.builder.layout(built, "line", Reshape(site.node.shape), 1)
-
-
 @rule("aten.conv_transpose2d.input")
 def transposed_convolution(site: Site) -> Value:
     """A convolution with the kernel turned round, over pixels that zeros keep apart.

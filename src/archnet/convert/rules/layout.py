@@ -296,10 +296,10 @@ def stacking(site: Site) -> Value:
     if site.node.batch.axis < 0 or axis < 1:
         raise site.error("stacks along the batch")
     features = [site.builder.build(site.referred(item)) for item in site.argument("tensors")]
-    return _stacked(site, features, axis)
+    return stacked(site, features, axis)
 
 
-def _stacked(site: Site, features: Sequence[Feature], axis: int) -> Feature:
+def stacked(site: Site, features: Sequence[Feature], axis: int) -> Feature:
     """Features of one shape side by side along an axis of their own."""
     wide = []
     for feature in features:
@@ -316,7 +316,7 @@ def windows(site: Site) -> Value:
     rows, columns = pair("padding")
     padded = builder.pad(site.feature("self"), (rows, rows), (columns, columns))
     views = builder.windows(padded, pair("kernel_size"), pair("stride"), pair("dilation"))
-    return builder.reshape(_stacked(site, views, 2), site.node.shape)
+    return builder.reshape(stacked(site, views, 2), site.node.shape)
 
 
 @rule("aten.unfold.default")
@@ -326,7 +326,7 @@ def windows_of_axis(site: Site) -> Value:
     axis, feature = site.axis(axis), site.feature("self")
     span = (site.node.shape[axis - 1] - 1) * step + 1
     views = [site.builder.slice(feature, axis, at, at + span, step) for at in range(size)]
-    return _stacked(site, views, len(site.node.shape))
+    return stacked(site, views, len(site.node.shape))
 
 
 @rule("aten.pixel_shuffle.default")
@@ -415,7 +415,7 @@ def padding(site: Site) -> Value:
     if mode != "constant":
         for index in range(0, len(pads), 2):
             axis = site.axis(-1 - index // 2)
-            feature = _filled(site, feature, axis, mode, pads[index], pads[index + 1])
+            feature = filled(site, feature, axis, mode, pads[index], pads[index + 1])
         return feature
     full = [(0, 0)] * len(feature.shape)
     # Pairs count from the last axis.
@@ -425,7 +425,7 @@ def padding(site: Site) -> Value:
     return site.builder.layout(feature, "pad", Pad(tuple(full)), feature.axis)
 
 
-def _filled(site: Site, feature: Feature, axis: int, mode: str, before: int, after: int) -> Feature:
+def filled(site: Site, feature: Feature, axis: int, mode: str, before: int, after: int) -> Feature:
     """An axis with pixels of its own on both sides."""
     size = feature.shape[axis - 1]
     if mode == "replicate":

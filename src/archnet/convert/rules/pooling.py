@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from archnet.convert.feature import Convolution, Feature, Value
 from archnet.convert.rules.base import Site, Values, by_map, rule
+from archnet.convert.rules.layout import filled, stacked
 from archnet.ops import Concat, Permute, Reshape
 
 # Maps split into windows, (C, rows, kernel, columns, kernel): every window's values at the end.
@@ -26,10 +27,8 @@ def max_pool(site: Site) -> Value:
     """
     (ky, kx), (py, px) = site.pair("kernel_size"), site.pair("padding")
     stride = site.pair("stride") if site.argument("stride") else (ky, kx)
-    if site.pair("dilation") != (1, 1):
-        raise site.error("dilated max-pooling has no rule; write one in rules/pooling.py")
-    if ky != kx or stride[0] != stride[1] or ky < 2:
-        raise site.error("max-pooling windows have to be square and at least 2x2")
+    if site.pair("dilation") != (1, 1) or ky != kx or stride[0] != stride[1] or ky < 2:
+        return _any_window(site, (ky, kx), stride, (py, px))
     feature, (_, height, width) = _map(site), site.node.shape
     rows, columns = feature.shape[1:]
     # What the window needs to the right and at the bottom (ceil_mode reaches past the padding).
@@ -45,6 +44,29 @@ def max_pool(site: Site) -> Value:
         feature = site.builder.windows(feature, (1, 1), stride)[0]
     cut = site.builder.slice(feature, 2, 0, height)
     return site.builder.slice(cut, 3, 0, width)
+
+
+def _any_window(
+    site: Site, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> Value:
+    """The maximum of every window that is no square, or has gaps, by halves.
+
+    Instead of padding stands what lies at the border, which is in each such window already.
+    """
+    feature, dilation = _map(site), site.pair("dilation")
+    channels, *size = site.node.shape
+    for axis, (count, k, s, p, d) in enumerate(
+        zip(size, kernel, stride, padding, dilation, strict=True), 2
+    ):
+        behind = max(0, (count - 1) * s + d * (k - 1) + 1 - feature.shape[axis - 1] - p)
+        if p or behind:
+            if d > 1:
+                raise site.error("max-pooling with gaps and padding has no rule")
+            feature = filled(site, feature, axis, "replicate", p, behind)
+    views = site.builder.windows(feature, kernel, stride, dilation)
+    row = Reshape((math.prod(site.node.shape), 1, len(views)))
+    pooled = _row_maximum(site, site.builder.layout(stacked(site, views, 4), "row", row, 1))
+    return site.builder.layout(pooled, "map", Reshape((channels, *size)), 1)
 
 
 @rule("aten.adaptive_max_pool2d.default")

@@ -147,6 +147,18 @@ def _sum_of_products(node: Node) -> None:
         _replace(node, _put(node, aten.permute.default, made, order), lambda result: result)
 
 
+def _sum_with_product(node: Node) -> None:
+    """addmm: alpha A B + beta C."""
+    addend, first, second, beta, alpha = named_arguments(node).values()
+    with node.graph.inserting_before(node):
+        made = _put(node, aten.matmul.default, first, second)
+        made, addend = (
+            value if factor == 1 else _put(node, aten.mul.Tensor, value, factor)
+            for value, factor in ((made, alpha), (addend, beta))
+        )
+        _replace(node, _put(node, aten.add.Tensor, made, addend), lambda result: result)
+
+
 def _open_gate(node: Node) -> None:
     """A gated linear unit as its parts: glu(x) = a sigmoid(b), with a and b the halves of x.
 
@@ -233,6 +245,7 @@ _REWRITES: dict[Any, Callable[[Node], None]] = {
     aten.matmul.default: _product,
     aten.bmm.default: _product,
     aten.einsum.default: _sum_of_products,
+    aten.addmm.default: _sum_with_product,
     aten.amin.default: _least,
     aten.min.dim: _least,
     **dict.fromkeys(

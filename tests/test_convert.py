@@ -366,6 +366,7 @@ def test_global_mean(target, keep):
         lambda x: torch.einsum("bchw,oc->bowh", x, torch.arange(12.0).view(3, 4)),
         lambda x: torch.einsum("wo,bchw->bhoc", torch.arange(8.0).view(4, 2), x),
         lambda x: x @ torch.arange(4.0),
+        lambda x: x.flatten(1) * torch.arange(96) - torch.ones(96),
         lambda x: torch.addmm(torch.ones(5), x.mean((2, 3)), torch.ones(4, 5), beta=2, alpha=0.5),
         lambda x: F.adaptive_max_pool2d(x, 1),
         lambda x: F.adaptive_max_pool2d(x, (3, 2)),

@@ -119,7 +119,7 @@ def affine(site: Site, value: Value, scale: Tensor, shift: Tensor) -> Value:
         feature = site.builder.build(value)
         return site.builder.element_affine(feature, full[0], full[1])
     (axis,) = moving or [value.axis]
-    vectors = full.movedim(axis, 1).flatten(2)[:, :, 0]
+    vectors = full.movedim(axis, 1).reshape(2, full.shape[axis], -1)[:, :, 0]
     return as_form(site.builder.tagged(value, axis)).affine(vectors[0], vectors[1])
 
 

@@ -35,7 +35,7 @@ def named_arguments(node: Node) -> dict[str, Any]:
     if schema is None:
         return {str(index): item for index, item in enumerate(node.args)}
     named = {item.name: item.default_value for item in schema.arguments}
-    named.update(zip(named, node.args, strict=False))
+    named.update(zip(list(named), node.args, strict=False))
     return {**named, **node.kwargs}
 
 
@@ -75,7 +75,9 @@ def _on_map(node: Node) -> None:
         _replace(node, made, lambda result: _put(node, aten.squeeze.dim, result, -2))
 
 
-def _replace(node: Node, made: Node, finish: Callable[[Node], Node]) -> None:
+def _replace(
+    node: Node, made: Node, finish: Callable[[Node], Node] = lambda result: result
+) -> None:
     """Let ``made``, or each of its results, take the place of ``node``, after ``finish``."""
     if isinstance(made.meta["val"], Tensor):
         node.replace_all_uses_with(finish(made))
@@ -118,7 +120,7 @@ def _spread(node: Node) -> None:
         made = _put(node, aten.mul.Tensor, made, count / left)
         if _stem(node) == "std":
             made = _put(node, aten.sqrt.default, made)
-        _replace(node, made, lambda result: result)
+        _replace(node, made)
 
 
 def _sum_of_products(node: Node) -> None:
@@ -131,7 +133,7 @@ def _sum_of_products(node: Node) -> None:
     if len(ours) == 2 < len(theirs):
         ours, theirs, factors = theirs, ours, factors[::-1]
     common = [letter for letter in ours if letter in theirs]
-    if len(theirs) != 2 or len(common) != 1 or common[0] in result:
+    if len(theirs) != 2 or len(common) != 1 or common[0] in result or len(set(ours)) < len(ours):
         return
     inner = common[0]
     outer = theirs.replace(inner, "")
@@ -144,7 +146,7 @@ def _sum_of_products(node: Node) -> None:
             matrix = _put(node, aten.transpose.int, matrix, 0, 1)
         made = _put(node, aten.matmul.default, x, matrix)
         order = [(kept + outer).index(letter) for letter in result]
-        _replace(node, _put(node, aten.permute.default, made, order), lambda result: result)
+        _replace(node, _put(node, aten.permute.default, made, order))
 
 
 def _sum_with_product(node: Node) -> None:
@@ -156,7 +158,7 @@ def _sum_with_product(node: Node) -> None:
             value if factor == 1 else _put(node, aten.mul.Tensor, value, factor)
             for value, factor in ((made, alpha), (addend, beta))
         )
-        _replace(node, _put(node, aten.add.Tensor, made, addend), lambda result: result)
+        _replace(node, _put(node, aten.add.Tensor, made, addend))
 
 
 def _open_gate(node: Node) -> None:
@@ -168,7 +170,7 @@ def _open_gate(node: Node) -> None:
         halves = _put(node, aten.chunk.default, node.args[0], 2, *(node.args[1:] or (-1,)))
         ours, theirs = (_put(node, operator.getitem, halves, index) for index in range(2))
         gate = _put(node, aten.sigmoid.default, theirs)
-        _replace(node, _put(node, aten.mul.Tensor, ours, gate), lambda result: result)
+        _replace(node, _put(node, aten.mul.Tensor, ours, gate))
 
 
 def _product(node: Node) -> None:

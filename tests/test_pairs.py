@@ -131,7 +131,7 @@ class Written(Asking):
             y = scores.softmax(-1) @ v
         elif self.how == "channels first":
             q, k, v = (y.transpose(-1, -2).contiguous() for y in (q, k, v))
-            y = (v @ (0.4 * (q.mT @ k)).softmax(-1).mT).mT
+            y = (v @ (0.4 * (q.mT @ k)).softmax(-1).permute(0, 1, 2, 4, 3)).mT
         else:
             order = (0, 1, 2, 4, 3)
             y = F.softmax(q @ k.permute(order) / 2 + 3.0, dim=4).matmul(v)

@@ -1,5 +1,15 @@
 """Teacher to graph of ATen operators, each with its module path."""
 
 from archnet.capture.graph import Batch, CaptureError, Ref, TeacherGraph, TeacherNode, capture
+from archnet.capture.simplify import CARRIERS, stem
 
-__all__ = ["Batch", "CaptureError", "Ref", "TeacherGraph", "TeacherNode", "capture"]
+__all__ = [
+    "CARRIERS",
+    "Batch",
+    "CaptureError",
+    "Ref",
+    "TeacherGraph",
+    "TeacherNode",
+    "capture",
+    "stem",
+]

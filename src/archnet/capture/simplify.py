@@ -12,8 +12,8 @@ from torch.fx import Node
 
 aten = torch.ops.aten
 # What keeps weights weights, and scores scores.
-_CARRIERS = ("dropout", "contiguous", "clone", "detach", "view", "reshape")
-_ON_SCORES = (*_CARRIERS, "add", "mul", "div", "masked_fill")
+CARRIERS = ("dropout", "contiguous", "clone", "detach", "alias", "view", "reshape")
+_ON_SCORES = (*CARRIERS, "add", "mul", "div", "masked_fill")
 
 
 def simplify(program: ExportedProgram) -> None:
@@ -27,6 +27,11 @@ def simplify(program: ExportedProgram) -> None:
         elif rewrite := _REWRITES.get(node.target):
             rewrite(node)
     program.graph_module.recompile()
+
+
+def stem(operator: object) -> str:
+    """What an operator is called without overload and underscores: ``aten.relu_.default``, relu."""
+    return str(operator).removeprefix("aten.").split(".")[0].strip("_")
 
 
 def named_arguments(node: Node) -> dict[str, Any]:
@@ -118,7 +123,7 @@ def _spread(node: Node) -> None:
         squares = _put(node, aten.pow.Tensor_Scalar, _put(node, aten.sub.Tensor, x, mean), 2)
         made = _put(node, aten.mean.dim, squares, dims, last)
         made = _put(node, aten.mul.Tensor, made, count / left)
-        if _stem(node) == "std":
+        if stem(node.target) == "std":
             made = _put(node, aten.sqrt.default, made)
         _replace(node, made)
 
@@ -198,29 +203,29 @@ def _product(node: Node) -> None:
 
 def _is_turn(node: Any) -> bool:
     """Whether a node exchanges the last two axes."""
-    if _stem(node) not in ("transpose", "swapaxes", "swapdims"):
-        return _stem(node) in ("mT", "adjoint")
+    kind = stem(node.target)
+    if kind in ("mT", "adjoint"):
+        return True
     rank = node.meta["val"].dim()
-    return {int(dim) % rank for dim in node.args[1:]} == {rank - 2, rank - 1}
+    if kind == "permute":
+        order = [dim % rank for dim in cast(list[int], node.args[1])]
+        return order == [*range(rank - 2), rank - 1, rank - 2]
+    dims = {dim % rank for dim in node.args[1:] if isinstance(dim, int)}
+    return kind in ("transpose", "swapaxes", "swapdims") and dims == {rank - 2, rank - 1}
 
 
 def _are_weights(node: Any) -> bool:
-    while _stem(node) in _CARRIERS:
+    while stem(node.target) in CARRIERS:
         node = node.args[0]
-    return _stem(node) == "softmax"
+    return stem(node.target) == "softmax"
 
 
 def _are_scores(node: Node) -> bool:
     """Whether a softmax reads a product, scaled and masked."""
     return any(
-        _stem(user) == "softmax" or (_stem(user) in _ON_SCORES and _are_scores(user))
+        stem(user.target) == "softmax" or (stem(user.target) in _ON_SCORES and _are_scores(user))
         for user in node.users
     )
-
-
-def _stem(node: Any) -> str:
-    target = getattr(node, "target", None)
-    return str(target).removeprefix("aten.").split(".")[0].strip("_")
 
 
 def _put(place: Node, target: Any, *args: Any) -> Node:

@@ -6,14 +6,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from archnet.capture import Ref, TeacherGraph, TeacherNode
+from archnet.capture import CARRIERS, Ref, TeacherGraph, TeacherNode, stem
 from archnet.convert.rules.base import RULES, Approximation, at_elements
 
 WEIGHED = "...ij,...jd->...id"  # weights times values
 FUSED = "aten.scaled_dot_product_attention.default"
 
-# What moves no value on the way from a score to its weight.
-_CARRIERS = ("dropout", "contiguous", "clone", "view", "reshape", "detach", "alias")
 _TURNS = ("transpose", "swapaxes", "swapdims", "permute", "mT", "adjoint")
 _LOWEST = -1e4  # of a mask: what a softmax makes zero of
 
@@ -53,7 +51,7 @@ def fuse(graph: TeacherGraph) -> TeacherGraph:
             fused = node
         nodes.append(fused)
         rule = RULES.get(fused.operator)
-        if rule is None or _stem(node) == "softmax":
+        if rule is None or stem(node.operator) == "softmax":
             continue
         reads = fused.refs() if rule.reads is None else rule.reads(fused, Approximation())
         if convertible.issuperset(reads):
@@ -67,9 +65,9 @@ def _fused(node: TeacherNode, by_name: Mapping[str, TeacherNode]) -> TeacherNode
         return None
     weights, value = pair
     source = by_name.get(weights.name)
-    while source is not None and _stem(source) in _CARRIERS:
+    while source is not None and stem(source.operator) in CARRIERS:
         source = by_name.get(source.refs()[0])
-    if source is None or _stem(source) != "softmax":
+    if source is None or stem(source.operator) != "softmax":
         return None
     if source.arguments["dim"] not in (-1, source.batch.rank - 1):
         return None
@@ -93,25 +91,25 @@ def _scores(name: str, by_name: Mapping[str, TeacherNode]) -> _Scores | None:
     node = by_name.get(name)
     if node is None:
         return None
-    stem, given = _stem(node), node.arguments
-    if stem in _CARRIERS:
+    kind, given = stem(node.operator), node.arguments
+    if kind in CARRIERS:
         found = _scores(node.refs()[0], by_name)
         if found is None or found.bias is None:
             return found
         return replace(found, bias=found.bias.reshape(node.shape))
-    if stem in ("add", "mul", "div") and isinstance(given["self"], Ref):
+    if kind in ("add", "mul", "div") and isinstance(given["self"], Ref):
         found, other = _scores(given["self"].name, by_name), given["other"]
         if found is None or isinstance(other, Ref):
             return None
-        if stem == "add":
+        if kind == "add":
             if not isinstance(other, Tensor):
                 return found  # a softmax does not see it
             return found.plus(given["alpha"] * at_elements(node, other))
         factor = _by_head(node, other)
         if factor is None:
             return None
-        return found.scaled(factor if stem == "mul" else 1 / factor)
-    if stem == "masked_fill" and isinstance(given["mask"], Tensor):
+        return found.scaled(factor if kind == "mul" else 1 / factor)
+    if kind == "masked_fill" and isinstance(given["mask"], Tensor):
         found = _scores(given["self"].name, by_name)
         if found is None or isinstance(given["value"], Ref | Tensor):
             return None
@@ -140,18 +138,14 @@ def _by_head(node: TeacherNode, factor: Tensor | float) -> Tensor | None:
     return heads if bool((everywhere == heads[:, None, None]).all()) else None
 
 
-def _stem(node: TeacherNode) -> str:
-    return node.operator.removeprefix("aten.").split(".")[0].strip("_")
-
-
 def _operands(node: TeacherNode, product: str) -> tuple[Ref, Ref] | None:
     """The two features of a product of the kind '...ij,...jd->...id' (letters may be others)."""
-    stem, given = _stem(node), node.arguments
-    if stem in ("matmul", "bmm"):
+    kind, given = stem(node.operator), node.arguments
+    if kind in ("matmul", "bmm"):
         first, second = given["self"], given.get("other", given.get("mat2"))
         ours, theirs = product.split("->", maxsplit=1)[0].split(",")
         same = ours[-1] == theirs[-2]
-    elif stem == "einsum" and len(given["tensors"]) == 2:
+    elif kind == "einsum" and len(given["tensors"]) == 2:
         first, second = given["tensors"]
         same = is_einsum(given["equation"], product)
     else:
@@ -176,13 +170,13 @@ def is_einsum(equation: str, product: str) -> bool:
 
 def _turns_last(node: TeacherNode) -> bool:
     """Whether a node swaps the last two axes and nothing else."""
-    stem, given, rank = _stem(node), node.arguments, node.batch.rank
+    kind, given, rank = stem(node.operator), node.arguments, node.batch.rank
     last = {rank - 2, rank - 1}
-    if stem not in _TURNS:
+    if kind not in _TURNS:
         return False
-    if stem in ("mT", "adjoint"):
+    if kind in ("mT", "adjoint"):
         return True
-    if stem == "permute":
+    if kind == "permute":
         order = [dim % rank for dim in given["dims"]]
         return order == [*range(rank - 2), rank - 1, rank - 2]
     dims = [value for name, value in given.items() if name not in ("self", "input")]

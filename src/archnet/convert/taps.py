@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from archnet.capture import TeacherGraph, TeacherNode
+from archnet.capture import TeacherGraph, TeacherNode, stem
 from archnet.convert.builder import ConversionError
 
 ACTIVATIONS = {
@@ -52,7 +52,7 @@ def choose_taps(
     found: dict[int, str] = {}
     for path, first, last in _blocks(graph, cuts):
         inner = [
-            i for i in range(first, last) if i in cuts and _stem(nodes[i].operator) in ACTIVATIONS
+            i for i in range(first, last) if i in cuts and stem(nodes[i].operator) in ACTIVATIONS
         ]
         if sum(map(_is_weighted, nodes[first : last + 1])) > LONGEST_BLOCK and inner:
             found.update((i, nodes[i].path) for i in inner)
@@ -60,7 +60,7 @@ def choose_taps(
         if first - 1 in cuts:
             found.setdefault(first - 1, nodes[first - 1].path)
     if not found:
-        found = {i: nodes[i].path for i in cuts if _stem(nodes[i].operator) in ACTIVATIONS}
+        found = {i: nodes[i].path for i in cuts if stem(nodes[i].operator) in ACTIVATIONS}
     taps, previous = [], -1
     for index in sorted(found):
         node = nodes[index]
@@ -132,8 +132,4 @@ def _is_weighted(node: TeacherNode) -> bool:
 
 def _is_gate(node: TeacherNode) -> bool:
     """Whether a node is a product of two features."""
-    return _stem(node.operator) == "mul" and len(node.refs()) > 1
-
-
-def _stem(operator: str) -> str:
-    return operator.removeprefix("aten.").split(".")[0].removesuffix("_")
+    return stem(node.operator) == "mul" and len(node.refs()) > 1

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from archnet.capture import Ref, TeacherGraph, TeacherNode, capture
+from archnet.capture import Ref, TeacherGraph, TeacherNode, capture, stem
 from archnet.convert.budget import Built, within_budget
 from archnet.convert.builder import Builder, ConversionError, TargetLimits
 from archnet.convert.calibration import Calibration
@@ -262,7 +262,7 @@ def _require_rules(graph: TeacherGraph) -> None:
     if not missing:
         return
     operator, *others = missing
-    short = operator.removeprefix("aten.").split(".")[0].strip("_")
+    short = stem(operator)
     near = difflib.get_close_matches(operator, RULES, 1, 0.6)
     like = f" (compare the rule of {near[0]})" if near else ""
     # The first is enough to start with, and all of them tell how far the teacher is.
@@ -287,18 +287,18 @@ def _macs(graph: TeacherGraph) -> dict[str, int]:
     found = {}
     for node in graph.nodes:
         given, depth = node.arguments, 0
-        stem = node.operator.removeprefix("aten.").split(".")[0].strip("_")
-        if stem in ("conv2d", "linear") and isinstance(given.get("weight"), Tensor):
+        kind = stem(node.operator)
+        if kind in ("conv2d", "linear") and isinstance(given.get("weight"), Tensor):
             depth = math.prod(given["weight"].shape[1:])
-        elif stem in ("matmul", "bmm", "mm", "einsum"):
+        elif kind in ("matmul", "bmm", "mm", "einsum"):
             first = given["tensors"][0] if "tensors" in given else given["self"]
             sizes = shapes[first.name] if isinstance(first, Ref) else tuple(first.shape)
             depth = sizes[-1]
         found[node.name] = math.prod(node.shape) * depth
-        if stem == "conv_transpose2d":
+        if kind == "conv_transpose2d":
             weight, source = given["weight"], shapes[given["input"].name]
             found[node.name] = math.prod(source) * math.prod(weight.shape[1:])
-        if stem == "scaled_dot_product_attention":
+        if kind == "scaled_dot_product_attention":
             # For every query the products with all keys, and the sum of all values.
             query, key, value = (shapes[given[name].name] for name in ("query", "key", "value"))
             found[node.name] = math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from archnet.capture import Ref
+from archnet.capture import Ref, stem
 from archnet.convert.builder import Builder
 from archnet.convert.feature import Carry, Feature, Form, Value
 from archnet.convert.fit import Hinges, clipped_line, curve, regression, relative_error, rows
@@ -194,7 +194,7 @@ def smooth_activation(site: Site) -> Value:
     values stay near zero, where these functions are nearly a line, needs it; it is taken where it
     leaves less than `_WORTH` of the compact form's error, and a budget does not forbid it.
     """
-    shape = _CURVES[site.node.operator.removeprefix("aten.").split(".")[0].removesuffix("_")]
+    shape = _CURVES[stem(site.node.operator)]
     shape = replace(shape, low=shape.low * float(site.node.arguments.get("alpha", 1.0)))
     return _curved(site, site.form(site.subject), site.wanted(), shape)
 

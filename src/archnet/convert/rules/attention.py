@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from archnet.capture import Ref, TeacherGraph, TeacherNode
+from archnet.capture import CARRIERS, Ref, TeacherGraph, TeacherNode, stem
 from archnet.convert.builder import Builder
 from archnet.convert.feature import Feature, Value
 from archnet.convert.fit import Layer, attended, mixing, relative_error
@@ -24,16 +24,15 @@ from archnet.convert.rules.pairs import Pairs
 _LOWEST = -16.0  # what a mask adds to scores of pairs that have no part
 
 # What may stand between a softmax and the product that it weighs.
-_CARRIERS = ("dropout", "contiguous", "clone", "view", "reshape", "expand", "detach")
+_CARRIERS = (*CARRIERS, "expand")
 
 
 def softmax_weights(graph: TeacherGraph) -> set[str]:
     """Names of values that are softmax weights as they come or in another shape."""
     found: set[str] = set()
     for node in graph.nodes:
-        stem = node.operator.removeprefix("aten.").split(".")[0].strip("_")
-        refs = node.refs()
-        if stem == "softmax" or (stem in _CARRIERS and refs and refs[0] in found):
+        kind, refs = stem(node.operator), node.refs()
+        if kind == "softmax" or (kind in _CARRIERS and refs and refs[0] in found):
             found.add(node.name)
     return found
 

@@ -135,16 +135,22 @@ def test_a_target_of_shifts_gets_scales_of_powers_of_two(
 
 
 def test_few_bits_begin_where_more_have_ended(make_config: Make, finished: RunFolder) -> None:
-    """A quantized run gives the weights it trained, before rounding; an older run has none."""
+    """A quantized run gives the weights it trained, before rounding, and the grids it learned."""
+    from archnet.quant import quantizers
     from archnet.run_student import given_student, load_student
 
     cache = finished.config().teacher.cache_dir
     options = [f"convert.student={finished.path}", f"teacher.cache_dir={cache}"]
     config = make_config("trainer=debug", "quant.weight_bits=1", *NO_STEPS, *options)
-    given, trained = given_student(config), load_student(finished, "trained")
+    (given, learned), trained = given_student(config), load_student(finished, "trained")
     for name, module in given.named_parameters():
         assert torch.equal(module, trained.state_dict()[name]), name
-    assert read_json(pipeline.run(config).metrics)["audit"]["pure"]
+    folder = pipeline.run(config)
+    assert read_json(folder.metrics)["audit"]["pure"]
+    grids = quantizers(load_student(folder, "calibrated"))
+    for name, quantizer in learned.items():
+        same = torch.equal(grids[name].log_scale, quantizer.log_scale)
+        assert same == (grids[name].bits == quantizer.bits), name
     (finished.checkpoints / "trained.pt").rename(finished.checkpoints / "away.pt")
     with pytest.raises(RunError, match=r"trained\.pt is missing"):
         given_student(config)

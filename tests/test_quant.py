@@ -29,6 +29,7 @@ from archnet.quant import (
     input_quantizer,
     pack,
     quantize,
+    quantizers,
     unpack,
     unquantize,
 )
@@ -605,3 +606,27 @@ def test_a_student_without_its_quantizers_is_the_float_one(network):
     quantize(student, 2, 4, [images])
     assert describe(student) == describe(once)
     assert torch.equal(student(images), once(images))
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (2, 4), (4, 8)])
+def test_grids_that_training_found_are_kept_where_the_width_is(bits):
+    """The same widths again: the very student. Others are calibrated as if for the first time."""
+    network, images = Residual().eval(), torch.randn(32, 3, 8, 8)
+    student = quantize(convert(network, images), 4, 4, [images])
+    for quantizer in set(quantizers(student).values()):
+        quantizer.log_scale.data += 0.1 * torch.randn(quantizer.channels)
+    trained, learned = copy.deepcopy(student), quantizers(copy.deepcopy(student))
+    plain = quantize(copy.deepcopy(unquantize(student)), *bits, [images])
+    quantize(student, *bits, [images], learned=learned)
+    if bits == (4, 4):
+        assert describe(student) == describe(trained)
+        assert torch.equal(student(images), trained(images))
+    before, new = quantizers(plain), quantizers(student)
+    assert new.keys() == before.keys()
+    assert any(
+        name in learned and quantizer.bits == learned[name].bits for name, quantizer in new.items()
+    )
+    for name, quantizer in new.items():
+        kept = name in learned and quantizer.bits == learned[name].bits
+        source = learned if kept else before
+        assert torch.equal(quantizer.log_scale, source[name].log_scale), name

@@ -34,7 +34,7 @@ from archnet.distill import distill
 from archnet.errors import ArchnetError
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
-from archnet.quant import FLOAT
+from archnet.quant import FLOAT, Quantizer
 from archnet.run_device import device_name, device_of, require_device, set_up
 from archnet.run_quant import run_quant
 from archnet.run_student import given_student, load_student, save_student, settle_student
@@ -288,8 +288,9 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
     """
     config, quant, asked = this.config, this.config.quant, this.config.convert
     batches = this.data.calibration_batches(quant.calibration_batches)
+    learned: dict[str, Quantizer] = {}
     if asked.student is not None:
-        student = given_student(config)
+        student, learned = given_student(config)
     else:
         student = archnet.convert(
             this.teacher,
@@ -310,7 +311,7 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
                 asked.max_macs,
             ),
         )
-    widths = run_quant(config, student, batches)
+    widths = run_quant(config, student, batches, learned)
     if quant.method != "none":
         _check_integers(this, student)
     return student, widths

@@ -1,7 +1,7 @@
 """The quantization of a run: at uniform widths, or at widths chosen under a budget."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -10,13 +10,18 @@ import archnet
 from archnet.config import Config, offered
 from archnet.hardware import Target, check_layers, check_memory, student_cost
 from archnet.ops import Student
-from archnet.quant import Allocation, allocate, equalize
+from archnet.quant import ActivationLSQ, Allocation, Quantizer, allocate, equalize
 from archnet.quant.sensitivity import Batch
 
 _log = logging.getLogger(__name__)
 
 
-def run_quant(config: Config, student: Student, batches: Sequence[Batch]) -> dict[str, Any]:
+def run_quant(
+    config: Config,
+    student: Student,
+    batches: Sequence[Batch],
+    learned: Mapping[str, Quantizer],
+) -> dict[str, Any]:
     """Quantize and calibrate a run's student in place, if its config says so; then check it.
 
     What the target cannot hold ends the run here, before anything is trained.
@@ -25,6 +30,7 @@ def run_quant(config: Config, student: Student, batches: Sequence[Batch]) -> dic
         config: of the run.
         student: float.
         batches: unlabelled.
+        learned: what the student was trained with before, by step (`quantize`).
 
     Returns:
         Under a budget, what was chosen and why, for ``metrics.json``; else {}.
@@ -36,13 +42,18 @@ def run_quant(config: Config, student: Student, batches: Sequence[Batch]) -> dic
     target = Target.of(config.hardware)
     # Geometry first: it is known without any calibration.
     check_layers(student, target)
-    chosen = _quantize(config, student, batches)
+    chosen = _quantize(config, student, batches, learned)
     check_layers(student, target)
     check_memory(student, target)
     return chosen
 
 
-def _quantize(config: Config, student: Student, batches: Sequence[Batch]) -> dict[str, Any]:
+def _quantize(
+    config: Config,
+    student: Student,
+    batches: Sequence[Batch],
+    learned: Mapping[str, Quantizer],
+) -> dict[str, Any]:
     quant = config.quant
     if quant.method == "none":
         return {}
@@ -58,7 +69,10 @@ def _quantize(config: Config, student: Student, batches: Sequence[Batch]) -> dic
         "act_power_of_two": config.hardware.act_scales == "power_of_two",
         "zero_points": config.hardware.zero_points,
     }
-    if quant.equalize and quant.act_bits < quant.sum_bits:
+    grids = {name: q for name, q in learned.items() if isinstance(q, ActivationLSQ)}
+    # A student that was trained at this width has its norms already.
+    new_width = all(grid.bits != quant.act_bits for grid in grids.values())
+    if quant.equalize and quant.act_bits < quant.sum_bits and new_width:
         equalized = equalize(
             student,
             quant.weight_bits,
@@ -68,8 +82,10 @@ def _quantize(config: Config, student: Student, batches: Sequence[Batch]) -> dic
             zero_points=config.hardware.zero_points,
         )
         _log.info("equalized: %d values get a batch norm", len(equalized))
+        # Weights behind a norm are others than those that were trained.
+        learned = grids if equalized else learned
     if quant.budget is None:
-        archnet.quantize(student, calibration=batches, **uniform)
+        archnet.quantize(student, calibration=batches, learned=learned, **uniform)
         return {}
     chosen = allocate(
         student,
@@ -82,7 +98,7 @@ def _quantize(config: Config, student: Student, batches: Sequence[Batch]) -> dic
         free_ends=quant.free_ends,
         **uniform,
     )
-    archnet.quantize(student, calibration=batches, widths=chosen.widths, **uniform)
+    archnet.quantize(student, calibration=batches, widths=chosen.widths, learned=learned, **uniform)
     _log.info(
         "widths chosen: %.4f of the %s at W%dA%d",
         chosen.spent / chosen.uniform,

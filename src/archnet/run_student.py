@@ -9,7 +9,7 @@ import torch
 
 from archnet.config import Config
 from archnet.ops import Student
-from archnet.quant import describe, pack, settle, unpack, unquantize
+from archnet.quant import Quantizer, pack, quantizers, settle, unpack, unquantize
 from archnet.runs import RunError, RunFolder, atomic
 
 
@@ -39,9 +39,12 @@ def load_student(folder: RunFolder, name: str = "student") -> Student:
     return unpack(torch.load(path, weights_only=True))
 
 
-def given_student(config: Config) -> Student:
+def given_student(config: Config) -> tuple[Student, dict[str, Quantizer]]:
     """The student of the finished run that `convert.student` names, by its folder or by a pattern:
     then the newest one. Of a quantized run the weights as they were trained, before rounding.
+
+    Returns:
+        The student, float, and the quantizers it was trained with, for `quantize`.
 
     Raises:
         RunError: there is no such run, it is not finished, or it was made from another teacher or
@@ -59,8 +62,11 @@ def given_student(config: Config) -> Student:
         name = finished[-1]
     folder = RunFolder.open(name)
     student = load_student(folder)
-    if describe(student):
-        student = unquantize(load_student(folder, "trained"))
+    learned = quantizers(student)
+    if learned:
+        student = load_student(folder, "trained")
+        learned = quantizers(student)
+        unquantize(student)
     earlier = folder.config()
     for key, mine, theirs in (
         ("task", config.task.name, earlier.task.name),
@@ -72,4 +78,4 @@ def given_student(config: Config) -> Student:
                 f"{given} is a run of another {key}: name a run of this {key}, or leave "
                 "convert.student out"
             )
-    return student
+    return student, learned

@@ -27,6 +27,7 @@ from archnet.deploy import OnnxTranslator, changed, export_translator
 from archnet.distill import distill_text
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student, TokenEmbedding
+from archnet.quant import Quantizer
 from archnet.run_device import device_of, set_up
 from archnet.run_quant import run_quant
 from archnet.run_student import given_student, load_student, save_student, settle_student
@@ -212,8 +213,9 @@ def _convert(this: TextRun) -> tuple[Student, dict[str, Any]]:
         for batch in this.data.calibration_batches(text, quant.calibration_batches)
     ]
     unexplained: dict[str, float] = {}
+    learned: dict[str, Quantizer] = {}
     if config.convert.student is not None:
-        student = given_student(config)
+        student, learned = given_student(config)
     else:
         student, norms = convert_translator(this.teacher, config.hardware, seed=config.seed)
         fitting = [
@@ -222,7 +224,7 @@ def _convert(this: TextRun) -> tuple[Student, dict[str, Any]]:
         ]
         tapped = TappedTeacher(this.teacher, [norm.path for norm in norms])
         unexplained = fit_norms(student, norms, lambda *inputs: tapped(*inputs)[0], fitting)
-    widths = run_quant(config, student, batches)
+    widths = run_quant(config, student, batches, learned)
     return student, {"norms_unexplained": unexplained, "mixed": widths}
 
 

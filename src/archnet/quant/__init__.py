@@ -8,6 +8,7 @@ from archnet.quant.attach import (
     grids,
     input_quantizer,
     pack,
+    quantizers,
     unpack,
 )
 from archnet.quant.calibrate import best_scale, calibrate_weights
@@ -48,6 +49,7 @@ __all__ = [
     "input_quantizer",
     "pack",
     "quantize",
+    "quantizers",
     "settle",
     "unpack",
     "unquantize",

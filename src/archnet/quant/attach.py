@@ -200,6 +200,16 @@ def _quantizer_of(
     return None
 
 
+def quantizers(student: Student) -> dict[str, Quantizer]:
+    """The quantizers of weights and of activations, by step; a shared one at each of its places."""
+    slots = {
+        step.name: getattr(module, "weight_quantizer", None) or getattr(module, "quantizer", None)
+        for step in student.graph.steps
+        if isinstance(module := student.operator(step.name), WeightedOperator | Activation)
+    }
+    return {name: module for name, module in slots.items() if isinstance(module, Quantizer)}
+
+
 def describe(student: Student) -> dict[str, Any]:
     """The student's quantizers as plain data, for `attach`; {} if it has none."""
     weights: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from archnet.quant.attach import (
     attach,
     describe,
     insert_activations,
+    quantizers,
     shared_grids,
 )
 from archnet.quant.calibrate import (
@@ -25,7 +26,7 @@ from archnet.quant.calibrate import (
     make_room_for_biases,
     observe_grids,
 )
-from archnet.quant.quantizers import ActivationLSQ
+from archnet.quant.quantizers import ActivationLSQ, Quantizer
 from archnet.quant.widths import FLOAT, merged, uniform_widths, weighted, width_for
 
 Method = Literal["lsq", "dorefa"]
@@ -64,6 +65,14 @@ class Recipe:
             "power_of_two": power_of_two,
         }
 
+    def same_kind(self, spec: Mapping[str, Any] | None, quantizer: Quantizer) -> bool:
+        """Whether a quantizer is like the described one, but for where its grid begins."""
+        if spec is None or "like" in spec:
+            return False
+        if self.zero_points and "low" in spec:
+            spec = {**spec, "low": quantizer.low}
+        return quantizer.spec() == spec
+
 
 def quantize(
     student: Student,
@@ -80,6 +89,7 @@ def quantize(
     act_power_of_two: bool = False,
     zero_points: bool = True,
     widths: Mapping[str, int] | None = None,
+    learned: Mapping[str, Quantizer] | None = None,
 ) -> Student:
     """Quantize a student in place, with scales of least squared error.
 
@@ -101,6 +111,8 @@ def quantize(
             the other (`ActivationLSQ`).
         widths: of single layers and grids by step, as `allocate` chooses them; what they do not
             name has the widths above.
+        learned: by step (`quantizers`), of the student as it was trained before. Where width and
+            kind are the same as now, their grids are taken as they are, without calibration.
 
     Raises:
         QuantizationError: a width is impossible, or the student is quantized already.
@@ -134,6 +146,12 @@ def quantize(
         for name, module in weighted(student).items()
         if own[name] != FLOAT
     }
+    kept = {
+        name: quantizer
+        for name, quantizer in (learned or {}).items()
+        if recipe.same_kind((activations | weights).get(name), quantizer)
+    }
+    activations |= {name: q.spec() for name, q in kept.items() if name in activations}
     attach(student, {"activations": activations, "weights": weights})
     calibrate_weights(student)
     for group, values in samples.items():
@@ -141,5 +159,8 @@ def quantize(
         assert isinstance(place, Activation)
         if isinstance(place.quantizer, ActivationLSQ):
             place.quantizer.set_scale(activation_scale(values, place.quantizer))
+    for name, quantizer in quantizers(student).items():
+        if name in kept:
+            quantizer.load_state_dict(kept[name].state_dict())
     make_room_for_biases(student)
     return student

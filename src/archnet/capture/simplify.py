@@ -166,6 +166,15 @@ def _sum_with_product(node: Node) -> None:
         _replace(node, _put(node, aten.add.Tensor, made, addend))
 
 
+def _ratio(node: Node) -> None:
+    """x / s = x (1 / s): a function of one number, and a product, each of which has a fit."""
+    x, s = node.args
+    if isinstance(s, Node):
+        with node.graph.inserting_before(node):
+            inverse = _put(node, aten.reciprocal.default, s)
+            _replace(node, _put(node, aten.mul.Tensor, x, inverse))
+
+
 def _open_gate(node: Node) -> None:
     """A gated linear unit as its parts: glu(x) = a sigmoid(b), with a and b the halves of x.
 
@@ -249,6 +258,7 @@ _ON_MAPS: dict[Any, Any] = {
 }
 _REWRITES: dict[Any, Callable[[Node], None]] = {
     aten.glu.default: _open_gate,
+    aten.div.Tensor: _ratio,
     aten.matmul.default: _product,
     aten.bmm.default: _product,
     aten.einsum.default: _sum_of_products,

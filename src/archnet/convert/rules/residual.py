@@ -83,8 +83,6 @@ def scaling(site: Site) -> Value:
     feature, factor = (first, second) if isinstance(first, Ref) else (second, first)
     scale = number(factor) if isinstance(factor, int | float) else constant(factor)
     if "div" in site.node.operator:
-        if feature is second:
-            raise site.error("divides a constant by a feature; this has no rule")
         scale = 1 / scale
     return affine(site, site.referred(feature), scale, number(0.0))
 

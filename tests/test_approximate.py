@@ -470,10 +470,44 @@ def test_other_softmaxes_are_errors(function, message):
         convert(Function(function), x[:1], calibration=x)
 
 
-def test_matrix_products_of_features_have_no_rule_outside_attention():
-    network = Function(lambda m, x: x @ x.transpose(-1, -2))
-    with pytest.raises(ConversionError, match=r"aten\.matmul.*of two features at"):
-        convert(network, torch.zeros(2, 4, 8, 8))
+def linear_attention(m, x):
+    """With the feature map of Katharopoulos et al. 2020, arXiv 2006.16236, equation 7."""
+    q, k, v = F.elu(m.query(x)) + 1, F.elu(m.key(x)) + 1, F.pad(m.value(x), (0, 1), value=1.0)
+    y = q @ (k.transpose(-1, -2) @ v)
+    return y[..., :-1] / y[..., -1:]
+
+
+def joined_heads(m, x):
+    y = x.flatten(0, 1)
+    return torch.bmm(y, y.relu().transpose(1, 2)).unflatten(0, (-1, 2))
+
+
+PRODUCTS = {
+    "Gram matrix": (lambda m, x: x.flatten(2) @ x.flatten(2).transpose(-1, -2), 0.1),
+    "of heads": (lambda m, x: torch.einsum("bnhd,bmhd->bhnm", x, x.relu()), 0.1),
+    "keys and values": (lambda m, x: torch.einsum("bhnd,b h n e->bhde", x, x.relu()), 0.1),
+    "with dots": (lambda m, x: torch.einsum("...nd,...md->...nm", x, x.relu()), 0.1),
+    "for all heads": (lambda m, x: x @ x[:, :1].transpose(-1, -2), 0.1),
+    "joined": (joined_heads, 0.1),
+    "linear attention": (linear_attention, 0.15),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_matrix_products_of_two_features(name):
+    """By hinges for every pair; the compact form, fixed weights, would be off by all there is."""
+    function, limit = PRODUCTS[name]
+    layers = {key: nn.Linear(8, 8) for key in ("query", "key", "value")}
+    network, x = Function(function, **layers), torch.randn(256, 2, 6, 8)
+    student, found = error(network, x)
+    assert 1e-5 < found < limit
+    assert not audit(student, "arch5").violations
+    rules = {row.rule for row in student.report if row.error is not None}
+    assert "matrix_product" in rules
+    form = Approximation(max_macs=1.0)
+    cheap = convert(network, x[:1], calibration=x, approximation=form)
+    spent = [sum(row.macs_after for row in s.report) for s in (student, cheap)]
+    assert spent[1] < spent[0]
 
 
 @pytest.mark.parametrize("name", ["cifar_convnext", "cifar_vit", "cifar_mobilenet_v3"])

@@ -129,29 +129,50 @@ def _spread(node: Node) -> None:
 
 
 def _sum_of_products(node: Node) -> None:
-    """An einsum that contracts one axis of a value with one of a matrix, as a product with it."""
-    equation, factors = cast(str, node.args[0]).replace(" ", ""), cast(list[Node], node.args[1])
-    sides = equation.split("->")
-    if len(factors) != 2 or len(sides) != 2 or "." in equation:
+    """An einsum of two factors that contracts one axis, as a product of matrices.
+
+    Letters of both factors and of the result count matrices; each factor has one more letter, but
+    for a factor of several beside a plain matrix.
+    """
+    factors = cast(list[Node], node.args[1])
+    terms = _letters(cast(str, node.args[0]), [factor.meta["val"].dim() for factor in factors])
+    if terms is None or any(len(set(term)) < len(term) for term in terms):
         return
-    (ours, theirs), result = sides[0].split(","), sides[1]
+    ours, theirs, result = terms
     if len(ours) == 2 < len(theirs):
         ours, theirs, factors = theirs, ours, factors[::-1]
     common = [letter for letter in ours if letter in theirs]
-    if len(theirs) != 2 or len(common) != 1 or common[0] in result or len(set(ours)) < len(ours):
+    inner = [letter for letter in common if letter not in result]
+    shared = "".join(letter for letter in common if letter in result)
+    outer = ["".join(x for x in term if x not in common) for term in (ours, theirs)]
+    if len(inner) != 1 or len(outer[1]) != 1 or (shared and len(outer[0]) != 1):
         return
-    inner = common[0]
-    outer = theirs.replace(inner, "")
-    kept = ours.replace(inner, "")
+    orders = [shared + outer[0] + inner[0], shared + inner[0] + outer[1]]
     with node.graph.inserting_before(node):
-        order = [ours.index(letter) for letter in kept + inner]
-        x = _put(node, aten.permute.default, factors[0], order)
-        matrix = factors[1]
-        if theirs != inner + outer:
-            matrix = _put(node, aten.transpose.int, matrix, 0, 1)
-        made = _put(node, aten.matmul.default, x, matrix)
-        order = [(kept + outer).index(letter) for letter in result]
-        _replace(node, _put(node, aten.permute.default, made, order))
+        turned = [
+            _permuted(node, factor, term, order)
+            for factor, term, order in zip(factors, (ours, theirs), orders, strict=True)
+        ]
+        made = _put(node, aten.matmul.default, *turned)
+        _replace(node, _permuted(node, made, shared + "".join(outer), result))
+    _product(made)
+
+
+def _letters(equation: str, ranks: list[int]) -> list[str] | None:
+    """The terms of an einsum of two factors, with letters for dots; None of another."""
+    sides = equation.replace(" ", "").split("->")
+    terms = [*sides[0].split(","), *sides[1:]]
+    dots = {rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=False)}
+    if len(ranks) != 2 or len(terms) != 3 or ("..." in equation and len(dots) > 1):
+        return None
+    return [term.replace("...", "0123456789"[: max(dots)]) for term in terms]
+
+
+def _permuted(place: Node, value: Node, letters: str, order: str) -> Node:
+    """A value with axes of these letters, in another order of them."""
+    if letters == order:
+        return value
+    return _put(place, aten.permute.default, value, [letters.index(x) for x in order])
 
 
 def _sum_with_product(node: Node) -> None:
@@ -167,7 +188,7 @@ def _sum_with_product(node: Node) -> None:
 
 
 def _ratio(node: Node) -> None:
-    """x / s = x (1 / s): a function of one number, and a product, each of which has a fit."""
+    """A ratio as a product with a reciprocal: each of the two has a fit."""
     x, s = node.args
     if isinstance(s, Node):
         with node.graph.inserting_before(node):
@@ -193,6 +214,7 @@ def _product(node: Node) -> None:
     V W' = (W V')' for weights W of a softmax, and for scores Q' K = Q' (K')': then weights stand in
     front of values, and the second factor of scores is a transpose, as rules know it.
     """
+    node.target = aten.matmul.default
     first, second = node.args
     assert isinstance(first, Node)
     assert isinstance(second, Node)
@@ -261,6 +283,7 @@ _REWRITES: dict[Any, Callable[[Node], None]] = {
     aten.div.Tensor: _ratio,
     aten.matmul.default: _product,
     aten.bmm.default: _product,
+    aten.mm.default: _product,
     aten.einsum.default: _sum_of_products,
     aten.addmm.default: _sum_with_product,
     aten.amin.default: _least,

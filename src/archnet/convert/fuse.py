@@ -9,8 +9,8 @@ from torch import Tensor
 from archnet.capture import CARRIERS, Ref, TeacherGraph, TeacherNode, stem
 from archnet.convert.rules.base import RULES, Approximation, at_elements
 
-WEIGHED = "...ij,...jd->...id"  # weights times values
 FUSED = "aten.scaled_dot_product_attention.default"
+PRODUCT = "archnet.product.default"  # of two features, none of them weights
 
 _TURNS = ("transpose", "swapaxes", "swapdims", "permute", "mT", "adjoint")
 _LOWEST = -1e4  # of a mask: what a softmax makes zero of
@@ -45,8 +45,8 @@ def fuse(graph: TeacherGraph) -> TeacherGraph:
     """
     by_name = {node.name: node for node in graph.nodes}
     nodes, convertible = list[TeacherNode](), set(graph.inputs)
-    for node in graph.nodes:
-        fused = _fused(node, by_name)
+    for node in with_products(graph).nodes:
+        fused = _fused(by_name[node.name], by_name)
         if fused is None or not convertible.issuperset(fused.refs()):
             fused = node
         nodes.append(fused)
@@ -59,8 +59,31 @@ def fuse(graph: TeacherGraph) -> TeacherGraph:
     return replace(graph, nodes=nodes)
 
 
+def with_products(graph: TeacherGraph) -> TeacherGraph:
+    """The graph with another operator for products of two features that weigh nothing."""
+    weights = _softmax_weights(graph)
+
+    def named(node: TeacherNode) -> TeacherNode:
+        operands = _operands(node)
+        if operands is None or operands[0].name in weights:
+            return node
+        return replace(node, operator=PRODUCT)
+
+    return replace(graph, nodes=[named(node) for node in graph.nodes])
+
+
+def _softmax_weights(graph: TeacherGraph) -> set[str]:
+    """Names of values that are softmax weights as they come or in another shape."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        kind, refs = stem(node.operator), node.refs()
+        if kind == "softmax" or (kind in (*CARRIERS, "expand") and refs and refs[0] in found):
+            found.add(node.name)
+    return found
+
+
 def _fused(node: TeacherNode, by_name: Mapping[str, TeacherNode]) -> TeacherNode | None:
-    pair = _operands(node, WEIGHED)
+    pair = _operands(node)
     if pair is None:
         return None
     weights, value = pair
@@ -115,10 +138,7 @@ def _scores(name: str, by_name: Mapping[str, TeacherNode]) -> _Scores | None:
             return None
         lowest = max(float(given["value"]), _LOWEST)
         return found.plus(at_elements(node, given["mask"]) * lowest)
-    pair = _operands(node, "...id,...jd->...ij")
-    if pair is not None:
-        return _Scores(*pair)
-    pair = _operands(node, "...id,...dj->...ij")
+    pair = _operands(node)
     turned = None if pair is None else by_name.get(pair[1].name)
     if pair is None or turned is None or not _turns_last(turned):
         return None
@@ -138,34 +158,14 @@ def _by_head(node: TeacherNode, factor: Tensor | float) -> Tensor | None:
     return heads if bool((everywhere == heads[:, None, None]).all()) else None
 
 
-def _operands(node: TeacherNode, product: str) -> tuple[Ref, Ref] | None:
-    """The two features of a product of the kind '...ij,...jd->...id' (letters may be others)."""
-    kind, given = stem(node.operator), node.arguments
-    if kind in ("matmul", "bmm"):
-        first, second = given["self"], given.get("other", given.get("mat2"))
-        ours, theirs = product.split("->", maxsplit=1)[0].split(",")
-        same = ours[-1] == theirs[-2]
-    elif kind == "einsum" and len(given["tensors"]) == 2:
-        first, second = given["tensors"]
-        same = is_einsum(given["equation"], product)
-    else:
+def _operands(node: TeacherNode) -> tuple[Ref, Ref] | None:
+    """The two features of a matrix product."""
+    if stem(node.operator) != "matmul":
         return None
-    if not same or not isinstance(first, Ref) or not isinstance(second, Ref):
+    first, second = node.arguments.values()
+    if not isinstance(first, Ref) or not isinstance(second, Ref):
         return None
     return first, second
-
-
-def is_einsum(equation: str, product: str) -> bool:
-    """Whether an equation is the product but for its letters and the axes in front."""
-    sides = equation.replace(" ", "").replace("...", "").split("->")
-    terms = sides[0].split(",")
-    if len(sides) != 2 or len(terms) != 2:
-        return False
-    ahead = {term[:-2] for term in (*terms, sides[1])}
-    ours = "".join(term[-2:] for term in (*terms, sides[1]))
-    theirs = product.replace("...", "").replace(",", "").replace("->", "")
-    alike = len(set(zip(ours, theirs, strict=False))) == len(set(ours)) == len(set(theirs))
-    return len(ahead) == 1 and len(ours) == len(theirs) and alike
 
 
 def _turns_last(node: TeacherNode) -> bool:

@@ -15,10 +15,9 @@ from archnet.convert.builder import Builder, ConversionError, TargetLimits
 from archnet.convert.calibration import Calibration
 from archnet.convert.feature import Feature, Form, Value
 from archnet.convert.fit import relative_error
-from archnet.convert.fuse import fuse
+from archnet.convert.fuse import fuse, with_products
 from archnet.convert.narrow import narrow
 from archnet.convert.rules import RULES
-from archnet.convert.rules.attention import softmax_weights
 from archnet.convert.rules.base import Alternative, Approximation, Site, Values
 from archnet.convert.taps import choose_taps
 from archnet.hardware import Target
@@ -106,6 +105,7 @@ def _build(
                 "front of an attention, or nobody reads it"
             )
     read = {node.name for node in _live(written, TeacherNode.refs)}
+    operators = {node.name: node.operator for node in written.nodes}
     builder = Builder(target)
     fitting = None if inputs is None else Calibration(graph, inputs, builder)
     builder.paths = {node.name: node.path for node in graph.nodes}
@@ -125,7 +125,8 @@ def _build(
         if node.name not in live:
             exact = node.name not in read
             rule = "unread" if exact else "left out"
-            report.append(NodeReport(node.path, node.operator, rule, exact, before[node.name], 0))
+            operator = operators[node.name]
+            report.append(NodeReport(node.path, operator, rule, exact, before[node.name], 0))
             continue
         builder.owner = node.name
         site = Site(node, values, builder, batches, fitting, form)
@@ -153,7 +154,7 @@ def _build(
             alternatives[node.name] = site.alternative
         row = NodeReport(
             node.path,
-            node.operator,
+            operators[node.name],
             RULES[node.operator].name,
             site.exact,
             before[node.name],
@@ -247,12 +248,8 @@ def _live(graph: TeacherGraph, reads: Callable[[TeacherNode], list[str]]) -> lis
 def missing_rules(graph: TeacherGraph) -> dict[str, list[str]]:
     """The operators that no rule converts, with the module path of every node, in forward order."""
     missing: dict[str, list[str]] = {}
-    weights = softmax_weights(graph)
-    for node in _live(graph, lambda n: _reads(n, Approximation())):
-        # A product of two features has a rule only where it is the end of an attention.
-        free = RULES.get(node.operator) is RULES["aten.matmul.default"]
-        features = len(node.refs()) > 1
-        if node.operator not in RULES or (free and features and node.refs()[0] not in weights):
+    for node in _live(with_products(graph), lambda n: _reads(n, Approximation())):
+        if node.operator not in RULES:
             missing.setdefault(node.operator, []).append(node.path)
     return missing
 
@@ -267,11 +264,6 @@ def _require_rules(graph: TeacherGraph) -> None:
     like = f" (compare the rule of {near[0]})" if near else ""
     # The first is enough to start with, and all of them tell how far the teacher is.
     more = f"; no rule either for {', '.join(others)}" if others else ""
-    if operator in RULES:
-        raise ConversionError(
-            f"no rule for {operator} of two features at '{missing[operator][0]}': only softmax "
-            f"weights times values (attention) and products by constants have one{more}"
-        )
     raise ConversionError(
         f"no rule for {operator} at '{missing[operator][0]}': add one with "
         f'@rule("{operator}") in src/archnet/convert/rules/{short}.py, '
@@ -290,8 +282,8 @@ def _macs(graph: TeacherGraph) -> dict[str, int]:
         kind = stem(node.operator)
         if kind in ("conv2d", "linear") and isinstance(given.get("weight"), Tensor):
             depth = math.prod(given["weight"].shape[1:])
-        elif kind in ("matmul", "bmm", "mm", "einsum"):
-            first = given["tensors"][0] if "tensors" in given else given["self"]
+        elif kind == "matmul":
+            first = given["self"]
             sizes = shapes[first.name] if isinstance(first, Ref) else tuple(first.shape)
             depth = sizes[-1]
         found[node.name] = math.prod(node.shape) * depth

@@ -13,6 +13,7 @@ from archnet.convert.rules import (
     linear,
     normalization,
     pooling,
+    products,
     residual,
 )
 from archnet.convert.rules.base import RULES, Rule, rule
@@ -28,6 +29,7 @@ __all__ = [
     "linear",
     "normalization",
     "pooling",
+    "products",
     "residual",
     "rule",
 ]

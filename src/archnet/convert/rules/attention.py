@@ -5,11 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from archnet.capture import CARRIERS, Ref, TeacherGraph, TeacherNode, stem
+from archnet.capture import Ref, TeacherNode
 from archnet.convert.builder import Builder
 from archnet.convert.feature import Feature, Value
 from archnet.convert.fit import Layer, attended, mixing, relative_error
-from archnet.convert.fuse import WEIGHED, is_einsum
 from archnet.convert.rules.base import (
     Alternative,
     Approximation,
@@ -22,32 +21,6 @@ from archnet.convert.rules.layout import joined
 from archnet.convert.rules.pairs import Pairs
 
 _LOWEST = -16.0  # what a mask adds to scores of pairs that have no part
-
-# What may stand between a softmax and the product that it weighs.
-_CARRIERS = (*CARRIERS, "expand")
-
-
-def softmax_weights(graph: TeacherGraph) -> set[str]:
-    """Names of values that are softmax weights as they come or in another shape."""
-    found: set[str] = set()
-    for node in graph.nodes:
-        kind, refs = stem(node.operator), node.refs()
-        if kind == "softmax" or (kind in _CARRIERS and refs and refs[0] in found):
-            found.add(node.name)
-    return found
-
-
-def _second(node: TeacherNode) -> object:
-    """The second operand of a product."""
-    if "tensors" in node.arguments:
-        return node.arguments["tensors"][-1]
-    return node.arguments.get("other", node.arguments.get("mat2"))
-
-
-def _operands(node: TeacherNode, form: Approximation) -> list[str]:
-    """What a product reads: of softmax weights and values, the values alone."""
-    second = _second(node)
-    return [second.name] if isinstance(second, Ref) else node.refs()
 
 
 def _fused(node: TeacherNode, form: Approximation) -> list[str]:
@@ -68,55 +41,62 @@ def attention(site: Site) -> Value:
     """
     form = site.approximation.attention
     if form == "mixing" or site.is_compact:
-        return _mixed(site, site.feature("value"))
+        return mixed(site, site.feature("value"))
     features = [site.feature(name) for name in ("query", "key", "value")]
     if form == "pairs" and site.builder.target.fc_per_position:
         return _in_pairs(site, *features)
     return _in_context(site, *features)
 
 
-@rule("aten.matmul.default", "aten.bmm.default", "aten.einsum.default", reads=_operands)
+def _values(node: TeacherNode, form: Approximation) -> list[str]:
+    """What a product of softmax weights and values reads: the values alone."""
+    return [node.refs()[-1]]
+
+
+@rule("aten.matmul.default", reads=_values)
 def product(site: Site) -> Value:
-    """Softmax weights times values, as `attention` by `mixing`; or x W' for a constant W."""
-    second, equation = _second(site.node), site.node.arguments.get("equation")
-    if equation is not None and not is_einsum(equation, WEIGHED):
-        raise site.error(f"einsum of '{equation}' has no rule; only matrix products have one")
-    if isinstance(second, Ref):
-        return _mixed(site, site.builder.build(site.referred(second)))
-    matrix = constant(second)  # type: ignore[arg-type]
-    name = "tensors" if "tensors" in site.node.arguments else "self"
-    if name == "tensors" or matrix.dim() != 2:
+    """Softmax weights times values, as `attention` by `mixing`; or x W' or W x for a constant W."""
+    (first, second), axis = site.node.arguments.items(), len(site.node.shape)
+    if isinstance(first[1], Ref) and isinstance(second[1], Ref):
+        return mixed(site, site.builder.build(site.value(second[0])))
+    name, matrix = (first[0], second[1]) if isinstance(first[1], Ref) else (second[0], first[1])
+    if matrix.dim() != 2:
         raise site.error("multiplies by a constant of other than two axes; this has no rule")
-    bias = torch.zeros(matrix.shape[1], dtype=torch.float64)
-    return matrix_on(site, site.tagged("self", len(site.node.shape)), matrix.T, bias)
+    matrix = constant(matrix)
+    if name == first[0]:
+        matrix = matrix.T
+    else:
+        axis -= 1
+    bias = torch.zeros(len(matrix), dtype=torch.float64)
+    return matrix_on(site, site.tagged(name, axis), matrix, bias)
 
 
-def _mixed(site: Site, value: Feature) -> Value:
+def mixed(site: Site, value: Feature) -> Value:
     """Fully connected layers across the tokens, (..., heads, tokens, channels), for every head.
 
     Axes in front of the heads (windows) share them.
     """
-    heads = _heads(site, value)
+    heads = heads_of(site, value)
     wanted, given = site.wanted(), site.given(value)
     across = _tokens_last(site.builder, value)
     parts = []
     for head in range(heads):
-        matrix = mixing(_of_head(given, head, heads), _of_head(wanted, head, heads))
+        matrix = mixing(of_head(given, head, heads), of_head(wanted, head, heads))
         parts.append(_across(site, _part(site, across, head, heads), matrix))
     return _together(site, parts)
 
 
 def _in_context(site: Site, query: Feature, key: Feature, value: Feature) -> Value:
     """The layers of `fit.attended` for every head."""
-    builder, heads = site.builder, _heads(site, query, key, value)
+    builder, heads = site.builder, heads_of(site, query, key, value)
     wanted, simpler = site.wanted(), torch.empty_like(site.wanted())
     given = [*(site.given(feature) for feature in (query, key, value)), wanted]
     across = _tokens_last(builder, value)
     offers = builder.concat([_in_order(builder, feature) for feature in (key, value)])
     parts = []
     for head in range(heads):
-        fitted = attended(*(_of_head(x, head, heads) for x in given))
-        _of_head(simpler, head, heads).copy_(fitted.mixed(_of_head(given[2], head, heads)))
+        fitted = attended(*(of_head(x, head, heads) for x in given))
+        of_head(simpler, head, heads).copy_(fitted.mixed(of_head(given[2], head, heads)))
         offered = _rectified(site, _part(site, offers, head, heads), fitted.offer)
         received = builder.concat(
             [
@@ -139,7 +119,7 @@ def _in_context(site: Site, query: Feature, key: Feature, value: Feature) -> Val
 def _in_pairs(site: Site, query: Feature, key: Feature, value: Feature) -> Value:
     """Hinges for every pair of tokens."""
     given, wanted = site.node.arguments, site.wanted()
-    scale, heads = given.get("scale"), _heads(site, query, key, value)
+    scale, heads = given.get("scale"), heads_of(site, query, key, value)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scales = torch.as_tensor(scale, dtype=torch.float64).expand(heads)
     pairs = Pairs(site, (query, key, value), heads, _mask(site, heads), scales.tolist())
@@ -175,7 +155,7 @@ def _mask(site: Site, heads: int) -> Tensor | None:
     return mask.reshape(-1, *mask.shape[-3:]).expand(-1, heads, *size)
 
 
-def _heads(site: Site, *features: Feature) -> int:
+def heads_of(site: Site, *features: Feature) -> int:
     """How many heads the result has; keys and values may have fewer, each for several heads."""
     shape = site.node.shape
     heads = shape[-3] if len(shape) > 2 else 1
@@ -186,7 +166,7 @@ def _heads(site: Site, *features: Feature) -> int:
     return heads
 
 
-def _of_head(x: Tensor, head: int, heads: int) -> Tensor:
+def of_head(x: Tensor, head: int, heads: int) -> Tensor:
     """A view of what head number ``head`` has of (samples, ..., heads, tokens, channels)."""
     return x.select(-3, head * x.shape[-3] // heads) if x.dim() > 3 else x
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from archnet.capture import Batch, Ref, TeacherNode
@@ -203,6 +204,36 @@ def rule(
 
 def as_form(value: Value) -> Form:
     return value if isinstance(value, Form) else Form(value.shape, [Carry(value)], axis=value.axis)
+
+
+def number(value: float) -> Tensor:
+    return torch.full((1,), float(value), dtype=torch.float64)
+
+
+def affine(site: Site, value: Value, scale: Tensor, shift: Tensor) -> Value:
+    """Scale * x + shift with constants that broadcast as the teacher's do.
+
+    Along one axis they belong to its entries, whatever the axis was taken for before; otherwise
+    every element has its own.
+    """
+    if scale.numel() == shift.numel() == 1:
+        return as_form(value).affine(scale.reshape(1), shift.reshape(1))
+    return at_each(site, value, torch.stack([site.constant(scale), site.constant(shift)]))
+
+
+def at_each(site: Site, value: Value, full: Tensor) -> Value:
+    """A scale and a shift of its own for every element, (2, *shape); along one axis where that is
+    all they vary with.
+    """
+    moving = [
+        axis for axis in range(1, full.dim()) if bool((full != full.narrow(axis, 0, 1)).any())
+    ]
+    if len(moving) > 1:
+        feature = site.builder.build(value)
+        return site.builder.element_affine(feature, full[0], full[1])
+    (axis,) = moving or [value.axis]
+    vectors = full.movedim(axis, 1).reshape(2, full.shape[axis], -1)[:, :, 0]
+    return as_form(site.builder.tagged(value, axis)).affine(vectors[0], vectors[1])
 
 
 def matrix_on(site: Site, value: Value, weight: Tensor, bias: Tensor) -> Form:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from archnet.capture import Ref
 from archnet.convert.feature import Feature, Value, resized
-from archnet.convert.rules.base import Site, Values, by_map, rule
+from archnet.convert.rules.base import Site, Values, at_each, by_map, rule
 from archnet.ops import Concat, Pad, Permute, Reshape
 
 
@@ -400,12 +400,10 @@ def upsample_linear(site: Site) -> Value:
 def padding(site: Site) -> Value:
     """Zeros around the map, or further channels of zeros (the shortcut of CIFAR ResNets).
 
-    Pixels that are repeated (`replicate`), mirrored or taken from the other side are slices,
-    concatenated.
+    Another number is a shift. Pixels that are repeated (`replicate`), mirrored or taken from the
+    other side are slices, concatenated.
     """
     fill, mode = site.argument("value"), site.node.arguments.get("mode", "constant")
-    if fill not in (None, 0, 0.0):
-        raise site.error("pads with a number; only zeros have a rule")
     pads = list(site.argument("pad"))
     if any(count < 0 for count in pads):
         raise site.error("negative padding has no rule")
@@ -422,7 +420,13 @@ def padding(site: Site) -> Value:
     for index in range(0, len(pads), 2):
         if any(pair := (pads[index], pads[index + 1])):
             full[site.axis(-1 - index // 2) - 1] = pair
-    return site.builder.layout(feature, "pad", Pad(tuple(full)), feature.axis)
+    padded = site.builder.layout(feature, "pad", Pad(tuple(full)), feature.axis)
+    if not fill:
+        return padded
+    inside = torch.zeros(feature.shape, dtype=torch.float64)
+    flat = [count for pair in full[::-1] for count in pair]
+    shift = F.pad(inside, flat, value=float(fill))
+    return at_each(site, padded, torch.stack([torch.ones_like(shift), shift]))
 
 
 def filled(site: Site, feature: Feature, axis: int, mode: str, before: int, after: int) -> Feature:

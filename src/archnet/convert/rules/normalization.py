@@ -9,9 +9,17 @@ from archnet.convert.builder import Builder
 from archnet.convert.feature import Feature, Value
 from archnet.convert.fit import TokenNorm, regression, relative_error, rows, token_norm
 from archnet.convert.rules.activation import absolute
-from archnet.convert.rules.base import Alternative, Site, as_form, constant, rule, scaled_to_fit
+from archnet.convert.rules.base import (
+    Alternative,
+    Site,
+    affine,
+    as_form,
+    constant,
+    number,
+    rule,
+    scaled_to_fit,
+)
 from archnet.convert.rules.pooling import summed
-from archnet.convert.rules.residual import affine, number
 from archnet.ops import Activation, Concat, Reshape
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from archnet.capture import Ref
 from archnet.convert.feature import Value
-from archnet.convert.rules.base import Site, as_form, constant, rule
+from archnet.convert.rules.base import Site, affine, as_form, constant, number, rule
 from archnet.convert.rules.gating import gate
 from archnet.convert.rules.layout import joined, stretched
 from archnet.ops import Pad
@@ -93,32 +93,8 @@ def negation(site: Site) -> Value:
     return affine(site, site.value("self"), number(-1.0), number(0.0))
 
 
-def number(value: float) -> Tensor:
-    return torch.full((1,), float(value), dtype=torch.float64)
-
-
 def scaled(value: Value, factor: Tensor) -> Value:
     return value if factor == 1 else as_form(value).affine(factor, number(0.0))
-
-
-def affine(site: Site, value: Value, scale: Tensor, shift: Tensor) -> Value:
-    """Scale * x + shift with constants that broadcast as the teacher's do.
-
-    Along one axis they belong to its entries, whatever the axis was taken for before; otherwise
-    every element has its own.
-    """
-    if scale.numel() == shift.numel() == 1:
-        return as_form(value).affine(scale.reshape(1), shift.reshape(1))
-    full = torch.stack([site.constant(scale), site.constant(shift)])
-    moving = [
-        axis for axis in range(1, full.dim()) if bool((full != full.narrow(axis, 0, 1)).any())
-    ]
-    if len(moving) > 1:
-        feature = site.builder.build(value)
-        return site.builder.element_affine(feature, full[0], full[1])
-    (axis,) = moving or [value.axis]
-    vectors = full.movedim(axis, 1).reshape(2, full.shape[axis], -1)[:, :, 0]
-    return as_form(site.builder.tagged(value, axis)).affine(vectors[0], vectors[1])
 
 
 @rule("aten.cat.default")

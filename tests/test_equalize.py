@@ -152,5 +152,5 @@ def test_the_key_of_the_config(key: str, count: int) -> None:
     student, x = uneven(Uneven(), 3, 8, 8)
     options = ["task=cifar10", "task.data.root=nowhere", "quant=lsq", "quant.bits=4"]
     config = compose(CONF, [*options, f"quant.equalize={key}"])
-    run_quant(config, student, [x])
+    run_quant(config, student, [x], {})
     assert norms(student) == count

@@ -168,6 +168,9 @@ class QuantConfig:
     # A batch norm divides what is rounded for trained layers by a size per channel, where that
     # halves their error, and act_bits < sum_bits; false: all channels of a value as they are.
     equalize: bool = True
+    # How often a trained layer is given each value: k copies on grids that begin a k-th of a step
+    # apart have k times the levels, and the layer k times the multiplications.
+    copies: int = _number(1, 1, 8)
     calibration_batches: int = _number(8, 1)  # unlabelled batches that set the first scales
     # Mixed widths: every layer and every grid of activations gets its own of `widths`, so that the
     # student costs at most this share of one with the widths above; null: the widths above.

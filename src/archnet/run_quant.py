@@ -10,7 +10,7 @@ import archnet
 from archnet.config import Config, offered
 from archnet.hardware import Target, check_layers, check_memory, student_cost
 from archnet.ops import Student
-from archnet.quant import ActivationLSQ, Allocation, Quantizer, allocate, equalize
+from archnet.quant import ActivationLSQ, Allocation, Quantizer, allocate, copy_values, equalize
 from archnet.quant.sensitivity import Batch
 
 _log = logging.getLogger(__name__)
@@ -84,6 +84,20 @@ def _quantize(
         _log.info("equalized: %d values get a batch norm", len(equalized))
         # Weights behind a norm are others than those that were trained.
         learned = grids if equalized else learned
+    if quant.copies > 1 and quant.act_bits < quant.sum_bits and new_width:
+        copied = copy_values(
+            student,
+            quant.copies,
+            quant.weight_bits,
+            quant.act_bits,
+            batches,
+            power_of_two=uniform["power_of_two"],
+            act_power_of_two=uniform["act_power_of_two"],
+            per_channel=quant.per_channel,
+            zero_points=config.hardware.zero_points,
+        )
+        _log.info("copied: every value for %d layers and grids", len(copied))
+        learned = grids | copied
     if quant.budget is None:
         archnet.quantize(student, calibration=batches, learned=learned, **uniform)
         return {}

@@ -12,6 +12,7 @@ from archnet.quant.attach import (
     unpack,
 )
 from archnet.quant.calibrate import best_scale, calibrate_weights
+from archnet.quant.copies import copy_values
 from archnet.quant.equalize import equalize
 from archnet.quant.quantize import quantize
 from archnet.quant.quantizers import (
@@ -42,6 +43,7 @@ __all__ = [
     "attach",
     "best_scale",
     "calibrate_weights",
+    "copy_values",
     "describe",
     "equalize",
     "grid_steps",

@@ -529,12 +529,25 @@ def _validate_quant(quant: QuantConfig, hardware: HardwareConfig) -> None:
         _require_width("sum_bits", quant.sum_bits, "weight_bits", sides["weight_bits"], hardware)
     for key, weight_bits, act_bits in pairs:
         _require_pair(key, weight_bits, act_bits, hardware)
+    if quant.copies > 1:
+        _validate_copies(quant)
     scale = "per_channel" if quant.per_channel else "per_tensor"
     if scale not in hardware.weight_scales:
         raise ConfigError(
             f"quant.per_channel={str(quant.per_channel).lower()} asks for scales {scale}, and "
             f"hardware={hardware.name} has {', '.join(hardware.weight_scales)}; "
             f"nearest valid: {str(not quant.per_channel).lower()}"
+        )
+
+
+def _validate_copies(quant: QuantConfig) -> None:
+    asked = f"quant.copies={quant.copies}"
+    if quant.method != "lsq" or quant.budget is not None:
+        raise ConfigError(f"{asked} is for quant=lsq, at one width for all layers")
+    if quant.act_bits >= quant.sum_bits:
+        raise ConfigError(
+            f"{asked} makes more of values that are known to quant.sum_bits={quant.sum_bits}: "
+            f"quant.act_bits={quant.act_bits} has to be less; nearest valid: quant.copies=1"
         )
 
 

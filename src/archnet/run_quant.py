@@ -10,8 +10,18 @@ import archnet
 from archnet.config import Config, offered
 from archnet.hardware import Target, check_layers, check_memory, student_cost
 from archnet.ops import Student
-from archnet.quant import ActivationLSQ, Allocation, Quantizer, allocate, copy_values, equalize
+from archnet.quant import (
+    ActivationLSQ,
+    Allocation,
+    Quantizer,
+    allocate,
+    copied_layers,
+    copy_values,
+    equalize,
+    merge_copies,
+)
 from archnet.quant.sensitivity import Batch
+from archnet.quant.widths import FLOAT
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +79,7 @@ def _quantize(
         "act_power_of_two": config.hardware.act_scales == "power_of_two",
         "zero_points": config.hardware.zero_points,
     }
+    learned = _without_copies(config, student, learned)
     grids = {name: q for name, q in learned.items() if isinstance(q, ActivationLSQ)}
     # A student that was trained at this width has its norms already.
     new_width = all(grid.bits != quant.act_bits for grid in grids.values())
@@ -84,20 +95,7 @@ def _quantize(
         _log.info("equalized: %d values get a batch norm", len(equalized))
         # Weights behind a norm are others than those that were trained.
         learned = grids if equalized else learned
-    if quant.copies > 1 and quant.act_bits < quant.sum_bits and new_width:
-        copied = copy_values(
-            student,
-            quant.copies,
-            quant.weight_bits,
-            quant.act_bits,
-            batches,
-            power_of_two=uniform["power_of_two"],
-            act_power_of_two=uniform["act_power_of_two"],
-            per_channel=quant.per_channel,
-            zero_points=config.hardware.zero_points,
-        )
-        _log.info("copied: every value for %d layers and grids", len(copied))
-        learned = grids | copied
+    learned = {**learned, **_with_copies(config, student, batches, uniform)}
     if quant.budget is None:
         archnet.quantize(student, calibration=batches, learned=learned, **uniform)
         return {}
@@ -121,6 +119,38 @@ def _quantize(
         quant.act_bits,
     )
     return _described(student, chosen)
+
+
+def _without_copies(
+    config: Config, student: Student, learned: Mapping[str, Quantizer]
+) -> Mapping[str, Quantizer]:
+    """Merge copies that an earlier run made, unless they are what the config asks for; what is
+    still true of ``learned``.
+    """
+    quant, copied = config.quant, copied_layers(student)
+    acts = {q.bits for q in learned.values() if isinstance(q, ActivationLSQ)}
+    weights = {learned[name].bits if name in learned else FLOAT for name in copied}
+    as_asked = set(copied.values()) == {quant.copies} and weights == {quant.weight_bits}
+    if not copied or (as_asked and quant.act_bits in acts):
+        return learned
+    merge_copies(student)
+    return {name: quantizer for name, quantizer in learned.items() if name not in copied}
+
+
+def _with_copies(
+    config: Config, student: Student, batches: Sequence[Batch], uniform: Mapping[str, Any]
+) -> Mapping[str, Quantizer]:
+    """Copy values as the config asks for, if they are not copied yet; grids of the new copies."""
+    quant = config.quant
+    if quant.copies == 1 or copied_layers(student):
+        return {}
+    keys = ("power_of_two", "act_power_of_two", "per_channel", "zero_points")
+    options = {key: uniform[key] for key in keys}
+    widths = (quant.weight_bits, quant.act_bits)
+    found = copy_values(student, quant.copies, *widths, batches, **options)
+    count = len(copied_layers(student))
+    _log.info("copied: %d layers read every value %d times", count, quant.copies)
+    return found
 
 
 def first_inputs(batches: Sequence[Batch], count: int) -> list[Batch]:

@@ -12,7 +12,7 @@ from archnet.quant.attach import (
     unpack,
 )
 from archnet.quant.calibrate import best_scale, calibrate_weights
-from archnet.quant.copies import copy_values
+from archnet.quant.copies import copied_layers, copy_values, merge_copies
 from archnet.quant.equalize import equalize
 from archnet.quant.quantize import quantize
 from archnet.quant.quantizers import (
@@ -43,12 +43,14 @@ __all__ = [
     "attach",
     "best_scale",
     "calibrate_weights",
+    "copied_layers",
     "copy_values",
     "describe",
     "equalize",
     "grid_steps",
     "grids",
     "input_quantizer",
+    "merge_copies",
     "pack",
     "quantize",
     "quantizers",

@@ -8,6 +8,7 @@ wider ones (Mishra et al. 2017, arXiv 1709.01134), at as many times the multipli
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,57 @@ def copy_values(
     return found
 
 
+def copied_layers(student: Student) -> dict[str, int]:
+    """The layers that read copies of a value, and how many."""
+    return {layer: len(source.inputs) for layer, (source, _) in _sources(student).items()}
+
+
+def merge_copies(student: Student) -> None:
+    """Take copies out again, in place: to be made anew for other widths, or for none.
+
+    What training made of each copy's weights, sizes and shifts becomes one weight and a bias. The
+    student, which is float, computes the same but beside zeros that a convolution pads with.
+    """
+    sources = _sources(student)
+    for layer, (source, norm) in sources.items():
+        module, copies = student.operator(layer), len(source.inputs)
+        assert isinstance(module, WeightedOperator)
+        with torch.no_grad():
+            sizes = norm.weight / (norm.running_var + norm.eps).sqrt()
+            shifts = norm.bias - norm.running_mean * sizes
+            weight = module.weight.reshape(*module.weight.shape[:2], -1)
+            module.bias.add_((weight.sum(2) * shifts).sum(1))
+            sums = (weight * sizes[None, :, None]).unflatten(1, (copies, -1)).sum(1)
+            shape = (len(weight), -1, *module.weight.shape[2:])
+            module.weight = nn.Parameter(sums.reshape(shape), module.trainable)
+        _resize(module)
+    steps = [
+        replace(step, inputs=sources[step.name][0].inputs[:1]) if step.name in sources else step
+        for step in student.graph.steps
+    ]
+    student.rewire(steps)
+    student.drop_unread()
+
+
+def _sources(student: Student) -> dict[str, tuple[Step, BatchNorm]]:
+    """For each layer that reads copies, the concatenation and the norm that make them."""
+    by_name = {step.name: step for step in student.graph.steps}
+    found: dict[str, tuple[Step, BatchNorm]] = {}
+    for step in student.graph.steps:
+        norm: Operator | None = None
+        above = by_name.get(step.inputs[0])
+        if not isinstance(student.operator(step.name), Conv3x3 | FullyConnected):
+            continue
+        while above is not None and isinstance(student.operator(above.name), Permute | BatchNorm):
+            module = student.operator(above.name)
+            norm = module if isinstance(module, BatchNorm) and norm is None else norm
+            above = by_name.get(above.inputs[0])
+        repeats = above is not None and len(above.inputs) > len(set(above.inputs)) == 1
+        if isinstance(norm, BatchNorm) and repeats and above is not None:
+            found[step.name] = (above, norm)
+    return found
+
+
 def _readers(student: Student) -> dict[_Place, list[str]]:
     """The trained layers between the first and the last, by what they read."""
     trained = [name for name, module in weighted(student).items() if module.trainable]
@@ -136,10 +188,15 @@ def _widen(module: WeightedOperator, parts: Tensor, shifts: Tensor, step: Tensor
         for columns, shift in zip(wide, shifts.tolist(), strict=True):
             module.bias.sub_(columns.flatten(1).sum(1) * shift)
     module.weight = nn.Parameter(torch.cat(wide, 1), module.trainable)
+    _resize(module)
+
+
+def _resize(module: WeightedOperator) -> None:
+    """Have a layer say what its weight has columns for."""
     if isinstance(module, Conv3x3):
-        module.in_channels *= len(parts)
+        module.in_channels = module.weight.shape[1]
     elif isinstance(module, FullyConnected):
-        module.in_features *= len(parts)
+        module.in_features = module.weight.shape[1]
 
 
 def _rewire(

@@ -160,6 +160,7 @@ def run_row(path: Path) -> dict[str, Any]:
         "adaptation": config.distill.adaptation,
         "block_inputs": config.distill.inputs if config.distill.schedule == "local" else "",
         "method": config.quant.method,
+        "copies": config.quant.copies,
         "budget": metrics["quant"].get("budget", ""),
         "budget_of": metrics["quant"].get("budget_of", ""),
         "start": config.convert.start,

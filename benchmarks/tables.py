@@ -48,6 +48,8 @@ def _bits(row: Row) -> str:
     uniform = f"W{row['weight_bits']}A{row['act_bits']}"
     if row.get("budget"):
         return f"mixed, {row['budget']} of {uniform}'s {row['budget_of']}"
+    if row.get("copies", "") not in ("", "1"):
+        return f"{uniform}, {row['copies']} copies"
     return uniform
 
 

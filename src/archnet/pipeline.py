@@ -497,6 +497,7 @@ def _common_metrics(
             "method": config.quant.method,
             "weight_bits": config.quant.weight_bits,
             "act_bits": config.quant.act_bits,
+            "copies": config.quant.copies,
             **_mixed(config, finished["convert"]),
         },
         "hardware": config.hardware.name,

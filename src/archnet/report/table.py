@@ -16,11 +16,13 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     quant, parity, audit = metrics["quant"], metrics["parity"], metrics["audit"]
     data = metrics["data"]
     kind = "sentence" if "sentences_seen" in data else "image"
-    name = f"W{quant['weight_bits']}A{quant['act_bits']}, {quant['method']}"
+    uniform = f"W{quant['weight_bits']}A{quant['act_bits']}"
+    name = f"{uniform}, {quant['method']}"
     if quant["method"] == "none":
         name = "float"
+    elif quant.get("copies", 1) > 1:
+        name = f"{uniform}, {quant['copies']} copies, {quant['method']}"
     elif "widths" in quant:
-        uniform = f"W{quant['weight_bits']}A{quant['act_bits']}"
         share = f"{quant['share']:.3f} of {uniform}'s {quant['budget_of']}"
         name = f"mixed, {share}, {quant['method']}"
     lines = [

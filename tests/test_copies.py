@@ -13,7 +13,7 @@ from archnet.compose import compose
 from archnet.config import ConfigError
 from archnet.convert import convert
 from archnet.deploy import verify
-from archnet.ops import Student
+from archnet.ops import BatchNorm, Student
 from archnet.quant import (
     QuantizationError,
     copied_layers,
@@ -117,7 +117,7 @@ def test_a_copied_value_has_levels_between_those_of_its_grid() -> None:
         found = value.detach().round(decimals=4).unique()
         # The scale of least squared error may clip the last step.
         assert abs(len(found) - levels) <= 1
-        assert float((value - x)[:3900].abs().max()) < 0.6 / (levels - 1)
+        assert float((value.detach() - x)[:3900].abs().max()) < 0.6 / (levels - 1)
 
 
 def test_the_first_and_the_last_layer_and_shared_values() -> None:
@@ -136,6 +136,21 @@ def test_what_training_moved_is_merged_too() -> None:
     expected = student(x)
     merge_copies(student)
     torch.testing.assert_close(student(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_channels_that_a_teacher_repeats_are_no_copies() -> None:
+    class Twice(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self[0](x))
+            return self[3](torch.relu(self[2](self[1](torch.cat([x, x], 1)))))
+
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8)
+    norm.bias.data.normal_()
+    layers = nn.Conv2d(3, 4, 3), norm, nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(4, 2, 3)
+    student = convert(Twice(*layers).eval(), torch.randn(2, 3, 9, 9))
+    assert any(isinstance(module, BatchNorm) for module in student.operators.values())
+    assert copied_layers(student) == {}
 
 
 def test_float_activations_need_none_and_a_quantized_student_is_refused() -> None:

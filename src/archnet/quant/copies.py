@@ -130,22 +130,31 @@ def merge_copies(student: Student) -> None:
 
 
 def _sources(student: Student) -> dict[str, tuple[Step, BatchNorm]]:
-    """For each layer that reads copies, the concatenation and the norm that make them."""
+    """For each layer that reads copies, the concatenation and the norm that make them.
+
+    By their names: a teacher may repeat channels as well, and norm them.
+    """
     by_name = {step.name: step for step in student.graph.steps}
     found: dict[str, tuple[Step, BatchNorm]] = {}
     for step in student.graph.steps:
-        norm: Operator | None = None
-        above = by_name.get(step.inputs[0])
         if not isinstance(student.operator(step.name), Conv3x3 | FullyConnected):
             continue
-        while above is not None and isinstance(student.operator(above.name), Permute | BatchNorm):
-            module = student.operator(above.name)
-            norm = module if isinstance(module, BatchNorm) and norm is None else norm
-            above = by_name.get(above.inputs[0])
-        repeats = above is not None and len(above.inputs) > len(set(above.inputs)) == 1
-        if isinstance(norm, BatchNorm) and repeats and above is not None:
-            found[step.name] = (above, norm)
+        above = _behind_permutes(student, by_name, step)
+        norm = None if above is None else student.operator(above.name)
+        source = None if above is None else _behind_permutes(student, by_name, above)
+        if isinstance(norm, BatchNorm) and above is not None and source is not None:
+            repeat = student.operator(source.name)
+            if isinstance(repeat, Concat) and above.name.endswith(_norm(("", repeat.axis))):
+                found[step.name] = (source, norm)
     return found
+
+
+def _behind_permutes(student: Student, by_name: Mapping[str, Step], step: Step) -> Step | None:
+    """The step that makes what another reads, whatever its order of axes."""
+    source = by_name.get(step.inputs[0])
+    while source is not None and isinstance(student.operator(source.name), Permute):
+        source = by_name.get(source.inputs[0])
+    return source
 
 
 def _readers(student: Student) -> dict[_Place, list[str]]:

@@ -487,6 +487,7 @@ def test_an_operator_without_rule_names_operator_path_and_file():
         (Function(lambda x: x.long().float()), "makes integers"),
         (Function(lambda x: torch.addcmul(x, x, x)), "a \\+ b"),
         (Function(lambda x: torch.linalg.vector_norm(x, torch.inf, 1)), "sums of powers"),
+        (Function(lambda x: torch.einsum("bchw,wk->bch", x, torch.ones(8, 3))), "aten.einsum"),
         (Function(lambda x: x.reshape(-1)), "between the samples"),
         (Function(lambda x: torch.cat([x, x], 0)), "along the batch"),
         (nn.Conv2d(4, 4, 2, padding="same"), "ZeroPad2d"),

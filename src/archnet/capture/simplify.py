@@ -147,6 +147,8 @@ def _sum_of_products(node: Node) -> None:
     outer = ["".join(x for x in term if x not in common) for term in (ours, theirs)]
     if len(inner) != 1 or len(outer[1]) != 1 or (shared and len(outer[0]) != 1):
         return
+    if set(result) != set(shared + "".join(outer)):
+        return  # It sums over an axis of one factor as well.
     orders = [shared + outer[0] + inner[0], shared + inner[0] + outer[1]]
     with node.graph.inserting_before(node):
         turned = [

@@ -26,6 +26,7 @@ from archnet.ops import (
 )
 from archnet.quant.attach import QuantizationError, describe
 from archnet.quant.calibrate import best_scale, lowest_level, observe
+from archnet.quant.equalize import norm_along
 from archnet.quant.quantizers import ActivationLSQ, Quantizer, WeightLSQ
 from archnet.quant.widths import FLOAT, weighted
 
@@ -223,14 +224,8 @@ def _rewire(
         with torch.no_grad():
             norm.bias.copy_(shifts[place].repeat_interleave(channels))
             norm.running_var.fill_(1 - norm.eps)
-        work: dict[str, Operator] = {f"{name}_copies_{axis}": Concat(axis), _norm(place): norm}
-        if axis != 1:
-            work = {
-                f"{name}_copies_{axis}": Concat(axis),
-                f"{_norm(place)}_first": Permute((0, rank - 1, *range(1, rank - 1))),
-                _norm(place): norm,
-                f"{_norm(place)}_last": Permute((0, *range(2, rank), 1)),
-            }
+        work: dict[str, Operator] = {f"{name}_copies_{axis}": Concat(axis)}
+        work |= norm_along(_norm(place), norm, axis, rank)
         inputs = (name,) * len(shifts[place])
         for made, operator in work.items():
             if made not in added:

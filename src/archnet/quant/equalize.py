@@ -270,14 +270,7 @@ def _divide(student: Student, place: _Place, sizes: Tensor) -> None:
         module.weight.copy_(1 / sizes)
         module.running_var.fill_(1 - module.eps)
     rank = len(student.graph.shapes[place.value]) + 1
-    work: dict[str, Operator] = {f"{place.value}_equal": module}
-    if place.axis != 1:
-        there, back = (0, rank - 1, *range(1, rank - 1)), (0, *range(2, rank), 1)
-        work = {
-            f"{place.value}_equal_first": Permute(there),
-            **work,
-            f"{place.value}_equal_last": Permute(back),
-        }
+    work = norm_along(f"{place.value}_equal", module, place.axis, rank)
     added: dict[str, Operator] = {}
     steps: list[Step] = []
 
@@ -303,6 +296,20 @@ def _divide(student: Student, place: _Place, sizes: Tensor) -> None:
         steps.append(Step(step.name, inputs, step.origin))
     student.rewire(steps, added=added)
     student.drop_unread()
+
+
+def norm_along(name: str, norm: BatchNorm, axis: int, rank: int) -> dict[str, Operator]:
+    """A batch norm on the first or the last axis of a value, by step: one after another.
+
+    ``axis`` and ``rank`` count the batch; where channels are last they are first meanwhile.
+    """
+    if axis == 1:
+        return {name: norm}
+    return {
+        f"{name}_first": Permute((0, rank - 1, *range(1, rank - 1))),
+        name: norm,
+        f"{name}_last": Permute((0, *range(2, rank), 1)),
+    }
 
 
 def _serves(student: Student, place: _Place) -> bool:

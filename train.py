@@ -12,8 +12,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from archnet.compose import check, overridden, register, to_config
+from archnet.compose import check, register, to_config
 from archnet.errors import ArchnetError
+from archnet.overrides import overridden
+from archnet.ranks import RUN_FOLDER, follow_leader
+from archnet.usage import usage, version_line
 
 CONF = Path(__file__).resolve().parent / "conf"
 
@@ -40,15 +43,23 @@ def job(tree: DictConfig) -> None:
 
 def main() -> None:
     """Check the whole command line, sweeps included; then let Hydra run it."""
-    if "ARCHNET_RUN_FOLDER" in os.environ:
+    if RUN_FOLDER in os.environ:
+        follow_leader()
         from archnet.pipeline import join
 
-        join(Path(os.environ["ARCHNET_RUN_FOLDER"]))
+        join(Path(os.environ[RUN_FOLDER]))
+        return
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(usage(CONF))
+        return
+    if "--version" in words:
+        print(version_line())
         return
     # Errors of a sweep's jobs come back here instead of being printed with a traceback.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        check(CONF, sys.argv[1:])
+        sys.argv[1:] = check(CONF, words)
         register()
         job()
     except ArchnetError as error:

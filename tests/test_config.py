@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from archnet.compose import TORCHVISION_MODELS, check, compose, sweep
+from archnet.compose import TORCHVISION_MODELS, check, compose
 from archnet.config import Config, LimitsConfig, nearest_width, validate
 from archnet.errors import ConfigError
+from archnet.overrides import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"

@@ -295,7 +295,7 @@ def test_an_impossible_budget_ends_a_run_before_training(make_config: Make, teac
     [
         (["quant.budget=-1"], "quant.budget=-1.0 is out of range: at least 0"),
         (["quant.budget_of=byte"], "bops, bytes; nearest: bytes"),
-        (["quant.widths=[0,4]"], r"holds 0, not a width to choose: 1..8; nearest valid: 1"),
+        (["quant.widths=[0,4]"], r"holds 0, which is out of range: 1 to 8; nearest valid: 1"),
         (["quant.bits=32"], "is a share of a quantized student"),
         (
             [

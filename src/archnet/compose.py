@@ -1,26 +1,23 @@
 """From a command line and ``conf/`` to a `Config`; what cannot be is one line, before any work."""
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from archnet.config import Config, nearest, validate
 from archnet.errors import ConfigError
+from archnet.overrides import arrange, parse, sample, settings
 
 # fmt: off
 TORCHVISION_MODELS = (
@@ -59,6 +56,8 @@ def register() -> None:
 def compose(conf: Path, overrides: Sequence[str], config_name: str = "config") -> Config:
     """The checked config of ``conf/`` under ``overrides`` such as ``quant.bits=4``.
 
+    What wins where several say something: see `archnet.overrides`.
+
     Raises:
         ConfigError: an unknown key, group option or impossible value, in one line.
     """
@@ -66,12 +65,17 @@ def compose(conf: Path, overrides: Sequence[str], config_name: str = "config") -
     _check_keys(overrides)
     GlobalHydra.instance().clear()
     try:
+        root, arranged = arrange(conf, overrides, config_name)
         with hydra.initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-            tree = hydra.compose(config_name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _explain(error, overrides) from error
+            tree = hydra.compose(root, overrides=arranged)
+    except ConfigError:
+        raise
     except yaml.YAMLError as error:
         raise ConfigError(f"conf/ holds broken YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError("a value is nested too deeply, or refers to itself") from error
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        raise _explain(error, overrides) from error
     return to_config(tree)
 
 
@@ -84,73 +88,72 @@ def to_config(tree: DictConfig) -> Config:
     _check_tree(OmegaConf.to_container(tree, resolve=False), SCHEMA, "")
     try:
         config = OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
+    except RecursionError as error:
+        raise ConfigError("a value is nested too deeply, or refers to itself") from error
+    except (OmegaConfBaseException, ValueError) as error:
         raise _explain(error, []) from error
     assert isinstance(config, Config)
     validate(config)
     return config
 
 
-def check(conf: Path, arguments: Sequence[str]) -> None:
+def check(conf: Path, arguments: Sequence[str]) -> list[str]:
     """Compose every job that a command line asks for, sweeps included, and discard the results.
 
     Args:
         conf: the folder with ``config.yaml``.
         arguments: the command line without the program's name.
 
+    Returns:
+        The command line that lets Hydra keep to our order of precedence.
+
     Raises:
         ConfigError: from the first job that cannot be.
     """
-    options = get_args_parser().parse_args(arguments)
-    if options.help or options.hydra_help or options.info or options.shell_completion:
-        return
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage
+    options = parser.parse_args(arguments)
+    if options.hydra_help or options.info or options.shell_completion:
+        return list(arguments)
+    if options.experimental_rerun:
+        raise ConfigError("--experimental-rerun is not for archnet: resume=<run folder>")
     overrides = list(options.overrides)
     if options.config_dir:
         overrides.append(f"hydra.searchpath=[file://{Path(options.config_dir).resolve()}]")
     if options.config_path:
         conf = Path(options.config_path)
-    jobs = sweep(overrides) if options.multirun else [overrides]
-    for job in jobs:
-        compose(conf, job, options.config_name or "config")
+    name = options.config_name or "config"
+    for job in sample(overrides) if options.multirun else [overrides]:
+        compose(conf, job, name)
+    root, arranged = arrange(conf, options.overrides, name)
+    words = list(arguments)
+    if options.overrides:
+        # Hydra wants its overrides side by side.
+        end = max(i for i, word in enumerate(words) if word == options.overrides[-1]) + 1
+        words[end:end] = arranged[len(options.overrides) :]
+    return [*words, f"--config-name={root}"]
 
 
-def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """The overrides of every job that ``overrides`` sweep over, such as ``quant.bits=2,4``."""
-    choices = []
-    for text, override in zip(overrides, _parse(overrides), strict=True):
-        if override.is_discrete_sweep():
-            key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        elif not override.is_sweep_override():
-            choices.append([text])
-    for job in itertools.product(*choices):
-        yield list(job)
-
-
-def overridden() -> list[str]:
-    """The keys and groups given on the command line of the running Hydra job."""
-    given = _parse(HydraConfig.get().overrides.task)
-    return [override.key_or_group for override in given]
-
-
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except OverrideParseException as error:
-        raise ConfigError(
-            f"{error.override} cannot be read as key=value: {str(error).splitlines()[0]}"
-        ) from error
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"{message}; train.py --help lists what there is")
 
 
 def _check_keys(overrides: Sequence[str]) -> None:
-    for override in _parse(overrides):
+    """Refuse keys that the schema does not have, and what is no truth value for those that are."""
+    for override in parse(overrides):
         key = override.key_or_group
-        if key.split(".")[0] not in ("hydra", "experiment") and not key.startswith("hydra/"):
-            _find(key)
+        if key.split(".")[0] in ("hydra", "experiment") or key.startswith("hydra/"):
+            continue
+        _find(key)
+        for name, value in settings(override):
+            if type(value) in (int, float) and isinstance(_find(name), bool):
+                raise ConfigError(f"{name}={value} is not true or false")
 
 
 def _check_tree(tree: Any, schema: Any, prefix: str) -> None:
     """Find keys beyond the schema, which Hydra lets files and `+key=value` add."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{prefix.rstrip('.')}={tree} is no group of keys")
     for name, value in tree.items():
         key = f"{prefix}{name}"
         _find(key)
@@ -158,13 +161,13 @@ def _check_tree(tree: Any, schema: Any, prefix: str) -> None:
             _check_tree(value, getattr(schema, name), f"{key}.")
 
 
-def _find(key: str) -> None:
-    """Raise ConfigError where the schema has no such key."""
+def _find(key: str) -> Any:
+    """The default of a key; ConfigError where the schema has no such key."""
     node: Any = SCHEMA
     prefix = ""
     for name in key.split("."):
         if isinstance(node, dict):
-            return
+            return None
         names = list(vars(node)) if is_dataclass(node) else []
         if name not in names:
             best = nearest(name, names) if names else ""
@@ -173,6 +176,7 @@ def _find(key: str) -> None:
             )
         node = getattr(node, name)
         prefix += f"{name}."
+    return node
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:

@@ -5,11 +5,17 @@ dataclasses, so that a value of another type cannot be composed. `validate` chec
 """
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from archnet.errors import ConfigError
+
+# What a number is held to where nothing else bounds it, and a name of a folder, in bytes.
+LARGEST = 2**31 - 1
+_LONGEST_NAME = 100
 
 
 def _choice(default: str | None, *options: str) -> Any:
@@ -17,9 +23,19 @@ def _choice(default: str | None, *options: str) -> Any:
     return field(default=default, metadata={"options": options})
 
 
-def _number(default: float | None, low: float, high: float | None = None) -> Any:
-    """A number from ``low`` to ``high``, both included; no upper end when ``high`` is None."""
+def _number(default: float | None, low: float, high: float = LARGEST) -> Any:
+    """A number from ``low`` to ``high``, both included."""
     return field(default=default, metadata={"low": low, "high": high})
+
+
+def _numbers(low: float, *values: float, high: float = LARGEST) -> Any:
+    """A list of numbers from ``low`` to ``high``, both included."""
+    return field(default_factory=lambda: list(values), metadata={"low": low, "high": high})
+
+
+def _name(default: str | None) -> Any:
+    """A part of the name of a folder: no path, which would lead elsewhere."""
+    return field(default=default, metadata={"name": True})
 
 
 def _width(default: int) -> Any:
@@ -73,8 +89,8 @@ class DataConfig:
     image_size: int = _number(32, 1)  # side of the square network input, pixels
     resize: int | None = _number(None, 1)  # shorter side before the centre crop, pixels; null: none
     channels: int = _number(3, 1)  # of the network input; 1 or 3 convert any image mode
-    mean: list[float] = _list(0.5, 0.5, 0.5)  # subtracted from pixels in [0, 1]; one a channel
-    std: list[float] = _list(0.5, 0.5, 0.5)  # divides what is left; one a channel, above zero
+    mean: list[float] = _numbers(-LARGEST, 0.5, 0.5, 0.5)  # subtracted from pixels in [0, 1]; one a channel
+    std: list[float] = _numbers(0, 0.5, 0.5, 0.5)  # divides what is left; one a channel, above zero
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
@@ -102,7 +118,7 @@ class TextConfig:
 class TaskConfig:
     """What the network is for."""
 
-    name: str = "images"  # names the run folder's parent and the metrics
+    name: str = _name("images")  # names the run folder's parent and the metrics
     kind: str = _choice("classification", "classification", "translation")
     num_classes: int | None = _number(None, 2)  # null: counted in the data
     data: DataConfig = field(default_factory=DataConfig)
@@ -118,7 +134,7 @@ class FitConfig:
 
     optimizer: str = _choice("sgd", "sgd", "adam")  # sgd has Nesterov momentum
     epochs: int = _number(10, 1)
-    restarts: list[int] = _list()  # epochs of further cycles, each from where the last one ended
+    restarts: list[int] = _numbers(1)  # epochs of further cycles, each from where the last one ended
     batch_size: int = _number(128, 1)  # images; text has task.text.batch_tokens
     lr: float = _number(0.4, 0)  # the peak rate of the cycle
     momentum: float = _number(0.9, 0, 1)
@@ -177,7 +193,7 @@ class QuantConfig:
     budget: float | None = _number(None, 0)
     # bops: MACs x weight bits x activation bits; bytes: of weights, biases and norms.
     budget_of: str = _choice("bops", "bops", "bytes")
-    widths: list[int] = _list(2, 3, 4, 6, 8)  # on offer, where the target has them
+    widths: list[int] = _numbers(1, 2, 3, 4, 6, 8, high=8)  # on offer, where the target has them
     free_ends: bool = False  # the first and the last layer choose too, instead of keeping theirs
     sensitivity_inputs: int = _number(256, 1)  # unlabelled, on which each width's loss is measured
 
@@ -264,8 +280,9 @@ class HardwareConfig:
     max_channels: int | None = _number(None, 1)  # widest map a convolution takes; null: no limit
     lanes: int = _number(16, 1)  # channels a slice of a depthwise convolution, one dense 3x3 each
     merge_lanes: int = _number(64, 1)  # channels a slice where additions are merged by slices
-    weight_bits: list[int] = _list(1, 2, 3, 4, 5, 6, 7, 8, 32)  # widths the target computes with
-    act_bits: list[int] = _list(1, 2, 3, 4, 5, 6, 7, 8, 32)
+    # Widths the target computes with.
+    weight_bits: list[int] = _numbers(1, *range(1, 9), 32, high=64)
+    act_bits: list[int] = _numbers(1, *range(1, 9), 32, high=64)
     # Widths of weights and activations that go together, as w8a8; empty: any of those above.
     width_pairs: list[str] = _list()
     # Types in which it stores weights and activations; empty: not stated.
@@ -284,7 +301,7 @@ class HardwareConfig:
     accumulator_bits: int | None = _number(32, 8, 32)
     # Bytes of memory on the chip for what is alive at a time: inputs, outputs and what later steps
     # still need; null: not stated.
-    memory_bytes: int | None = _number(None, 1)
+    memory_bytes: int | None = _number(None, 1, 2**63 - 1)
     source: str = ""  # where this statement of the target comes from
     sources: dict[str, str] = field(default_factory=dict)  # of single keys, where it is another
 
@@ -418,7 +435,7 @@ class Config:
 
     seed: int = _number(0, 0, 2**32 - 1)  # of every random choice
     output_dir: str = "outputs"  # run folders go to <output_dir>/<task>/<date>_<time>_<id>
-    name: str | None = None  # the <id> of the run folder; null: drawn
+    name: str | None = _name(None)  # the <id> of the run folder; null: drawn
     resume: str | None = None  # a run folder to continue, with its own config
     task: TaskConfig = field(default_factory=TaskConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -472,14 +489,20 @@ def validate(config: Config) -> None:
         raise ConfigError(f"task.data.std={data.std} must be above zero in every channel")
     if config.teacher.source == "custom" and config.teacher.factory is None:
         raise ConfigError("teacher.factory is missing: teacher.factory=package.module:callable")
-    if min(config.teacher.fit.restarts, default=1) < 1:
+    if config.teacher.train and not _stays(config.teacher.name):
         raise ConfigError(
-            f"teacher.fit.restarts={config.teacher.fit.restarts} holds a cycle of no epoch; "
-            "nearest valid: 1"
+            f"teacher.name={config.teacher.name} leaves teacher.cache_dir, where trained teachers "
+            "are kept: give it a plain name"
         )
     _validate_hardware(config.hardware)
     if config.quant.method != "none":
         _validate_quant(config.quant, config.hardware)
+    for name in ("weight_bits", "act_bits"):
+        if config.quant.method == "none" and getattr(config.quant, name) != 32:
+            raise ConfigError(
+                f"quant.{name}={getattr(config.quant, name)} asks for a quantized student, and "
+                "quant=none makes a float one: add quant=lsq, or leave the widths out"
+            )
     if config.quant.budget is not None:
         _validate_budget(config.quant, config.hardware)
     if (config.distill.joint_steps or 0) > config.distill.steps:
@@ -556,6 +579,8 @@ def _require_width(
 ) -> None:
     if bits in allowed:
         return
+    if not allowed:
+        raise ConfigError(f"hardware.{side}=[] leaves hardware={hardware.name} no width at all")
     # A chip may compute with widths that no quantizer here has, such as 16.
     possible = [width for width in allowed if nearest_width(width) == width] or allowed
     best = min(possible, key=lambda width: abs(width - bits))
@@ -580,12 +605,6 @@ def offered(quant: QuantConfig, allowed: Iterable[int]) -> list[int]:
 
 
 def _validate_budget(quant: QuantConfig, hardware: HardwareConfig) -> None:
-    for bits in quant.widths:
-        if not 1 <= bits <= 8:
-            raise ConfigError(
-                f"quant.widths={quant.widths} holds {bits}, not a width to choose: 1..8; "
-                f"nearest valid: {min(max(bits, 1), 8)}"
-            )
     for name in ("weight_bits", "act_bits"):
         if quant.method == "none" or getattr(quant, name) == 32:
             raise ConfigError(
@@ -624,11 +643,48 @@ def _validate(node: Any, prefix: str) -> None:
             if member not in rule["members"]:
                 raise ConfigError(_not_among(key, member, rule["members"]))
         if "low" in rule:
-            low, high = rule["low"], rule["high"]
-            if not low <= value <= (float("inf") if high is None else high):
-                best = low if high is None or value < low else high
-                span = f"at least {low}" if high is None else f"{low} to {high}"
-                raise ConfigError(f"{key}={value} is out of range: {span}; nearest valid: {best}")
+            for number in value if isinstance(value, list) else [value]:
+                _require_number(key, value, number, rule["low"], rule["high"])
+        if "name" in rule and not (_stays(value) and len(Path(value).parts) == 1):
+            raise ConfigError(
+                f"{key}={value} is part of the name of a folder: give it a name, not a path"
+            )
+        if "name" in rule and len(value.encode(errors="replace")) > _LONGEST_NAME:
+            raise ConfigError(f"{key}={value} is longer than {_LONGEST_NAME} bytes")
+        _validate_plain(key, value)
+
+
+def _require_number(key: str, value: Any, number: float, low: float, high: float) -> None:
+    """``number`` is ``value``, or one of its members."""
+    if low <= number <= high:
+        return
+    holds = f" holds {number}, which" if isinstance(value, list) else ""
+    if not math.isfinite(number):
+        raise ConfigError(f"{key}={value}{holds} is not finite: {low} to {high}")
+    span = f"at least {low}" if number < low and high >= LARGEST else f"{low} to {high}"
+    raise ConfigError(
+        f"{key}={value}{holds} is out of range: {span}; nearest valid: {low if number < low else high}"
+    )
+
+
+def _stays(name: str) -> bool:
+    """Whether a name, as part of a path, stays in the folder that it is appended to."""
+    path = Path(name.replace("\\", "/"))
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def _validate_plain(key: str, value: Any) -> None:
+    """Texts are printable, as names of files and lines of a report are; free values finite."""
+    if isinstance(value, str) and not all(c.isprintable() for c in value):
+        raise ConfigError(f"{key}={value} holds characters that cannot be shown: leave them out")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value} is not finite")
+    members = value.items() if isinstance(value, dict) else ()
+    for name, member in members:
+        _validate_plain(key, name)
+        _validate_plain(f"{key}.{name}", member)
+    for member in value if isinstance(value, list) else ():
+        _validate_plain(key, member)
 
 
 def _not_among(key: str, value: str, options: Iterable[str]) -> str:

@@ -7,3 +7,9 @@ class ArchnetError(Exception):
 
 class ConfigError(ArchnetError):
     """A config key, group option or value that cannot be."""
+
+    def __str__(self) -> str:
+        """The message; characters of a value that would break the line or steer a terminal are
+        escaped.
+        """
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from archnet.compose import check, register, to_config
 from archnet.errors import ArchnetError
+from archnet.files import discard_output
 from archnet.overrides import overridden
 from archnet.ranks import RUN_FOLDER, follow_leader
 from archnet.usage import usage, version_line
@@ -50,11 +51,11 @@ def main() -> None:
         join(Path(os.environ[RUN_FOLDER]))
         return
     words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
-        print(usage(CONF))
-        return
-    if "--version" in words:
-        print(version_line())
+    if {"-h", "--help", "--version"} & set(words):
+        try:
+            print(version_line() if "--version" in words else usage(CONF), flush=True)
+        except BrokenPipeError:
+            discard_output()
         return
     # Errors of a sweep's jobs come back here instead of being printed with a traceback.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")

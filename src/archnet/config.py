@@ -89,7 +89,8 @@ class DataConfig:
     image_size: int = _number(32, 1)  # side of the square network input, pixels
     resize: int | None = _number(None, 1)  # shorter side before the centre crop, pixels; null: none
     channels: int = _number(3, 1)  # of the network input; 1 or 3 convert any image mode
-    mean: list[float] = _numbers(-LARGEST, 0.5, 0.5, 0.5)  # subtracted from pixels in [0, 1]; one a channel
+    # Subtracted from pixels in [0, 1]; one a channel.
+    mean: list[float] = _numbers(-LARGEST, 0.5, 0.5, 0.5)
     std: list[float] = _numbers(0, 0.5, 0.5, 0.5)  # divides what is left; one a channel, above zero
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -134,7 +135,7 @@ class FitConfig:
 
     optimizer: str = _choice("sgd", "sgd", "adam")  # sgd has Nesterov momentum
     epochs: int = _number(10, 1)
-    restarts: list[int] = _numbers(1)  # epochs of further cycles, each from where the last one ended
+    restarts: list[int] = _numbers(1)  # epochs of further cycles, each from where the last ended
     batch_size: int = _number(128, 1)  # images; text has task.text.batch_tokens
     lr: float = _number(0.4, 0)  # the peak rate of the cycle
     momentum: float = _number(0.9, 0, 1)
@@ -406,7 +407,8 @@ class TrainerConfig:
     strategy: str = _choice("auto", "auto", "ddp")
     precision: str = _choice("32-true", "32-true", "bf16-mixed", "16-mixed")
     threads: int | None = _number(None, 1)  # CPU threads a process; null: torch's choice
-    progress: bool = True  # the bar with the time left
+    progress: bool = True  # the time left: a bar, or lines where the output is no terminal
+    progress_seconds: float = _number(30.0, 0)  # at least so long between two of those lines
     limit_eval: int | None = _number(None, 1)  # evaluate on so many images; null: all
 
 
@@ -662,9 +664,8 @@ def _require_number(key: str, value: Any, number: float, low: float, high: float
     if not math.isfinite(number):
         raise ConfigError(f"{key}={value}{holds} is not finite: {low} to {high}")
     span = f"at least {low}" if number < low and high >= LARGEST else f"{low} to {high}"
-    raise ConfigError(
-        f"{key}={value}{holds} is out of range: {span}; nearest valid: {low if number < low else high}"
-    )
+    best = low if number < low else high
+    raise ConfigError(f"{key}={value}{holds} is out of range: {span}; nearest valid: {best}")
 
 
 def _stays(name: str) -> bool:

@@ -1,11 +1,17 @@
 """Files written whole or not at all."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from archnet.errors import ArchnetError
+
+
+def discard_output() -> None:
+    """Drop what is still to be printed, once nobody reads it (`... --help | head`)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -146,7 +146,8 @@ def _arrange_root(conf: Path, config_name: str, chosen: set[str]) -> str:
     if not isinstance(tree, DictConfig) or "defaults" not in tree:
         return config_name
     front, behind, last = [], [], []
-    for entry in OmegaConf.to_container(tree.defaults):
+    entries: Any = OmegaConf.to_container(tree.defaults)
+    for entry in entries:
         name = next(iter(entry)) if isinstance(entry, dict) else str(entry)
         if name.startswith("override "):
             last.append(entry)  # Hydra wants them at the end

@@ -35,6 +35,7 @@ from archnet.errors import ArchnetError
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
 from archnet.quant import FLOAT, Quantizer
+from archnet.ranks import LEADER, RUN_FOLDER
 from archnet.run_device import device_name, device_of, require_device, set_up
 from archnet.run_quant import run_quant
 from archnet.run_student import given_student, load_student, save_student, settle_student
@@ -372,7 +373,8 @@ def _ranks(folder: RunFolder) -> Iterator[None]:
     What Lightning sets for its group would make the next group, of a sweep, wait for nobody.
     """
     before = dict(os.environ)
-    os.environ["ARCHNET_RUN_FOLDER"] = str(folder.path.resolve())
+    os.environ[RUN_FOLDER] = str(folder.path.resolve())
+    os.environ[LEADER] = str(os.getpid())
     try:
         yield
     finally:

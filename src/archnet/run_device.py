@@ -1,5 +1,7 @@
 """Where a run computes, and with what arithmetic."""
 
+import os
+
 import torch
 
 from archnet.config import TrainerConfig
@@ -14,10 +16,20 @@ def require_device(trainer: TrainerConfig) -> None:
             f"trainer.accelerator={wanted}, but torch finds none: set auto or cpu, or install a "
             "torch that is built for it"
         )
-    if found == "cuda" and trainer.devices > torch.cuda.device_count():
+    count = {"cuda": torch.cuda.device_count, "cpu": _cores}.get(found, lambda: 1)()
+    if trainer.devices > count:
+        what = {"cuda": "GPUs", "cpu": "CPU cores for it"}.get(found, "device of its kind")
         raise ArchnetError(
-            f"trainer.devices={trainer.devices}, but there are {torch.cuda.device_count()} GPUs"
+            f"trainer.devices={trainer.devices}, but this machine has {count} {what}; "
+            f"nearest valid: {count}"
         )
+
+
+def _cores() -> int:
+    """CPU cores that this process may use, fewer than the machine has where it is pinned."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def set_up(trainer: TrainerConfig) -> None:

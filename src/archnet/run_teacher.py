@@ -38,6 +38,7 @@ def run_teacher(
             seed=config.seed,
             accelerator=config.trainer.accelerator,
             progress=config.trainer.progress,
+            progress_seconds=config.trainer.progress_seconds,
         )
         with atomic(kept) as temporary:
             torch.save(model.state_dict(), temporary)

@@ -27,6 +27,7 @@ from archnet.deploy import OnnxTranslator, changed, export_translator
 from archnet.distill import distill_text
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student, TokenEmbedding
+from archnet.progress import Lines, in_terminal
 from archnet.quant import Quantizer
 from archnet.run_device import device_of, set_up
 from archnet.run_quant import run_quant
@@ -180,9 +181,19 @@ def teacher_text(this: TextRun) -> EncodedText:
     digest.update(repr(settings).encode())
     model = cast(Translator, this.teacher.to(this.device))
 
-    with Progress(disable=not this.config.trainer.progress, transient=True) as bar:
-        limit = this.config.task.data.unlabelled or len(this.data.train)
-        row = bar.add_task("teacher translates", total=min(limit, len(this.data.train)))
+    shown = this.config.trainer.progress
+    total = min(this.config.task.data.unlabelled or len(this.data.train), len(this.data.train))
+    with Progress(disable=not (shown and in_terminal()), transient=True) as bar:
+        row = bar.add_task("teacher translates", total=total)
+        lines = Lines("teacher", "sentence", total, this.config.trainer.progress_seconds)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.advance(row, count)
+            if shown and not in_terminal() and lines.due():
+                lines.tell(done)
 
         def translated(rows: list[list[int]]) -> list[list[int]]:
             found = search_tokens(
@@ -191,7 +202,7 @@ def teacher_text(this: TextRun) -> EncodedText:
                 this.search,
                 batch=4 * BATCH,
                 device=this.device,
-                progress=lambda count: bar.advance(row, count),
+                progress=advance,
             )
             return found
 

@@ -1,5 +1,6 @@
 """What `train.py --help` and `--version` print; loads no torch."""
 
+import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,8 +65,8 @@ def usage(conf: Path) -> str:
             lines += ["  or a classifier of torchvision:", *_wrapped(TORCHVISION_MODELS)]
     lines += [
         "",
-        "Keys, such as quant.bits=4: all are described in src/archnet/config.py, and a command with",
-        "--cfg job prints them with their values. The command wins over an experiment:",
+        "Keys, such as quant.bits=4, are described in src/archnet/config.py; --cfg job prints them",
+        "with their values. The command line wins over an experiment:",
         "  defaults < experiment < group chosen on the command line < key on the command line",
         "quant.bits sets both widths, unless quant.weight_bits or quant.act_bits is given as well.",
         "",
@@ -83,7 +84,8 @@ def _options(conf: Path, group: str) -> dict[str, str]:
     found = {}
     for path in sorted(folder.glob("*.yaml")):
         notes = (line[1:].strip() for line in path.read_text().splitlines() if line[:1] == "#")
-        found[path.stem] = next((note for note in notes if not note.startswith("@")), "")
+        said = next((note for note in notes if not note.startswith("@")), "")
+        found[path.stem] = re.sub(r"; (every key|keys) as .*", ".", said)
     return found
 
 
@@ -102,6 +104,4 @@ def _table(rows: Iterable[tuple[str, str]], column: int = 24) -> list[str]:
 
 
 def _wrapped(names: Iterable[str]) -> list[str]:
-    return textwrap.wrap(
-        "  ".join(names), WIDTH, initial_indent="    ", subsequent_indent="    "
-    )
+    return textwrap.wrap("  ".join(names), WIDTH, initial_indent="    ", subsequent_indent="    ")

@@ -1,6 +1,7 @@
 """`distill`: run the schedule with Lightning, from the last checkpoint if there is one."""
 
 import pickle
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from archnet.distill.cache import CachedPairs, FeatureCache
 from archnet.distill.schedule import DistillError, Period, plan
 from archnet.distill.training import ArchDistillation, DistillOptions
 from archnet.ops import Student, Tap, WeightedOperator
+from archnet.progress import progress_lines
 
 
 class TrainerOptions(Protocol):
@@ -27,6 +29,7 @@ class TrainerOptions(Protocol):
     strategy: str
     precision: str
     progress: bool
+    progress_seconds: float
 
 
 class UnlabelledData(Protocol):
@@ -277,6 +280,7 @@ def fit(
         default_root_dir=folder,
         callbacks=[
             speed,
+            *progress_lines("distillation", trainer.progress, trainer.progress_seconds),
             ModelCheckpoint(
                 folder,
                 filename="step{step}",
@@ -287,7 +291,13 @@ def fit(
             *([EMAWeightAveraging(decay=options.average)] if options.average else []),
         ],
     )
-    runner.fit(module, ckpt_path=newest_checkpoint(folder))
+    try:
+        runner.fit(module, ckpt_path=newest_checkpoint(folder))
+    except BaseException:
+        # The others wait in an exchange with this process that will not come.
+        if runner.strategy.launcher is not None:
+            runner.strategy.launcher.kill(signal.SIGKILL)
+        raise
     if runner.global_step < last:
         raise DistillError(f"distillation stopped at step {runner.global_step} of {last}")
     return runner.is_global_zero

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from archnet.files import atomic
+from archnet.progress import progress_lines
 from archnet.teachers.load import TeacherError, TeacherSource, fill
 
 _log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def train_teacher(
     strategy: str = "auto",
     precision: Any = None,
     progress: bool = True,
+    progress_seconds: float = 30.0,
     checkpoint_every: int = 100,
 ) -> nn.Module:
     """The model trained on the labels of `data`'s training part, in eval mode and frozen.
@@ -126,7 +128,8 @@ def train_teacher(
         strategy: Lightning's.
         precision: Lightning's; None is bfloat16 autocast (float16 where it must be) on CUDA and
             float32 elsewhere.
-        progress: show the bar with the time left.
+        progress: show the time left, in a bar, or in lines where there is no terminal.
+        progress_seconds: between such lines.
         checkpoint_every: steps between checkpoints.
 
     Raises:
@@ -153,6 +156,7 @@ def train_teacher(
             strategy=strategy,
             precision=precision,
             progress=progress,
+            progress_seconds=progress_seconds,
             checkpoint_every=checkpoint_every,
         )
     data.setup()
@@ -176,12 +180,13 @@ def train_teacher(
         enable_model_summary=False,
         enable_progress_bar=progress,
         callbacks=[
+            *progress_lines("teacher", progress, progress_seconds),
             ModelCheckpoint(
                 folder,
                 filename="last",
                 every_n_train_steps=checkpoint_every,
                 enable_version_counter=False,
-            )
+            ),
         ],
     )
     began = time.monotonic()

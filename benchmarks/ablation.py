@@ -33,7 +33,7 @@ VARIANTS: dict[str, list[str]] = {
     "joint-tam-rfa": ["distill.schedule=joint", *ADAPTERS],
     "progressive": ["distill.schedule=progressive"],
     "progressive-tam-rfa": ["distill.schedule=progressive", *ADAPTERS],
-    "dorefa": ["quant=dorefa", "quant.weight_bits=2", "quant.act_bits=4"],
+    "dorefa": ["quant.method=dorefa"],
     "random": ["convert.start=random"],
 }
 

@@ -229,7 +229,10 @@ def command(config: Config) -> str:
             written.append([*start, *_differences(compose(CONF, start), config)])
         except ArchnetError:
             continue  # these groups do not exist, or need keys of their own
-    return " ".join(["python train.py", *min(written, key=len)])
+    best = min(written, key=len)
+    # A key may set another one, as quant.bits does.
+    best += _differences(compose(CONF, best), config)
+    return " ".join(["python train.py", *best])
 
 
 def _differences(base: Config, config: Config) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from archnet.cli import main as archnet_command
-from archnet.compose import check
+from archnet.compose import check, compose
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -89,11 +89,13 @@ def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_recorded_commands_compose() -> None:
-    """Every row of the results names a command that still exists."""
+    """Every row of the results names a command that still exists, and makes what the row says."""
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.csv")):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 words = shlex.split(row["command"])
                 assert (ROOT / words[1]).is_file(), row["command"]
                 if words[1] == "train.py":
-                    check(ROOT / "conf", words[2:])
+                    quant = compose(ROOT / "conf", words[2:]).quant
+                    widths = (str(quant.weight_bits), str(quant.act_bits))
+                    assert widths == (row["weight_bits"], row["act_bits"]), row["command"]

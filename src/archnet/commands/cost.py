@@ -2,7 +2,7 @@
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from archnet.hardware import Cost, StepCost, SystolicArray
     from archnet.runs import RunFolder
 
+INPUT_HELP = (
+    "sizes that an ONNX file leaves open: 1x3x640x640; several inputs: name:1x3x640x640,other:1x4"
+)
 HELP = "what a run's teacher and student cost, or an ONNX file: MACs, BOPs, bytes, cycles, latency"
 COLUMNS = ("MACs", "BOPs", "weights", "live", "cycles")
 # Where the output is no terminal, the table is as wide as it needs to be.
@@ -23,6 +26,7 @@ WIDTH = 150
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("source", type=Path, help="run folder or ONNX file")
+    parser.add_argument("--input", metavar="SHAPE", help=INPUT_HELP)
     parser.add_argument("--rows", type=int, default=16, help="of the systolic array (16)")
     parser.add_argument("--columns", type=int, default=16, help="of the systolic array (16)")
     parser.add_argument(
@@ -54,6 +58,8 @@ def run(options: argparse.Namespace) -> int:
     if not console.is_terminal:
         console = Console(width=WIDTH)
     if options.source.is_dir():
+        if options.input is not None:
+            raise ArchnetError("input= is for ONNX files: a run knows the sizes of its inputs")
         _run_folder(console, RunFolder.open(options.source), array, options)
     else:
         _file(console, options.source, array, options)
@@ -100,20 +106,48 @@ def _run_folder(
 def _file(
     console: "Console", path: Path, array: "SystolicArray", options: argparse.Namespace
 ) -> None:
-    from archnet.hardware import onnx_cost
+    from archnet.hardware import input_shapes, onnx_cost
 
     if not path.is_file():
         raise ArchnetError(f"{path} is neither a run folder nor a file")
-    cost = onnx_cost(path)
+    given = input_shapes(options.input) if options.input is not None else None
+    cost = onnx_cost(path, given)
     layers = [(step.name, step.operator, [[step]]) for step in cost.steps]
     _show(console, f"{path} (widths as stored)", layers, [("file", cost)], array)
-    if cost.activation_bytes is None:
-        console.print("the activations are not known: a shape in this file cannot be inferred")
+    _say(console, f"  inputs: {_inputs(cost)}")
+    if cost.unknown:
+        some = ", ".join(cost.unknown[:3]) + (", …" if len(cost.unknown) > 3 else "")
+        layers_ = "layer" if len(cost.unknown) == 1 else "layers"
+        _say(
+            console, f"  MACs of {len(cost.unknown):,} {layers_} are unknown: {some}; {_why(cost)}"
+        )
+    elif cost.activation_bytes is None:
+        _say(console, f"  the activations are unknown: a shape cannot be inferred; {_why(cost)}")
     if options.latency == "true":
-        _show_latencies(console, _file_latency(path, options.runs))
+        _show_latencies(console, _file_latency(path, options.runs, cost))
 
 
-def _file_latency(path: Path, runs: int) -> dict[str, float]:
+def _inputs(cost: "Cost[int | None]") -> str:
+    """The shapes that the figures are for."""
+    from archnet.hardware import sizes
+
+    text = ", ".join(f"{name} {sizes(shape) or 'one'}" for name, shape in cost.inputs.items())
+    return f"{text}; figures are for one sample of {cost.batch}" if cost.batch > 1 else text
+
+
+def _why(cost: "Cost[int | None]") -> str:
+    """What a user can do where shapes are not known."""
+    if any(None in shape for shape in cost.inputs.values()):
+        return "state the sizes that the file leaves open, as in input=1x3x640x640"
+    return "they depend on values that only a run knows, or nobody counts these operators"
+
+
+def _say(console: "Console", text: str) -> None:
+    """Print a line, whatever names are in it."""
+    console.print(text, markup=False, soft_wrap=True, highlight=False)
+
+
+def _file_latency(path: Path, runs: int, cost: "Cost[int | None]") -> dict[str, float]:
     import torch
 
     from archnet.deploy import load_session
@@ -122,7 +156,7 @@ def _file_latency(path: Path, runs: int) -> dict[str, float]:
     inputs = load_session(path, threads=1).get_inputs()
     if len(inputs) != 1 or inputs[0].type != "tensor(float)":
         raise ArchnetError(f"{path}: latency is measured for files with one float input")
-    shape = [size if isinstance(size, int) else 1 for size in inputs[0].shape]
+    shape = [size or 1 for size in cost.inputs[inputs[0].name]]
     return latencies({path.name: path}, torch.zeros(shape), runs)
 
 
@@ -169,12 +203,16 @@ def _show(
 
     def cells(steps: Sequence["StepCost"]) -> list[str]:
         return [
-            amount(sum(step.macs for step in steps), ""),
-            amount(sum(step.bops for step in steps), ""),
-            amount(sum(step.weight_bytes for step in steps), "B"),
-            amount(max((step.live_bytes for step in steps), default=0), "B"),
-            amount(sum(cycles(step, array) for step in steps), ""),
+            shown([step.macs for step in steps], sum, ""),
+            shown([step.bops for step in steps], sum, ""),
+            shown([step.weight_bytes for step in steps], sum, "B"),
+            shown([step.live_bytes for step in steps], max, "B"),
+            shown([cycles(step, array) for step in steps], sum, ""),
         ]
+
+    def shown(figures: Sequence[int | None], combine: Callable[[list[int]], int], unit: str) -> str:
+        known = [figure for figure in figures if figure is not None]
+        return "unknown" if len(known) < len(figures) else amount(combine([0, *known]), unit)
 
     for name, operators, parts in layers:
         table.add_row(
@@ -186,7 +224,8 @@ def _show(
     totals = []
     for _, cost in sides:
         totals += cells(cost.steps)[:3]
-        totals.append("?" if cost.activation_bytes is None else amount(cost.activation_bytes, "B"))
+        peak = cost.activation_bytes
+        totals.append("unknown" if peak is None else amount(peak, "B"))
         totals.append(cells(cost.steps)[4])
     table.add_row("in all; live: peak", "", *totals)
     console.print(table, markup=False)
@@ -198,9 +237,9 @@ def _show(
         soft_wrap=True,
     )
     for name, cost in sides:
-        macs, total = cost.macs, sum(cycles(step, array) for step in cost.steps)
-        if total:
-            busy = macs / (total * array.rows * array.columns)
+        total = sum(cycles(step, array) or 0 for step in cost.steps)
+        if total and cost.macs is not None:
+            busy = cost.macs / (total * array.rows * array.columns)
             console.print(f"  {name}: {total:,} cycles, multipliers busy {busy:.0%}", markup=False)
         if cost.uncounted:
             missing = ", ".join(f"{count:,} {what}" for what, count in cost.uncounted.items())

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,19 +165,22 @@ def export(
 
 
 def audit(
-    model: Student | onnx.ModelProto | str | os.PathLike[str], hardware: Any = "arch5"
+    model: Student | onnx.ModelProto | str | os.PathLike[str],
+    hardware: Any = "arch5",
+    inputs: Mapping[str, Sequence[int]] | None = None,
 ) -> Audit:
     """Judge an ONNX file, or a student by the file that it becomes; see `archnet.hardware`.
 
     Raises:
-        AuditError: the file is missing or no valid ONNX model.
+        AuditError: the file is missing or no valid ONNX model, or the inputs do not fit in it.
+        ConfigError: a given shape is not one that the file takes.
         ExportError: the student cannot be written.
     """
     if isinstance(model, Student):
-        return audit_file(to_onnx(model, "qcdq" if _is_quantized(model) else "float"), hardware)
+        model = to_onnx(model, "qcdq" if _is_quantized(model) else "float")
     if isinstance(model, nn.Module):
         raise ExportError(f"a {type(model).__name__} is no student: convert() makes one of it")
-    return audit_file(model, hardware)
+    return audit_file(model, hardware, inputs)
 
 
 def _check_quantized(student: Student, form: str) -> None:

@@ -5,7 +5,8 @@ from archnet.hardware.cost import Cost, Product, StepCost, student_cost, teacher
 from archnet.hardware.cycles import DATAFLOWS, SystolicArray, cycles
 from archnet.hardware.layers import TargetError, check_layers, check_memory
 from archnet.hardware.onnx_cost import onnx_cost
-from archnet.hardware.target import Layer, Target
+from archnet.hardware.onnx_inputs import input_shapes
+from archnet.hardware.target import Layer, Target, sizes
 
 __all__ = [
     "DATAFLOWS",
@@ -23,7 +24,9 @@ __all__ = [
     "check_layers",
     "check_memory",
     "cycles",
+    "input_shapes",
     "onnx_cost",
+    "sizes",
     "student_cost",
     "teacher_cost",
 ]

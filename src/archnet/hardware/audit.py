@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto
 
 from archnet.config import pair
 from archnet.hardware.onnx_graph import (
@@ -17,10 +16,14 @@ from archnet.hardware.onnx_graph import (
     AuditError,
     OnnxGraph,
     attributes,
+    is_quantization,
     is_standard,
+    open_graph,
     operator_name,
-    read,
+    type_name,
 )
+from archnet.hardware.onnx_inputs import Sizes
+from archnet.hardware.onnx_products import operands
 from archnet.hardware.target import Layer, Target
 
 __all__ = ["Audit", "AuditError", "Violation", "audit"]
@@ -111,20 +114,23 @@ class Audit:
 
 
 def audit(
-    model: str | os.PathLike[str] | onnx.ModelProto, hardware: str | Target | Any = "arch5"
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    hardware: str | Target | Any = "arch5",
+    inputs: Sizes | None = None,
 ) -> Audit:
     """Judge an ONNX file by what a target runs.
 
     Args:
         model: the file, or the model in memory.
         hardware: a target, its name, or a config with its fields.
+        inputs: shapes by input (the name "" is the only one), where the file leaves sizes open.
 
     Raises:
-        AuditError: the file is missing or no valid ONNX model.
-        ConfigError: there is no such target.
+        AuditError: the file is missing or no valid ONNX model, or the sizes do not fit in it.
+        ConfigError: there is no such target, or a given shape is not one that the file takes.
     """
     target = Target.of(hardware)
-    graph = OnnxGraph(read(model))
+    graph = open_graph(model, inputs)
     counts: dict[str, int] = {}
     moves: dict[str, list[str]] = {}
     violations = []
@@ -154,6 +160,8 @@ def _judges(*operators: str) -> Callable[..., Any]:
 
 
 def _judge(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
+    if is_quantization(node):
+        return _activation(graph, node, target)
     if not is_standard(node) or node.op_type not in _JUDGES:
         return "", f"{operator_name(node)} is not an operator of {target.name}"
     return _JUDGES[node.op_type](graph, node, target)
@@ -302,7 +310,7 @@ def _fully_connected(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> 
     if reason or target.fc_per_position:
         return operator, reason
     read_shape = graph.shape(node, features)
-    if read_shape is None or len(read_shape) != 2 or read_shape[0] not in graph.batch:
+    if read_shape is None or len(read_shape) != 2 or read_shape[0] != graph.batch:
         known = "several rows" if read_shape else "values of unknown shape"
         return operator, f"it reads {known}; {target.name} wants one row for each sample"
     return operator, ""
@@ -342,55 +350,54 @@ def _is_vector(shape: Sequence[int | None] | None) -> bool:
 
 def _numbers(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Iterator[str]:
     """What speaks against the types and scales of a node, where a file is quantized."""
-    if not is_standard(node):
-        return
-    if node.op_type == "QuantizeLinear":
+    if is_quantization(node) and node.op_type != "DequantizeLinear":
         yield from _activation_numbers(graph, node, target)
-    elif node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-        for index in (0, 1):
-            if graph.constant(node, index):
-                values = node.input[1 - index]
-                yield from _weight_numbers(graph, node.input[index], values, target)
+    places = operands(node)
+    if places is None or not graph.quantized:
+        return
+    found = [node.input[index] for index in places.multiplied if index < len(node.input)]
+    weights = [name for name in found if name in graph.constants]
+    values = [name for name in found if name not in graph.constants]
+    for name in weights:
+        yield from _weight_numbers(graph, name, target)
+    kinds = {_kind(graph, name): name for name in values}
+    for kind, name in kinds.items():
+        if target.act_types and graph.grid(name) is None:
+            yield f"activations in {kind}; {target.name} stores {', '.join(target.act_types)}"
+    for name in weights:
+        for kind in kinds:
+            widths = _width(_kind(graph, name)), _width(kind)
+            if target.width_pairs and all(widths) and pair(*widths) not in target.width_pairs:
+                yield f"{pair(*widths)}; {target.name} has {', '.join(target.width_pairs)}"
 
 
 def _activation_numbers(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Iterator[str]:
-    kind = _type_name(graph.types.get(node.output[0], TensorProto.UINT8))
+    kind = _kind(graph, node.output[0])
     if target.act_types and kind not in target.act_types:
         yield f"activations in {kind}; {target.name} stores {', '.join(target.act_types)}"
     scale = graph.stored_value(node.input[1])
     if scale is None or target.act_scales != "power_of_two":
         return
-    if any(math.frexp(step)[0] != 0.5 for step in np.atleast_1d(scale).tolist()):
+    if any(math.frexp(step)[0] != 0.5 for step in np.atleast_1d(scale).ravel().tolist()):
         yield f"its scale is no power of two, as {target.name} takes them for activations"
 
 
-def _weight_numbers(graph: OnnxGraph, name: str, values: str, target: Target) -> Iterator[str]:
-    tensor, dequantized = graph.stored(name), _dequantization(graph, name)
-    if tensor is None or dequantized is None:
-        return
-    kind = _type_name(tensor.data_type)
+def _weight_numbers(graph: OnnxGraph, name: str, target: Target) -> Iterator[str]:
+    kind, grid = _kind(graph, name), graph.grid(name)
     if target.weight_types and kind not in target.weight_types:
         yield f"weights in {kind}; {target.name} stores {', '.join(target.weight_types)}"
-    scales = math.prod(size or 1 for size in graph.shape(dequantized, 1) or ())
+    if grid is None or not grid.scale:
+        return
+    scales = math.prod(size or 1 for size in graph.shapes.get(grid.scale) or ())
     scale_kind = "per_channel" if scales > 1 else "per_tensor"
     if scale_kind not in target.weight_scales:
         yield f"scales of weights {scale_kind}; {target.name} has {', '.join(target.weight_scales)}"
-    read_kind = _type_name(graph.element_type(values))
-    widths = _width(kind), _width(read_kind)
-    if target.width_pairs and all(widths) and pair(*widths) not in target.width_pairs:
-        yield f"{pair(*widths)}; {target.name} has {', '.join(target.width_pairs)}"
 
 
-def _dequantization(graph: OnnxGraph, name: str) -> onnx.NodeProto | None:
-    """What turns a stored constant into floats; None where it is stored as one."""
-    node = graph.folded.get(name)
-    while node is not None and node.op_type in MOVES:
-        node = graph.folded.get(node.input[0])
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
-
-
-def _type_name(element_type: int) -> str:
-    return TensorProto.DataType.Name(element_type).lower()
+def _kind(graph: OnnxGraph, name: str) -> str:
+    """The type of a value as a chip reads it: of the integers behind it, where it has some."""
+    grid = graph.grid(name)
+    return grid.kind if grid is not None else type_name(graph.element_type(name))
 
 
 def _width(kind: str) -> int:

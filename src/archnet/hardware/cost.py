@@ -7,7 +7,7 @@ BOPs are MACs times weight bits times activation bits; what is not quantized has
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from archnet.ops import (
 )
 from archnet.ops.layout import LayoutMove, Reshape
 
+# Figures of students and teachers are numbers; some of a file's may be None, for not known.
+Count_co = TypeVar("Count_co", bound="int | None", covariant=True)
 FLOAT_BITS = 32
 BIAS_BITS = 32
 
@@ -50,41 +52,46 @@ class Product:
 
 
 @dataclass(frozen=True)
-class StepCost:
+class StepCost(Generic[Count_co]):
     """One step of a student, one module of a teacher or one node of a file, on one sample.
 
     ``activation_bits`` are those of what it reads; ``live_bytes`` is all that memory holds while
     it runs: what it reads and writes, and what later steps still need. ``products`` are the
-    matrix products behind the MACs.
+    matrix products behind the MACs. Figures are None where they are not known.
     """
 
     name: str
     operator: str
     origin: str
-    macs: int
-    bops: int
+    macs: Count_co
+    bops: Count_co
     parameters: int
     weight_bits: int
     activation_bits: int
     weight_bytes: int
-    live_bytes: int
+    live_bytes: Count_co
     products: tuple[Product, ...] = ()
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Generic[Count_co]):
     """A network on one sample. ``activation_bytes`` is the peak; None where it is not known.
 
     ``uncounted`` lists what stands in the network and in no figure but the bytes, with its number.
+    Of a file, ``unknown`` names the layers whose MACs are not known, which leaves none in all;
+    ``inputs`` are the shapes that the figures are for, of a ``batch`` of so many samples.
     """
 
-    macs: int
-    bops: int
+    macs: Count_co
+    bops: Count_co
     parameters: int
     weight_bytes: int
     activation_bytes: int | None = None
-    steps: tuple[StepCost, ...] = field(default=(), repr=False)
+    steps: tuple[StepCost[Count_co], ...] = field(default=(), repr=False)
     uncounted: Mapping[str, int] = field(default_factory=dict, repr=False)
+    unknown: tuple[str, ...] = field(default=(), repr=False)
+    inputs: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict, repr=False)
+    batch: int = 1
 
     def totals(self) -> dict[str, int | None]:
         """The figures in all, as plain data."""
@@ -92,7 +99,7 @@ class Cost:
         return {key: getattr(self, key) for key in keys}
 
 
-def student_cost(student: Student) -> Cost:
+def student_cost(student: Student) -> Cost[int]:
     """The cost of a student from its shapes and the quantizers on its operators.
 
     Batch norms, activations, pooling and moves do no MACs. Weights are packed at their width, a
@@ -156,7 +163,7 @@ def teacher_cost(
     example_inputs: Tensor | tuple[Tensor, ...],
     weight_bits: int = FLOAT_BITS,
     act_bits: int = FLOAT_BITS,
-) -> Cost:
+) -> Cost[int]:
     """The cost of any network on one sample, as it would be at the given widths throughout.
 
     Counted are convolutions of any kind, linear layers and matrix products, attention's
@@ -370,9 +377,9 @@ def _value_bits(student: Student) -> dict[str, int]:
     bits |= dict.fromkeys(student.graph.indices, 1)
     for step in student.graph.steps:
         module = student.operator(step.name)
-        if isinstance(module, Activation):
+        if isinstance(module, Activation) and module.quantizer is not None:
             bits[step.name] = _bits(module.quantizer)
-        elif isinstance(module, LayoutMove | MaxPooling | Concat):
+        elif isinstance(module, Activation | LayoutMove | MaxPooling | Concat):
             bits[step.name] = max(bits[name] for name in step.inputs)
         else:
             bits[step.name] = FLOAT_BITS
@@ -417,8 +424,15 @@ def live_bytes(
     last_use = {name: index for index, names in enumerate(accesses) for name in names}
     last_use.update(dict.fromkeys(outputs, len(accesses)))
     live, found = set(inputs), []
+    total = sum(size[name] for name in live)
+    unused = [name for name in live if name not in last_use]
     for index, names in enumerate(accesses):
-        live.update(names)
-        found.append(sum(size[name] for name in live))
-        live = {name for name in live if last_use.get(name, -1) > index}
+        fresh = set(names) - live
+        live |= fresh
+        total += sum(size[name] for name in fresh)
+        found.append(total)
+        gone = {name for name in (*names, *unused) if last_use.get(name, -1) <= index} & live
+        live -= gone
+        total -= sum(size[name] for name in gone)
+        unused = []
     return found

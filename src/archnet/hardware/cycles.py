@@ -22,6 +22,7 @@ leave the array take 32 bits each way.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from archnet.errors import ConfigError
 from archnet.hardware.cost import Product, StepCost
@@ -56,14 +57,17 @@ class SystolicArray:
             raise ConfigError(f"dataflow={self.dataflow} is not one of {', '.join(DATAFLOWS)}")
 
 
-def cycles(step: StepCost, array: SystolicArray) -> int:
+def cycles(step: StepCost[Any], array: SystolicArray) -> int | None:
     """Cycles of one step: of its matrix products, each bound by multipliers or by bandwidth.
 
-    What multiplies nothing (pooling, moves, a teacher's additions) takes none here.
+    What multiplies nothing (pooling, moves, a teacher's additions) takes none here; None where the
+    products of a file's layer are not known.
 
     Example (16x16 array, output stays, a 3x3 convolution of 16 channels to 32 on 8x8 pixels):
     4 * 2 tiles of 2*16 + 16 + 144 - 2 = 190 cycles, 1,520 in all.
     """
+    if step.macs is None:
+        return None
     return sum(_product_cycles(product, step, array) for product in step.products)
 
 

@@ -3,12 +3,11 @@
 import math
 import os
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import onnx
-from onnx import TensorProto, helper
 
-from archnet.hardware.cost import Cost, Product, StepCost, live_bytes
+from archnet.hardware.cost import FLOAT_BITS, Cost, StepCost, live_bytes
 from archnet.hardware.onnx_graph import (
     ACTIVATIONS,
     MOVES,
@@ -16,183 +15,227 @@ from archnet.hardware.onnx_graph import (
     AuditError,
     OnnxGraph,
     attributes,
+    bodies,
+    is_activation,
+    is_quantization,
+    is_setting,
     is_standard,
+    open_graph,
     operator_name,
-    read,
+    type_bits,
 )
+from archnet.hardware.onnx_inputs import Sizes
+from archnet.hardware.onnx_products import Multiplication, multiplications, operands
 
-_PACKED_BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
 
+def onnx_cost(
+    source: str | os.PathLike[str] | onnx.ModelProto, inputs: Sizes | None = None
+) -> Cost[int | None]:
+    """The cost of an ONNX model on one sample, at the widths of the values in it.
 
-def onnx_cost(source: str | os.PathLike[str] | onnx.ModelProto) -> Cost:
-    """The cost of an ONNX model on one sample, at the widths that are stored in it.
+    Counted are convolutions (transposed ones included), Gemm, MatMul, Einsum and recurrent
+    layers, their integer forms, and some of ONNX Runtime's. A value has the bits of the integers
+    that it stands for: those of a QuantizeLinear or a Quant node, of the Clip behind it, or of the
+    note that archnet's own files carry; else those of its type. Moves, ReLUs, max-poolings and
+    concatenations hand them on.
 
-    Counted are Conv, Gemm and MatMul with a batch that comes first. A weight or an activation has
-    the bits of its stored type: integers limited to a part of INT8 count as 8 bits. Buffers hold
-    tensors as `student_cost` says, and what a DequantizeLinear gives is never stored.
+    ``weight_bytes`` is what the file stores, with scales and zero points: integers of two bits
+    take a byte each where they stand as INT8, and four where they stand as floats in front of a
+    Quant or a QuantizeLinear. `student_cost` packs them. A batch norm has four parameters a
+    channel here, and two there. A constant that several nodes read counts once, with the first.
 
     Args:
         source: the file, or the model in memory.
+        inputs: shapes by input (the name "" is the only one), where the file leaves sizes open.
 
     Returns:
         Steps are the nodes that are neither activations nor layout moves; ``uncounted`` names the
-        operators among them whose work is in no figure. The peak of the activations is None where
-        a shape cannot be inferred.
+        operators among them whose work is in no figure. Where the products of a layer are not
+        known, because a shape is not or because nobody counts its operator, its MACs and BOPs are
+        None, and so are those of the file; ``unknown`` names these layers. The peak of the
+        activations is None where any shape is not known.
 
     Raises:
-        AuditError: the file is missing or no valid ONNX model.
+        AuditError: the file is missing or no valid ONNX model, or the sizes do not fit in it.
+        ConfigError: a given shape is not one that the file takes.
     """
-    return _OnnxCost(read(source)).cost()
+    graph = open_graph(source, inputs)
+    try:
+        return _OnnxCost(graph).cost()
+    except AuditError as error:
+        name = "the model" if isinstance(source, onnx.ModelProto) else os.fspath(source)
+        raise AuditError(f"{name} is no valid ONNX model: {error}") from None
 
 
 class _OnnxCost:
     """One walk along the graph."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.graph = OnnxGraph(model)
-        self.batch = next(iter(self.graph.batch)) or 1 if len(self.graph.batch) == 1 else 1
+    def __init__(self, graph: OnnxGraph) -> None:
+        self.graph = graph
+        self._counted: set[str] = set()
 
-    def cost(self) -> Cost:
+    def cost(self) -> Cost[int | None]:
         live = self._live()
-        rows: list[StepCost] = []
+        rows: list[StepCost[int | None]] = []
         uncounted: Counter[str] = Counter()
         for index, node in enumerate(self.graph.nodes):
-            if is_standard(node) and node.op_type in (*ACTIVATIONS, *MOVES):
+            if is_activation(node) or (is_standard(node) and node.op_type in MOVES):
                 continue
-            product = self._product(node) if is_standard(node) else None
-            if product is None:
-                uncounted[operator_name(node)] += 1
-            macs = product.macs if product else 0
-            constants = [name for name in node.input if name and name in self.graph.constants]
-            stored = [self._stored(name) for name in constants]
-            values = [name for name in node.input if name not in self.graph.constants]
-            weight_bits = max((bits for _, _, bits in stored), default=32)
-            if product and constants:
-                weight_bits = stored[0][2]  # the bias behind it is wider
-            read_bits = max((_bits(self.graph.element_type(name)) for name in values), default=32)
-            rows.append(
-                StepCost(
-                    name=node.name or node.output[0],
-                    operator=operator_name(node),
-                    origin="",
-                    macs=macs,
-                    bops=macs * weight_bits * read_bits,
-                    parameters=sum(count for count, _, _ in stored),
-                    weight_bits=weight_bits,
-                    activation_bits=read_bits,
-                    weight_bytes=sum(size for _, size, _ in stored),
-                    live_bytes=live[index] if live else 0,
-                    products=(product,) if product else (),
-                )
-            )
+            found = multiplications(self.graph, node)
+            if not found:
+                uncounted.update(_uncounted(node))
+            rows.append(self._row(node, found, live[index] if live is not None else None))
+        unknown = tuple(row.name for row in rows if row.macs is None)
         return Cost(
-            macs=sum(row.macs for row in rows),
-            bops=sum(row.bops for row in rows),
+            macs=_sum(row.macs for row in rows),
+            bops=_sum(row.bops for row in rows),
             parameters=sum(row.parameters for row in rows),
             weight_bytes=sum(row.weight_bytes for row in rows),
             activation_bytes=max(live, default=0) if live is not None else None,
             steps=tuple(rows),
             uncounted=dict(uncounted),
+            unknown=unknown,
+            inputs={name: self.graph.shapes.get(name, ()) for name in self.graph.inputs},
+            batch=self.graph.batch,
         )
+
+    def _row(
+        self, node: onnx.NodeProto, found: Sequence[Multiplication] | None, live: int | None
+    ) -> StepCost[int | None]:
+        constants = [name for name in node.input if name and name in self.graph.constants]
+        values = [name for name in node.input if name not in self.graph.constants]
+        parameters, weight_bytes = self._stored(node)
+        weight_bits = max(map(self.graph.bits, constants), default=FLOAT_BITS)
+        read_bits = max(map(self.graph.bits, values), default=FLOAT_BITS)
+        macs = bops = None
+        if found is not None:
+            widths = [(self._weight_bits(node, x), self.graph.bits(x.values)) for x in found]
+            macs = sum(item.product.macs for item in found)
+            bops = sum(x.product.macs * a * b for x, (a, b) in zip(found, widths, strict=True))
+            if widths:
+                weight_bits, read_bits = widths[0]
+        return StepCost(
+            name=node.name or next(filter(None, node.output), node.op_type),
+            operator=operator_name(node),
+            origin="",
+            macs=macs,
+            bops=bops,
+            parameters=parameters,
+            weight_bits=weight_bits,
+            activation_bits=read_bits,
+            weight_bytes=weight_bytes,
+            live_bytes=live,
+            products=tuple(item.product for item in found or ()),
+        )
+
+    def _weight_bits(self, node: onnx.NodeProto, found: Multiplication) -> int:
+        """Bits of a weight; those of a MatMulNBits are packed into bytes."""
+        if node.op_type == "MatMulNBits":
+            return int(attributes(node).get("bits", 4))
+        return self.graph.bits(found.weight)
+
+    def _stored(self, node: onnx.NodeProto) -> tuple[int, int]:
+        """Parameters that a node is the first to read, and bytes of them and of their scales."""
+        places = operands(node)
+        parameters = size = 0
+        for index, name in enumerate(node.input):
+            if not name or name not in self.graph.constants:
+                continue
+            if places is None:
+                trained = not is_setting(self.graph.element_type(name))
+                if not trained:
+                    continue
+            else:
+                trained = index in places.parameters
+            count, stored = self._leaves(name)
+            size += stored
+            if trained and count and node.op_type == "MatMulNBits":
+                count = math.prod(int(attributes(node)[key]) for key in "KN")
+            parameters += count if trained else 0
+        return parameters, size
+
+    def _leaves(self, name: str) -> tuple[int, int]:
+        """Elements and bytes of what is stored for a constant, with its scales, not counted yet."""
+        elements = size = 0
+        waiting = [(name, True)]
+        while waiting:
+            name, counts = waiting.pop()
+            if name in self._counted or not name:
+                continue
+            self._counted.add(name)
+            node = self.graph.folded.get(name)
+            if node is not None and (is_quantization(node) or self.graph.root(name) != name):
+                waiting.append((node.input[0], counts))
+                if is_quantization(node):
+                    waiting += [(scale, False) for scale in node.input[1:]]
+                continue
+            if node is not None and node.op_type != "Constant" and name not in self.graph.trained:
+                continue  # computed from sizes alone, such as the anchors of a detector
+            shape = self.graph.shapes.get(name, (0,))
+            count = math.prod(axis or 0 for axis in shape)
+            if name in self.graph.sparse:
+                count = math.prod(self.graph.sparse[name].values.dims)
+            elements += count if counts else 0
+            size += math.ceil(count * type_bits(self.graph.element_type(name)) / 8)
+        return elements, size
 
     def _elements(self, name: str) -> int | None:
         """Elements of a value for one sample; None where its shape is not known."""
         shape = self.graph.shapes.get(name)
-        if shape is None or any(size is None for size in shape):
+        if shape is None or None in shape:
             return None
-        return math.prod(size or 0 for size in shape) // self.batch
-
-    def _product(self, node: onnx.NodeProto) -> Product | None:
-        """The matrix product of a node; None where it has none, or of unknown size."""
-        shapes = [self.graph.shape(node, index) for index in (0, 1)]
-        results = self._elements(node.output[0])
-        if any(shape is None or None in shape for shape in shapes) or results is None:
-            return None
-        left, right = ([size or 0 for size in shape or ()] for shape in shapes)
-        if 0 in (*left, *right):
-            return None
-        if node.op_type == "Conv":
-            groups = max(1, attributes(node).get("group", 1))
-            filters = right[0] // groups
-            return Product(results // right[0], math.prod(right[1:]), filters, groups)
-        if node.op_type == "Gemm":
-            depth = left[0 if attributes(node).get("transA", 0) else 1]
-            filters = right[0 if attributes(node).get("transB", 0) else 1]
-            return Product(results // filters, depth, filters)
-        if node.op_type == "MatMul" and len(left) > 1 and len(right) > 1:
-            depth, filters = right[-2:]
-            if self.graph.constant(node, 1) and len(right) == 2:
-                return Product(results // filters, depth, filters)
-            count = max(1, results // (left[-2] * filters))
-            return Product(left[-2], depth, filters, count)
-        return None
-
-    def _stored(self, name: str) -> tuple[int, int, int]:
-        """(elements, bytes with scales and zero points, bits of an element) of a constant."""
-        if name in self.graph.initializers:
-            item = self.graph.initializers[name]
-            count, bits = math.prod(item.dims), _bits(item.data_type)
-            return count, math.ceil(count * bits / 8), bits
-        node = self.graph.folded.get(name)
-        if node is None:
-            return 0, 0, 32  # sparse, or left out
-        if node.op_type == "Constant":
-            value = attributes(node).get("value")
-            if not isinstance(value, TensorProto):
-                return 1, 4, 32
-            count, bits = math.prod(value.dims), _bits(value.data_type)
-            return count, math.ceil(count * bits / 8), bits
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear", *MOVES):
-            parts = [self._stored(part) for part in node.input if part]
-            if node.op_type in MOVES:
-                return parts[0]
-            return parts[0][0], sum(size for _, size, _ in parts), parts[0][2]
-        # Computed once from other constants, and kept.
-        count = math.prod(size or 0 for size in self.graph.shapes.get(name, (0,)))
-        bits = _bits(self.graph.types.get(name, TensorProto.FLOAT))
-        return count, math.ceil(count * bits / 8), bits
+        count = math.prod(size or 0 for size in shape)
+        batch = self.graph.batch if name in self.graph.batched else 1
+        return count // batch if count % batch == 0 else count
 
     def _live(self) -> list[int] | None:
         """Bytes in use at each node; None where a shape is not known."""
-        readers: Counter[str] = Counter(name for n in self.graph.nodes for name in n.input)
-        buffer: dict[str, str] = {}
-
-        def root(name: str) -> str:
-            while buffer.get(name, name) != name:
-                name = buffer[name]
-            return name
-
-        for node in self.graph.nodes:
+        graph = self.graph
+        readers: Counter[str] = Counter(name for node in graph.nodes for name in node.input)
+        ends = {*graph.inputs, *graph.outputs}
+        buffer = {name: name for name in graph.inputs}
+        for node in graph.nodes:
             source = node.input[0] if node.input else ""
-            alone = readers[source] == 1 and source not in (*self.graph.inputs, *self.graph.outputs)
-            shares = node.op_type in (*ACTIVATIONS, *VIEWS) and alone
-            if shares or node.op_type == "DequantizeLinear":
-                buffer[node.output[0]] = source
+            alone = readers[source] == 1 and source not in ends
+            view = is_standard(node) and node.op_type in (*ACTIVATIONS, *VIEWS)
+            dequantizes = node.op_type == "DequantizeLinear"
+            for index, name in enumerate(node.output):
+                shares = index == 0 and source in buffer
+                shares = shares and (dequantizes or (alone and (view or is_activation(node))))
+                buffer[name] = buffer[source] if shares else name
+        buffer.pop("", None)
         size: dict[str, int] = {}
-        names = {
-            *self.graph.inputs,
-            *(name for node in self.graph.nodes for name in node.output if name),
-        }
-        for name in names:
+        for name, root in buffer.items():
             count = self._elements(name)
             if count is None:
                 return None
-            needed = math.ceil(count * _bits(self.graph.types.get(name, TensorProto.FLOAT)) / 8)
+            needed = math.ceil(count * graph.bits(name) / 8)
             # Fused, only the narrowest of what shares a buffer is ever stored.
-            size[root(name)] = min(needed, size.get(root(name), needed))
+            size[root] = min(needed, size.get(root, needed))
         accesses = [
-            [root(n) for n in (*node.input, *node.output) if n and n not in self.graph.constants]
-            for node in self.graph.nodes
+            [buffer[name] for name in (*node.input, *node.output) if name in buffer]
+            for node in graph.nodes
         ]
-        kept = [root(name) for name in self.graph.outputs if name not in self.graph.constants]
-        return live_bytes(accesses, size, [root(name) for name in self.graph.inputs], kept)
+        kept = [buffer[name] for name in graph.outputs if name in buffer]
+        return live_bytes(accesses, size, [buffer[name] for name in graph.inputs], kept)
 
 
-def _bits(data_type: int) -> int:
-    """Bits of an element; packed types have no NumPy type of their size."""
-    known = {value: name for name, value in TensorProto.DataType.items()}
-    data_type = data_type or TensorProto.FLOAT
-    if data_type not in known:
-        raise AuditError(f"the model is no valid ONNX model: element type {data_type}")
-    dtype: Any = helper.tensor_dtype_to_np_dtype(data_type)
-    return _PACKED_BITS.get(known[data_type], 8 * dtype.itemsize)
+def _sum(figures: Iterable[int | None]) -> int | None:
+    """The sum; None where one is not known."""
+    total = 0
+    for figure in figures:
+        if figure is None:
+            return None
+        total += figure
+    return total
+
+
+def _uncounted(node: onnx.NodeProto) -> Iterator[str]:
+    """The operators of a node that are in no figure: itself, and what multiplies inside of it."""
+    yield operator_name(node)
+    waiting = list(bodies(node))
+    while waiting:
+        for inner in waiting.pop().node:
+            if operands(inner) is not None:
+                yield f"{operator_name(inner)} inside of {operator_name(node)}"
+            waiting += bodies(inner)

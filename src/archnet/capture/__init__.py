@@ -3,7 +3,7 @@
 from archnet.capture.errors import CaptureError
 from archnet.capture.graph import Batch, Ref, TeacherGraph, TeacherNode, capture
 from archnet.capture.simplify import CARRIERS, stem
-from archnet.capture.unwrap import Inputs, inputs_of, unwrap
+from archnet.capture.unwrap import Inputs, answer, inputs_of, only_result, unwrap
 
 __all__ = [
     "CARRIERS",
@@ -13,8 +13,10 @@ __all__ = [
     "Ref",
     "TeacherGraph",
     "TeacherNode",
+    "answer",
     "capture",
     "inputs_of",
+    "only_result",
     "stem",
     "unwrap",
 ]

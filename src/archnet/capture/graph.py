@@ -23,10 +23,11 @@ from archnet.capture.simplify import named_arguments, simplify
 from archnet.capture.unwrap import (
     InFloat32,
     Inputs,
-    answer,
     call_of,
     from_script,
+    only_result,
     reason,
+    require_finite,
     require_known,
     tidy_script,
     unwrap,
@@ -260,7 +261,7 @@ def capture(teacher: nn.Module, example_inputs: Inputs) -> TeacherGraph:
     is_script = isinstance(frozen, torch.jit.ScriptModule)
     if isinstance(frozen, torch.jit.ScriptModule):
         frozen = from_script(frozen, call.args)
-    hook = frozen.register_forward_hook(lambda module, inputs, result: answer(result))
+    hook = frozen.register_forward_hook(only_result)
     shapes = ShapesCollection()
     for x in call.tensors:
         shapes[x] = {0: Dim.AUTO}
@@ -279,6 +280,7 @@ def capture(teacher: nn.Module, example_inputs: Inputs) -> TeacherGraph:
     if is_script:
         tidy_script(program)
     require_known(program)
+    require_finite(program)
     simplify(program)
     return peel(_read(program))
 

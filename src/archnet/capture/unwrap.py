@@ -29,6 +29,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
 from archnet.capture.errors import CaptureError
+from archnet.capture.simplify import named_arguments, stem
 
 Inputs = Tensor | np.ndarray[Any, Any] | Sequence[Any] | Mapping[str, Any]
 # Where each wrapping keeps the network.
@@ -183,23 +184,72 @@ def from_script(script: torch.jit.ScriptModule, args: tuple[Tensor, ...]) -> nn.
     return module
 
 
-def require_known(program: ExportedProgram) -> None:
-    """Refuse a graph in which sizes or numbers follow from what is in a tensor.
-
-    They would be taken for constants. What only assertions read does not count.
-
-    Raises:
-        CaptureError: naming the operator and its module.
-    """
+def _live(program: ExportedProgram) -> list[torch.fx.Node]:
+    """The operators that the result depends on; what only assertions read is not among them."""
     nodes = list(program.graph.nodes)
     live = {nodes[-1]}
     for node in reversed(nodes):
         if node in live:
             live.update(node.all_input_nodes)
-    for node in nodes:
+    return [node for node in nodes if node in live and node.op == "call_function"]
+
+
+def require_finite(program: ExportedProgram) -> None:
+    """Refuse weights, statistics and constants that are read and make nothing but nan.
+
+    Masks may hold -inf, which a softmax makes zero of.
+
+    Raises:
+        CaptureError: naming the tensor.
+    """
+    signature = program.graph_signature
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    for node in _live(program):
+        given = named_arguments(node)
+        for role, source in given.items():
+            if not isinstance(source, torch.fx.Node) or source.name not in names:
+                continue
+            name = names[source.name]
+            held = program.state_dict.get(name, program.constants.get(name))
+            if not isinstance(held, Tensor) or not held.is_floating_point() or not held.numel():
+                continue
+            low, high = held.aminmax()
+            may_mask = stem(node.target) in _TAKE_MASKS and role not in _WEIGHTS
+            if high.isfinite() and (low.isfinite() or (may_mask and low == -torch.inf)):
+                if role != "running_var" or low + given["eps"] > 0:
+                    continue
+                problem = f"a variance of {float(low):.4g}, which no batch has"
+            else:
+                bad = int((~held.isfinite()).sum())
+                problem = f"{bad:,} of {held.numel():,} values that are not finite (nan or inf)"
+            raise CaptureError(
+                f"the teacher's {name} has {problem}: load the weights of another checkpoint"
+            )
+
+
+# Arguments that are multiplied or divided by, and operators that bring a mask to its softmax.
+_WEIGHTS = ("weight", "bias", "running_mean", "running_var")
+_TAKE_MASKS = (
+    *("add", "where", "masked_fill", "scaled_dot_product_attention", "slice", "select", "index"),
+    *("expand", "unsqueeze", "squeeze", "view", "reshape", "repeat", "to", "_to_copy", "clone"),
+    *("detach", "alias", "transpose", "permute", "contiguous", "narrow"),
+)
+
+
+def require_known(program: ExportedProgram) -> None:
+    """Refuse a graph in which sizes or numbers follow from what is in a tensor.
+
+    They would be taken for constants.
+
+    Raises:
+        CaptureError: naming the operator and its module.
+    """
+    for node in _live(program):
         value = node.meta.get("val")
-        if node not in live or node.op != "call_function":
-            continue
         if isinstance(value, torch.SymFloat | torch.SymBool) or free_unbacked_symbols(value):
             path = [*node.meta.get("nn_module_stack", {"": ("", "")}).values()][-1][0]
             at = f" at '{path}'" if path else ""
@@ -384,6 +434,11 @@ def answer(result: Any) -> Tensor:
         f"the teacher returns {len(several)} values, {shown}: wrap it in a module whose forward "
         f"returns one of them (return self.network(x){several[0][0]})"
     )
+
+
+def only_result(module: nn.Module, inputs: Any, result: Any) -> Tensor:
+    """A forward hook that leaves the one tensor of a result."""
+    return answer(result)
 
 
 def _shape(tensor: Tensor) -> str:

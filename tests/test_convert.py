@@ -491,7 +491,7 @@ def test_an_operator_without_rule_names_operator_path_and_file():
         (Function(lambda x: x.reshape(-1)), "between the samples"),
         (Function(lambda x: torch.cat([x, x], 0)), "along the batch"),
         (nn.Conv2d(4, 4, 2, padding="same"), "ZeroPad2d"),
-        (nn.Sequential(nn.Flatten(), nn.Softmax(1)), "class scores"),
+        (nn.Sequential(nn.Flatten(), nn.Softmax(1), nn.ReLU()), "class scores"),
         (nn.AdaptiveMaxPool2d(3), "has to divide"),
         (nn.Upsample(size=11), "whole factors"),
         (Function(lambda x: torch.maximum(x, torch.ones(1))), "a constant"),

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from archnet.capture import capture
+from archnet.capture import TeacherGraph, capture
 from archnet.convert import Approximation, convert, missing_rules
 from archnet.deploy import audit
 from archnet.errors import ArchnetError
@@ -92,14 +92,15 @@ def measure(
     row.teacher_mb = sum(t.nbytes for t in (*network.parameters(), *network.buffers())) / 2**20
     _load_everything(hardware)
     try:
-        student = _convert(network, examples, hardware, row)
+        graph, student = _convert(network, examples, hardware, row)
         teacher = teacher_cost(network, examples, TEACHER_BITS, TEACHER_BITS)
         cost = student_cost(student)
         row.macs_ratio = _ratio(cost.macs, teacher.macs)
         row.parameters_ratio = _ratio(cost.parameters, teacher.parameters)
         row.violations = len(audit(student, hardware).violations)
         if not row.approximate:
-            row.relative_error = _relative_error(network, student, examples)
+            scores = graph.scores() if graph.head else network
+            row.relative_error = _relative_error(scores, student, examples)
             if not row.relative_error <= TOLERANCE:
                 row.stopped = "the float student is another function although every rule is exact"
         quantize(student, WEIGHT_BITS, ACT_BITS, [tuple(x[:1] for x in examples)])
@@ -117,7 +118,7 @@ def _load_everything(hardware: str) -> None:
 
 def _convert(
     network: nn.Module, examples: tuple[Tensor, ...], hardware: str, row: Coverage
-) -> Student:
+) -> tuple[TeacherGraph, Student]:
     with Spent() as spent:
         graph = capture(network, examples)
         row.nodes, row.missing = len(graph.nodes), missing_rules(graph)
@@ -130,7 +131,7 @@ def _convert(
     row.approximations = dict(
         Counter(f"`{node.operator}` ({node.rule})" for node in student.report if not node.exact)
     )
-    return student
+    return graph, student
 
 
 def _ratio(after: int, before: int) -> float | None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import archnet
 from archnet import report, text_pipeline
-from archnet.capture import capture
+from archnet.capture import TeacherGraph, capture
 from archnet.config import Config, LoggerConfig
 from archnet.convert import Approximation
 from archnet.deploy import lower
@@ -64,6 +64,10 @@ class Run:
     def device(self) -> torch.device:
         """Where evaluation runs."""
         return device_of(self.config.trainer)
+
+    def captured(self) -> TeacherGraph:
+        """The teacher as it is compared with the student: up to its scores."""
+        return capture(self.teacher, self.data.calibration_batches(1)[0][:1])
 
 
 def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
@@ -159,7 +163,8 @@ def evaluate(this: Run, student: Student) -> dict[str, Any]:
         ``teacher`` and ``student`` accuracy and their ``agreement``, in points (0 to 100), and
         the number of ``images``.
     """
-    networks = this.teacher.to(this.device).eval(), student.to(this.device).eval()
+    scores = this.captured().scores()
+    networks = scores.to(this.device), student.to(this.device).eval()
     guesses, labels = [], []
     with torch.inference_mode():
         for images_BCHW, labels_B in this.data.test_dataloader():
@@ -170,8 +175,7 @@ def evaluate(this: Run, student: Student) -> dict[str, Any]:
                 break
     if not labels:
         raise ArchnetError("the test split is empty: set task.data.test_fraction above zero")
-    for net in networks:
-        net.cpu()
+    student.cpu()
     limit = this.config.trainer.limit_eval
     (teacher_N, student_N), label_N = torch.cat(guesses, 1)[:, :limit], torch.cat(labels)[:limit]
     return {
@@ -332,8 +336,7 @@ def _distil(this: Run, student: Student) -> dict[str, Any]:
     lightning.seed_everything(config.seed, verbose=False)
     loggers = _loggers(config.logger, this.folder)
     # The captured teacher gives its features at the taps, by the nodes that conversion named.
-    graph = capture(this.teacher, this.data.calibration_batches(1)[0][:1])
-    features = graph.features([tap.node for tap in student.taps])
+    features = this.captured().features([tap.node for tap in student.taps])
     several = config.trainer.devices > 1
     with _closing(loggers), _ranks(this.folder) if several else nullcontext():
         return distill(

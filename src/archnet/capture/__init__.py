@@ -1,15 +1,22 @@
 """Teacher to graph of ATen operators, each with its module path."""
 
-from archnet.capture.graph import Batch, CaptureError, Ref, TeacherGraph, TeacherNode, capture
+from archnet.capture.errors import CaptureError
+from archnet.capture.graph import Batch, Ref, TeacherGraph, TeacherNode, capture
 from archnet.capture.simplify import CARRIERS, stem
+from archnet.capture.unwrap import Inputs, answer, inputs_of, only_result, unwrap
 
 __all__ = [
     "CARRIERS",
     "Batch",
     "CaptureError",
+    "Inputs",
     "Ref",
     "TeacherGraph",
     "TeacherNode",
+    "answer",
     "capture",
+    "inputs_of",
+    "only_result",
     "stem",
+    "unwrap",
 ]

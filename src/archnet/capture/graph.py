@@ -6,22 +6,33 @@ depends on no input (a table of positions that is looked up, a mask that is draw
 here and stands in the arguments as a tensor.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, ShapesCollection
 
+from archnet.capture.errors import CaptureError
+from archnet.capture.head import peel
 from archnet.capture.simplify import named_arguments, simplify
-from archnet.errors import ArchnetError
-
-
-class CaptureError(ArchnetError):
-    """The teacher cannot be captured as one graph."""
+from archnet.capture.unwrap import (
+    InFloat32,
+    Inputs,
+    call_of,
+    from_script,
+    only_result,
+    reason,
+    require_finite,
+    require_known,
+    tidy_script,
+    unwrap,
+    view,
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,8 @@ class TeacherGraph:
 
     ``program`` is what `torch.export` gave: it runs with any batch size, and from it the values
     at taps are read while distilling. ``fixed_batch`` says that the teacher's own code has turned
-    the batch size into a number (`len(x)`, `int(x.shape[0])`), so that it does not.
+    the batch size into a number (`len(x)`, `int(x.shape[0])`), so that it does not. ``head`` has
+    what follows on the scores in the program and was peeled (`head.peel`), in order.
     """
 
     inputs: dict[str, tuple[int, ...]]
@@ -113,6 +125,7 @@ class TeacherGraph:
     output: str
     program: ExportedProgram
     fixed_batch: bool = False
+    head: Sequence[TeacherNode] = ()
 
     def require_free_batch(self) -> None:
         """
@@ -140,7 +153,7 @@ class TeacherGraph:
         return counts
 
     def features(self, nodes: Sequence[str]) -> nn.Module:
-        """The teacher as a module that returns the values of ``nodes`` and then its own result.
+        """The teacher as a module that returns the values of ``nodes`` and then its scores.
 
         The module shares the captured weights; it is in eval mode, as captured.
 
@@ -155,6 +168,9 @@ class TeacherGraph:
         missing = [name for name in nodes if name not in by_name]
         if missing:
             raise CaptureError(f"the captured teacher has no node {missing[0]}")
+        for head in reversed(self.head):
+            by_name[head.name].replace_all_uses_with(by_name[head.refs()[0]])
+            graph.erase_node(by_name[head.name])
         # torch.export returns the results as a tuple inside the output's single argument.
         (final,) = result.args[0]
         result.args = ((*[by_name[name] for name in nodes], final),)
@@ -170,6 +186,16 @@ class TeacherGraph:
                 node.target = torch.ops.aten.reshape.default
         module.recompile()
         return _Features(module)
+
+    def scores(self) -> nn.Module:
+        """The teacher as a module that returns its scores: what a student is compared with.
+
+        They are its result, or where its head was peeled, what stood before that.
+
+        Raises:
+            CaptureError: the teacher fixes the size of its batches.
+        """
+        return _Scores(self.features([]))
 
 
 class _Features(nn.Module):
@@ -201,55 +227,62 @@ class _Features(nn.Module):
         return self
 
 
-def capture(teacher: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> TeacherGraph:
+class _Scores(nn.Module):
+    """The last of the values that `TeacherGraph.features` gives."""
+
+    def __init__(self, features: nn.Module) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return cast(Tensor, self.features(*inputs)[-1])
+
+
+def capture(teacher: nn.Module, example_inputs: Inputs) -> TeacherGraph:
     """Capture a network in eval mode; it is left untouched.
 
-    The graph shares the memory of the teacher's weights: who trains the teacher further captures
-    it again.
+    The graph shares the memory of the teacher's float32 weights: who trains the teacher further
+    captures it again. Weights and inputs in other floating-point types are converted to float32.
 
     Args:
-        teacher: any `nn.Module` that `torch.export` can trace.
-        example_inputs: one tensor (B, ...) or a tuple of them. The batch size is free
-            afterwards, every other size is fixed.
+        teacher: any `nn.Module` that `torch.export` can trace, or one in TorchScript; wrapped in
+            `DataParallel` or compiled ones are unwrapped.
+        example_inputs: one tensor or array (B, ...), a sequence of them, or a mapping from the
+            names of the forward's arguments. The batch size is free afterwards, every other size
+            is fixed.
 
     Raises:
-        CaptureError: the network has data-dependent control flow, or several results.
+        CaptureError: the network has data-dependent control flow or several results, does not run
+            on such inputs, or holds numbers that are not finite.
     """
-    examples = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
-    # A batch of one would be taken for a constant, so the batch is always two.
-    examples = tuple(x[:1].to(device).expand(2, *x.shape[1:]).contiguous() for x in examples)
-    frozen = _view(teacher).eval()
+    network = unwrap(teacher)
+    frozen = view(network)
+    call = call_of(frozen, example_inputs)
+    is_script = isinstance(frozen, torch.jit.ScriptModule)
+    if isinstance(frozen, torch.jit.ScriptModule):
+        frozen = from_script(frozen, call.args)
+    hook = frozen.register_forward_hook(only_result)
+    shapes = ShapesCollection()
+    for x in call.tensors:
+        shapes[x] = {0: Dim.AUTO}
     try:
         # Without gradients, so that a part of the teacher under `no_grad` is nothing special.
-        with torch.no_grad():
+        # What torch prints of a graph that it cannot make is for those who work on torch.
+        with torch.no_grad(), InFloat32(), redirect_stderr(StringIO()):
             program = torch.export.export(
-                frozen,
-                examples,
-                dynamic_shapes=tuple({0: Dim.AUTO} for _ in examples),
-                strict=False,
+                frozen, call.args, call.kwargs, dynamic_shapes=shapes, strict=False
             )
+    except CaptureError:
+        raise
     except Exception as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CaptureError(
-            f"torch.export cannot capture {type(teacher).__name__}: {first_line} "
-            "(branches on tensor values have to leave the forward pass)"
-        ) from error
+        hook.remove()
+        raise CaptureError(reason(frozen, call, error)) from error
+    if is_script:
+        tidy_script(program)
+    require_known(program)
+    require_finite(program)
     simplify(program)
-    return _read(program)
-
-
-def _view(teacher: nn.Module) -> nn.Module:
-    """A copy whose modules are its own and whose weights lie in the teacher's memory."""
-    memo: dict[int, Any] = {}
-    for tensor in (*teacher.parameters(), *teacher.buffers()):
-        shared = tensor.detach()
-        memo[id(tensor)] = (
-            nn.Parameter(shared, tensor.requires_grad)
-            if isinstance(tensor, nn.Parameter)
-            else shared
-        )
-    return copy.deepcopy(teacher, memo)
+    return peel(_read(program))
 
 
 def _read(program: ExportedProgram) -> TeacherGraph:

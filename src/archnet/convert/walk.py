@@ -1,6 +1,7 @@
 """The walk: every node of the teacher in order, one rule each."""
 
 import difflib
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from archnet.capture import Ref, TeacherGraph, TeacherNode, capture, stem
+from archnet.capture import Inputs, Ref, TeacherGraph, TeacherNode, capture, inputs_of, stem
 from archnet.convert.budget import Built, within_budget
 from archnet.convert.builder import Builder, ConversionError, TargetLimits
 from archnet.convert.calibration import Calibration
@@ -23,17 +24,20 @@ from archnet.convert.taps import choose_taps
 from archnet.hardware import Target
 from archnet.ops import NodeReport, Student, Tap, WeightedOperator
 
+_log = logging.getLogger(__name__)
+PEELED = "peeled"  # the rule of a head behind the scores, in a student's report
+
 
 def convert(
     teacher: nn.Module | TeacherGraph,
-    example_inputs: Tensor | tuple[Tensor, ...] | None = None,
+    example_inputs: Inputs | None = None,
     hardware: str | TargetLimits = "arch5",
     *,
     start: str = "exact",
     taps: Sequence[str] | None = None,
     inner_taps: bool = False,
     seed: int = 0,
-    calibration: Tensor | tuple[Tensor, ...] | None = None,
+    calibration: Inputs | None = None,
     approximation: Approximation | None = None,
 ) -> Student:
     """Convert a trained network into a student of the target's operators.
@@ -54,7 +58,8 @@ def convert(
 
     Returns:
         The student in eval mode, on the CPU, float32; ``student.report`` tells what became of
-        each node of the teacher.
+        each node of the teacher. A softmax, log-softmax, sigmoid or argmax behind the scores is
+        "peeled": the student gives the scores.
 
     Raises:
         CaptureError: the teacher cannot be captured.
@@ -69,14 +74,20 @@ def convert(
         graph = capture(teacher, example_inputs)
     _require_rules(graph)
     tap_nodes = choose_taps(graph, taps)
-    inputs = example_inputs if calibration is None else calibration
-    if isinstance(inputs, Tensor):
-        inputs = (inputs,)
+    name = "example_inputs" if calibration is None else "calibration"
+    given = example_inputs if calibration is None else calibration
+    if isinstance(given, Mapping) and isinstance(example_inputs, Mapping):
+        # Inputs have the order of the example's.
+        given = {key: given[key] for key in example_inputs if key in given}
+    inputs = None if given is None else tuple(inputs_of(given, name).values())
 
     def build(form: Approximation) -> Built:
         return _build(graph, fuse(graph), target, tap_nodes, inputs, form, inner_taps)
 
     student = within_budget(build, graph, approximation or Approximation())
+    for node in graph.head:
+        _log.info("peeled %s at '%s': the student gives the scores", node.operator, node.path)
+        student.report.append(NodeReport(node.path, node.operator, PEELED, True, 0, 0))
     if start == "random":
         randomise(student, seed)
     elif start != "exact":

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from archnet.capture import CaptureError, answer, capture, only_result, unwrap
 from archnet.errors import ArchnetError
 from archnet.teachers.nets import NETS
 from archnet.teachers.transformer import Transformer
@@ -59,7 +60,8 @@ def load_teacher(
     Raises:
         TeacherError: an unknown name, weights that do not fit (the first five mismatches are named)
         or cannot be read
-            without executing code, or logits of another shape than (B, num_classes).
+            without executing code, weights or statistics that are not finite, or logits of another
+            shape than (B, num_classes).
     """
     model = _build(config, num_classes, in_channels)
     if config.weights not in (None, "published"):
@@ -93,6 +95,7 @@ def load_translator(config: TeacherSource, *, vocabulary: int, positions: int) -
         ) from error
     if config.weights not in (None, "published"):
         fill(model, read_weights(Path(config.weights).expanduser()), config.weights)
+        require_finite(config.name, model)
     return model.eval().requires_grad_(False)
 
 
@@ -179,7 +182,7 @@ def from_factory(
         raise TeacherError(
             f"{key}={factory} returned {type(model).__name__}, not a torch.nn.Module"
         )
-    return model
+    return unwrap(model)
 
 
 def _check_logits(name: str, model: nn.Module, num_classes: int, shape: tuple[int, ...]) -> None:
@@ -191,12 +194,43 @@ def _check_logits(name: str, model: nn.Module, num_classes: int, shape: tuple[in
             f"teacher {name} does not accept the task's images, "
             f"{shape} (batch, channels, height, width): {error}"
         ) from error
-    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    try:
+        scores = answer(logits)
+        if scores is not logits and not isinstance(model, torch.jit.ScriptModule):
+            model.register_forward_hook(only_result)
+        if not scores.is_floating_point():
+            # It ends with a decision; its scores are known to the captured network alone.
+            scores = capture(model, torch.zeros(shape)).scores()(torch.zeros(shape))
+    except CaptureError as error:
+        raise TeacherError(f"teacher {name}: {error}") from error
+    if not bool(scores.isfinite().all()):
+        require_finite(name, model)
+    found = tuple(scores.shape)
     if found != (1, num_classes):
         raise TeacherError(
             f"teacher {name} answers {found} to one image, "
             f"but the task needs (1, {num_classes}) logits: choose one with the task's classes"
         )
+
+
+def require_finite(name: str, model: nn.Module) -> None:
+    """Refuse a network with a weight that is nan or infinite, or a variance below zero.
+
+    Raises:
+        TeacherError: naming the first tensor of that kind.
+    """
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise TeacherError(
+                f"teacher {name}: {key} has {bad:,} of {tensor.numel():,} values that are not "
+                "finite (nan or inf): load the weights of another checkpoint"
+            )
+        if key.endswith("running_var") and bool((tensor < 0).any()):
+            raise TeacherError(
+                f"teacher {name}: {key} has a variance of {float(tensor.min()):.4g}, which no "
+                "batch has: load the weights of another checkpoint"
+            )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

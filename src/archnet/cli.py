@@ -1,12 +1,15 @@
 """The `archnet` command: what comes after training."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from archnet.commands import COMMANDS
 from archnet.errors import ArchnetError
+from archnet.files import full_disk
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run_command(options))
     except ArchnetError as error:
         print(f"archnet: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever reads has seen enough; at its end the interpreter would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except OSError as error:
+        print(f"archnet: {full_disk(error, [Path()]) or error}", file=sys.stderr)
         return 2
 
 

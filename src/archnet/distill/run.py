@@ -1,6 +1,6 @@
 """`distill`: run the schedule with Lightning, from the last checkpoint if there is one."""
 
-import pickle
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +17,9 @@ from archnet.distill.cache import CachedPairs, FeatureCache
 from archnet.distill.schedule import DistillError, Period, plan
 from archnet.distill.training import ArchDistillation, DistillOptions
 from archnet.ops import Student, Tap, WeightedOperator
+from archnet.tensors import Checkpoints, DamagedError, read_tensors
+
+_log = logging.getLogger(__name__)
 
 
 class TrainerOptions(Protocol):
@@ -275,6 +278,7 @@ def fit(
         enable_model_summary=False,
         enable_progress_bar=trainer.progress,
         default_root_dir=folder,
+        plugins=[Checkpoints()],
         callbacks=[
             speed,
             ModelCheckpoint(
@@ -287,22 +291,53 @@ def fit(
             *([EMAWeightAveraging(decay=options.average)] if options.average else []),
         ],
     )
-    runner.fit(module, ckpt_path=newest_checkpoint(folder))
+    runner.fit(module, ckpt_path=newest_checkpoint(folder, module), weights_only=True)
     if runner.global_step < last:
         raise DistillError(f"distillation stopped at step {runner.global_step} of {last}")
     return runner.is_global_zero
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that can be read; a kill may have left a newer one in pieces."""
-    files = sorted(folder.glob("step*.ckpt"), key=lambda p: int(p.stem.removeprefix("step")))
-    for path in reversed(files):
+def newest_checkpoint(folder: Path, module: lightning.LightningModule | None = None) -> Path | None:
+    """The latest checkpoint, of ``module`` if given; a warning names newer ones that are none."""
+    numbered = {
+        int(path.stem.removeprefix("step")): path
+        for path in folder.glob("step*.ckpt")
+        if path.stem.removeprefix("step").isdecimal()
+    }
+    for _, path in sorted(numbered.items(), reverse=True):
         try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+            _require_checkpoint(path, module)
+        except DamagedError as error:
+            _log.warning("%s; training goes on from the one before", error)
             continue
         return path
     return None
+
+
+def _require_checkpoint(path: Path, module: lightning.LightningModule | None) -> None:
+    """Raise `DamagedError` where Lightning could not go on from a checkpoint with this module."""
+    content = read_tensors(path)
+    for key, kind in _CHECKPOINT.items():
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise DamagedError(f"{path} holds no {key}")
+    if module is not None:
+        found, expected = (
+            {name: getattr(tensor, "shape", None) for name, tensor in state.items()}
+            for state in (content["state_dict"], module.state_dict())
+        )
+        if found != expected:
+            raise DamagedError(f"{path} holds the weights of another network")
+
+
+# What Lightning goes on from.
+_CHECKPOINT = {
+    "state_dict": dict,
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
 
 
 def _outer(student: Student) -> list[Tap]:

@@ -1,6 +1,5 @@
 """`distill`: run the schedule with Lightning, from the last checkpoint if there is one."""
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,9 +16,7 @@ from archnet.distill.cache import CachedPairs, FeatureCache
 from archnet.distill.schedule import DistillError, Period, plan
 from archnet.distill.training import ArchDistillation, DistillOptions
 from archnet.ops import Student, Tap, WeightedOperator
-from archnet.tensors import Checkpoints, DamagedError, read_tensors
-
-_log = logging.getLogger(__name__)
+from archnet.tensors import Checkpoints, resumable
 
 
 class TrainerOptions(Protocol):
@@ -304,40 +301,8 @@ def newest_checkpoint(folder: Path, module: lightning.LightningModule | None = N
         for path in folder.glob("step*.ckpt")
         if path.stem.removeprefix("step").isdecimal()
     }
-    for _, path in sorted(numbered.items(), reverse=True):
-        try:
-            _require_checkpoint(path, module)
-        except DamagedError as error:
-            _log.warning("%s; training goes on from the one before", error)
-            continue
-        return path
-    return None
-
-
-def _require_checkpoint(path: Path, module: lightning.LightningModule | None) -> None:
-    """Raise `DamagedError` where Lightning could not go on from a checkpoint with this module."""
-    content = read_tensors(path)
-    for key, kind in _CHECKPOINT.items():
-        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-            raise DamagedError(f"{path} holds no {key}")
-    if module is not None:
-        found, expected = (
-            {name: getattr(tensor, "shape", None) for name, tensor in state.items()}
-            for state in (content["state_dict"], module.state_dict())
-        )
-        if found != expected:
-            raise DamagedError(f"{path} holds the weights of another network")
-
-
-# What Lightning goes on from.
-_CHECKPOINT = {
-    "state_dict": dict,
-    "global_step": int,
-    "loops": dict,
-    "callbacks": dict,
-    "optimizer_states": list,
-    "lr_schedulers": list,
-}
+    newest = (numbered[step] for step in sorted(numbered, reverse=True))
+    return next(filter(None, (resumable(path, module) for path in newest)), None)
 
 
 def _outer(student: Student) -> list[Tap]:

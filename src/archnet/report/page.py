@@ -20,8 +20,10 @@ _log = logging.getLogger(__name__)
 
 _LARGEST_LOG = 1 << 28  # bytes
 # What is read of the rows of tables.
-_NODE = {"path": str, "operator": str, "rule": str, "error": (int, float, NoneType)}
-_FORM = dict.fromkeys(("compact", "faithful", "cost", "total"), (int, float)) | {"path": str}
+_NUMBER = (int, float)
+_NODE: dict[str, Any] = {"path": str, "operator": str, "rule": str, "error": (*_NUMBER, NoneType)}
+_FORM: dict[str, Any] = {"path": str, "compact": _NUMBER, "faithful": _NUMBER, "cost": _NUMBER}
+_FORM["total"] = _NUMBER
 
 Curves = dict[str, list[tuple[int, float]]]
 

@@ -6,6 +6,12 @@ import os
 # other work shares the cores. Processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import tempfile
+
+# The key that seals run folders: never this user's own, nor in this user's home.
+_STATE = tempfile.TemporaryDirectory(prefix="archnet-tests-")
+os.environ["XDG_STATE_HOME"] = _STATE.name
+
 from collections.abc import Callable
 from pathlib import Path
 

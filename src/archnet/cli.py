@@ -4,13 +4,14 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import archnet
 from archnet.commands import COMMANDS
 from archnet.config import nearest
 from archnet.errors import ArchnetError
-from archnet.files import discard_output
+from archnet.files import discard_output, full_disk
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         discard_output()
         return 1
+    except OSError as error:
+        print(f"archnet: {full_disk(error, [Path()]) or error}", file=sys.stderr)
+        return 2
 
 
 class _Parser(argparse.ArgumentParser):

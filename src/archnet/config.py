@@ -439,6 +439,9 @@ class Config:
     output_dir: str = "outputs"  # run folders go to <output_dir>/<task>/<date>_<time>_<id>
     name: str | None = _name(None)  # the <id> of the run folder; null: drawn
     resume: str | None = None  # a run folder to continue, with its own config
+    # With `resume`: whatever that folder's config names may be imported and run, such as a
+    # teacher's factory, although this user has not made the folder.
+    trust: bool = False
     task: TaskConfig = field(default_factory=TaskConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)

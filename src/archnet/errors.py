@@ -1,15 +1,28 @@
 """The errors a user can cause. Each message names the key, file or layer, and says what to do."""
 
 
+def printable(text: object, most: int | None = 200) -> str:
+    """Text that a file or a path holds, as one line that a terminal shows and never obeys.
+
+    Args:
+        text: any; control characters, line breaks, escape sequences and marks that turn the
+            direction of writing become backslash escapes.
+        most: characters that are kept, of a longer text its beginning; None: all.
+    """
+    shown = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in str(text)
+    )
+    return shown if most is None or len(shown) <= most else f"{shown[: most - 1]}…"
+
+
 class ArchnetError(Exception):
     """Base of every error that archnet raises on purpose; shown as one line, without traceback."""
+
+    def __str__(self) -> str:
+        """The message as `printable` text: it may hold names out of somebody else's file."""
+        return printable(super().__str__(), None)
 
 
 class ConfigError(ArchnetError):
     """A config key, group option or value that cannot be."""
-
-    def __str__(self) -> str:
-        """The message; characters of a value that would break the line or steer a terminal are
-        escaped.
-        """
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())

@@ -5,7 +5,6 @@ exported -> audited -> compared with a runtime -> metrics.json, report.html and 
 A finished stage leaves a file in the run folder (`archnet.runs`); a resumed run skips it.
 """
 
-import errno
 import logging
 import math
 import os
@@ -14,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -32,13 +31,22 @@ from archnet.convert import Approximation
 from archnet.deploy import lower
 from archnet.distill import distill
 from archnet.errors import ArchnetError
+from archnet.files import full_disk
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
 from archnet.quant import FLOAT, Quantizer
 from archnet.ranks import LEADER, RUN_FOLDER
 from archnet.run_device import device_name, device_of, require_device, set_up
 from archnet.run_quant import run_quant
-from archnet.run_student import given_student, load_student, save_student, settle_student
+from archnet.run_student import (
+    given_student,
+    load_student,
+    require_converted,
+    require_trained,
+    save_student,
+    settle_student,
+    write_tables,
+)
 from archnet.run_teacher import run_teacher
 from archnet.runs import RunError, RunFolder, read_json, write_json
 from archnet.tasks import ClassificationData, TranslationData
@@ -48,6 +56,7 @@ _log = logging.getLogger(__name__)
 
 # Inputs on which the exported file is compared with the student.
 PARITY_INPUTS = 500
+PARITY = ("max_abs_diff", "mismatches")  # what is kept of that
 _PACKAGES = ("torch", "torchvision", "lightning", "onnx", "onnxruntime", "numpy")
 
 
@@ -85,36 +94,45 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
         ArchnetError: whatever a user can mend, in one line.
     """
     if config.resume:
-        folder = RunFolder.open(config.resume)
-        config = folder.resumed(config, overridden)
-        require_device(config.trainer)
-        folder.write_config(config)
+        folder = RunFolder.open(config.resume, trusted=config.trust)
     else:
         require_device(config.trainer)
         if config.task.kind == "translation":
             TranslationData(config.task, config.seed).text.check()
         folder = RunFolder.create(config)
-    _log.info("run folder: %s", folder.path)
+    with folder.locked():
+        if config.resume:
+            config = folder.resumed(config, overridden)
+            require_device(config.trainer)
+            folder.write_config(config)
+        _log.info("run folder: %s", folder.path)
+        metrics = _work(config, folder)
+    report.show(metrics, folder.path)
+    return folder
+
+
+def _work(config: Config, folder: RunFolder) -> dict[str, Any]:
+    """All stages; what interrupts them ends with how to continue."""
     try:
-        metrics = _stages(config, folder)
+        return _stages(config, folder)
     except (KeyboardInterrupt, SystemExit):
         # Lightning turns the first Ctrl-C into an exit of its own.
         print(f"\nStopped. Continue: python train.py resume={folder.path}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
+        caches = (config.teacher.cache_dir, config.task.text.cache_dir)
+        places = [folder.path, *(Path(cache).expanduser() for cache in caches)]
+        full = full_disk(error, places)
         raise RunError(
-            f"the disk is full; {folder.path} keeps all that was finished: "
-            f"make room and continue with resume={folder.path}"
+            f"{full or error}; {folder.path} keeps all that was finished: "
+            f"{'make room' if full else 'mend that'} and continue with resume={folder.path}"
         ) from error
-    report.show(metrics, folder.path)
-    return folder
 
 
 def join(path: Path) -> None:
     """Take part in the distillation of a run that another process leads (DDP)."""
-    folder = RunFolder.open(path)
+    # The process that leads has asked whether the folder may run what its config names.
+    folder = RunFolder.open(path, trusted=True)
     student = load_student(folder, "calibrated")
     if folder.config().task.kind == "translation":
         _hush()
@@ -130,7 +148,8 @@ def reopen(folder: RunFolder) -> tuple[Run, Student]:
         RunError: the run has not come that far, or is no classifier's.
     """
     require_classifier(folder)
-    return _open(folder.config(), folder), load_student(folder)
+    student = load_student(folder)
+    return _open(folder.config(), folder), student
 
 
 def require_classifier(folder: RunFolder) -> None:
@@ -152,8 +171,9 @@ def reevaluate(folder: RunFolder) -> dict[str, Any]:
     if not is_translation(folder):
         return evaluate(*reopen(folder))
     _hush()
+    student = load_student(folder)
     this = text_pipeline.open_run(folder.config(), folder)
-    return text_pipeline.evaluate(this, load_student(folder))
+    return text_pipeline.evaluate(this, student)
 
 
 def evaluate(this: Run, student: Student) -> dict[str, Any]:
@@ -217,11 +237,8 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
     def prepare() -> dict[str, Any]:
         student, widths = _convert(this)
         save_student(folder, "calibrated", student)
-        rows = [asdict(row) for row in student.report]
-        write_json(folder.path / "conversion.json", rows)
-        if student.graph.refinements:
-            write_json(folder.path / "forms.json", list(map(asdict, student.graph.refinements)))
-        inexact = sorted({row["rule"] for row in rows if not row["exact"]})
+        write_tables(folder, student)
+        inexact = sorted({row.rule for row in student.report if not row.exact})
         taps = [tap.path for tap in student.taps]
         return {"taps": taps, "approximate_rules": inexact, "mixed": widths}
 
@@ -230,21 +247,45 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
         result = _distil(this, student)
         return {**result, **settle_student(folder, student)}
 
-    finished["convert"] = folder.stage("convert", prepare)
-    finished["distill"] = folder.stage("distill", train)
+    finished["convert"] = folder.stage(
+        "convert", prepare, needs=("mixed",), intact=lambda _: require_converted(folder)
+    )
+    finished["distill"] = folder.stage(
+        "distill",
+        train,
+        needs=("images_seen", "unlabelled"),
+        intact=lambda _: require_trained(folder),
+    )
     student = load_student(folder)
-    finished["evaluate"] = folder.stage("evaluate", lambda: evaluate(this, student))
-    finished["export"] = folder.stage("export", lambda: _export(this, student))
-    finished["audit"] = folder.stage("audit", lambda: _audit(this))
-    finished["parity"] = folder.stage("parity", lambda: _parity(this, student))
-    finished["cost"] = folder.stage("cost", lambda: _cost(this, student))
+    finished["evaluate"] = folder.stage(
+        "evaluate",
+        lambda: evaluate(this, student),
+        needs=("teacher", "student", "agreement", "images"),
+    )
+    finished["export"] = folder.stage(
+        "export",
+        lambda: _export(this, student),
+        intact=lambda done: folder.require_files(done.get("files")),
+    )
+    finished["audit"] = folder.stage("audit", lambda: _audit(this), needs=("pure", "violations"))
+    finished["parity"] = folder.stage(
+        "parity", lambda: _parity(this, student), needs=("runtime", *PARITY)
+    )
+    finished["cost"] = folder.stage(
+        "cost", lambda: _cost(this, student), needs=("macs", "bops", "weight_bytes")
+    )
     return _write_metrics(folder, _metrics(this, finished))
 
 
 def _write_metrics(folder: RunFolder, metrics: dict[str, Any]) -> dict[str, Any]:
     if folder.metrics.is_file():
         # What `archnet verify` found of this student stays when a finished run is opened again.
-        metrics |= {k: v for k, v in read_json(folder.metrics).items() if k == "verify"}
+        try:
+            earlier = read_json(folder.metrics, dict)
+        except RunError as error:
+            _log.warning("%s: written again", error)
+        else:
+            metrics |= {k: v for k, v in earlier.items() if k == "verify"}
     write_json(folder.metrics, metrics)
     report.write(folder.path)
     return metrics
@@ -415,7 +456,8 @@ def _export(this: Run, student: Student) -> dict[str, Any]:
     if this.config.quant.method != "none":
         _check_integers(this, student)
     archnet.export(student, this.folder.onnx, form=form(this.config))
-    return {"bytes": this.folder.onnx.stat().st_size}
+    files = this.folder.fingerprints([this.folder.onnx])
+    return {"bytes": this.folder.onnx.stat().st_size, "files": files}
 
 
 def _audit(this: Run) -> dict[str, Any]:
@@ -454,7 +496,7 @@ def _metrics(this: Run, finished: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "task": config.task.name,
         "teacher": {"name": config.teacher.name, "accuracy": scores["teacher"]},
         "student": {"accuracy": scores["student"], "agreement": scores["agreement"]},
-        **_common_metrics(config, this.folder, finished, ("max_abs_diff", "mismatches")),
+        **_common_metrics(config, this.folder, finished, PARITY),
         "data": {
             "images_seen": finished["distill"]["images_seen"],
             "unlabelled": finished["distill"]["unlabelled"],
@@ -469,12 +511,11 @@ def _text_metrics(
 ) -> dict[str, Any]:
     """As `_metrics`, for translation; BLEU and chrF in points."""
     scores = finished["evaluate"]
-    keys = ("max_abs_diff", "mismatches", "sentences", "tokens_changed", "tokens")
     return {
         "task": config.task.name,
         "teacher": {"name": config.teacher.name, **scores["teacher"]},
         "student": {**scores["student"], "agreement": scores["agreement"]},
-        **_common_metrics(config, folder, finished, keys),
+        **_common_metrics(config, folder, finished, text_pipeline.PARITY),
         "data": {
             "sentences_seen": finished["distill"]["sentences_seen"],
             "unlabelled": finished["distill"]["unlabelled"],

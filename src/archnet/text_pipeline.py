@@ -10,7 +10,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,9 +31,17 @@ from archnet.progress import Lines, in_terminal
 from archnet.quant import Quantizer
 from archnet.run_device import device_of, set_up
 from archnet.run_quant import run_quant
-from archnet.run_student import given_student, load_student, save_student, settle_student
+from archnet.run_student import (
+    given_student,
+    load_student,
+    require_converted,
+    require_trained,
+    save_student,
+    settle_student,
+    write_tables,
+)
 from archnet.run_teacher import run_teacher
-from archnet.runs import RunFolder, atomic, write_json
+from archnet.runs import RunFolder, atomic
 from archnet.tasks import EncodedText, Subwords, Tokenizer, TranslationData, scores
 from archnet.teachers import (
     MarianTokens,
@@ -54,6 +62,8 @@ _log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"  # folder in a run folder
 PARITY_SENTENCES = 200  # that the exported files translate beside the student
+# What is kept of that.
+PARITY = ("max_abs_diff", "mismatches", "sentences", "tokens_changed", "tokens")
 BATCH = 64  # sentences that are translated together
 EXAMPLE = 16  # tokens of the sentence that costs are given for
 
@@ -149,7 +159,7 @@ def stages(
     def prepare() -> dict[str, Any]:
         student, facts = _convert(this)
         save_student(folder, "calibrated", student)
-        write_json(folder.path / "conversion.json", [asdict(row) for row in student.report])
+        write_tables(folder, student)
         inexact = sorted({row.rule for row in student.report if not row.exact})
         taps = [tap.path for tap in student.taps]
         return {"taps": taps, "approximate_rules": inexact, **facts}
@@ -159,15 +169,34 @@ def stages(
         result = distil(this, student)
         return {**result, **settle_student(folder, student)}
 
-    finished["translations"] = folder.stage("translations", write_down)
-    finished["convert"] = folder.stage("convert", prepare)
-    finished["distill"] = folder.stage("distill", train)
+    finished["translations"] = folder.stage("translations", write_down, needs=("dropped",))
+    finished["convert"] = folder.stage(
+        "convert", prepare, needs=("mixed",), intact=lambda _: require_converted(folder)
+    )
+    finished["distill"] = folder.stage(
+        "distill",
+        train,
+        needs=("sentences_seen", "unlabelled"),
+        intact=lambda _: require_trained(folder),
+    )
     student = load_student(folder)
-    finished["evaluate"] = folder.stage("evaluate", lambda: evaluate(this, student))
-    finished["export"] = folder.stage("export", lambda: _export(this, student))
-    finished["audit"] = folder.stage("audit", lambda: _audit(this))
-    finished["parity"] = folder.stage("parity", lambda: _parity(this, student))
-    finished["cost"] = folder.stage("cost", lambda: _cost(this, student))
+    finished["evaluate"] = folder.stage(
+        "evaluate",
+        lambda: evaluate(this, student),
+        needs=("teacher", "student", "agreement", "sentences"),
+    )
+    finished["export"] = folder.stage(
+        "export",
+        lambda: _export(this, student),
+        intact=lambda done: folder.require_files(done.get("files")),
+    )
+    finished["audit"] = folder.stage("audit", lambda: _audit(this), needs=("pure", "violations"))
+    finished["parity"] = folder.stage(
+        "parity", lambda: _parity(this, student), needs=("runtime", *PARITY)
+    )
+    finished["cost"] = folder.stage(
+        "cost", lambda: _cost(this, student), needs=("macs", "bops", "weight_bytes")
+    )
     finished["data"] = {"dropped": this.data.train.dropped}
     return finished
 
@@ -299,7 +328,8 @@ def files(folder: RunFolder) -> list[Path]:
 
 def _export(this: TextRun, student: Student) -> dict[str, Any]:
     written = export_translator(stepwise(student), this.folder.path, form(this.config))
-    return {"bytes": sum(path.stat().st_size for path in written)}
+    size = sum(path.stat().st_size for path in written)
+    return {"bytes": size, "files": this.folder.fingerprints(written)}
 
 
 def _audit(this: TextRun) -> dict[str, Any]:

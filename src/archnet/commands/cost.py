@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from archnet.commands.folder import folder_arguments, open_folder
 from archnet.errors import ArchnetError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ WIDTH = 150
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("source", type=Path, help="run folder or ONNX file")
+    folder_arguments(parser, "source", "run folder or ONNX file")
     parser.add_argument("--input", metavar="SHAPE", help=INPUT_HELP)
     parser.add_argument("--rows", type=int, default=16, help="of the systolic array (16)")
     parser.add_argument("--columns", type=int, default=16, help="of the systolic array (16)")
@@ -46,21 +47,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the tables."""
-    from rich.console import Console
-
     from archnet.hardware import SystolicArray
-    from archnet.runs import RunFolder
+    from archnet.report.table import plain_console
 
     array = SystolicArray(options.rows, options.columns, options.dataflow, options.bandwidth)
     if options.runs < 1:
         raise ArchnetError(f"runs={options.runs} must be at least 1")
-    console = Console()
+    console = plain_console()
     if not console.is_terminal:
-        console = Console(width=WIDTH)
+        console = plain_console(WIDTH)
     if options.source.is_dir():
         if options.input is not None:
             raise ArchnetError("input= is for ONNX files: a run knows the sizes of its inputs")
-        _run_folder(console, RunFolder.open(options.source), array, options)
+        _run_folder(console, open_folder(options, "source"), array, options)
     else:
         _file(console, options.source, array, options)
     return 0

@@ -72,10 +72,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _own(options: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from archnet.coverage import COLUMNS, cells, gaps, measure
+    from archnet.report.table import plain_console
     from archnet.teachers import from_factory
 
     inputs = _shapes(options.input)
@@ -89,7 +89,7 @@ def _own(options: argparse.Namespace) -> int:
     for name, cell in zip(COLUMNS, cells(row), strict=True):
         if cell:
             table.add_row(name, cell)
-    console = Console()
+    console = plain_console()
     console.print(table)
     for line in [f"stops: {row.stopped}", *gaps(row)] if row.stopped else gaps(row):
         console.print(line, markup=False, soft_wrap=True)

@@ -2,20 +2,20 @@
 
 import argparse
 import json
-from pathlib import Path
+
+from archnet.commands.folder import folder_arguments, open_folder
 
 HELP = "teacher and student on the test data: accuracy, or BLEU and chrF"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("run", type=Path, help="run folder")
+    folder_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the figures as JSON."""
     from archnet import pipeline
-    from archnet.runs import RunFolder
 
-    print(json.dumps(pipeline.reevaluate(RunFolder.open(options.run)), indent=2))
+    print(json.dumps(pipeline.reevaluate(open_folder(options)), indent=2))
     return 0

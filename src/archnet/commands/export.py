@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from archnet.commands.folder import folder_arguments, open_folder
+
 HELP = "write a finished run's student in another form"
 
 
@@ -26,7 +28,7 @@ class _WithForms(argparse.HelpFormatter):
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("run", type=Path, help="run folder")
+    folder_arguments(parser)
     parser.add_argument("--form", help="see below (default: as the run did)")
     parser.add_argument(
         "--output",
@@ -42,9 +44,8 @@ def run(options: argparse.Namespace) -> int:
     import archnet
     from archnet import pipeline
     from archnet.deploy.export import form_named
-    from archnet.runs import RunFolder
 
-    folder = RunFolder.open(options.run)
+    folder = open_folder(options)
     form = options.form or pipeline.form(folder.config())
     if pipeline.is_translation(folder):
         from archnet.convert import stepwise

@@ -3,8 +3,9 @@
 import argparse
 import sys
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast
+
+from archnet.commands.folder import folder_arguments, open_folder
 
 HELP = "translate lines of text with a run's student or teacher"
 CHUNK = 4096  # lines that are read, sorted by length and translated together
@@ -12,7 +13,7 @@ CHUNK = 4096  # lines that are read, sorted by length and translated together
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("run", type=Path, help="run folder of a translation task")
+    folder_arguments(parser, about="run folder of a translation task")
     parser.add_argument(
         "--runtime",
         choices=("pytorch", "onnxruntime"),
@@ -30,11 +31,10 @@ def run(options: argparse.Namespace) -> int:
     """Write one line for every line read, in order; an empty one for an empty one."""
     from archnet import pipeline
     from archnet.errors import ArchnetError
-    from archnet.runs import RunFolder
     from archnet.tasks import decoded
     from archnet.translate import SearchOptions, translate
 
-    folder = RunFolder.open(options.run)
+    folder = open_folder(options)
     if not pipeline.is_translation(folder):
         raise ArchnetError(f"{folder.path} is no run of a translation task")
     for name in ("beam", "batch"):

@@ -1,8 +1,9 @@
 """`archnet vela`: a finished run's student compiled for an Arm Ethos-U chip."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from archnet.commands.folder import folder_arguments, open_folder
 
 if TYPE_CHECKING:
     from archnet.deploy.vela import VelaReport
@@ -12,23 +13,22 @@ HELP = "a run's student compiled for an Arm Ethos-U chip: speed, memory, what it
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("run", type=Path, help="run folder")
+    folder_arguments(parser)
     parser.add_argument("--accelerator", help="see archnet.deploy.vela (default: ethos-u55-128)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the compiler's estimates; 1 if operators are left to the CPU."""
-    from rich.console import Console
     from rich.table import Table
 
     from archnet import pipeline
     from archnet.deploy import lower
     from archnet.deploy.tflite import to_tflite
     from archnet.deploy.vela import ACCELERATOR, check_accelerator, compile_vela
-    from archnet.runs import RunFolder
+    from archnet.report.table import plain_console
 
     accelerator = check_accelerator(options.accelerator or ACCELERATOR)
-    folder = RunFolder.open(options.run)
+    folder = open_folder(options)
     pipeline.require_classifier(folder)
     report = compile_vela(to_tflite(lower(pipeline.load_student(folder))), accelerator)
     table = Table(title=f"{report.accelerator}, {report.memory}", title_justify="left")
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     table.add_column("student", justify="right")
     for line in _rows(report):
         table.add_row(*line)
-    Console().print(table)
+    plain_console().print(table)
     for operator in report.on_cpu:
         print(f"on the CPU: {operator}")
     return 1 if report.cpu_operators else 0

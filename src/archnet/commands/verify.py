@@ -1,9 +1,9 @@
 """`archnet verify`: a finished run's student in PyTorch and in every form, bit by bit."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from archnet.commands.folder import folder_arguments, open_folder
 from archnet.errors import ArchnetError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ HELP = "compare every form of a run's student with its golden integer model"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("run", type=Path, help="run folder")
+    folder_arguments(parser)
     parser.add_argument("--inputs", type=int, default=2000, help="images (default: 2000)")
     parser.add_argument("--forms", help="names, comma-separated (default: all that can be run)")
 
@@ -24,24 +24,26 @@ def run(options: argparse.Namespace) -> int:
     """Print the table and write it to ``metrics.json``; 1 if a prediction changed."""
     from archnet import pipeline
     from archnet.deploy import verify
-    from archnet.runs import RunError, RunFolder, read_json, write_json
+    from archnet.runs import RunError, read_json, write_json
 
     if options.inputs < 1:
         raise ArchnetError(f"inputs={options.inputs}: at least one is needed")
-    folder = RunFolder.open(options.run)
+    folder = open_folder(options)
     this, student = pipeline.reopen(folder)
     if not folder.metrics.is_file():
         raise RunError(f"{folder.metrics} is missing: finish the run with resume={folder.path}")
-    metrics = read_json(folder.metrics)
+    read_json(folder.metrics, dict)
     images = image_batch(this, options.inputs)
     forms = options.forms.split(",") if options.forms else None
     files = {folder.onnx.name: folder.onnx} if folder.onnx.is_file() else {}
     checks = verify(student, images, forms, files, cast(Any, this.config.hardware.requantization))
-    metrics["verify"] = {
-        "inputs": len(images),
-        "checks": {check.name: check.summary() for check in checks},
-    }
-    write_json(folder.metrics, metrics)
+    with folder.locked():
+        metrics = read_json(folder.metrics, dict)
+        metrics["verify"] = {
+            "inputs": len(images),
+            "checks": {check.name: check.summary() for check in checks},
+        }
+        write_json(folder.metrics, metrics)
     _show(folder.path.name, len(images), checks)
     return 1 if any(check.changed for check in checks) else 0
 
@@ -61,8 +63,9 @@ def image_batch(this: "Run", count: int) -> Any:
 
 
 def _show(title: str, inputs: int, checks: "list[Check]") -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from archnet.report.table import plain_console
 
     table = Table(
         title=f"{title}: against the golden integer model, {inputs:,} inputs",
@@ -85,16 +88,16 @@ def _show(title: str, inputs: int, checks: "list[Check]") -> None:
                 _percent(check.bit_equal),
                 str(check.changed),
             )
-    console = Console()
-    console.print(table)
+    shown = plain_console()
+    shown.print(table)
     for check in checks:
         if check.skipped:
-            console.print(f"{check.name}: skipped, it {check.skipped}", markup=False)
+            shown.print(f"{check.name}: skipped, it {check.skipped}")
         elif check.bit_equal < 1:
             first = check.first or "not seen again with every step read out"
-            console.print(f"{check.name}: first difference at {first}", markup=False)
+            shown.print(f"{check.name}: first difference at {first}")
             if check.hint:
-                console.print(f"{check.name}: {check.hint}", markup=False)
+                shown.print(f"{check.name}: {check.hint}")
 
 
 def _percent(share: float) -> str:

@@ -1,6 +1,5 @@
 """`distill`: run the schedule with Lightning, from the last checkpoint if there is one."""
 
-import pickle
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from archnet.distill.schedule import DistillError, Period, plan
 from archnet.distill.training import ArchDistillation, DistillOptions
 from archnet.ops import Student, Tap, WeightedOperator
 from archnet.progress import progress_lines
+from archnet.tensors import Checkpoints, resumable
 
 
 class TrainerOptions(Protocol):
@@ -278,6 +278,7 @@ def fit(
         enable_model_summary=False,
         enable_progress_bar=trainer.progress,
         default_root_dir=folder,
+        plugins=[Checkpoints()],
         callbacks=[
             speed,
             *progress_lines("distillation", trainer.progress, trainer.progress_seconds),
@@ -292,7 +293,7 @@ def fit(
         ],
     )
     try:
-        runner.fit(module, ckpt_path=newest_checkpoint(folder))
+        runner.fit(module, ckpt_path=newest_checkpoint(folder, module), weights_only=True)
     except BaseException:
         # The others wait in an exchange with this process that will not come.
         if runner.strategy.launcher is not None:
@@ -303,16 +304,15 @@ def fit(
     return runner.is_global_zero
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that can be read; a kill may have left a newer one in pieces."""
-    files = sorted(folder.glob("step*.ckpt"), key=lambda p: int(p.stem.removeprefix("step")))
-    for path in reversed(files):
-        try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-            continue
-        return path
-    return None
+def newest_checkpoint(folder: Path, module: lightning.LightningModule | None = None) -> Path | None:
+    """The latest checkpoint, of ``module`` if given; a warning names newer ones that are none."""
+    numbered = {
+        int(path.stem.removeprefix("step")): path
+        for path in folder.glob("step*.ckpt")
+        if path.stem.removeprefix("step").isdecimal()
+    }
+    newest = (numbered[step] for step in sorted(numbered, reverse=True))
+    return next(filter(None, (resumable(path, module) for path in newest)), None)
 
 
 def _outer(student: Student) -> list[Tap]:

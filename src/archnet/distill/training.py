@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from archnet.distill.comparison import TapComparison, logits_loss
 from archnet.distill.schedule import DistillError, Period, period_at
+from archnet.memory import release
 from archnet.ops import Activation, Student, Tap, WeightedOperator
 from archnet.quant import grid_steps
 
@@ -229,6 +230,9 @@ class ArchDistillation(lightning.LightningModule):
             "val/logits": F.mse_loss(ours, theirs) / theirs.var().clamp_min(1e-12),
         }
         self.log_dict(figures, prog_bar=True, sync_dist=True, batch_size=len(images))
+
+    def on_validation_end(self) -> None:
+        release()
 
     def configure_optimizers(self) -> Any:
         """Numbers on a grid move in steps of it; scales do not decay; each period its own curve.

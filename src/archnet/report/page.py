@@ -2,58 +2,101 @@
 
 import csv
 import io
-import json
+import logging
 from collections import defaultdict
 from importlib.resources import files
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from jinja2 import Environment
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from archnet.report.table import rows
+from archnet.report.table import reading, rows
+from archnet.runs import RunError, atomic, read_json, read_text
+
+_log = logging.getLogger(__name__)
+
+_LARGEST_LOG = 1 << 28  # bytes
+# What is read of the rows of tables.
+_NUMBER = (int, float)
+_NODE: dict[str, Any] = {"path": str, "operator": str, "rule": str, "error": (*_NUMBER, NoneType)}
+_FORM: dict[str, Any] = {"path": str, "compact": _NUMBER, "faithful": _NUMBER, "cost": _NUMBER}
+_FORM["total"] = _NUMBER
 
 Curves = dict[str, list[tuple[int, float]]]
 
 
 def write(folder: Path) -> Path:
-    """Write ``report.html`` of a run folder that holds ``metrics.json``; returns its path."""
-    metrics = json.loads((folder / "metrics.json").read_text())
+    """Write ``report.html`` of a run folder that holds ``metrics.json``; returns its path.
+
+    Raises:
+        ArchnetError: the metrics cannot be read, or the page cannot be written.
+    """
+    metrics = read_json(folder / "metrics.json", dict)
     template = files("archnet.report").joinpath("report.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     path = folder / "report.html"
-    path.write_text(
-        page.render(
+    forms = _rows(folder / "forms.json")
+    with reading(folder / "metrics.json"):
+        text = page.render(
             name=folder.name,
             metrics=metrics,
             rows=rows(metrics),
             plot=_plot(curves(folder)),
             conversion=_rows(folder / "conversion.json"),
-            forms=_rows(folder / "forms.json"),
-            forms_plot=_forms_plot(_rows(folder / "forms.json")),
-            config=(folder / "config.yaml").read_text(),
-        ),
-        encoding="utf-8",
-    )
+            forms=forms,
+            forms_plot=_forms_plot(forms),
+            config=read_text(folder / "config.yaml", 1 << 20),
+        )
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """A table that not every run has."""
-    return json.loads(path.read_text()) if path.is_file() else []
+    """A table that not every run has; one that is damaged is left out, with a warning."""
+    if not path.exists() and not path.is_symlink():
+        return []
+    kinds = _FORM if path.name == "forms.json" else _NODE
+    try:
+        found = read_json(path, list)
+        for row in found:
+            for key, kind in kinds.items():
+                if not isinstance(row, dict) or not isinstance(row.get(key), kind):
+                    raise RunError(f"{path} is damaged: a row without {key}")
+    except RunError as error:
+        _log.warning("%s; the report is written without it", error)
+        return []
+    return found
 
 
 def curves(folder: Path) -> Curves:
-    """Every logged loss as (step, value) pairs, all sessions of a resumed run together."""
+    """Every logged loss as (step, value) pairs, all sessions of a resumed run together.
+
+    Rows that are no figures are left out, with a warning.
+    """
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for log in sorted((folder / "logs" / "csv").glob("*/metrics.csv")):
-        with log.open(newline="") as file:
-            for row in csv.DictReader(file):
-                for name, value in row.items():
-                    if value and "loss" in name:
-                        # A later session repeats the steps after the last checkpoint.
-                        found[name][int(float(row["step"]))] = float(value)
+        damaged = 0
+        try:
+            lines = list(csv.DictReader(io.StringIO(read_text(log, _LARGEST_LOG))))
+        except (RunError, csv.Error) as error:
+            _log.warning("%s: %s; the report is written without it", log, error)
+            continue
+        for row in lines:
+            for name, value in row.items():
+                if value and isinstance(name, str) and "loss" in name:
+                    try:
+                        step, figure = int(float(row["step"])), float(value)
+                    except (KeyError, TypeError, ValueError, OverflowError):
+                        damaged += 1
+                        continue
+                    # A later session repeats the steps after the last checkpoint.
+                    found[name][step] = figure
+        if damaged:
+            _log.warning("%s: %d figures are damaged and left out", log, damaged)
     return {name: sorted(points.items()) for name, points in sorted(found.items())}
 
 
@@ -65,7 +108,9 @@ def _plot(lines: Curves) -> str:
     axes: Any = figure.subplots()
     for name, points in lines.items():
         steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, label=name.removeprefix("loss/"), linewidth=1)
+        # Matplotlib reads what stands between dollars as a formula.
+        label = name.removeprefix("loss/").replace("$", r"\$")
+        axes.plot(steps, values, label=label, linewidth=1)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,13 +1,42 @@
 """The table that ends a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from rich.console import Console
 from rich.table import Table
 
+from archnet.errors import ArchnetError, printable
+
 METRICS = {"accuracy": "accuracy, points", "bleu": "BLEU", "chrf": "chrF"}
+
+# What reading figures raises where they are not there or of another kind.
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, TemplateError)
+
+
+def plain_console(width: int | None = None) -> Console:
+    """A console on which names are what they are: brackets and colons in them mark up nothing."""
+    return Console(width=width, markup=False, emoji=False)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong in the block is the fault of what ``path`` holds, and is said so.
+
+    Raises:
+        ArchnetError: in one line.
+    """
+    try:
+        yield
+    except _MALFORMED as error:
+        what = printable(f"{type(error).__name__}: {error}")
+        raise ArchnetError(
+            f"{path} does not hold what a run writes there ({what}): resume={path.parent} writes "
+            "it again"
+        ) from error
 
 
 def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -53,21 +82,27 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def show(metrics: Mapping[str, Any], folder: Path) -> None:
-    """Print the table, and where the run's files are."""
-    table = Table(title=f"{metrics['task']}: teacher and student", title_justify="left")
-    table.add_column("")
-    table.add_column("teacher", justify="right")
-    table.add_column("student", justify="right")
-    for line in rows(metrics):
-        table.add_row(*line)
-    console = Console()
-    console.print(table)
-    for violation in metrics["audit"]["violations"][:5]:
-        console.print(f"violation: {violation}", markup=False)
-    skipped = metrics["data"]["skipped"]
-    if skipped:
-        console.print(f"{len(skipped)} corrupt files skipped, first {skipped[0]}", markup=False)
-    console.print(f"Everything is in {folder}", markup=False, soft_wrap=True)
+    """Print the table, and where the run's files are.
+
+    Raises:
+        ArchnetError: the metrics are not those of a run.
+    """
+    with reading(folder / "metrics.json"):
+        table = Table(title=f"{metrics['task']}: teacher and student", title_justify="left")
+        table.add_column("")
+        table.add_column("teacher", justify="right")
+        table.add_column("student", justify="right")
+        for line in rows(metrics):
+            table.add_row(*map(printable, line))
+        notes = [f"violation: {line}" for line in metrics["audit"]["violations"][:5]]
+        skipped = metrics["data"]["skipped"]
+        if skipped:
+            notes.append(f"{len(skipped)} corrupt files skipped, first {skipped[0]}")
+    shown = plain_console()
+    shown.print(table)
+    for note in notes:
+        shown.print(printable(note, None))
+    shown.print(f"Everything is in {printable(folder, None)}", soft_wrap=True)
 
 
 def amount(value: float, unit: str) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,10 +19,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from archnet.files import digest, full_disk, remove, remove_leftovers, temporary_beside
 from archnet.tasks.images import TaskError
 from archnet.tasks.tokenizer import Subwords
 
+_log = logging.getLogger(__name__)
+
 CHUNK = 4096  # lines that are read and encoded at a time
+
+_KINDS = ("tokens", "ends")  # of files, for each side
+_CHECKSUM = "sha256"  # of these files together
 
 Pair = tuple[str, str]
 TokenPair = tuple[Sequence[int], Sequence[int]]
@@ -185,16 +191,45 @@ class EncodedText:
 
     Attributes:
         dropped: pairs left out, by reason (``empty``, ``long``).
+
+    Raises:
+        TaskError: a file is missing, in pieces, or another than was written.
     """
 
     def __init__(self, folder: Path) -> None:
+        try:
+            self._open(folder)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise TaskError(f"{folder} is damaged: {error}") from error
+
+    def _open(self, folder: Path) -> None:
         facts = json.loads((folder / "facts.json").read_text())
         self.dropped: dict[str, int] = facts["dropped"]
         self._size: int = facts["pairs"]
+        # Caches from before there were checksums are taken as they are.
+        if _CHECKSUM in facts and facts[_CHECKSUM] != digest(*_parts(folder)):
+            raise ValueError("its files have another checksum")
         self._ends, self._tokens = [], []
         for side in ("source", "target"):
             self._ends.append(np.memmap(folder / f"{side}.ends", np.int64, "r"))
             self._tokens.append(np.memmap(folder / f"{side}.tokens", np.uint16, "r"))
+            if len(self._ends[-1]) != self._size + 1 or self._ends[-1][-1] != len(self._tokens[-1]):
+                raise ValueError(f"the {side} is not whole")
+
+    @classmethod
+    def found(cls, folder: Path) -> EncodedText | None:
+        """What an earlier run has written into ``folder``.
+
+        None where there is nothing, or nothing whole: that is removed, with a warning.
+        """
+        if not folder.exists():
+            return None
+        try:
+            return cls(folder)
+        except TaskError as error:
+            _log.warning("%s; it is made again", error)
+            remove(folder)
+            return None
 
     def __len__(self) -> int:
         return self._size
@@ -223,14 +258,17 @@ class EncodedText:
             TaskError: nothing is left.
         """
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}", dir=folder.parent))
+        remove_leftovers(folder.parent)
+        part = temporary_beside(folder)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
         dropped, ends = {"empty": 0, "long": 0}, [0, 0]
         kept = read = 0
         try:
             files = {
                 (side, kind): (part / f"{name}.{kind}").open("wb")
                 for side, name in enumerate(("source", "target"))
-                for kind in ("tokens", "ends")
+                for kind in _KINDS
             }
             for side in (0, 1):
                 files[side, "ends"].write(np.int64(0).tobytes())
@@ -253,9 +291,18 @@ class EncodedText:
                     f"empty on a side, {dropped['long']} longer than task.text.max_tokens="
                     f"{max_tokens} tokens"
                 )
-            (part / "facts.json").write_text(json.dumps({"pairs": kept, "dropped": dropped}))
+            facts = {"pairs": kept, "dropped": dropped, _CHECKSUM: digest(*_parts(part))}
+            (part / "facts.json").write_text(json.dumps(facts))
             if not folder.exists():
                 part.replace(folder)
+        except OSError as error:
+            raise TaskError(
+                f"{full_disk(error, [folder.parent]) or error}: {folder} cannot be written"
+            ) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return cls(folder)
+
+
+def _parts(folder: Path) -> list[Path]:
+    return [folder / f"{side}.{kind}" for side in ("source", "target") for kind in _KINDS]

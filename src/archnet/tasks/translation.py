@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import lightning
 import sacrebleu
 
-from archnet.files import atomic
+from archnet.files import atomic, digest, remove_leftovers
 from archnet.tasks.batches import (
     StepBatches,
     TextBatch,
@@ -24,6 +25,8 @@ from archnet.tasks.corpus import EncodedText, ParallelText, TextFiles, TokenPair
 from archnet.tasks.images import TaskError
 from archnet.tasks.phrases import Phrases
 from archnet.tasks.tokenizer import Subwords, Tokenizer, train_tokenizer
+
+_log = logging.getLogger(__name__)
 
 TRANSLATED = 2048  # sentences that are translated before what is done is written down
 
@@ -94,16 +97,19 @@ class TranslationData(lightning.LightningDataModule):
             options.tokenizer_sentences,
         ]
         folder = Path(options.cache_dir).expanduser() / f"{self.config.name}-{_key(*parts)}"
+        remove_leftovers(folder)
         self.tokenizer = self._given or self._trained(folder / "tokenizer.model")
         self.train = self._encoded(folder, "train")
         self.valid = self._encoded(folder, "valid")
         self._folder = folder
 
     def _trained(self, model: Path) -> Tokenizer:
-        if not model.is_file():
+        if not _is_whole(model):
             sides = (side for pair in self.text.pairs("train") for side in pair)
             options = self.options
             train_tokenizer(model, sides, options.vocabulary, options.tokenizer_sentences)
+            with atomic(_checksum_of(model), TaskError) as part:
+                part.write_text(digest(model))
         return Tokenizer(model)
 
     @property
@@ -120,8 +126,8 @@ class TranslationData(lightning.LightningDataModule):
     def _encoded(self, folder: Path, split: str) -> EncodedText:
         options = self.options
         path = folder / f"{split}-{_key(self.text.fingerprint(split), options.max_tokens)}"
-        if path.is_dir():
-            return EncodedText(path)
+        if (found := EncodedText.found(path)) is not None:
+            return found
         rows = encoded(self.text.pairs(split), self.tokenizer)
         return EncodedText.write(path, rows, options.max_tokens, f"split {split}")
 
@@ -138,24 +144,25 @@ class TranslationData(lightning.LightningDataModule):
             translate: token numbers of sources to those of translations.
         """
         folder = self.folder / f"translated-{name}"
-        if folder.is_dir():
-            return EncodedText(folder)
+        if (found := EncodedText.found(folder)) is not None:
+            return found
         size = min(len(self.train), self.config.data.unlabelled or len(self.train))
         parts = self.folder / f"translated-{name}.parts"
+        remove_leftovers(parts)
         chunks = []
         for first in range(0, size, TRANSLATED):
             path = parts / f"{first:09d}.json"
-            if not path.is_file():
+            if _read_chunk(path) is None:
                 last = min(first + TRANSLATED, size)
                 sources = [self.train.pair(index)[0].tolist() for index in range(first, last)]
                 rows = list(zip(sources, translate(sources), strict=True))
                 with atomic(path, TaskError) as part:
-                    part.write_text(json.dumps(rows))
+                    part.write_text(json.dumps({"sha256": _rows_digest(rows), "rows": rows}))
             chunks.append(path)
 
         def pairs() -> Iterator[TokenPair]:
             for path in chunks:
-                yield from json.loads(path.read_text())
+                yield from _read_chunk(path) or ()
 
         text = EncodedText.write(folder, pairs(), self.options.max_tokens, "the teacher's text")
         shutil.rmtree(parts, ignore_errors=True)
@@ -222,6 +229,45 @@ class WholeSplit:
 
     def __iter__(self) -> Iterator[TextBatch]:
         return (collate(self.text, index) for index in self._batches)
+
+
+def _checksum_of(model: Path) -> Path:
+    return model.with_name(f"{model.name}.sha256")
+
+
+def _is_whole(model: Path) -> bool:
+    """Whether a tokenizer is there as it was written; a warning where it is damaged."""
+    if not model.exists():
+        return False
+    try:
+        written = _checksum_of(model)
+        # Caches from before there were checksums are taken as they are.
+        if written.exists() and written.read_text() != digest(model):
+            raise TaskError(f"{model} is damaged: it has another checksum")
+        Tokenizer(model)
+    except (OSError, ValueError, TaskError) as error:
+        _log.warning("%s; it is made again", error)
+        return False
+    return True
+
+
+def _rows_digest(rows: Any) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _read_chunk(path: Path) -> list[TokenPair] | None:
+    """Translations that are written down; None where they are not, or not whole."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        rows: list[TokenPair] = found["rows"]
+        if found["sha256"] != _rows_digest(rows):
+            raise ValueError("another checksum")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        _log.warning("%s is damaged (%s); these sentences are translated again", path, error)
+        return None
+    return rows
 
 
 def _key(*parts: Any) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,14 +15,16 @@ from typing import Any, Protocol
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from archnet.files import atomic
+from archnet.files import atomic, remove_leftovers
 from archnet.progress import progress_lines
-from archnet.teachers.load import TeacherError, TeacherSource, fill
+from archnet.teachers.load import TeacherError, TeacherSource, fill, read_weights
+from archnet.tensors import Checkpoints, resumable
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ _IRRELEVANT_DATA = ("batch_size", "download", "eval_batch_size", "unlabelled", "
 _IRRELEVANT_TEXT = ("beam", "length_penalty", "cache_dir", "test")
 # What images do not read, and keys that older caches did not have, by the value they then mean.
 _LATER_KEYS: dict[str, Any] = {"optimizer": "sgd", "average": 0}
+_CHECKSUM = "sha256"  # of the tensors, in the metadata of the file that holds them
 
 
 class FitOptions(Protocol):
@@ -136,10 +140,8 @@ def train_teacher(
         TeacherError: the loss is no longer finite, or training was interrupted.
     """
     folder = teacher_folder(data.config, config, seed)
-    finished = folder / "teacher.safetensors"
-    if finished.is_file():
-        _log.info("teacher taken from %s", finished)
-        fill(model, load_file(finished), finished)
+    remove_leftovers(folder)
+    if _taken(model, folder / "teacher.safetensors"):
         return model.eval().requires_grad_(False)
 
     if config.fit.restarts:
@@ -179,6 +181,7 @@ def train_teacher(
         logger=False,
         enable_model_summary=False,
         enable_progress_bar=progress,
+        plugins=[Checkpoints()],
         callbacks=[
             *progress_lines("teacher", progress, progress_seconds),
             ModelCheckpoint(
@@ -194,7 +197,7 @@ def train_teacher(
         # A resumed run finds its folder filled, and its batches are numbered by step (see
         # `train_dataloader`), which Lightning cannot know.
         warnings.filterwarnings("ignore", ".*(not resumable|exists and is not empty).*")
-        trainer.fit(learner, ckpt_path=last if last.is_file() else None, weights_only=True)
+        trainer.fit(learner, ckpt_path=resumable(last, learner), weights_only=True)
     if trainer.global_step < learner.steps:
         raise TeacherError(
             f"teacher stopped at step {trainer.global_step} of {learner.steps}; run again to go on"
@@ -234,12 +237,41 @@ def _precision(accelerator: str) -> Any:
     return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
 
 
+def _taken(model: nn.Module, path: Path) -> bool:
+    """Fill the model from the cache; False, with a warning, where the file there is damaged."""
+    if not path.exists():
+        return False
+    try:
+        state = read_weights(path)
+        with safe_open(path, "pt") as file:
+            expected = (file.metadata() or {}).get(_CHECKSUM)
+        if expected is not None and expected != _digest(state):
+            raise TeacherError(f"{path} is damaged: its tensors have another checksum")
+        fill(model, state, path)
+    except TeacherError as error:
+        line = str(error).splitlines()[0]
+        _log.warning("%s: the teacher is trained again", line)
+        return False
+    _log.info("teacher taken from %s", path)
+    return True
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def _keep(model: nn.Module, folder: Path, learner: _TeacherTraining, seconds: float) -> None:
     """Write the weights, whole or not at all, and what is known of them."""
     facts = {**learner.facts(), "seconds_since_start_or_resume": round(seconds, 1)}
-    (folder / "teacher.json").write_text(json.dumps(facts, indent=2) + "\n")
+    with atomic(folder / "teacher.json", TeacherError) as partial:
+        partial.write_text(json.dumps(facts, indent=2) + "\n")
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic(folder / "teacher.safetensors", TeacherError) as partial:
-        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial)
+        save_file(state, partial, {_CHECKSUM: _digest(state)})
     (folder / "last.ckpt").unlink(missing_ok=True)
     _log.info("teacher kept in %s, %.2f %% on val", folder, learner.accuracy)  # of labels or tokens
 

@@ -1,0 +1,32 @@
+"""The run folder that a command reads, and whether to trust it."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from archnet.runs import RunFolder
+
+
+def folder_arguments(
+    parser: argparse.ArgumentParser, name: str = "run", about: str = "run folder"
+) -> None:
+    """Declare the folder and ``trust``."""
+    parser.add_argument(name, type=Path, help=about)
+    parser.add_argument(
+        "--trust",
+        default="false",
+        choices=("true", "false"),
+        help="true: run the factory that a folder names which somebody else has made",
+    )
+
+
+def open_folder(options: argparse.Namespace, name: str = "run") -> "RunFolder":
+    """The folder that the options name.
+
+    Raises:
+        RunError: it is none.
+    """
+    from archnet.runs import RunFolder
+
+    return RunFolder.open(getattr(options, name), trusted=options.trust == "true")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import archnet
 from archnet import report, text_pipeline
 from archnet.capture import capture
-from archnet.config import Config, LoggerConfig
+from archnet.config import Config, LoggerConfig, TeacherConfig
 from archnet.convert import Approximation
 from archnet.deploy import lower
 from archnet.distill import distill
@@ -36,11 +36,13 @@ from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import Student
 from archnet.quant import FLOAT, Quantizer
 from archnet.run_device import device_name, device_of, require_device, set_up
+from archnet.run_images import as_recorded, with_preprocessing
+from archnet.run_look import look
 from archnet.run_quant import run_quant
 from archnet.run_student import given_student, load_student, save_student, settle_student
 from archnet.run_teacher import run_teacher
 from archnet.runs import RunError, RunFolder, read_json, write_json
-from archnet.tasks import ClassificationData, TranslationData
+from archnet.tasks import ClassificationData, check_data
 from archnet.teachers import load_teacher
 
 _log = logging.getLogger(__name__)
@@ -81,13 +83,13 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
     """
     if config.resume:
         folder = RunFolder.open(config.resume)
-        config = folder.resumed(config, overridden)
+        config = folder.resumed(as_recorded(config, folder.config()), overridden)
         require_device(config.trainer)
         folder.write_config(config)
     else:
         require_device(config.trainer)
-        if config.task.kind == "translation":
-            TranslationData(config.task, config.seed).text.check()
+        check_data(config.task, config.teacher.train)
+        config = with_preprocessing(config)
         folder = RunFolder.create(config)
     _log.info("run folder: %s", folder.path)
     try:
@@ -155,8 +157,8 @@ def evaluate(this: Run, student: Student) -> dict[str, Any]:
     """Teacher and student on the same test images.
 
     Returns:
-        ``teacher`` and ``student`` accuracy and their ``agreement``, in points (0 to 100), and
-        the number of ``images``.
+        ``teacher`` and ``student`` accuracy (None where the images have no labels) and their
+        ``agreement``, in points (0 to 100), and the number of ``images``.
     """
     networks = this.teacher.to(this.device).eval(), student.to(this.device).eval()
     guesses, labels = [], []
@@ -173,9 +175,10 @@ def evaluate(this: Run, student: Student) -> dict[str, Any]:
         net.cpu()
     limit = this.config.trainer.limit_eval
     (teacher_N, student_N), label_N = torch.cat(guesses, 1)[:, :limit], torch.cat(labels)[:limit]
+    labelled = bool((label_N >= 0).all())
     return {
-        "teacher": _points(teacher_N == label_N),
-        "student": _points(student_N == label_N),
+        "teacher": _points(teacher_N == label_N) if labelled else None,
+        "student": _points(student_N == label_N) if labelled else None,
         "agreement": _points(teacher_N == student_N),
         "images": len(label_N),
     }
@@ -209,6 +212,9 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
     this = _open(config, folder)
     finished = {}
 
+    def look_at_teacher() -> dict[str, Any]:
+        return look(config, this.data, this.teacher, this.device)
+
     def prepare() -> dict[str, Any]:
         student, widths = _convert(this)
         save_student(folder, "calibrated", student)
@@ -225,6 +231,7 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
         result = _distil(this, student)
         return {**result, **settle_student(folder, student)}
 
+    finished["look"] = folder.stage("look", look_at_teacher)
     finished["convert"] = folder.stage("convert", prepare)
     finished["distill"] = folder.stage("distill", train)
     student = load_student(folder)
@@ -272,12 +279,16 @@ def _hush() -> None:
 
 def _teacher(config: Config, folder: RunFolder, data: ClassificationData) -> nn.Module:
     """The trained teacher; one trained for this run is kept in its folder."""
-    task = {
-        "num_classes": data.num_classes,
-        "in_channels": data.in_channels,
-        "image_size": data.image_size,
-    }
-    return run_teacher(config, folder, data, lambda source: load_teacher(source, **task))
+
+    def load(source: TeacherConfig) -> nn.Module:
+        return load_teacher(
+            source,
+            num_classes=data.num_classes,
+            in_channels=data.in_channels,
+            image_size=data.image_size,
+        )
+
+    return run_teacher(config, folder, data, load)
 
 
 def _convert(this: Run) -> tuple[Student, dict[str, Any]]:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from archnet.tasks.images import TaskError
+from archnet.errors import TaskError
 from archnet.tasks.tokenizer import Subwords
 
 CHUNK = 4096  # lines that are read and encoded at a time
@@ -57,6 +57,12 @@ class TextFiles:
     root: Path
     names: dict[str, str]
     languages: tuple[str, str]
+
+    @classmethod
+    def of(cls, root: Path, text: Any) -> TextFiles:
+        """The files that `task.text` names."""
+        names = {split: getattr(text, split) for split in ("train", "valid", "test")}
+        return cls(root, names, (text.source, text.target))
 
     def files(self, split: str) -> list[Path]:
         """The two text files of a split, or its parquet files.

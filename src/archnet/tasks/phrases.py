@@ -15,7 +15,7 @@ from functools import cached_property
 
 from babel import Locale, UnknownLocaleError, dates, numbers, units
 
-from archnet.tasks.images import TaskError
+from archnet.errors import TaskError
 
 SIZES = {"train": 6000, "valid": 300, "test": 300}
 UNITS = (

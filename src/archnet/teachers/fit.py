@@ -29,6 +29,7 @@ _IRRELEVANT_DATA = ("batch_size", "download", "eval_batch_size", "unlabelled", "
 _IRRELEVANT_TEXT = ("beam", "length_penalty", "cache_dir", "test")
 # What images do not read, and keys that older caches did not have, by the value they then mean.
 _LATER_KEYS: dict[str, Any] = {"optimizer": "sgd", "average": 0}
+_LATER_DATA: dict[str, Any] = {"interpolation": None, "labels": "auto"}
 
 
 class FitOptions(Protocol):
@@ -207,8 +208,13 @@ def teacher_folder(task: Any, teacher: Any, seed: int) -> Path:
     if not asked["teacher"]["fit"]["restarts"]:
         # The first cycle is the same teacher whether others follow or not, in older caches too.
         asked["teacher"]["fit"].pop("restarts")
+    data = asked["task"]["data"]
     for name in _IRRELEVANT_DATA:
-        asked["task"]["data"].pop(name)
+        data.pop(name)
+    for name, value in _LATER_DATA.items():
+        if data[name] == value:
+            data.pop(name)
+    data["resize"] = data["resize"] or None  # 0, which older caches called null
     for name, value in _LATER_KEYS.items():
         if asked["teacher"]["fit"][name] == value:
             asked["teacher"]["fit"].pop(name)

@@ -43,7 +43,7 @@ from archnet.run_student import given_student, load_student, save_student, settl
 from archnet.run_teacher import run_teacher
 from archnet.runs import RunError, RunFolder, read_json, write_json
 from archnet.tasks import ClassificationData, check_data
-from archnet.teachers import load_teacher
+from archnet.teachers import load_teacher, require_marian
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +89,8 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
     else:
         require_device(config.trainer)
         check_data(config.task, config.teacher.train)
+        if config.teacher.source == "marian":
+            require_marian(config.teacher.name)
         config = with_preprocessing(config)
         folder = RunFolder.create(config)
     _log.info("run folder: %s", folder.path)

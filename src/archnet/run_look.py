@@ -91,8 +91,8 @@ def _trouble(
     if right / count > chance + margin:
         return None
     return (
-        f"is right on {right} of {count} images, hardly more than a guess ({100 * chance:.2f} %): it "
-        "was trained on images made otherwise, its weights are not trained, or its classes stand "
+        f"is right on {right} of {count} images, hardly more than a guess ({100 * chance:.2f} %): "
+        "it was trained on images made otherwise, its weights are not trained, or its classes stand "
         f"in another order than the data's ({order})"
     )
 

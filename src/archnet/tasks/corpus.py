@@ -35,6 +35,10 @@ class ParallelText(Protocol):
         """Source and target sentences, stripped, in order; either may be empty."""
         ...
 
+    def size(self, split: str) -> int:
+        """How many pairs there are, empty ones included."""
+        ...
+
     def fingerprint(self, split: str) -> str:
         """A hash of the content, by which what is made of it is cached."""
         ...
@@ -96,6 +100,15 @@ class TextFiles:
     def pairs(self, split: str) -> Iterator[Pair]:
         files = self.files(split)
         return _parquet(files, self.languages) if files[0].suffix == ".parquet" else _lines(files)
+
+    def size(self, split: str) -> int:
+        files = self.files(split)
+        if files[0].suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return sum(pq.read_metadata(path).num_rows for path in files)
+        with files[0].open("rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
     def fingerprint(self, split: str) -> str:
         digest = hashlib.sha256()

@@ -48,6 +48,9 @@ class Phrases:
     def pairs(self, split: str) -> Iterator[tuple[str, str]]:
         return iter(self._drawn[split])
 
+    def size(self, split: str) -> int:
+        return SIZES[split]
+
     def fingerprint(self, split: str) -> str:
         digest = hashlib.sha256()
         for pair in self._drawn[split]:

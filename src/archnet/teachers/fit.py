@@ -29,6 +29,8 @@ _IRRELEVANT_DATA = ("batch_size", "download", "eval_batch_size", "unlabelled", "
 _IRRELEVANT_TEXT = ("beam", "length_penalty", "cache_dir", "test")
 # What images do not read, and keys that older caches did not have, by the value they then mean.
 _LATER_KEYS: dict[str, Any] = {"optimizer": "sgd", "average": 0}
+# Keys of images, which text does not read, by the values that they had in older caches.
+_OLDER_TEXT_DATA = {"image_size": 32, "resize": None, "mean": [0.5] * 3, "std": [0.5] * 3}
 _LATER_DATA: dict[str, Any] = {"interpolation": None, "labels": "auto"}
 
 
@@ -220,6 +222,7 @@ def teacher_folder(task: Any, teacher: Any, seed: int) -> Path:
             asked["teacher"]["fit"].pop(name)
     text = asked["task"].pop("text")
     if asked["task"]["kind"] == "translation":
+        data.update(_OLDER_TEXT_DATA)
         asked["text"] = {k: v for k, v in text.items() if k not in _IRRELEVANT_TEXT}
     if asked["task"]["data"]["root"] is not None:
         asked["task"]["data"]["root"] = str(

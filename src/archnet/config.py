@@ -5,6 +5,7 @@ dataclasses, so that a value of another type cannot be composed. `validate` chec
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -42,6 +43,7 @@ def _choices(options: tuple[str, ...], *values: str) -> Any:
 
 
 LARGEST_SIDE = 8192  # of a network's input, pixels
+PIXELS = re.compile("[0-9]{1,8}")
 
 
 # Task ---------------------------------------------------------------------------------------
@@ -479,7 +481,7 @@ def sides(key: str, size: int | str, low: int = 1) -> tuple[int, int]:
         ConfigError: it is no size, or a side is out of range.
     """
     parts = str(size).strip().lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and len(part) < 9 for part in parts):
+    if len(parts) > 2 or not all(PIXELS.fullmatch(part) for part in parts):
         raise ConfigError(
             f"{key}={size} is no size in pixels: write 224, or 64x96 (height x width)"
         )

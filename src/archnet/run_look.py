@@ -92,8 +92,8 @@ def _trouble(
         return None
     return (
         f"is right on {right} of {count} images, hardly more than a guess ({100 * chance:.2f} %): "
-        "it was trained on images made otherwise, its weights are not trained, or its classes stand "
-        f"in another order than the data's ({order})"
+        "it was trained on images made otherwise, its weights are not trained, or its classes "
+        f"stand in another order than the data's ({order})"
     )
 
 

@@ -17,6 +17,7 @@ from archnet.errors import ArchnetError
 from archnet.files import discard_output
 from archnet.overrides import overridden
 from archnet.ranks import RUN_FOLDER, follow_leader
+from archnet.tasks import check_data
 from archnet.usage import usage, version_line
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -31,11 +32,14 @@ def fail(error: ArchnetError) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(tree: DictConfig) -> None:
     """One job, alone or of a sweep."""
-    # Imported here, so that composing a config loads no torch.
-    from archnet.pipeline import run
-
     try:
-        run(to_config(tree), overridden())
+        config = to_config(tree)
+        if not config.resume:
+            check_data(config.task, config.teacher.train)
+        # Imported here, so that neither composing a config nor a wrong folder loads torch.
+        from archnet.pipeline import run
+
+        run(config, overridden())
     except ArchnetError as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise  # the sweep notes the failure and goes on with the next job

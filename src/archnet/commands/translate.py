@@ -8,6 +8,7 @@ from typing import Any, cast
 from archnet.commands.folder import folder_arguments, open_folder
 
 HELP = "translate lines of text with a run's student or teacher"
+SAID = 20  # lines with unknown characters that are named one by one
 CHUNK = 4096  # lines that are read, sorted by length and translated together
 
 
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     from archnet import pipeline
     from archnet.errors import ArchnetError
     from archnet.tasks import decoded
-    from archnet.translate import SearchOptions, translate
+    from archnet.translate import SearchOptions, translate, unknown
 
     folder = open_folder(options)
     if not pipeline.is_translation(folder):
@@ -46,11 +47,33 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = pipeline.text_pipeline.tokenizer_of(folder)
     model = _network(folder, options, len(tokenizer))
     lines = decoded(sys.stdin.buffer, "standard input")
+    first, said = 1, 0
     while chunk := list(islice(lines, CHUNK)):
-        for line in translate(model, tokenizer, chunk, search, batch=options.batch):
+        for index, characters in unknown(tokenizer, chunk).items():
+            said += 1
+            if said <= SAID:
+                what = ", ".join(map(_shown, characters)) or "some of its words"
+                print(
+                    f"archnet: line {first + index}: the tokenizer does not know {what}; left out",
+                    file=sys.stderr,
+                )
+        found = translate(model, tokenizer, chunk, search, batch=options.batch, first_line=first)
+        for line in found:
             sys.stdout.buffer.write(" ".join(line.split()).encode() + b"\n")
         sys.stdout.buffer.flush()
+        first += len(chunk)
+    if said > SAID:
+        print(
+            f"archnet: {said - SAID:,} more lines have characters that the tokenizer does not know",
+            file=sys.stderr,
+        )
     return 0
+
+
+def _shown(character: str) -> str:
+    """A character with its code point; the code point alone where a terminal could not show it."""
+    code = f"U+{ord(character):04X}"
+    return f"{character} ({code})" if character.isprintable() else code
 
 
 def _network(folder: Any, options: argparse.Namespace, vocabulary: int) -> Any:

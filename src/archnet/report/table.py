@@ -57,7 +57,7 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     lines = [
         ("network", teacher["name"], f"{metrics['hardware']}, {name}"),
         *(
-            (title, f"{teacher[key]:.2f}", f"{student[key]:.2f}")
+            (title, _points(teacher[key]), _points(student[key]))
             for key, title in METRICS.items()
             if key in student
         ),
@@ -112,6 +112,10 @@ def amount(value: float, unit: str) -> str:
             return f"{value:.3g} {prefix}{unit}".strip()
         value /= 1000
     return f"{value:.3g} T{unit}"
+
+
+def _points(value: float | None) -> str:
+    return "no labels" if value is None else f"{value:.2f}"
 
 
 def _widths(chosen: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

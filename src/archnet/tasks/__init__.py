@@ -1,11 +1,19 @@
-"""What a network is for: the data it sees and the figure it is judged by."""
+"""What a network is for: the data it sees and the figure it is judged by.
 
-from archnet.tasks.classification import ClassificationData
-from archnet.tasks.corpus import EncodedText, decoded, read_lines
-from archnet.tasks.images import TaskError
-from archnet.tasks.sampling import StepBatchSampler
-from archnet.tasks.tokenizer import Subwords, Tokenizer
-from archnet.tasks.translation import TranslationData, scores
+The names below are imported on first use: `archnet.tasks.check` looks at data before torch loads.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from archnet.errors import TaskError
+    from archnet.tasks.check import check_data
+    from archnet.tasks.classification import ClassificationData
+    from archnet.tasks.corpus import EncodedText, decoded, read_lines
+    from archnet.tasks.sampling import StepBatchSampler
+    from archnet.tasks.tokenizer import Subwords, Tokenizer
+    from archnet.tasks.translation import TranslationData, scores
 
 __all__ = [
     "ClassificationData",
@@ -15,7 +23,30 @@ __all__ = [
     "TaskError",
     "Tokenizer",
     "TranslationData",
+    "check_data",
     "decoded",
     "read_lines",
     "scores",
 ]
+
+_FILES = {
+    "ClassificationData": "archnet.tasks.classification",
+    "EncodedText": "archnet.tasks.corpus",
+    "StepBatchSampler": "archnet.tasks.sampling",
+    "Subwords": "archnet.tasks.tokenizer",
+    "TaskError": "archnet.errors",
+    "Tokenizer": "archnet.tasks.tokenizer",
+    "TranslationData": "archnet.tasks.translation",
+    "check_data": "archnet.tasks.check",
+    "decoded": "archnet.tasks.corpus",
+    "read_lines": "archnet.tasks.corpus",
+    "scores": "archnet.tasks.translation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module 'archnet.tasks' has no attribute {name!r}")
+    value = getattr(import_module(_FILES[name]), name)
+    globals()[name] = value
+    return value

@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from archnet.config import sides
+from archnet.errors import TaskError
 from archnet.tasks import sources
 from archnet.tasks.images import (
     Augmentation,
@@ -25,16 +26,15 @@ from archnet.tasks.images import (
     Layout,
     MemoryImages,
     Normalisation,
-    TaskError,
     decode_all,
 )
 from archnet.tasks.sampling import Draw, SequentialBatchSampler, StepBatchSampler, permutation
 
 _log = logging.getLogger(__name__)
 
-# Images up to this side are decoded once: 50,000 of 32x32 take 150 MB, and workers would cost more
-# than they save.
-_MEMORY_SIDE = 64
+# Images up to so many pixels are decoded once: 50,000 of 32x32 take 150 MB, and workers would cost
+# more than they save.
+_MEMORY_PIXELS = 64 * 64
 # The test split cut from data that have none must not move with the run's seed.
 _TEST_SEED = 0
 
@@ -50,6 +50,7 @@ class DataOptions(Protocol):
 
     root: str | None
     source: str
+    labels: str
     download: bool
     val_fraction: float
     test_fraction: float
@@ -57,11 +58,12 @@ class DataOptions(Protocol):
     batch_size: int
     eval_batch_size: int
     workers: int
-    image_size: int
-    resize: int | None
+    image_size: int | str | None
+    resize: int | str | None
+    interpolation: str | None
     channels: int
-    mean: list[float]
-    std: list[float]
+    mean: list[float] | None
+    std: list[float] | None
 
     @property
     def augment(self) -> AugmentOptions: ...
@@ -100,10 +102,13 @@ class ClassificationData(LightningDataModule):
       has neither, `test_fraction` is cut from train, the same for every seed; where that is 0, the
       whole set is evaluated.
 
+    Images without a label train. They are not in val and test, unless nothing there has a label:
+    then val and test have labels of -1, and what can be measured is agreement.
+
     A split is decoded when it is first asked for, so that nothing looks at test before evaluation.
 
     Args:
-        config: the task's options.
+        config: the task's options, with sizes and statistics of images given.
         seed: of the validation cut, of the choice of unlabelled images and of the order of
             training.
 
@@ -117,15 +122,23 @@ class ClassificationData(LightningDataModule):
         data = config.data
         if data.channels not in (1, 3):
             raise TaskError(f"task.data.channels={data.channels}: images have 1 or 3 channels")
+        if data.image_size is None or data.mean is None or data.std is None:
+            raise TaskError(
+                "task.data.image_size, task.data.mean and task.data.std are not set: give those "
+                "that the teacher was trained with"
+            )
         if not len(data.mean) == len(data.std) == data.channels:
             raise TaskError(
                 f"task.data.mean has {len(data.mean)} and task.data.std {len(data.std)} values, "
                 f"but task.data.channels={data.channels}: give one value a channel"
             )
         self.config, self.seed = config, seed
-        self.in_channels, self.image_size = data.channels, data.image_size
+        self.in_channels = data.channels
+        self.image_size = sides("task.data.image_size", data.image_size)
         self._normalise = Normalisation(tuple(data.mean), tuple(data.std))
-        self._layout = Layout(data.image_size, data.resize, data.channels)
+        self._layout = Layout(
+            *self.image_size, data.channels, _resize(data.resize), data.interpolation or "bilinear"
+        )
         self._augmentation = Augmentation(
             data.augment.crop, data.augment.flip, data.augment.resized_crop
         )
@@ -144,26 +157,31 @@ class ClassificationData(LightningDataModule):
 
     @cached_property
     def _splits(self) -> sources.Splits:
-        splits = _read(self.config)
-        parts = splits.parts
-        for name, part in parts.items():
-            if (part.labels < 0).any():
-                count = (part.labels < 0).sum()
-                raise TaskError(
-                    f"{count} images of the {name} split have a negative label: remove them"
-                )
-        classes = len(np.unique(np.concatenate([part.labels for part in parts.values()])))
-        if classes < 2:
-            where = self.config.data.root or self.config.data.source
-            raise TaskError(
-                f"{where} holds images of {classes} class: a classifier needs at least two"
-            )
+        splits = sources.read(self.config.data, self.config.name)
+        for note in splits.notes:
+            _log.warning(note)
+        sources.require_classes(splits, self.config.data.root or self.config.data.source)
         return splits
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether any image has a label."""
+        return any((p.labels != sources.UNLABELLED).any() for p in self._splits.parts.values())
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of their numbers; empty where the source does not tell them."""
+        return self._splits.class_names
+
     @cached_property
-    def num_classes(self) -> int:
-        """`task.num_classes`, or what the source says, or the labels that occur."""
+    def num_classes(self) -> int | None:
+        """`task.num_classes`, or what the source says, or the labels that occur.
+
+        None where nothing has a label: what there is, the teacher says.
+        """
         splits = self._splits
+        if not self.has_labels:
+            return self.config.num_classes
         highest = max(int(part.labels.max(initial=0)) for part in splits.parts.values())
         count = self.config.num_classes or len(splits.class_names) or highest + 1
         if highest >= count:
@@ -183,7 +201,7 @@ class ClassificationData(LightningDataModule):
         train = own["train"][1] if "train" in own else np.empty(0, np.int64)
         if "test" not in items:
             order = permutation(len(train), _TEST_SEED, 0)
-            count = round(data.test_fraction * len(train))
+            count = _share(data.test_fraction, len(train))
             items["test"] = ("train", np.sort(order[:count]) if count else train)
             train = np.sort(order[count:])
             if not count:
@@ -193,7 +211,7 @@ class ClassificationData(LightningDataModule):
                 )
         order = train[permutation(len(train), self.seed, 0)] if len(train) else train
         if "val" not in items:
-            count = round(data.val_fraction * len(train))
+            count = _share(data.val_fraction, len(train))
             items["val"], order = ("train", np.sort(order[:count])), order[count:]
         items["train"] = ("train", order)
         # Class folders are read class by class; the first images of a split are to be a sample
@@ -201,7 +219,9 @@ class ClassificationData(LightningDataModule):
         for name in ("val", "test"):
             split, chosen = items[name]
             mixed = chosen[permutation(len(chosen), _TEST_SEED, 0)] if len(chosen) else chosen
-            items[name] = (split, mixed)
+            labels = parts[split].labels[mixed] if len(mixed) else mixed
+            known = labels != sources.UNLABELLED
+            items[name] = (split, mixed[known] if known.any() else mixed)
         return items
 
     def _store(self, split: str) -> _Store:
@@ -223,14 +243,16 @@ class ClassificationData(LightningDataModule):
 
     @property
     def _in_memory(self) -> bool:
-        return self.image_size <= _MEMORY_SIDE and not self._augmentation.resized_crop
+        height, width = self.image_size
+        return height * width <= _MEMORY_PIXELS and not self._augmentation.resized_crop
 
     def _check_pixels(self, pixels: NDArray[np.uint8]) -> None:
-        expected = (self.image_size, self.image_size, self.in_channels)
+        expected = (*self.image_size, self.in_channels)
         if pixels.shape[1:] != expected:
             raise TaskError(
                 f"{self.config.data.source} has images of {pixels.shape[1:]} (H, W, C), "
-                f"but task.data.image_size={expected[0]} and task.data.channels={expected[2]}: "
+                f"but task.data.image_size={expected[0]}x{expected[1]} and "
+                f"task.data.channels={expected[2]}: "
                 "set these to match"
             )
 
@@ -260,10 +282,16 @@ class ClassificationData(LightningDataModule):
         ]
 
     def _images(
-        self, name: str, augmented: bool, count: int | None = None
+        self, name: str, augmented: bool, count: int | None = None, labelled: bool = False
     ) -> tuple[ImageSet, Tensor]:
         """Images of train, val or test, and their labels, one for each item."""
         split, chosen = self._items[name]
+        if labelled and len(chosen):
+            chosen = chosen[self._splits.parts[split].labels[chosen] != sources.UNLABELLED]
+            if not len(chosen):
+                raise TaskError(
+                    "teacher.train=true needs labels, and the training images have none"
+                )
         if not len(chosen):
             raise TaskError(
                 f"{self.config.data.root or self.config.data.source} leaves no images for {name}: "
@@ -300,7 +328,7 @@ class ClassificationData(LightningDataModule):
 
     def labelled(self) -> LabelledImages:
         """The training part with its labels, for training a teacher and nothing else."""
-        return LabelledImages(*self._images("train", augmented=True))
+        return LabelledImages(*self._images("train", augmented=True, labelled=True))
 
     # Loaders --------------------------------------------------------------------------------
 
@@ -345,8 +373,20 @@ class ClassificationData(LightningDataModule):
         """(images, labels) of the test split, for the final figure."""
         return self._eval_loader("test")
 
-    def _eval_loader(self, name: str) -> DataLoader[tuple[Tensor, Tensor]]:
-        dataset = LabelledImages(*self._images(name, augmented=False))
+    def look_loader(self) -> tuple[str, DataLoader[tuple[Tensor, Tensor]]]:
+        """What a teacher is tried on before it is converted: never test.
+
+        Returns:
+            ``validation``, or ``training`` where that has no images, and (images, labels) of it.
+        """
+        if len(self._items["val"][1]):
+            return "validation", self._eval_loader("val")
+        split, chosen = self._items["train"]
+        known = (self._splits.parts[split].labels[chosen] >= 0).any() if len(chosen) else False
+        return "training", self._eval_loader("train", labelled=bool(known))
+
+    def _eval_loader(self, name: str, labelled: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:
+        dataset = LabelledImages(*self._images(name, augmented=False, labelled=labelled))
         rank, world = self._place
         return self._loader(
             dataset,
@@ -387,25 +427,14 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _read(config: TaskOptions) -> sources.Splits:
-    """The splits of `task.data.source`.
+def _share(fraction: float, count: int) -> int:
+    """So many of ``count`` images; one at least where there is another for the rest."""
+    return max(round(fraction * count), int(fraction > 0 and count > 1))
 
-    Raises:
-        TaskError: naming the key to set.
-    """
-    data = config.data
-    if data.source == "mnist5k":
-        return sources.mnist5k()
-    root = Path(data.root).expanduser() if data.root is not None else None
-    if data.source == "cifar10" and (root is None or not sources.holds_images(root)):
-        if not data.download:
-            raise TaskError(
-                f"task.data.root={data.root} does not hold CIFAR-10: name the folder that does, "
-                "or set task.data.download=true where there is a network"
-            )
-        return sources.cifar10_download(root or Path("data"))
-    if root is None:
-        raise TaskError(
-            f"task.data.root is not set: name the folder that holds the images of {config.name}"
-        )
-    return sources.from_root(root, data.source if data.source != "cifar10" else "auto")
+
+def _resize(size: int | str | None) -> int | tuple[int, int] | None:
+    """`task.data.resize` as `Layout` has it."""
+    if size is None:
+        return None
+    both = sides("task.data.resize", size, low=0)
+    return both if "x" in str(size).lower() else both[0]

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from archnet.errors import TaskError
 from archnet.files import digest, full_disk, remove, remove_leftovers, temporary_beside
-from archnet.tasks.images import TaskError
 from archnet.tasks.tokenizer import Subwords
 
 _log = logging.getLogger(__name__)
@@ -39,6 +39,10 @@ class ParallelText(Protocol):
 
     def pairs(self, split: str) -> Iterator[Pair]:
         """Source and target sentences, stripped, in order; either may be empty."""
+        ...
+
+    def size(self, split: str) -> int:
+        """How many pairs there are, empty ones included."""
         ...
 
     def fingerprint(self, split: str) -> str:
@@ -63,6 +67,12 @@ class TextFiles:
     root: Path
     names: dict[str, str]
     languages: tuple[str, str]
+
+    @classmethod
+    def of(cls, root: Path, text: Any) -> TextFiles:
+        """The files that `task.text` names."""
+        names = {split: getattr(text, split) for split in ("train", "valid", "test")}
+        return cls(root, names, (text.source, text.target))
 
     def files(self, split: str) -> list[Path]:
         """The two text files of a split, or its parquet files.
@@ -96,6 +106,15 @@ class TextFiles:
     def pairs(self, split: str) -> Iterator[Pair]:
         files = self.files(split)
         return _parquet(files, self.languages) if files[0].suffix == ".parquet" else _lines(files)
+
+    def size(self, split: str) -> int:
+        files = self.files(split)
+        if files[0].suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return sum(pq.read_metadata(path).num_rows for path in files)
+        with files[0].open("rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
     def fingerprint(self, split: str) -> str:
         digest = hashlib.sha256()

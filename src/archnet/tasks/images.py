@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,61 +22,94 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from archnet.errors import ArchnetError
+from archnet.errors import TaskError
 from archnet.tasks.sampling import Draw, uniform
+from archnet.tasks.sources import Encoded
 
-_GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
+_GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
+# What Pillow may take a file for: the kinds whose suffixes `sources` lists, and nothing that runs
+# other programs (PostScript) or has rarely been tried.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Of an image, decoded or scaled: what Pillow takes for an attack.
+_MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 # Streams of `sampling.uniform`: which random number of a draw is which.
 _FLIP, _ROW, _COLUMN, _AREA, _RATIO = range(5)
-
-
-class TaskError(ArchnetError):
-    """Data that cannot be used as they are."""
 
 
 class DamagedImageError(Exception):
     """A file that is no image, or breaks off; it is skipped and its name reported."""
 
 
-class Encoded(Protocol):
-    """Image files that are read and decoded one at a time."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> bytes:
-        """The file's bytes."""
-
-    def name(self, index: int) -> str:
-        """What a message calls the file."""
-
-
 @dataclass(frozen=True)
 class Layout:
-    """The tensor an image becomes: `size` pixels each way, cut from the centre.
+    """The array an image becomes: uint8 (height, width, channels), cut from its centre.
 
-    The shorter side is scaled to `resize` pixels before; None leaves the image as large as it is.
+    Sizes and places are those of torchvision's `Resize` and `CenterCrop`, to the pixel.
+
+    Attributes:
+        height: of the array, pixels.
+        width: of the array, pixels.
+        channels: 1 or 3.
+        resize: what the image is scaled to before: its shorter side, (height, width), 0: not at
+            all; None: until it just covers the array.
+        interpolation: nearest, bilinear, bicubic or lanczos.
     """
 
-    size: int
-    resize: int | None
+    height: int
+    width: int
     channels: int
+    resize: int | tuple[int, int] | None = None
+    interpolation: str = "bilinear"
 
     def whole(self, image: Image.Image) -> NDArray[np.uint8]:
-        """The image's centre, uint8 (size, size, channels); black where the image is smaller."""
-        width, height = image.size
-        if self.resize is not None and min(width, height) != self.resize:
-            scale = self.resize / min(width, height)
-            shape = max(round(width * scale), 1), max(round(height * scale), 1)
-            image = image.resize(shape, Image.Resampling.BILINEAR)
-        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
-        return self._array(image.crop((left, top, left + self.size, top + self.size)))
+        """The image's centre; black where the image is smaller.
+
+        Raises:
+            DamagedImageError: the image is so thin that scaling its shorter side makes it huge.
+        """
+        size = self._scaled(*image.size)
+        if size[0] * size[1] > _MOST_PIXELS:
+            raise DamagedImageError(f"{image.width}x{image.height} pixels")
+        if size != image.size:
+            image = image.resize(size, self._filter)
+        left, top = _start(image.width, self.width), _start(image.height, self.height)
+        return self._array(image.crop((left, top, left + self.width, top + self.height)))
 
     def part(self, image: Image.Image, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-        """A (left, top, right, bottom) box of the image, stretched to (size, size, channels)."""
-        return self._array(image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))
+        """A (left, top, right, bottom) box of the image, stretched to the array."""
+        return self._array(image.resize((self.width, self.height), self._filter, box=box))
+
+    def aspect(self, width: int, height: int) -> float:
+        """Width over height of the part of an image of that size that `whole` shows."""
+        if isinstance(self.resize, tuple):
+            return width / height
+        return self.width / self.height
+
+    def _scaled(self, width: int, height: int) -> tuple[int, int]:
+        if isinstance(self.resize, tuple):
+            return self.resize[1], self.resize[0]
+        if self.resize == 0:
+            return width, height
+        if self.resize is None:
+            # Which side decides: the one that is shorter in proportion to the array's.
+            if width * self.height <= height * self.width:
+                return self.width, self.width * height // width
+            return self.height * width // height, self.height
+        if width <= height:
+            return self.resize, self.resize * height // width
+        return self.resize * width // height, self.resize
+
+    @property
+    def _filter(self) -> Image.Resampling:
+        return Image.Resampling[self.interpolation.upper()]
 
     def _array(self, image: Image.Image) -> NDArray[np.uint8]:
-        return np.asarray(image, np.uint8).reshape(self.size, self.size, self.channels)
+        return np.asarray(image, np.uint8).reshape(self.height, self.width, self.channels)
+
+
+def _start(whole: int, part: int) -> int:
+    """Where the centre ``part`` of ``whole`` pixels begins; negative where it is larger."""
+    return -((part - whole) // 2) if part > whole else round((whole - part) / 2)
 
 
 @dataclass(frozen=True)
@@ -111,10 +144,15 @@ class Augmentation:
             image, torch.from_numpy(rows)[:, :, None], torch.from_numpy(columns)[:, None, :]
         ]
 
-    def box(self, width: int, height: int, key: NDArray[np.uint64]) -> tuple[int, int, int, int]:
-        """A crop of random area and aspect ratio, (left, top, right, bottom); `key` is (1,)."""
+    def box(
+        self, width: int, height: int, key: NDArray[np.uint64], aspect: float = 1.0
+    ) -> tuple[int, int, int, int]:
+        """A crop of random area and of a ratio near `aspect` (width over height).
+
+        Returns (left, top, right, bottom); `key` is (1,).
+        """
         share = self.resized_crop + (1 - self.resized_crop) * uniform(key, _AREA).item()
-        ratio = math.exp((2 * uniform(key, _RATIO).item() - 1) * math.log(4 / 3))
+        ratio = aspect * math.exp((2 * uniform(key, _RATIO).item() - 1) * math.log(4 / 3))
         # A box that would stick out is narrowed instead of drawn again: one draw, one key.
         cut_width = min(width, max(1, round(math.sqrt(width * height * share * ratio))))
         cut_height = min(height, max(1, round(math.sqrt(width * height * share / ratio))))
@@ -219,27 +257,29 @@ class EncodedImages(ImageSet):
             raise TaskError(
                 f"none of {len(self)} images can be decoded, {self.files.name(0)} first"
             )
-        shape = (len(views), self.layout.size, self.layout.size, self.layout.channels)
+        shape = (len(views), self.layout.height, self.layout.width, self.layout.channels)
         pixels = np.stack(views) if views else np.empty(shape, np.uint8)
         return self.normalise(torch.from_numpy(pixels)), shown
 
     def _view(self, item: int, key: int) -> NDArray[np.uint8] | None:
-        """One image as uint8 (size, size, channels), or None where its file is damaged."""
+        """One image as uint8 (height, width, channels), or None where its file is damaged."""
         file = int(self.items[item])
         if self.damaged[file]:
             return None
+        random, keys = self.augmentation, np.array([key], np.uint64)
         try:
             image = open_image(self.files, file, self.layout.channels)
+            if random is not None and random.resized_crop:
+                box = random.box(*image.size, keys, self.layout.aspect(*image.size))
+                view = self.layout.part(image, box)
+                return view[:, ::-1] if random.flip and uniform(keys, _FLIP).item() >= 0.5 else view
+            pixels = self.layout.whole(image)
         except DamagedImageError:
             self.damaged[file] = 1
             return None
-        random, keys = self.augmentation, np.array([key], np.uint64)
-        if random is None:
-            return self.layout.whole(image)
-        if random.resized_crop:
-            view = self.layout.part(image, random.box(*image.size, keys))
-            return view[:, ::-1] if random.flip and uniform(keys, _FLIP).item() >= 0.5 else view
-        return random.view(torch.tensor(self.layout.whole(image))[None], keys)[0].numpy()
+        return (
+            pixels if random is None else random.view(torch.tensor(pixels)[None], keys)[0].numpy()
+        )
 
 
 @dataclass(eq=False)
@@ -266,16 +306,22 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
 def open_image(files: Encoded, index: int, channels: int) -> Image.Image:
     """The decoded image with `channels` channels (1 or 3).
 
-    Grey, palette, CMYK and transparent images become RGB where three channels are wanted.
+    Grey, palette, CMYK and transparent images become RGB where three channels are wanted; of 16
+    bits a pixel the upper 8 are kept.
 
     Raises:
         TaskError: a colour image where one channel is wanted: grey can be made of it in several
-            ways, and which one the teacher was trained on is not ours to guess.
-        DamagedImageError: the file cannot be decoded.
+            ways, and which one the teacher was trained on is not ours to guess; or pixels of 32
+            bits, whose range a file does not state.
+        DamagedImageError: the file cannot be decoded, is no image of the kinds that are read, or
+            has more pixels than Pillow takes for an attack (179 million).
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(files.read(index)))
-        image.load()
+        with warnings.catch_warnings():
+            # Half of what is refused is a warning of Pillow's.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(io.BytesIO(files.read(index)), formats=_FORMATS)
+            image.load()
     # Pillow's readers raise whatever a damaged header makes them stumble over.
     except Exception as error:
         raise DamagedImageError(files.name(index)) from error
@@ -284,16 +330,24 @@ def open_image(files: Encoded, index: int, channels: int) -> Image.Image:
             f"{files.name(index)} is {image.mode}, but task.data.channels=1: "
             "set task.data.channels=3, or convert the images to grey"
         )
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("L" if channels == 1 else "RGB")
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise TaskError(
+            f"{files.name(index)} has pixels of 32 bits, and no file says what is white there: "
+            "convert the images to 8 or 16 bits"
+        )
+    try:
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert("L" if channels == 1 else "RGB")
+    except ValueError as error:  # a mode that Pillow decodes and does not convert
+        raise DamagedImageError(files.name(index)) from error
 
 
 def decode_all(files: Encoded, layout: Layout) -> tuple[Tensor, Tensor]:
-    """All images as uint8 (N, size, size, channels), and flags (N,): 1 is damaged, left black."""
-    pixels = np.zeros((len(files), layout.size, layout.size, layout.channels), np.uint8)
+    """All images as uint8 (N, H, W, channels), and flags (N,): 1 is damaged, left black."""
+    pixels = np.zeros((len(files), layout.height, layout.width, layout.channels), np.uint8)
     damaged = torch.zeros(len(files), dtype=torch.uint8)
     for index in range(len(files)):
         try:
@@ -301,3 +355,20 @@ def decode_all(files: Encoded, layout: Layout) -> tuple[Tensor, Tensor]:
         except DamagedImageError:
             damaged[index] = 1
     return torch.from_numpy(pixels), damaged
+
+
+def common_size(images: Encoded | NDArray[np.uint8], sample: int = 32) -> tuple[int, int] | None:
+    """Height and width that a sample of the images all have; None where they differ.
+
+    Only headers are decoded; what cannot be read is passed over.
+    """
+    if isinstance(images, np.ndarray):
+        return images.shape[1], images.shape[2]
+    found = set()
+    for index in {len(images) * place // sample for place in range(sample)}:
+        try:
+            with Image.open(io.BytesIO(images.read(index)), formats=_FORMATS) as image:
+                found.add((image.height, image.width))
+        except Exception:  # as in `open_image`
+            continue
+    return found.pop() if len(found) == 1 else None

@@ -15,7 +15,7 @@ from functools import cached_property
 
 from babel import Locale, UnknownLocaleError, dates, numbers, units
 
-from archnet.tasks.images import TaskError
+from archnet.errors import TaskError
 
 SIZES = {"train": 6000, "valid": 300, "test": 300}
 UNITS = (
@@ -47,6 +47,9 @@ class Phrases:
 
     def pairs(self, split: str) -> Iterator[tuple[str, str]]:
         return iter(self._drawn[split])
+
+    def size(self, split: str) -> int:
+        return SIZES[split]
 
     def fingerprint(self, split: str) -> str:
         digest = hashlib.sha256()

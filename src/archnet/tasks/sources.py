@@ -1,29 +1,30 @@
-"""Where labelled images come from: class folders, Hugging Face parquet, packages, downloads.
+"""Where images come from: folders, Hugging Face parquet, packages, downloads.
 
 Every source ends as `Splits`: undecoded files (or ready pixels) and labels for each of train, val
 and test, as far as the source has them. What a missing split means is decided by `classification`,
-in one place.
+in one place. Nothing here loads torch: `check` looks at data before that.
 """
 
 from __future__ import annotations
 
 import bisect
 import json
+import os
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from archnet.tasks.images import Encoded, TaskError
+from archnet.errors import TaskError
 
 _SPLIT_NAMES = {
     "train": "train",
@@ -34,11 +35,14 @@ _SPLIT_NAMES = {
     "dev": "val",
     "test": "test",
 }
+# `images` decodes these kinds and no others.
 _IMAGE_SUFFIXES = {
     ".bmp",
     ".gif",
+    ".jfif",
     ".jpeg",
     ".jpg",
+    ".pbm",
     ".pgm",
     ".png",
     ".ppm",
@@ -50,6 +54,23 @@ _IMAGE_SUFFIXES = {
 _RESIDENT_BYTES = 4 * 2**30
 _KEPT_GROUPS = 8
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
+# The label of an image whose class is not known, as Hugging Face writes it too.
+UNLABELLED = -1
+_LABEL_TEXT = ", ".join(_LABEL_COLUMNS)
+# Of a file; what is larger is no image that anybody trains on.
+_LARGEST_FILE = 2**30
+
+
+class Encoded(Protocol):
+    """Image files that are read and decoded one at a time."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes:
+        """The file's bytes."""
+
+    def name(self, index: int) -> str:
+        """What a message calls the file."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +88,13 @@ class Split:
 class Splits:
     """The splits a source has, named train, val and test, and its classes' names if it tells them.
 
-    A source that is not divided has everything under train.
+    A source that is not divided has everything under train. ``notes`` are lines about what was
+    left out or taken otherwise than it may have been meant.
     """
 
     parts: dict[str, Split]
     class_names: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
 
 
 class Files:
@@ -84,7 +107,9 @@ class Files:
         return len(self.paths)
 
     def read(self, index: int) -> bytes:
-        return self.paths[index].read_bytes()
+        with self.paths[index].open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+        return content if len(content) <= _LARGEST_FILE else b""
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
@@ -141,49 +166,204 @@ class ParquetImages:
         return f"{file} row {first + row}"
 
 
+class SourceOptions(Protocol):
+    """What is read of `task.data` to find images."""
+
+    root: str | None
+    source: str
+    labels: str
+    download: bool
+
+
+def read(data: SourceOptions, name: str) -> Splits:
+    """The splits of `task.data.source`.
+
+    Args:
+        data: `task.data`.
+        name: of the task, for errors.
+
+    Raises:
+        TaskError: naming the key to set.
+    """
+    if data.source == "mnist5k":
+        return mnist5k()
+    root = Path(data.root).expanduser() if data.root is not None else None
+    if data.source == "cifar10" and (root is None or not holds_images(root)):
+        if not data.download:
+            raise TaskError(
+                f"task.data.root={data.root} does not hold CIFAR-10: name the folder that does, "
+                "or set task.data.download=true where there is a network"
+            )
+        return cifar10_download(root or Path("data"))
+    if root is None:
+        raise TaskError(
+            f"task.data.root is not set: name the folder that holds the images of {name}"
+        )
+    kind = data.source if data.source != "cifar10" else "auto"
+    return from_root(root, kind, data.labels)
+
+
 def holds_images(root: Path) -> bool:
     """Whether `from_root` would find anything."""
-    return root.is_dir() and (any(root.rglob("*.parquet")) or bool(_from_folders(root).parts))
+    return root.is_dir() and (bool(_parquet_files(root)) or bool(_from_folders(root).parts))
 
 
-def from_root(root: Path, kind: str = "auto") -> Splits:
-    """Splits of a folder of parquet files or of class folders.
+def require_folder(root: Path) -> None:
+    """Raise `TaskError` where ``root`` is no folder that can be listed."""
+    key = f"task.data.root={root}"
+    if not root.is_dir():
+        what = "is a file and not a folder" if root.exists() else "is not a folder"
+        raise TaskError(f"{key} {what}: name the folder that holds the data")
+    try:
+        empty = next(os.scandir(root), None) is None
+    except OSError as error:
+        raise TaskError(f"{key} cannot be read: {error.strerror}") from error
+    if empty:
+        raise TaskError(f"{key} is empty and holds no images or text: name the folder that does")
+
+
+def from_root(root: Path, kind: str = "auto", labels: str = "auto") -> Splits:
+    """Splits of a folder of parquet files or of image files.
+
+    Classes are the column's values, or the folders that images lie in: directly under the root or
+    under a folder named as a split. What has no class is labelled `UNLABELLED`: images beside
+    class folders, a table without a label column, and all of it where there is one folder only. A
+    split for evaluation without any label is left out where another part has some.
 
     Args:
         root: the folder.
         kind: parquet, folder, or auto for whichever it holds.
+        labels: auto, or ignore for images of which nothing is a class.
 
     Raises:
-        TaskError: the folder is missing, or holds neither.
+        TaskError: the folder is missing, cannot be read, or holds neither.
     """
-    if not root.is_dir():
-        raise TaskError(
-            f"task.data.root={root} is not a folder: name the folder that holds the images"
-        )
-    parquet = sorted(root.rglob("*.parquet")) if kind != "folder" else []
-    splits = _from_parquet(root, parquet) if parquet or kind == "parquet" else _from_folders(root)
+    require_folder(root)
+    parquet = _parquet_files(root) if kind != "folder" else []
+    if parquet or kind == "parquet":
+        splits = _from_parquet(root, parquet, labels)
+    else:
+        splits = _from_folders(root, labels)
     if not splits.parts:
         raise TaskError(
             f"task.data.root={root} holds no images for task.data.source={kind}: expected "
-            "*.parquet files, or class folders: root/train/<class>/<image> or root/<class>/<image>"
+            "*.parquet files, class folders (root/train/<class>/<image> or root/<class>/<image>) "
+            f"or images; {_found(root)}"
         )
-    return splits
+    judging = {name for name, part in splits.parts.items() if (part.labels != UNLABELLED).any()}
+    idle = [name for name in splits.parts if judging and name != "train" and name not in judging]
+    if not idle:
+        return splits
+    parts = {name: part for name, part in splits.parts.items() if name not in idle}
+    note = f"no image of {' and '.join(idle)} has a label: left out, for others judge"
+    return Splits(parts, splits.class_names, (*splits.notes, note))
 
 
-def _from_parquet(root: Path, files: Sequence[Path]) -> Splits:
+def require_classes(splits: Splits, where: str) -> None:
+    """Raise `TaskError` where labels are negative, or where all that there are are the same."""
+    for name, part in splits.parts.items():
+        if count := int((part.labels < UNLABELLED).sum()):
+            raise TaskError(
+                f"{count} images of the {name} split have a negative label: remove them "
+                f"({UNLABELLED} is an image without one)"
+            )
+    labels = np.unique(np.concatenate([part.labels for part in splits.parts.values()]))
+    if (labels != UNLABELLED).sum() == 1:
+        raise TaskError(
+            f"{where} holds images of 1 class: a classifier needs at least two; "
+            "task.data.labels=ignore trains without labels"
+        )
+
+
+def _found(root: Path) -> str:
+    """What a folder holds instead of images, in a few words."""
+    suffixes: dict[str, int] = {}
+    for path, _ in _walk(root):
+        suffix = path.suffix.lower() or "no suffix"
+        suffixes[suffix] = suffixes.get(suffix, 0) + 1
+    often = sorted(suffixes, key=lambda suffix: -suffixes[suffix])[:3]
+    return "found " + (", ".join(f"{suffixes[s]} x {s}" for s in often) or "folders alone")
+
+
+class _Entry(NamedTuple):
+    """A name that is no folder's."""
+
+    path: Path
+    is_file: bool  # no pipe, device, socket or broken link, which may block whoever opens it
+
+
+def _walk(folder: Path) -> Iterator[_Entry]:
+    """What is in a folder at any depth, in order, but for what is hidden and links to folders.
+
+    Raises:
+        TaskError: a folder cannot be read.
+    """
+    for entry in _entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path))
+        elif not _is(entry.is_dir):
+            yield _Entry(Path(entry.path), _is(entry.is_file))
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name, but for what is hidden."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise TaskError(f"{folder} cannot be read: {error.strerror}") from error
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Whether a link leads to such a thing; one that leads in a circle leads to none."""
+    try:
+        return kind()
+    except OSError:
+        return False
+
+
+def _parquet_files(root: Path) -> list[Path]:
+    return [path for path, is_file in _walk(root) if is_file and path.suffix == ".parquet"]
+
+
+def _from_parquet(root: Path, files: Sequence[Path], labels: str) -> Splits:
     grouped: dict[str, list[Path]] = {}
     for file in files:
         grouped.setdefault(_split_of(file.relative_to(root)), []).append(file)
+    tables = {name: [_read_table(f, labels) for f in members] for name, members in grouped.items()}
+    every = [table for members in tables.values() for table in members]
+    names = next((table.class_names for table in every if table.class_names), ())
+    words = {word for table in every if table.is_text for word in table.labels if word is not None}
+    if words:
+        if mixed := [file for file, table in _pairs(grouped, tables) if not table.is_text]:
+            raise TaskError(
+                f"{mixed[0]} has no names of classes in its label column, and other files have: "
+                "write names in all of them, or numbers"
+            )
+        names = tuple(sorted(words))
+    numbers = {name: number for number, name in enumerate(names)}
     parts = {}
-    class_names: tuple[str, ...] = ()
-    for name, members in grouped.items():
-        tables = [_read_labels(file) for file in members]
-        labels = np.concatenate([table.labels for table in tables])
-        # -1 is how Hugging Face writes labels that are withheld: such a split judges nothing.
-        if len(labels) and (labels >= 0).any():
-            parts[name] = Split(ParquetImages(members, tables[0].image_column), labels)
-            class_names = class_names or tables[0].class_names
-    return Splits(parts, class_names)
+    for name, members in tables.items():
+        columns = [
+            np.array([numbers.get(word, UNLABELLED) for word in table.labels], np.int64)
+            if table.is_text
+            else np.asarray(table.labels, np.int64)
+            for table in members
+        ]
+        found = np.concatenate(columns)
+        if len(found):
+            parts[name] = Split(ParquetImages(grouped[name], members[0].image_column), found)
+    unlabelled = labels == "auto" and not any(
+        (p.labels != UNLABELLED).any() for p in parts.values()
+    )
+    notes = (f"{files[0].name} has no labels in {_LABEL_TEXT}",) if unlabelled and parts else ()
+    return Splits(parts, names, notes)
+
+
+def _pairs(
+    grouped: dict[str, list[Path]], tables: dict[str, list[_Table]]
+) -> list[tuple[Path, _Table]]:
+    return [pair for name in grouped for pair in zip(grouped[name], tables[name], strict=True)]
 
 
 def _split_of(path: Path) -> str:
@@ -194,28 +374,49 @@ def _split_of(path: Path) -> str:
     return "train"
 
 
-class _Labels(NamedTuple):
-    """What a parquet file tells without its images."""
+class _Table(NamedTuple):
+    """What a parquet file tells without its images; names of classes, or their numbers."""
 
     image_column: str
-    labels: NDArray[np.int64]
+    labels: Sequence[Any] | NDArray[np.int64]
+    is_text: bool
     class_names: tuple[str, ...]
 
 
-def _read_labels(file: Path) -> _Labels:
+def _read_table(file: Path, labels: str) -> _Table:
     try:
         schema = pq.read_schema(file)
         image = next((column.name for column in schema if _is_image(column.type)), None)
         label = next((name for name in _LABEL_COLUMNS if name in schema.names), None)
-        if image is None or label is None:
+        if image is None:
             raise TaskError(
                 f"{file} has the columns {', '.join(schema.names)}: expected an image column "
-                f"(struct with bytes) and a label column ({', '.join(_LABEL_COLUMNS)})"
+                f"(struct with bytes) and a label column ({_LABEL_TEXT})"
             )
-        labels = pq.read_table(file, columns=[label])[label]
-        return _Labels(image, labels.to_numpy().astype(np.int64), _class_names(schema, label))
+        if label is None or labels == "ignore":
+            rows = pq.read_metadata(file).num_rows
+            return _Table(image, [UNLABELLED] * rows, False, ())
+        column = pq.read_table(file, columns=[label])[label]
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        kind = column.type
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            return _Table(image, [word or None for word in column.to_pylist()], True, ())
+        if not (
+            pa.types.is_integer(kind)
+            or pa.types.is_floating(kind)
+            or pa.types.is_boolean(kind)
+            or pa.types.is_null(kind)
+        ):
+            raise TaskError(
+                f"{file}: column {label} holds {kind} and not one class an image: a number or a "
+                "name; task.data.labels=ignore trains without"
+            )
+        numbers = column.cast(pa.int64()).fill_null(UNLABELLED).to_numpy()
+        return _Table(image, numbers, False, _class_names(schema, label))
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise TaskError(f"{file} is not readable ({error}): fetch it again") from error
+        line = str(error).splitlines()[0]
+        raise TaskError(f"{file} is not readable ({line}): fetch it again") from error
 
 
 def _is_image(kind: pa.DataType) -> bool:
@@ -230,39 +431,55 @@ def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
     return tuple(described.get("info", {}).get("features", {}).get(label, {}).get("names") or ())
 
 
-def _from_folders(root: Path) -> Splits:
-    """Class folders under split folders or directly under the root."""
+def _from_folders(root: Path, labels: str = "auto") -> Splits:
+    """Images in folders named as splits or directly under the root, by class or without."""
     folders = {
         _SPLIT_NAMES[path.name.lower()]: path
         for path in _folders(root)
         if path.name.lower() in _SPLIT_NAMES
     }
-    found = {name: _class_files(path) for name, path in (folders or {"train": root}).items()}
-    found = {name: classes for name, classes in found.items() if classes}
-    class_names = tuple(sorted({name for classes in found.values() for name in classes}))
+    found = {name: _classes(path) for name, path in (folders or {"train": root}).items()}
+    names = tuple(
+        sorted({name for classes in found.values() for name, _ in classes if name is not None})
+    )
+    others = [item.path for classes in found.values() for _, item in classes if not item.is_file]
+    notes = []
+    if others:
+        notes.append(
+            f"{len(others)} names of images are no files (pipes, devices, broken links) and left "
+            f"out, {others[0]} first"
+        )
+    if labels == "auto" and len(names) < 2:
+        where = f"one folder alone ({names[0]})" if names else "no class folders"
+        notes.append(f"task.data.root={root} has {where}: its images have no labels")
+    numbers: dict[str | None, int] = {}
+    if labels == "auto" and len(names) > 1:
+        numbers = {name: number for number, name in enumerate(names)}
     parts = {}
     for split, classes in found.items():
-        paths = [path for files in classes.values() for path in files]
-        labels = [class_names.index(name) for name, files in classes.items() for _ in files]
-        parts[split] = Split(Files(paths), np.array(labels, np.int64))
-    return Splits(parts, class_names)
+        files = [
+            (numbers.get(name, UNLABELLED), item.path) for name, item in classes if item.is_file
+        ]
+        if files:
+            images = Files([path for _, path in files])
+            parts[split] = Split(images, np.array([number for number, _ in files], np.int64))
+    return Splits(parts, names if numbers else (), tuple(notes))
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(
-        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    return [Path(entry.path) for entry in _entries(root) if _is(entry.is_dir)]
 
 
-def _class_files(root: Path) -> dict[str, list[Path]]:
-    """The images of each class folder that has any, at whatever depth under it."""
-    classes = {
-        folder.name: sorted(
-            path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES
-        )
-        for folder in _folders(root)
-    }
-    return {name: files for name, files in classes.items() if files}
+def _classes(root: Path) -> list[tuple[str | None, _Entry]]:
+    """What is named like an image, with the folder under the root that it lies in, if in any."""
+    found: list[tuple[str | None, _Entry]] = [
+        (None, _Entry(Path(entry.path), _is(entry.is_file)))
+        for entry in _entries(root)
+        if not _is(entry.is_dir)
+    ]
+    for folder in _folders(root):
+        found += [(folder.name, item) for item in _walk(folder)]
+    return [(name, item) for name, item in found if item.path.suffix.lower() in _IMAGE_SUFFIXES]
 
 
 @cache

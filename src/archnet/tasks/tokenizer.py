@@ -10,8 +10,8 @@ from typing import Protocol
 
 import sentencepiece
 
+from archnet.errors import TaskError
 from archnet.files import atomic
-from archnet.tasks.images import TaskError
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 MODEL = "tokenizer.model"

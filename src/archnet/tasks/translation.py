@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import lightning
 import sacrebleu
 
+from archnet.errors import TaskError
 from archnet.files import atomic, digest, remove_leftovers
 from archnet.tasks.batches import (
     StepBatches,
@@ -22,7 +23,6 @@ from archnet.tasks.batches import (
     epoch_batches,
 )
 from archnet.tasks.corpus import EncodedText, ParallelText, TextFiles, TokenPair, encoded
-from archnet.tasks.images import TaskError
 from archnet.tasks.phrases import Phrases
 from archnet.tasks.tokenizer import Subwords, Tokenizer, train_tokenizer
 
@@ -78,8 +78,7 @@ class TranslationData(lightning.LightningDataModule):
         data = self.config.data
         if data.source == "phrases":
             return Phrases(self.languages, self.seed)
-        names = {split: getattr(self.options, split) for split in ("train", "valid", "test")}
-        return TextFiles(Path(data.root).expanduser(), names, self.languages)
+        return TextFiles.of(Path(data.root).expanduser(), self.options)
 
     def setup(self, stage: str | None = None) -> None:
         """Train the tokenizer and encode the text, or find both as an earlier run left them.

@@ -5,7 +5,7 @@ Training one is `archnet.teachers.fit`, which is imported where that is done: it
 
 from archnet.teachers.families import MEMBERS, Member, member, random_network
 from archnet.teachers.load import TeacherError, from_factory, load_teacher, load_translator
-from archnet.teachers.marian import MarianTokens, load_marian
+from archnet.teachers.marian import MarianTokens, load_marian, require_marian
 from archnet.teachers.nets import NETS, CifarResNet, DigitNet, ResNet9
 from archnet.teachers.taps import TappedTeacher
 from archnet.teachers.transformer import Transformer
@@ -27,4 +27,5 @@ __all__ = [
     "load_translator",
     "member",
     "random_network",
+    "require_marian",
 ]

@@ -34,6 +34,9 @@ _IRRELEVANT_TEXT = ("beam", "length_penalty", "cache_dir", "test")
 # What images do not read, and keys that older caches did not have, by the value they then mean.
 _LATER_KEYS: dict[str, Any] = {"optimizer": "sgd", "average": 0}
 _CHECKSUM = "sha256"  # of the tensors, in the metadata of the file that holds them
+# Keys of images, which text does not read, by the values that they had in older caches.
+_OLDER_TEXT_DATA = {"image_size": 32, "resize": None, "mean": [0.5] * 3, "std": [0.5] * 3}
+_LATER_DATA: dict[str, Any] = {"interpolation": None, "labels": "auto"}
 
 
 class FitOptions(Protocol):
@@ -215,13 +218,19 @@ def teacher_folder(task: Any, teacher: Any, seed: int) -> Path:
     if not asked["teacher"]["fit"]["restarts"]:
         # The first cycle is the same teacher whether others follow or not, in older caches too.
         asked["teacher"]["fit"].pop("restarts")
+    data = asked["task"]["data"]
     for name in _IRRELEVANT_DATA:
-        asked["task"]["data"].pop(name)
+        data.pop(name)
+    for name, value in _LATER_DATA.items():
+        if data[name] == value:
+            data.pop(name)
+    data["resize"] = data["resize"] or None  # 0, which older caches called null
     for name, value in _LATER_KEYS.items():
         if asked["teacher"]["fit"][name] == value:
             asked["teacher"]["fit"].pop(name)
     text = asked["task"].pop("text")
     if asked["task"]["kind"] == "translation":
+        data.update(_OLDER_TEXT_DATA)
         asked["text"] = {k: v for k, v in text.items() if k not in _IRRELEVANT_TEXT}
     if asked["task"]["data"]["root"] is not None:
         asked["task"]["data"]["root"] = str(

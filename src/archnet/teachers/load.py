@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,16 +47,21 @@ class TeacherSource(Protocol):
 
 
 def load_teacher(
-    config: TeacherSource, *, num_classes: int, in_channels: int, image_size: int
+    config: TeacherSource,
+    *,
+    num_classes: int | None,
+    in_channels: int,
+    image_size: int | tuple[int, int],
 ) -> nn.Module:
     """The teacher in eval mode, its parameters frozen.
 
     Args:
         config: `teacher.name` of `teacher.source`, built with `teacher.kwargs` and filled with
             `teacher.weights`.
-        num_classes: logits that the task expects.
+        num_classes: logits that the task expects; None: as many as the teacher has.
         in_channels: channels of the task's images.
-        image_size: their side in pixels; one blank image is passed through to check all three.
+        image_size: their side, or height and width, in pixels; one blank image is passed through
+            to check all three.
 
     Raises:
         TeacherError: an unknown name, weights that do not fit (the first five mismatches are named)
@@ -67,7 +73,8 @@ def load_teacher(
     if config.weights not in (None, "published"):
         fill(model, read_weights(Path(config.weights).expanduser()), config.weights)
     model.eval().requires_grad_(False)
-    _check_logits(config.name, model, num_classes, (1, in_channels, image_size, image_size))
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    _check_logits(config.name, model, num_classes, (1, in_channels, height, width))
     return model
 
 
@@ -99,8 +106,13 @@ def load_translator(config: TeacherSource, *, vocabulary: int, positions: int) -
     return model.eval().requires_grad_(False)
 
 
-def _build(config: TeacherSource, num_classes: int, in_channels: int) -> nn.Module:
+def _build(config: TeacherSource, num_classes: int | None, in_channels: int) -> nn.Module:
     published = config.weights == "published"
+    if config.source != "custom" and not published and num_classes is None:
+        raise TeacherError(
+            f"teacher={config.name} is built for a number of classes, and no image has a label: "
+            "set task.num_classes"
+        )
     if config.source == "torchvision":
         return _from_torchvision(config, published, num_classes)
     if config.source == "timm":
@@ -124,7 +136,7 @@ def _build(config: TeacherSource, num_classes: int, in_channels: int) -> nn.Modu
         ) from error
 
 
-def _from_torchvision(config: TeacherSource, published: bool, num_classes: int) -> nn.Module:
+def _from_torchvision(config: TeacherSource, published: bool, num_classes: int | None) -> nn.Module:
     from torchvision import models
 
     if config.name not in models.list_models(module=models):
@@ -142,14 +154,9 @@ def _from_torchvision(config: TeacherSource, published: bool, num_classes: int) 
 
 
 def _from_timm(
-    config: TeacherSource, published: bool, num_classes: int, in_channels: int
+    config: TeacherSource, published: bool, num_classes: int | None, in_channels: int
 ) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise TeacherError(
-            "teacher.source=timm needs the extra: pip install 'archnet[timm]'"
-        ) from error
+    timm = import_timm()
     shape = {} if published else {"num_classes": num_classes, "in_chans": in_channels}
     try:
         return timm.create_model(config.name, pretrained=published, **{**shape, **config.kwargs})
@@ -157,10 +164,27 @@ def _from_timm(
         raise TeacherError(f"timm could not make {config.name}: {error}") from error
 
 
+def import_timm() -> Any:
+    """The package, an extra.
+
+    Raises:
+        TeacherError: it is missing.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise TeacherError(
+            "teacher.source=timm needs the extra: pip install 'archnet[timm]'"
+        ) from error
+    return timm
+
+
 def from_factory(
     factory: str, kwargs: Mapping[str, Any], key: str = "teacher.factory"
 ) -> nn.Module:
     """What ``package.module:callable`` returns for ``kwargs``.
+
+    As for `python -m`, modules in the folder that the command is called in can be imported.
 
     Args:
         factory: where the callable is.
@@ -168,16 +192,27 @@ def from_factory(
         key: the option that named it, for errors.
 
     Raises:
-        TeacherError: it cannot be imported, or returns no network.
+        TeacherError: it cannot be imported, fails, or returns no network.
     """
     module_name, colon, attribute = factory.partition(":")
     if not (module_name and colon and attribute):
         raise TeacherError(f"{key}={factory}: write package.module:callable")
+    sys.path.insert(0, "")
+    # Whatever code of others raises; its traceback is chained for who debugs it.
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise TeacherError(f"{key}={factory} cannot be imported: {error}") from error
-    model = function(**kwargs)
+    except Exception as error:
+        raise TeacherError(f"{key}={factory} cannot be imported: {_line(error)}") from error
+    else:
+        try:
+            model = function(**kwargs)
+        except Exception as error:
+            raise TeacherError(f"{key}={factory} failed for {kwargs}: {_line(error)}") from error
+    finally:
+        sys.path.remove("")
+        # What a network imports when it is called is found as well, behind all that is installed.
+        if "" not in sys.path:
+            sys.path.append("")
     if not isinstance(model, nn.Module):
         raise TeacherError(
             f"{key}={factory} returned {type(model).__name__}, not a torch.nn.Module"
@@ -185,14 +220,22 @@ def from_factory(
     return unwrap(model)
 
 
-def _check_logits(name: str, model: nn.Module, num_classes: int, shape: tuple[int, ...]) -> None:
+def _line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def _check_logits(
+    name: str, model: nn.Module, num_classes: int | None, shape: tuple[int, ...]
+) -> None:
     try:
         with torch.no_grad():
             logits = model(torch.zeros(shape))
-    except RuntimeError as error:
+    except Exception as error:  # whatever code of others raises
         raise TeacherError(
             f"teacher {name} does not accept the task's images, "
-            f"{shape} (batch, channels, height, width): {error}"
+            f"{shape} (batch, channels, height, width): {_line(error)}"
         ) from error
     try:
         scores = answer(logits)
@@ -206,10 +249,17 @@ def _check_logits(name: str, model: nn.Module, num_classes: int, shape: tuple[in
     if not bool(scores.isfinite().all()):
         require_finite(name, model)
     found = tuple(scores.shape)
-    if found != (1, num_classes):
+    if num_classes is None:
+        if len(found) != 2 or found[1] < 2:
+            raise TeacherError(
+                f"teacher {name} answers {found} to one image, and a classifier answers (1, number "
+                "of classes) logits"
+            )
+    elif found != (1, num_classes):
         raise TeacherError(
             f"teacher {name} answers {found} to one image, "
-            f"but the task needs (1, {num_classes}) logits: choose one with the task's classes"
+            f"but the task needs (1, {num_classes}) logits: choose one with the task's classes; "
+            "where folders or a column are no classes, task.data.labels=ignore"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def load_marian(source: str | Path, positions: int) -> tuple[Transformer, Marian
     Raises:
         TeacherError: the extra is missing, there is no such model, or it is of another kind.
     """
+    require_marian(source)
     transformers = _transformers()
     tokens = MarianTokens(source)
     try:
@@ -83,6 +85,36 @@ def load_marian(source: str | Path, positions: int) -> tuple[Transformer, Marian
     except (OSError, ValueError) as error:
         raise TeacherError(f"{source} holds no Marian model: {_line(error)}") from error
     return from_marian(theirs, tokens.order, positions), tokens
+
+
+def require_marian(source: str | Path) -> None:
+    """Look at a model's settings before anything of it is loaded; a folder without any passes.
+
+    Raises:
+        TeacherError: the model is of another type, or its settings cannot be read.
+    """
+    path = Path(source) / "config.json"
+    if path.is_file():
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TeacherError(f"{path} cannot be read: {_line(error)}") from error
+    elif Path(source).exists():
+        return
+    else:
+        try:
+            settings, _ = _transformers().PretrainedConfig.get_config_dict(str(source))
+        except (OSError, ValueError) as error:
+            raise TeacherError(
+                f"teacher.name={source} is no folder, and no model of that name can be fetched "
+                f"({_line(error)})"
+            ) from error
+    found = settings.get("model_type") if isinstance(settings, dict) else None
+    if found != "marian":
+        raise TeacherError(
+            f"teacher.name={source} is a model of type {found}, and teacher=marian reads type "
+            "marian alone (Marian and OPUS-MT translators): name one of those"
+        )
 
 
 def from_marian(theirs: Any, order: Sequence[int], positions: int) -> Transformer:

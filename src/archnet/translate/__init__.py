@@ -8,7 +8,7 @@ from archnet.translate.search import (
     search,
 )
 from archnet.translate.student import StudentTranslator
-from archnet.translate.text import scores_of, translate, translate_tokens
+from archnet.translate.text import scores_of, translate, translate_tokens, unknown
 
 __all__ = [
     "BOS",
@@ -20,4 +20,5 @@ __all__ = [
     "search",
     "translate",
     "translate_tokens",
+    "unknown",
 ]

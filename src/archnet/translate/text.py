@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from archnet.translate.search import BOS, EOS, SearchOptions, Translator, scores_along, search
+from archnet.translate.search import BOS, EOS, UNK, SearchOptions, Translator, scores_along, search
 
 _log = logging.getLogger(__name__)
 
@@ -30,11 +30,12 @@ def translate(
     batch: int = 32,
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
+    first_line: int = 1,
 ) -> list[str]:
     """Translate sentences; an empty one stays empty, and the number of lines stays the same.
 
-    Characters that the tokenizer does not know are lost; a sentence longer than
-    ``options.longest`` tokens is cut there, with a warning.
+    Characters that the tokenizer does not know are lost (`unknown` names them); a sentence longer
+    than ``options.longest`` tokens is cut there, with a warning.
 
     Args:
         model: what translates.
@@ -44,10 +45,11 @@ def translate(
         batch: sentences that are translated together; those of one length are.
         device: where the network is.
         progress: told how many sentences a batch had, after each.
+        first_line: number of the first sentence, for the warning.
     """
     rows = tokenizer.encode([sentence.strip() for sentence in sentences])
     room = options.longest - 1
-    cut = [number for number, row in enumerate(rows, start=1) if len(row) > room]
+    cut = [number for number, row in enumerate(rows, start=first_line) if len(row) > room]
     if cut:
         _log.warning(
             "%d sentence(s) are longer than %d tokens and were cut; the first is line %d",
@@ -59,6 +61,23 @@ def translate(
         model, [row[:room] for row in rows], options, batch=batch, device=device, progress=progress
     )
     return tokenizer.decode(found)
+
+
+def unknown(tokenizer: Subwords, sentences: Sequence[str]) -> dict[int, str]:
+    """The characters of sentences that a tokenizer does not know, each once.
+
+    Returns:
+        By the index of the sentence; empty text where single characters are known and what they
+        make together is not.
+    """
+    found = {}
+    for index, row in enumerate(tokenizer.encode([sentence.strip() for sentence in sentences])):
+        if UNK in row:
+            characters = [c for c in dict.fromkeys(sentences[index]) if not c.isspace()]
+            rows = tokenizer.encode(characters)
+            lost = [c for c, tokens in zip(characters, rows, strict=True) if UNK in tokens]
+            found[index] = "".join(lost)
+    return found
 
 
 def translate_tokens(

@@ -1,0 +1,114 @@
+"""A look at the teacher before anything is made of it: a wrong teacher makes a wrong student."""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from archnet.config import Config
+from archnet.tasks import ClassificationData
+
+_log = logging.getLogger(__name__)
+
+# Enough to tell a teacher from a guess, and a moment's work.
+MOST_IMAGES = 1000
+# Images a class from which another order of the classes is told from chance.
+_PER_CLASS = 10
+
+
+def look(
+    config: Config, data: ClassificationData, teacher: nn.Module, device: torch.device
+) -> dict[str, Any]:
+    """Measure the teacher on validation images and say so; warn where it is near chance.
+
+    Returns:
+        ``accuracy`` in points, None without labels, and how many ``images`` of which ``split``.
+    """
+    most = min(MOST_IMAGES, config.trainer.limit_eval or MOST_IMAGES)
+    split, loader = data.look_loader()
+    teacher = teacher.to(device).eval()
+    answers, labels, count = [], [], 0
+    with torch.inference_mode():
+        for images_BCHW, labels_B in loader:
+            answers.append(teacher(images_BCHW.to(device)).cpu())
+            labels.append(labels_B)
+            count += len(labels_B)
+            if count >= most:
+                break
+    teacher.cpu()
+    scores_NC, labels_N = torch.cat(answers)[:most], torch.cat(labels)[:most]
+    guesses_N, classes = scores_NC.argmax(1), scores_NC.shape[1]
+    labelled = bool((labels_N >= 0).all())
+    facts: dict[str, Any] = {"accuracy": None, "images": len(labels_N), "split": split}
+    if labelled and len(labels_N):
+        facts["accuracy"] = round(100 * (guesses_N == labels_N).double().mean().item(), 4)
+        _log.info(
+            "teacher: %.2f %% of %s %s images are right (guessing: %.2f %%)",
+            facts["accuracy"], f"{len(labels_N):,}", split, 100 / classes,
+        )  # fmt: skip
+    elif len(labels_N):
+        _log.info(
+            "teacher: its accuracy is not measured, for the %s images have no labels; what will be "
+            "is how often the student agrees", split,
+        )  # fmt: skip
+    if trouble := _trouble(guesses_N, labels_N if labelled else None, classes, data.class_names):
+        shown = config.task.data
+        _log.warning(
+            "teacher %s %s. Images were made with task.data.image_size=%s, task.data.resize=%s, "
+            "task.data.interpolation=%s, task.data.mean=%s, task.data.std=%s",
+            config.teacher.name, trouble, shown.image_size, shown.resize,
+            shown.interpolation or "bilinear", shown.mean, shown.std,
+        )  # fmt: skip
+    return facts
+
+
+def _trouble(
+    guesses_N: Tensor, labels_N: Tensor | None, classes: int, names: tuple[str, ...]
+) -> str | None:
+    """What is wrong with a teacher's answers, if anything is."""
+    count = len(guesses_N)
+    often, times = _often(guesses_N)
+    if labels_N is None:
+        if count >= 50 and times > 0.95 * count:
+            return f"gives class {often} to {times} of {count} images: it may see other images"
+        return None
+    if not count:
+        return None
+    right = int((guesses_N == labels_N).sum())
+    shares = [torch.bincount(x, minlength=classes)[:classes] / count for x in (guesses_N, labels_N)]
+    # Of answers that know nothing of the image; more than 1 / classes where some are frequent.
+    chance = max(1 / classes, float((shares[0] * shares[1]).sum()))
+    margin = 3 * math.sqrt(chance * (1 - chance) / count)
+    order = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") if names else "0, 1, ..."
+    if (best := _reordered(guesses_N, labels_N, classes)) > right + 0.2 * count:
+        return (
+            f"is right on {right} of {count} images, and would be on {best} if its classes stood "
+            f"in another order than the data's ({order})"
+        )
+    if right / count > chance + margin:
+        return None
+    return (
+        f"is right on {right} of {count} images, hardly more than a guess ({100 * chance:.2f} %): "
+        "it was trained on images made otherwise, its weights are not trained, or its classes "
+        f"stand in another order than the data's ({order})"
+    )
+
+
+def _often(guesses_N: Tensor) -> tuple[int, int]:
+    """The class that is given most often, and how often."""
+    if not len(guesses_N):
+        return 0, 0
+    times = torch.bincount(guesses_N)
+    return int(times.argmax()), int(times.max())
+
+
+def _reordered(guesses_N: Tensor, labels_N: Tensor, classes: int) -> int:
+    """How many images are right under the best order of the classes; 0 where too few tell."""
+    if len(labels_N) < _PER_CLASS * classes or int(labels_N.max()) >= classes:
+        return 0
+    table = torch.bincount(labels_N * classes + guesses_N, minlength=classes * classes)
+    square = table.view(classes, classes).numpy()
+    return int(square[linear_sum_assignment(square, maximize=True)].sum())

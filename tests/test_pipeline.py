@@ -3,9 +3,9 @@
 import errno
 import json
 import logging
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from archnet.config import Config
 from archnet.deploy import lower
 from archnet.errors import ArchnetError
 from archnet.runs import RunError, RunFolder, read_json
+from conftest import killed_at
 
 ROOT = Path(__file__).resolve().parents[1]
 Make = Callable[..., Config]
@@ -188,16 +189,10 @@ def test_a_killed_run_ends_with_the_weights_of_one_never_stopped(
     cache = finished.config().teacher.cache_dir
     options = [*DEBUG, "distill.steps=60", f"teacher.cache_dir={cache}"]
     whole = pipeline.run(make_config(*options))
-    command = [sys.executable, str(ROOT / "train.py"), *options, f"output_dir={tmp_path}/killed"]
-    process = subprocess.Popen(command, cwd=tmp_path)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("killed/mnist5k/*/checkpoints/step*.ckpt")):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    command = [*killed_at(31), *options, f"output_dir={tmp_path}/killed"]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == -signal.SIGKILL
     (killed,) = (tmp_path / "killed" / "mnist5k").iterdir()
+    assert list((killed / "checkpoints").glob("step*.ckpt"))
     assert not (killed / "stages" / "distill.json").exists()
     resumed = pipeline.run(make_config(f"resume={killed}"), ["resume"])
     before, after = (pipeline.load_student(run).state_dict() for run in (whole, resumed))

@@ -142,9 +142,16 @@ def _check_keys(overrides: Sequence[str]) -> None:
     """Refuse keys that the schema does not have, and what is no truth value for those that are."""
     for override in parse(overrides):
         key = override.key_or_group
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{override.input_line} has several values, for a sweep: add -m; "
+                f"a list is written {key}=[<a>,<b>]"
+            )
         if key.split(".")[0] in ("hydra", "experiment") or key.startswith("hydra/"):
             continue
-        _find(key)
+        chosen = override.value()
+        if is_dataclass(_find(key)) and not isinstance(chosen, str | dict):
+            raise ConfigError(f"{override.input_line}: {key} takes one option, or single keys")
         for name, value in settings(override):
             if type(value) in (int, float) and isinstance(_find(name), bool):
                 raise ConfigError(f"{name}={value} is not true or false")
@@ -165,6 +172,8 @@ def _find(key: str) -> Any:
     """The default of a key; ConfigError where the schema has no such key."""
     node: Any = SCHEMA
     prefix = ""
+    if not key:
+        raise ConfigError("an override without a key: write key=value")
     for name in key.split("."):
         if isinstance(node, dict):
             return None

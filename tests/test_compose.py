@@ -275,6 +275,10 @@ def test_resume_compares_what_the_command_says(
         "task=null",
         "task.data=5",
         "quant=[lsq]",
+        "hardware.operators=${oc.select:seed}",
+        "hardware.sources=${quant}",
+        "quant.widths=${hardware.operators}",
+        "teacher=${oc.decode:1}",
     ],
     ids=lambda text: ascii(text)[:50],
 )

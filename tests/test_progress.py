@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -56,7 +57,7 @@ def test_lines_are_as_far_apart_as_asked(
                 trainer, cast(Any, None), {"loss": torch.tensor(0.5)}, None, step
             )
             told += [clock.now] * (len(caplog.messages) - before)
-    assert all(later - earlier >= seconds for earlier, later in zip(told, told[1:], strict=False))
+    assert all(later - earlier >= seconds for earlier, later in pairwise(told))
     assert len(told) == 100 // max(1, -(-int(seconds) // 7))
     assert all(re.fullmatch(r"teacher: step \d+ of 100, loss 0.5, [\d:]+ left", m)
                for m in caplog.messages)  # fmt: skip

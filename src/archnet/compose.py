@@ -11,7 +11,7 @@ import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -74,7 +74,7 @@ def compose(conf: Path, overrides: Sequence[str], config_name: str = "config") -
         raise ConfigError(f"conf/ holds broken YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise ConfigError("a value is nested too deeply, or refers to itself") from error
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+    except Exception as error:  # Hydra also asserts, of what a user may well have written
         raise _explain(error, overrides) from error
     return to_config(tree)
 
@@ -201,7 +201,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
         )
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
-    line = str(getattr(cause, "msg", None) or cause).splitlines()[0]
+    said = str(getattr(cause, "msg", None) or cause)
+    line = said.splitlines()[0] if said.strip() else f"{' '.join(overrides)} cannot be composed"
     if key and key.startswith("teacher.kwargs."):
         return ConfigError(f"{key} is a new argument: add it with +{key}=<value>")
     given = [text for text in overrides if key and text.lstrip("+").startswith(f"{key}=")]

@@ -221,11 +221,14 @@ def test_two_processes_train_what_one_trains(
 @pytest.mark.slow
 def test_a_sweep_from_the_command_line(tmp_path: Path, finished: RunFolder) -> None:
     cache = finished.config().teacher.cache_dir
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *DEBUG[:2], "quant.bits=4,8",
-               "distill.steps=2", f"teacher.cache_dir={cache}"]  # fmt: skip
-    subprocess.run(command, cwd=tmp_path, check=True)
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "experiment=demo", "quant.bits=2,4,8",
+               "trainer=debug", f"teacher.cache_dir={cache}"]  # fmt: skip
+    said = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     runs = sorted((tmp_path / "outputs" / "mnist5k").glob("*/metrics.json"))
-    assert {json.loads(path.read_text())["quant"]["act_bits"] for path in runs} == {4, 8}
+    quants = [json.loads(path.read_text())["quant"] for path in runs]
+    assert {(q["weight_bits"], q["act_bits"]) for q in quants} == {(2, 2), (4, 4), (8, 8)}
+    assert len({(path.parent / "student.onnx").read_bytes() for path in runs}) == 3
+    assert "\r" not in said.stdout + said.stderr, "a bar, and no terminal to draw it in"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -30,12 +30,20 @@ ranks.follow_leader()
 while True:
     time.sleep(1)
 """
-LEADER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+LEADER = """
+import os, subprocess, sys
+from archnet import ranks
+os.environ[ranks.LEADER] = str(os.getpid())
+subprocess.run([sys.executable, "-c", *sys.argv[1:]])
+"""
 
 
 @pytest.mark.parametrize("how", ["linux", "another system"])
 def test_a_rank_ends_when_its_leader_is_killed(how: str) -> None:
-    """However long it takes: the pipe is at its end when the last process that has it is gone."""
+    """However long it takes: the pipe is at its end when the last process that has it is gone.
+
+    The rank may not yet follow when its leader is killed, which must not matter.
+    """
     if how == "linux" and sys.platform != "linux":
         pytest.skip("the kernel's signal is Linux's")
     command = [sys.executable, "-c", LEADER, RANK, how]

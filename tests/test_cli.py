@@ -1,11 +1,14 @@
 """The `archnet` command on a finished run and on what is none."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import archnet
 from archnet import pipeline
 from archnet.cli import main
 from archnet.compose import compose
@@ -118,3 +121,40 @@ def test_the_student_is_read_back_as_it_was_written(run: RunFolder) -> None:
     again = pipeline.load_student(run, "calibrated")
     settle(again)  # as the run did after training, here of no step
     assert torch.equal(student(x_BCHW), again(x_BCHW))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adit", "x.onnx"], "adit is not a command of archnet; nearest valid: audit"),
+        (["veryfy"], "nearest valid: verify"),
+        (
+            ["export", "x", "frm=qcdq"],
+            "frm is not an option of archnet export; nearest valid: form",
+        ),
+        (["audit", "x", "--hardwre", "y"], "nearest valid: hardware"),
+        (["export", "x", "opset=y"], "invalid int value: 'y'"),
+        (["audit"], "the following arguments are required: file"),
+        ([], "the following arguments are required: command"),
+    ],
+)
+def test_what_is_not_understood_names_what_is_near(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("archnet: ")
+    assert error.count("\n") == 1
+
+
+def test_the_package_is_the_command() -> None:
+    command = [sys.executable, "-m", "archnet", "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said == f"archnet {archnet.__version__}\n"
+
+
+def test_output_that_nobody_reads_is_no_error() -> None:
+    command = f"{sys.executable} -m archnet --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

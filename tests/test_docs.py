@@ -14,16 +14,21 @@ from archnet.compose import check, compose
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+DOCS = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    pattern = rf"```{language}\n(.*?)```"
+    return [block for text in DOCS for block in re.findall(pattern, text, flags=re.DOTALL)]
 
 
 def commands() -> list[list[str]]:
-    """Every command of the README, in blocks and in running text, as words."""
+    """Every command of README and docs, in blocks and in running text, as words.
+
+    benchmarks/readme_commands.py runs those in blocks.
+    """
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    lines += re.findall(r"`((?:python|archnet|make) [^`<…]+)`", README)
+    lines += [x for text in DOCS for x in re.findall(r"`((?:python|archnet|make) [^`<…]+)`", text)]
     return [shlex.split(line, comments=True) for line in lines]
 
 

@@ -3,9 +3,9 @@
 import errno
 import json
 import logging
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from archnet.config import Config
 from archnet.deploy import lower
 from archnet.errors import ArchnetError
 from archnet.runs import RunError, RunFolder, read_json
+from conftest import killed_at
 
 ROOT = Path(__file__).resolve().parents[1]
 Make = Callable[..., Config]
@@ -188,16 +189,10 @@ def test_a_killed_run_ends_with_the_weights_of_one_never_stopped(
     cache = finished.config().teacher.cache_dir
     options = [*DEBUG, "distill.steps=60", f"teacher.cache_dir={cache}"]
     whole = pipeline.run(make_config(*options))
-    command = [sys.executable, str(ROOT / "train.py"), *options, f"output_dir={tmp_path}/killed"]
-    process = subprocess.Popen(command, cwd=tmp_path)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("killed/mnist5k/*/checkpoints/step*.ckpt")):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    command = [*killed_at(31), *options, f"output_dir={tmp_path}/killed"]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == -signal.SIGKILL
     (killed,) = (tmp_path / "killed" / "mnist5k").iterdir()
+    assert list((killed / "checkpoints").glob("step*.ckpt"))
     assert not (killed / "stages" / "distill.json").exists()
     resumed = pipeline.run(make_config(f"resume={killed}"), ["resume"])
     before, after = (pipeline.load_student(run).state_dict() for run in (whole, resumed))
@@ -226,11 +221,14 @@ def test_two_processes_train_what_one_trains(
 @pytest.mark.slow
 def test_a_sweep_from_the_command_line(tmp_path: Path, finished: RunFolder) -> None:
     cache = finished.config().teacher.cache_dir
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *DEBUG[:2], "quant.bits=4,8",
-               "distill.steps=2", f"teacher.cache_dir={cache}"]  # fmt: skip
-    subprocess.run(command, cwd=tmp_path, check=True)
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "experiment=demo", "quant.bits=2,4,8",
+               "trainer=debug", f"teacher.cache_dir={cache}"]  # fmt: skip
+    said = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     runs = sorted((tmp_path / "outputs" / "mnist5k").glob("*/metrics.json"))
-    assert {json.loads(path.read_text())["quant"]["act_bits"] for path in runs} == {4, 8}
+    quants = [json.loads(path.read_text())["quant"] for path in runs]
+    assert {(q["weight_bits"], q["act_bits"]) for q in quants} == {(2, 2), (4, 4), (8, 8)}
+    assert len({(path.parent / "student.onnx").read_bytes() for path in runs}) == 3
+    assert "\r" not in said.stdout + said.stderr, "a bar, and no terminal to draw it in"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

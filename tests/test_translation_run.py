@@ -2,11 +2,9 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from archnet import pipeline
 from archnet.cli import main as archnet
 from archnet.config import Config
 from archnet.runs import RunError, RunFolder, read_json
-from conftest import ROOT
+from conftest import ROOT, killed_at
 
 Make = Callable[..., Config]
 SHORT = [
@@ -165,17 +163,12 @@ def test_evaluate_and_export_know_translators(
 
 
 def test_a_killed_run_ends_with_the_same_student(finished: RunFolder, places: list[str]) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), *SHORT, *places, "name=killed"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [*killed_at(3), *SHORT, *places, "name=killed"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     outputs = Path(places[0].partition("=")[2])
-    deadline = time.monotonic() + 300
-    while not list(outputs.glob("phrases/*_killed/checkpoints/step*.ckpt")):
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
     (folder,) = outputs.glob("phrases/*_killed")
+    assert list((folder / "checkpoints").glob("step*.ckpt"))
     assert not (folder / "metrics.json").exists()
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), f"resume={folder}"],

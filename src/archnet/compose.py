@@ -11,7 +11,7 @@ import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -74,7 +74,7 @@ def compose(conf: Path, overrides: Sequence[str], config_name: str = "config") -
         raise ConfigError(f"conf/ holds broken YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise ConfigError("a value is nested too deeply, or refers to itself") from error
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+    except Exception as error:  # Hydra also asserts, of what a user may well have written
         raise _explain(error, overrides) from error
     return to_config(tree)
 
@@ -142,9 +142,16 @@ def _check_keys(overrides: Sequence[str]) -> None:
     """Refuse keys that the schema does not have, and what is no truth value for those that are."""
     for override in parse(overrides):
         key = override.key_or_group
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{override.input_line} has several values, for a sweep: add -m; "
+                f"a list is written {key}=[<a>,<b>]"
+            )
         if key.split(".")[0] in ("hydra", "experiment") or key.startswith("hydra/"):
             continue
-        _find(key)
+        chosen = override.value()
+        if is_dataclass(_find(key)) and not isinstance(chosen, str | dict):
+            raise ConfigError(f"{override.input_line}: {key} takes one option, or single keys")
         for name, value in settings(override):
             if type(value) in (int, float) and isinstance(_find(name), bool):
                 raise ConfigError(f"{name}={value} is not true or false")
@@ -165,6 +172,8 @@ def _find(key: str) -> Any:
     """The default of a key; ConfigError where the schema has no such key."""
     node: Any = SCHEMA
     prefix = ""
+    if not key:
+        raise ConfigError("an override without a key: write key=value")
     for name in key.split("."):
         if isinstance(node, dict):
             return None
@@ -192,7 +201,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
         )
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
-    line = str(getattr(cause, "msg", None) or cause).splitlines()[0]
+    said = str(getattr(cause, "msg", None) or cause)
+    line = said.splitlines()[0] if said.strip() else f"{' '.join(overrides)} cannot be composed"
     if key and key.startswith("teacher.kwargs."):
         return ConfigError(f"{key} is a new argument: add it with +{key}=<value>")
     given = [text for text in overrides if key and text.lstrip("+").startswith(f"{key}=")]

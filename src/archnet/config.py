@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from archnet.errors import ConfigError
 
@@ -687,6 +688,7 @@ def _validate_budget(quant: QuantConfig, hardware: HardwareConfig) -> None:
 def _validate(node: Any, prefix: str) -> None:
     for item in fields(node):
         key, value, rule = f"{prefix}{item.name}", getattr(node, item.name), item.metadata
+        _require_kind(key, value, item.type)
         if is_dataclass(value):
             _validate(value, f"{key}.")
         for name, member in value.items() if isinstance(value, dict) else ():
@@ -716,6 +718,21 @@ def _validate(node: Any, prefix: str) -> None:
         if "name" in rule and len(value.encode(errors="replace")) > _LONGEST_NAME:
             raise ConfigError(f"{key}={value} is longer than {_LONGEST_NAME} bytes")
         _validate_plain(key, value)
+
+
+def _require_kind(key: str, value: Any, kind: Any) -> None:
+    """Refuse a value that an interpolation took from a key of another kind."""
+    kinds = [each for each in get_args(kind) if each is not NoneType] or [kind]
+    whole = kinds[0] if get_origin(kind) in (Union, UnionType) else kind
+    container, members = get_origin(whole) or whole, get_args(whole)
+    allowed = (int, float) if container is float else (container,)
+    optional = NoneType in get_args(kind)
+    if not (isinstance(value, allowed) or (optional and value is None)):
+        wanted = kind.__name__ if isinstance(kind, type) and not members else kind
+        raise ConfigError(f"{key} takes {wanted}, and is given {type(value).__name__}")
+    if container is list:
+        for member in value if isinstance(value, list) else ():
+            _require_kind(key, member, members[0])
 
 
 def _require_number(key: str, value: Any, number: float, low: float, high: float) -> None:

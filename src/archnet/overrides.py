@@ -45,7 +45,9 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         try:
             parsed += parser.parse_overrides([text])
         except (hydra.errors.HydraException, ValueError, ArithmeticError, RecursionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            if "LexerNoViableAlt" in reason:
+                reason = "put a value with special characters in quotes, as in \"key='a value'\""
             raise ConfigError(f"{_short(text)} cannot be read as key=value: {reason}") from error
     return parsed
 

@@ -21,7 +21,7 @@ def follow_leader() -> None:
     Left alone, a rank would wait in the next exchange of gradients for half an hour. Linux sends
     the signal itself; elsewhere a thread looks whether the parent is still the same.
     """
-    leader = int(os.environ.get(LEADER) or os.getppid())
+    leader = int(os.environ[LEADER])  # the parent, unless it is gone already
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     threading.Thread(target=_watch, args=(leader,), daemon=True, name="leader-watch").start()

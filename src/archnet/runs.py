@@ -283,7 +283,7 @@ class RunFolder:
         tree = OmegaConf.structured(stored)
         before, after = dict(keys(stored)), dict(keys(given))
         for name in overridden:
-            named = [key for key in after if key == name or key.startswith(f"{name}.")]
+            named = [k for k in after if f"{k}.".startswith(f"{name}.") or name.startswith(f"{k}.")]
             for key in named or list(after):  # an experiment may set anything
                 if _is_free(key):
                     OmegaConf.update(tree, key, after[key])

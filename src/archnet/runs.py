@@ -382,6 +382,7 @@ _UNREADABLE = (
     ArchnetError,
     OmegaConfBaseException,
     yaml.YAMLError,
+    OSError,  # which OmegaConf raises of what is no mapping
     ValueError,
     TypeError,
     AttributeError,
@@ -417,8 +418,8 @@ def _plain_yaml(path: Path) -> DictConfig:
                 "alone: write there what it stands for"
             )
     tree = OmegaConf.load(io.StringIO(text))
-    if not isinstance(tree, DictConfig):
-        raise RunError(f"{path} cannot be read: it holds no mapping")
+    if not isinstance(tree, DictConfig) or not tree:
+        raise RunError(f"{path} cannot be read: it holds no mapping of keys")
     return tree
 
 

@@ -13,6 +13,7 @@ from jinja2 import Environment
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from archnet.errors import printable
 from archnet.report.table import reading, rows
 from archnet.runs import RunError, atomic, read_json, read_text
 
@@ -109,7 +110,7 @@ def _plot(lines: Curves) -> str:
     for name, points in lines.items():
         steps, values = zip(*points, strict=True)
         # Matplotlib reads what stands between dollars as a formula.
-        label = name.removeprefix("loss/").replace("$", r"\$")
+        label = printable(name.removeprefix("loss/")).replace("$", r"\$")
         axes.plot(steps, values, label=label, linewidth=1)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)

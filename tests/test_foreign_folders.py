@@ -6,12 +6,15 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,9 +24,13 @@ from archnet import files, origin, pipeline
 from archnet.cli import main
 from archnet.compose import compose
 from archnet.config import Config
+from archnet.distill.cache import FeatureCache
 from archnet.errors import ArchnetError, ConfigError
 from archnet.run_teacher import runs_code
 from archnet.runs import RunError, RunFolder, atomic, read_json
+from archnet.tasks import TranslationData, translation
+from archnet.tasks.corpus import EncodedText
+from archnet.teachers import fit
 from archnet.tensors import DamagedError, read_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -332,8 +339,6 @@ def test_what_dead_processes_left_is_removed(make_config: Make) -> None:
 
 @pytest.fixture
 def copy(finished: RunFolder, tmp_path: Path) -> RunFolder:
-    import shutil
-
     shutil.copytree(finished.path, tmp_path / "copy")
     return RunFolder.open(tmp_path / "copy")
 
@@ -535,3 +540,126 @@ def test_the_folder_whose_disk_is_full_is_named(tmp_path: Path) -> None:
         assert files.full_disk(OSError(errno.EACCES, "no"), [full]) is None
     finally:
         files.write_refusal = before
+
+
+# Caches -------------------------------------------------------------------------------------
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a bit": flip,
+    "another kind": lambda path: path.write_text("[]"),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a link to itself": lambda path: (path.unlink(), path.symlink_to(path.name)),
+}
+damages = pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+
+
+@damages
+def test_a_damaged_teacher_is_not_taken_from_the_cache(
+    damage: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner = SimpleNamespace(facts=dict, accuracy=0.0)
+    fit._keep(torch.nn.Linear(300, 3), tmp_path, cast(Any, learner), 1.0)
+    path = tmp_path / "teacher.safetensors"
+    assert fit._taken(torch.nn.Linear(300, 3), path)
+    damage(path)
+    assert fit._taken(torch.nn.Linear(300, 3), path) is False
+    assert f"{path}" in caplog.text
+    assert "trained again" in caplog.text
+
+
+@damages
+@pytest.mark.parametrize("name", ["source.tokens", "target.ends", "facts.json"])
+def test_damaged_text_is_encoded_again(
+    name: str, damage: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, pairs = tmp_path / "train", [([5, 6, 7], [8, 9])] * 50
+    EncodedText.write(folder, iter(pairs), 10, "text")
+    found = EncodedText.found(folder)
+    assert found is not None
+    assert [side.tolist() for side in found.pair(49)] == [[5, 6, 7], [8, 9]]
+    damage(folder / name)
+    assert EncodedText.found(folder) is None
+    assert f"{folder} is damaged" in caplog.text
+    assert len(EncodedText.write(folder, iter(pairs), 10, "text")) == 50
+    assert EncodedText.found(folder) is not None
+
+
+@damages
+def test_damaged_tokenizers_and_translations_are_made_again(
+    damage: Callable[[Path], object], tmp_path: Path
+) -> None:
+    config = compose(ROOT / "conf", ["task=phrases", f"task.text.cache_dir={tmp_path}",
+                                     "task.text.vocabulary=300"])  # fmt: skip
+
+    def opened() -> TranslationData:
+        data = TranslationData(config.task, 0)
+        data.text = SimpleNamespace(  # type: ignore[assignment]
+            pairs=lambda split: iter([(f"one {n} two", f"eins {n} zwei") for n in range(200)]),
+            fingerprint=str,
+        )
+        data.setup()
+        return data
+
+    data = opened()
+    model, before = data.folder / "tokenizer.model", data.tokenizer.identity
+    damage(model)
+    assert opened().tokenizer.identity == before
+    asked = []
+
+    def translate(rows: list[list[int]]) -> list[list[int]]:
+        asked.append(len(rows))
+        if len(asked) in (2, 3):
+            raise KeyboardInterrupt
+        return rows
+
+    before_size, translation.TRANSLATED = translation.TRANSLATED, 100
+    try:
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                data.translated("x", translate)
+        assert asked == [100, 100, 100]  # the first hundred were kept
+        damage(data.folder / "translated-x.parts" / "000000000.json")
+        assert len(data.translated("x", translate)) == 200
+        assert asked == [100] * 5
+    finally:
+        translation.TRANSLATED = before_size
+
+
+@damages
+def test_damaged_features_are_written_again(
+    damage: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    features = torch.randn(40, 3, 4, 4)
+    FeatureCache(tmp_path).write(["a"], 40, [[features[:25]], [features[25:]]])
+    cache = FeatureCache(tmp_path)
+    assert "a" in cache
+    assert torch.equal(torch.from_numpy(cache.read("a").copy()), features.half())
+    cache.read("a")._mmap.close()
+    damage(tmp_path / "a.npy")
+    again = FeatureCache(tmp_path)
+    assert "a" not in again
+    again.write(["a"], 40, [[features]])
+    assert "a" in FeatureCache(tmp_path)
+
+
+def test_a_full_disk_names_the_feature_cache(tmp_path: Path) -> None:
+    cache, features = FeatureCache(tmp_path), torch.zeros(64, 1 << 10)
+    said = in_child(lambda: cache.write(["a"], 64, [[features]]))
+    assert said.startswith(f"DistillError: the disk of {tmp_path} has no room")
+    assert "distill.cache_images" in said
+
+
+def test_no_damage_ends_in_anything_but_a_line(
+    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few draws of the driver; `python benchmarks/fuzz_folders.py --count 60` makes more."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import fuzz_folders
+
+    shutil.copytree(finished.path, tmp_path / "whole" / "run")
+    found = fuzz_folders.fuzz(6, 1, ("report", "export", "resume"), whole=tmp_path / "whole")
+    assert len(found) == 18
+    wrong = [(c.file, c.damage, c.command, c.output) for c in found if c.verdict != "fine"]
+    assert not wrong

@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import os
 from collections import defaultdict
 from importlib.resources import files
 from pathlib import Path
@@ -58,7 +59,7 @@ def write(folder: Path) -> Path:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """A table that not every run has; one that is damaged is left out, with a warning."""
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         return []
     kinds = _FORM if path.name == "forms.json" else _NODE
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import lightning
 import sacrebleu
 
-from archnet.files import atomic, digest, remove_leftovers
+from archnet.files import atomic, digest, remove, remove_leftovers
 from archnet.tasks.batches import (
     StepBatches,
     TextBatch,
@@ -237,7 +238,7 @@ def _checksum_of(model: Path) -> Path:
 
 def _is_whole(model: Path) -> bool:
     """Whether a tokenizer is there as it was written; a warning where it is damaged."""
-    if not model.exists():
+    if not os.path.lexists(model):
         return False
     try:
         written = _checksum_of(model)
@@ -247,6 +248,7 @@ def _is_whole(model: Path) -> bool:
         Tokenizer(model)
     except (OSError, ValueError, TaskError) as error:
         _log.warning("%s; it is made again", error)
+        remove(model)
         return False
     return True
 
@@ -257,7 +259,7 @@ def _rows_digest(rows: Any) -> str:
 
 def _read_chunk(path: Path) -> list[TokenPair] | None:
     """Translations that are written down; None where they are not, or not whole."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         found = json.loads(path.read_text())
@@ -266,6 +268,7 @@ def _read_chunk(path: Path) -> list[TokenPair] | None:
             raise ValueError("another checksum")
     except (OSError, ValueError, LookupError, TypeError) as error:
         _log.warning("%s is damaged (%s); these sentences are translated again", path, error)
+        remove(path)
         return None
     return rows
 

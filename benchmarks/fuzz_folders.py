@@ -308,24 +308,29 @@ def make_run(folder: Path) -> Path:
     return root
 
 
-def cases(count: int, seed: int) -> Iterator[tuple[str, Damage]]:
-    """Files and damages, all pairs in an order drawn by ``seed``, over and over."""
-    pairs = [(file, damage) for file, damages in FILES.items() for damage in damages]
+def cases(root: Path, seed: int, only: str) -> Iterator[tuple[str, Damage]]:
+    """Files that the run at ``root`` has, with damages: all pairs in an order drawn by ``seed``."""
+    pairs = [
+        (file, damage)
+        for file, damages in FILES.items()
+        if only in file and list(_base(root, file).glob(file))
+        for damage in damages
+    ]
     rng = random.Random(seed)
-    made = 0
-    while made < count:
+    while True:
         rng.shuffle(pairs)
-        for pair in pairs[: count - made]:
-            yield pair
-            made += 1
+        yield from pairs
+
+
+def _base(root: Path, file: str) -> Path:
+    return root if file.startswith("teachers") else root / "run"
 
 
 def damaged(root: Path, place: Path, file: str, damage: Damage, seed: int) -> Path:
     """A damaged copy of the run at ``place``; returns its sentinel."""
     shutil.copytree(root, place, symlinks=True)
     sentinel = place / "executed"
-    base = place if file.startswith("teachers") else place / "run"
-    (path, *_) = sorted(base.glob(file))
+    (path, *_) = sorted(_base(place, file).glob(file))
     if file.startswith("teachers") and damage is not unreadable:
         # The cache is read where the run's own copy has to be made again.
         (place / "run" / "stages" / "teacher.json").unlink()
@@ -368,6 +373,9 @@ def isolated(work: Callable[[], int], output: Path, limit: float) -> tuple[int, 
         stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for number in (1, 2):
             os.dup2(stream, number)
+        # Whoever calls may have others than those two.
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
         code = ESCAPED
         try:
             code = work()
@@ -411,6 +419,7 @@ def fuzz(
     seed: int = 0,
     commands: Sequence[str] = COMMANDS,
     only: str = "",
+    whole: Path | None = None,
     report: Callable[[Case], None] = lambda case: None,
 ) -> list[Case]:
     """Damage ``count`` folders, and open each with every command.
@@ -420,13 +429,14 @@ def fuzz(
         seed: of what is drawn.
         commands: of `COMMANDS`, in order; each sees the folder as the damage left it.
         only: part of the names of files that are damaged; empty: all.
+        whole: a folder with a finished run as ``run``, and the cache of its teacher as
+            ``teachers``; None: one is made.
         report: called with every case.
     """
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        os.environ["XDG_STATE_HOME"] = str(work / "state")
-        root, output = make_run(work), work / "output"
+        root, output = whole or make_run(work), work / "output"
         limits = {}
         for name in commands:
             place = work / "undisturbed"
@@ -436,8 +446,7 @@ def fuzz(
                 raise SystemExit(f"{name} fails on the whole folder:\n{output.read_text()}")
             limits[name] = max(SHORTEST, TIMES * seconds)
             shutil.rmtree(place)
-        drawn = (pair for pair in cases(10**6, seed) if only in pair[0])
-        for number, (file, damage) in zip(range(count), drawn, strict=False):
+        for number, (file, damage) in zip(range(count), cases(root, seed, only), strict=False):
             for name in commands:
                 place = work / "damaged"
                 sentinel = damaged(root, place, file, damage, seed + number)
@@ -468,7 +477,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{case.file} {case.damage} {case.command}: {case.verdict}, {case.code}")
             print("\n".join(f"    {line[:200]}" for line in last[-25:]), flush=True)
 
-    found = fuzz(options.count, options.seed, only=options.only, report=report)
+    # The key that seals run folders is not this user's own.
+    with tempfile.TemporaryDirectory() as state:
+        os.environ["XDG_STATE_HOME"] = state
+        found = fuzz(options.count, options.seed, only=options.only, report=report)
     verdicts = Counter(case.verdict for case in found)
     print(dict(verdicts), "codes", dict(Counter(case.code for case in found)))
     if options.only:

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import math
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -231,7 +232,7 @@ class RunFolder:
     def _origin(self) -> tuple[origin.Record, Any]:
         """What the run was made with, and the seal on it; nothing of an older folder."""
         path = self.path / _ORIGIN
-        if not path.exists() and not path.is_symlink():
+        if not os.path.lexists(path):
             return {}, None
         try:
             found = read_json(path, dict)
@@ -327,8 +328,9 @@ class RunFolder:
         except ArchnetError as error:
             if not self._is_worked_in:
                 raise RunError(f"{error}: finish the run with resume={self.path}") from error
-            if path.exists() or path.is_symlink():
+            if os.path.lexists(path):
                 _log.warning("%s: %s is done again", error, name)
+                files.remove(path)
         else:
             _log.info("%s: finished earlier", name)
             return result
@@ -382,6 +384,7 @@ _UNREADABLE = (
     ArchnetError,
     OmegaConfBaseException,
     yaml.YAMLError,
+    OSError,  # which OmegaConf raises of what is no mapping
     ValueError,
     TypeError,
     AttributeError,
@@ -417,8 +420,8 @@ def _plain_yaml(path: Path) -> DictConfig:
                 "alone: write there what it stands for"
             )
     tree = OmegaConf.load(io.StringIO(text))
-    if not isinstance(tree, DictConfig):
-        raise RunError(f"{path} cannot be read: it holds no mapping")
+    if not isinstance(tree, DictConfig) or not tree:
+        raise RunError(f"{path} cannot be read: it holds no mapping of keys")
     return tree
 
 

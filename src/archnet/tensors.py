@@ -1,6 +1,7 @@
 """Files of tensors that torch has saved, read as data and checked."""
 
 import logging
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,7 +12,7 @@ from lightning import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from archnet.errors import ArchnetError
-from archnet.files import atomic
+from archnet.files import atomic, remove
 
 _log = logging.getLogger(__name__)
 
@@ -41,12 +42,14 @@ def resumable(path: Path, module: LightningModule | None = None) -> Path | None:
         path: the checkpoint; None without a word where there is none.
         module: whose weights it must hold; None: anybody's.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         _require_checkpoint(path, module)
     except DamagedError as error:
         _log.warning("%s; training goes on from before it", error)
+        if not path.is_file():  # a folder would stand where the next one is to go
+            remove(path)
         return None
     return path
 

@@ -3,6 +3,7 @@
 import argparse
 
 from archnet.commands.folder import folder_arguments, open_folder
+from archnet.errors import printable
 
 HELP = "print a run's table, write its report.html anew"
 
@@ -19,5 +20,5 @@ def run(options: argparse.Namespace) -> int:
 
     folder = open_folder(options)
     report.show(read_json(folder.metrics, dict), folder.path)
-    print(report.write(folder.path))
+    print(printable(report.write(folder.path), None))
     return 0

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from archnet.distill.schedule import DistillError
-from archnet.files import FULL, atomic
+from archnet.files import FULL, atomic, remove
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class FeatureCache:
 
     def __contains__(self, name: str) -> bool:
         path = self.folder / f"{name}.npy"
-        if name in self._known or not path.exists():
+        if name in self._known or not os.path.lexists(path):
             return path.is_file()
         try:
             expected = json.loads((self.folder / f"{name}.json").read_text())["crc32"]
@@ -106,7 +106,7 @@ class FeatureCache:
     def drop(self, name: str) -> None:
         """Remove one array, if it is there."""
         for kind in ("npy", "json"):
-            (self.folder / f"{name}.{kind}").unlink(missing_ok=True)
+            remove(self.folder / f"{name}.{kind}")
         self._known.discard(name)
 
     def clear(self) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import os
 from collections import defaultdict
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +14,7 @@ from jinja2 import Environment
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from archnet.errors import printable
 from archnet.report.table import reading, rows
 from archnet.runs import RunError, atomic, read_json, read_text
 
@@ -57,7 +59,7 @@ def write(folder: Path) -> Path:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """A table that not every run has; one that is damaged is left out, with a warning."""
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         return []
     kinds = _FORM if path.name == "forms.json" else _NODE
     try:
@@ -109,7 +111,7 @@ def _plot(lines: Curves) -> str:
     for name, points in lines.items():
         steps, values = zip(*points, strict=True)
         # Matplotlib reads what stands between dollars as a formula.
-        label = name.removeprefix("loss/").replace("$", r"\$")
+        label = printable(name.removeprefix("loss/")).replace("$", r"\$")
         axes.plot(steps, values, label=label, linewidth=1)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)

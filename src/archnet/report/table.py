@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from archnet.errors import ArchnetError, printable
 
@@ -17,9 +18,18 @@ METRICS = {"accuracy": "accuracy, points", "bleu": "BLEU", "chrf": "chrF"}
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, TemplateError)
 
 
+class _PlainConsole(Console):
+    def render_str(self, text: str, **options: Any) -> Text:
+        lines = (printable(line, None) for line in text.split("\n"))
+        return super().render_str("\n".join(lines), **options)
+
+
 def plain_console(width: int | None = None) -> Console:
-    """A console on which names are what they are: brackets and colons in them mark up nothing."""
-    return Console(width=width, markup=False, emoji=False)
+    """A console that shows names as they are, in its tables too.
+
+    Brackets and colons in them mark up nothing, and control characters are shown, not obeyed.
+    """
+    return _PlainConsole(width=width, markup=False, emoji=False)
 
 
 @contextmanager
@@ -93,7 +103,7 @@ def show(metrics: Mapping[str, Any], folder: Path) -> None:
         table.add_column("teacher", justify="right")
         table.add_column("student", justify="right")
         for line in rows(metrics):
-            table.add_row(*map(printable, line))
+            table.add_row(*line)
         notes = [f"violation: {line}" for line in metrics["audit"]["violations"][:5]]
         skipped = metrics["data"]["skipped"]
         if skipped:
@@ -101,8 +111,8 @@ def show(metrics: Mapping[str, Any], folder: Path) -> None:
     shown = plain_console()
     shown.print(table)
     for note in notes:
-        shown.print(printable(note, None))
-    shown.print(f"Everything is in {printable(folder, None)}", soft_wrap=True)
+        shown.print(note)
+    shown.print(f"Everything is in {folder}", soft_wrap=True)
 
 
 def amount(value: float, unit: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -241,7 +242,7 @@ class EncodedText:
 
         None where there is nothing, or nothing whole: that is removed, with a warning.
         """
-        if not folder.exists():
+        if not os.path.lexists(folder):
             return None
         try:
             return cls(folder)

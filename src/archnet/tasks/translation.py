@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import lightning
 import sacrebleu
 
 from archnet.errors import TaskError
-from archnet.files import atomic, digest, remove_leftovers
+from archnet.files import atomic, digest, remove, remove_leftovers
 from archnet.tasks.batches import (
     StepBatches,
     TextBatch,
@@ -236,7 +237,7 @@ def _checksum_of(model: Path) -> Path:
 
 def _is_whole(model: Path) -> bool:
     """Whether a tokenizer is there as it was written; a warning where it is damaged."""
-    if not model.exists():
+    if not os.path.lexists(model):
         return False
     try:
         written = _checksum_of(model)
@@ -246,6 +247,7 @@ def _is_whole(model: Path) -> bool:
         Tokenizer(model)
     except (OSError, ValueError, TaskError) as error:
         _log.warning("%s; it is made again", error)
+        remove(model)
         return False
     return True
 
@@ -256,7 +258,7 @@ def _rows_digest(rows: Any) -> str:
 
 def _read_chunk(path: Path) -> list[TokenPair] | None:
     """Translations that are written down; None where they are not, or not whole."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         found = json.loads(path.read_text())
@@ -265,6 +267,7 @@ def _read_chunk(path: Path) -> list[TokenPair] | None:
             raise ValueError("another checksum")
     except (OSError, ValueError, LookupError, TypeError) as error:
         _log.warning("%s is damaged (%s); these sentences are translated again", path, error)
+        remove(path)
         return None
     return rows
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from archnet.files import atomic, remove_leftovers
+from archnet.files import atomic, remove, remove_leftovers
 from archnet.progress import progress_lines
 from archnet.teachers.load import TeacherError, TeacherSource, fill, read_weights
 from archnet.tensors import Checkpoints, resumable
@@ -248,7 +249,7 @@ def _precision(accelerator: str) -> Any:
 
 def _taken(model: nn.Module, path: Path) -> bool:
     """Fill the model from the cache; False, with a warning, where the file there is damaged."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return False
     try:
         state = read_weights(path)
@@ -260,6 +261,7 @@ def _taken(model: nn.Module, path: Path) -> bool:
     except TeacherError as error:
         line = str(error).splitlines()[0]
         _log.warning("%s: the teacher is trained again", line)
+        remove(path)
         return False
     _log.info("teacher taken from %s", path)
     return True

@@ -128,12 +128,12 @@ def test_unknown_characters_are_said_with_their_lines(
     from archnet.commands import translate
 
     monkeypatch.setattr(translate, "CHUNK", 2)
-    text = "5 kilometers\nItaly\n\n☃ 5 \u0e01☃\n3 \x07 grams\n"
+    text = "5 kilometers\nItaly\n\n☃ 5 \u0e01☃\n3 \ue000 grams\n"
     assert translated(finished, text.encode(), monkeypatch, "--beam", "1")[0] == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "archnet: line 4: the tokenizer does not know ☃ (U+2603), \u0e01 (U+0E01); left out",
-        "archnet: line 5: the tokenizer does not know U+0007; left out",
+        "archnet: line 5: the tokenizer does not know U+E000; left out",
     ]
     assert translated(finished, "☃\n".encode() * 27, monkeypatch, "--beam", "1")[0] == 0
     lines = capsys.readouterr().err.splitlines()

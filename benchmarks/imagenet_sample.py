@@ -34,6 +34,8 @@ TEACHERS = {
         "teacher=custom",
         "teacher.name=efficientnet_lite0",
         "teacher.factory=benchmarks.networks:efficientnet_lite0",
+        "task.data.image_size=224",
+        "task.data.resize=256",
         "task.data.mean=[0.5,0.5,0.5]",
         "task.data.std=[0.5,0.5,0.5]",
     ],

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from archnet import pipeline, run_look
+from archnet import pipeline, run_look, text_pipeline
 from archnet.cli import main
 from archnet.compose import compose
 from archnet.config import Config, DataConfig, TaskConfig, TeacherConfig
 from archnet.errors import ArchnetError, ConfigError
 from archnet.run_images import as_recorded, with_preprocessing
 from archnet.runs import read_json
-from archnet.tasks import ClassificationData, TaskError, check_data
+from archnet.tasks import ClassificationData, TaskError, TranslationData, check_data
 from archnet.tasks.images import (
     DamagedImageError,
     Layout,
@@ -717,3 +717,80 @@ def test_a_common_size_is_read_from_headers(tmp_path: Path) -> None:
     assert decode_all(files, Layout(7, 9, 3))[1].tolist() == [0, 0, 0, 1]
     Image.new("L", (9, 8)).save(tmp_path / "3.png")
     assert common_size(files) is None
+
+
+# Text ---------------------------------------------------------------------------------------
+
+
+def write_text(root: Path, pairs: int) -> None:
+    root.mkdir()
+    for split in ("train", "valid", "test"):
+        for language in ("en", "de"):
+            (root / f"{split}.{language}").write_text("a b\n" * pairs)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "given", "advice"),
+    [
+        (24_061, [], "teacher=transformer_small task.text.vocabulary=6000"),
+        (24_061, ["teacher=transformer_small"], "suits them: task.text.vocabulary=6000"),
+        (24_061, ["task.text.vocabulary=6000"], "suits them: teacher=transformer_small"),
+        (24_061, ["teacher=transformer_small", "task.text.vocabulary=6000"], None),
+        (29_000, ["task=multi30k"], None),
+        (6_000, ["teacher=transformer_tiny", "task.text.vocabulary=600"], None),
+        (3_000, ["teacher=transformer_small"], "teacher=transformer_tiny"),
+        (700_000, [], None),
+    ],
+)
+def test_a_corpus_too_small_for_its_sizes_is_said(
+    pairs: int, given: list[str], advice: str | None, make_config: Make, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    write_text(tmp_path / "text", pairs)
+    task = [text for text in given if text.startswith("task=")] or ["task=wmt14"]
+    names = ["task.text.valid=valid", "task.text.test=test", f"task.data.root={tmp_path}/text"]
+    config = make_config(*task, *names, *(text for text in given if text not in task))
+    text_pipeline._compare_sizes(config, TranslationData(config.task, 0))
+    assert advice in caplog.text if advice else not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("missing", r"train\.en is missing"),
+        ("empty", "is empty"),
+        ("file", "is a file and not a folder"),
+        ("no images", r"train\.en is missing"),
+    ],
+)
+def test_a_wrong_root_of_text_ends_before_a_folder_is_made(
+    case: str, message: str, make_config: Make, tmp_path: Path
+) -> None:
+    WRONG[case][0](tmp_path / "text")
+    with pytest.raises(TaskError, match=message):
+        pipeline.run(make_config("task=wmt14", f"task.data.root={tmp_path}/text"))
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('{"model_type": "bert"}', "is a model of type bert"),
+        ('{"model_type": "t5"}', "reads type marian alone"),
+        ("{}", "is a model of type None"),
+        ("[1]", "is a model of type None"),
+        ("{", r"config\.json cannot be read"),
+    ],
+)
+def test_a_teacher_of_another_type_is_refused_before_a_folder_is_made(
+    settings: str, message: str, make_config: Make, tmp_path: Path
+) -> None:
+    write_text(tmp_path / "text", 9)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(settings)
+    options = ("teacher=marian", f"teacher.name={tmp_path}/model")
+    config = make_config("task=wmt14", f"task.data.root={tmp_path}/text", *options)
+    with pytest.raises(TeacherError, match=message) as caught:
+        pipeline.run(config)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "outputs").exists()

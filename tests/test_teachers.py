@@ -61,6 +61,16 @@ def same(first, second):
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_teachers_of_older_caches_are_found(make_config):
+    """The key of a cache does not change with keys that images or text do not read."""
+    for options, name in (
+        ((), "digits-dde96fa37fb0a64b"),
+        (("experiment=phrases",), "transformer_tiny-faa8ca23c78a11de"),
+    ):
+        asked = make_config(*options)
+        assert teacher_folder(asked.task, asked.teacher, 0).name == name
+
+
 # Networks -----------------------------------------------------------------------------------
 
 

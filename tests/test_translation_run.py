@@ -120,6 +120,46 @@ def test_lines_out_are_lines_in(finished: RunFolder, monkeypatch: pytest.MonkeyP
     assert (code, lines) == (0, [b""])
 
 
+def test_unknown_characters_are_said_with_their_lines(
+    finished: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from archnet.commands import translate
+
+    monkeypatch.setattr(translate, "CHUNK", 2)
+    text = "5 kilometers\nItaly\n\n☃ 5 \u0e01☃\n3 \ue000 grams\n"
+    assert translated(finished, text.encode(), monkeypatch, "--beam", "1")[0] == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "archnet: line 4: the tokenizer does not know ☃ (U+2603), \u0e01 (U+0E01); left out",
+        "archnet: line 5: the tokenizer does not know U+E000; left out",
+    ]
+    assert translated(finished, "☃\n".encode() * 27, monkeypatch, "--beam", "1")[0] == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 21
+    assert lines[-1].startswith("archnet: 7 more lines")
+
+
+def test_a_teacher_is_looked_at_before_conversion(
+    finished: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dataclasses import replace
+
+    from archnet import text_pipeline
+    from archnet.teachers import load_translator
+
+    facts = read_json(finished.path / "stages" / "look.json")
+    assert facts["tokens_right"] > 20
+    assert facts["sentences"] == 50
+    config = finished.config()
+    this = text_pipeline.open_run(config, finished)
+    torch.manual_seed(1)
+    guessing = load_translator(
+        replace(config.teacher, weights=None), vocabulary=len(this.data.tokenizer), positions=32
+    )
+    assert text_pipeline.look(replace(this, teacher=guessing))["tokens_right"] < 20
+    assert "hardly more than one frequent token alone" in caplog.text
+
+
 def test_bad_text_and_options_end_with_one_line(
     finished: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

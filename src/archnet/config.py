@@ -182,7 +182,8 @@ class TeacherConfig:
     # marian (an extra): a translator by hub name or folder;
     # custom: what `factory` returns.
     source: str = _choice("torchvision", "torchvision", "timm", "archnet", "marian", "custom")
-    factory: str | None = None  # `package.module:callable` that builds the network, for `custom`
+    # `package.module:callable` that builds the network, for `custom`; also of the current folder.
+    factory: str | None = None
     # published: the weights that come with the name; null: random; else a file (.pt, .pth, .th,
     # .safetensors), read without executing pickled code.
     weights: str | None = "published"

@@ -111,26 +111,26 @@ def make_room_for_biases(student: Student) -> None:
         if not isinstance(quantizer, Quantizer) or not isinstance(biases, BiasQuantizer):
             continue
         source = biases.source
-        if isinstance(quantizer, WeightLSQ):
-            rows = quantizer.integers(module.weight.detach()).reshape(len(module.weight), -1)
-            usual = rows.square().sum(1).sqrt() * max(-source.low, source.high)
-            most = (LARGEST_SHARE * usual).clamp_min(LARGEST_BIAS)
-            # One division after another: the product may be no number of float32.
-            least = module.bias.detach().abs() / most / source.scale.detach()
-            empty = ~rows.any(1)
-            if quantizer.channels == 1:
-                least, empty = least.amax().reshape(1), empty.all().reshape(1)
-            scale = quantizer.scale.detach()
-            others = scale[~empty].mean() if not bool(empty.all()) else torch.ones_like(scale[0])
-            scale = torch.where(empty, torch.where(least > 0, least, others), scale)
-            quantizer.set_scale(torch.maximum(scale, least))
-            kept = quantizer.integers(module.weight.detach())
-            if rows.any() and not kept.any():
-                _log.warning(
-                    "%s: its weights are too small beside its biases for an accumulator, so that "
-                    "it is a constant",
-                    _said(student, step.name),
-                )
+        rows = quantizer.integers(module.weight.detach()).reshape(len(module.weight), -1)
+        usual = rows.square().sum(1).sqrt() * max(-source.low, source.high)
+        most = (LARGEST_SHARE * usual).clamp_min(LARGEST_BIAS)
+        # One division after another: the product may be no number of float32.
+        least = module.bias.detach().abs() / most / source.scale.detach()
+        empty = ~rows.any(1)
+        if quantizer.channels == 1:
+            least, empty = least.amax().reshape(1), empty.all().reshape(1)
+        scale = quantizer.scale.detach()
+        others = scale[~empty].mean() if not bool(empty.all()) else torch.ones_like(scale[0])
+        scale = torch.where(empty, torch.where(least > 0, least, others), scale)
+        if isinstance(quantizer, WeightLSQ):  # The levels of the other kind follow no scale.
+            scale = torch.maximum(scale, least)
+        quantizer.set_scale(scale)
+        if rows.any() and not quantizer.integers(module.weight.detach()).any():
+            _log.warning(
+                "%s: its weights are too small beside its biases for an accumulator, so that it is "
+                "a constant",
+                _said(student, step.name),
+            )
         unit = quantizer.scale.detach().double() * source.scale.detach().double()
         if not bool(((unit >= SMALLEST_UNIT) & (unit <= LARGEST_UNIT)).all()):
             raise QuantizationError(

@@ -1,5 +1,7 @@
 """The golden integer model against exact arithmetic and against PyTorch."""
 
+import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 import archnet
 from archnet.deploy import ExportError
 from archnet.deploy.integer import IntegerModel, Requantization, lower
+from archnet.errors import ArchnetError
 from archnet.ops import Student, WeightedOperator
 from archnet.quant import Quantizer, settle
 from archnet.teachers.nets import CifarResNet
@@ -216,6 +219,157 @@ def test_settling_keeps_the_integers_and_leaves_no_rounding_in_doubt(bits):
         assert torch.equal(integers, ours)
         assert ((new / scale - 1).abs() <= 2.0**-12 + 1e-6).all()
     assert all(margin.roundings > 1 for margin in margins if margin.bits <= 4)
+
+
+# Numbers of any size ------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Two layers that add, a norm that stays, pooling, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, 1, 1), nn.BatchNorm2d(6)
+        self.left, self.right = nn.Conv2d(6, 6, 3, 1, 1), nn.Conv2d(6, 6, 1)
+        self.pool, self.head = nn.MaxPool2d(2), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.left(torch.relu(self.norm(x))) + self.right(x)
+        return self.head(self.pool(torch.relu(x)).flatten(1))
+
+
+def steps_apart(network: nn.Module, weight_bits: int, act_bits: int, **options) -> float:
+    """The largest difference of PyTorch's result, in float32, from the golden model's."""
+    images = torch.randn(8, 3, 4, 4)
+    student = archnet.convert(network.eval(), images[:1])
+    archnet.quantize(student, weight_bits, act_bits, [images], **options)
+    settle(student)
+    model = lower(student)
+    with torch.no_grad():
+        floats = student(images).double().numpy()
+    assert np.isfinite(floats).all()
+    found = model.run(images.numpy())[model.output]
+    return float(np.abs(np.rint(floats / model.output_unit) - found).max())
+
+
+CHANGES = {
+    "weights": lambda layer, size: layer.weight.mul_(size),
+    "a channel": lambda layer, size: layer.weight[1].mul_(size),
+    "biases": lambda layer, size: layer.bias.fill_(size),
+    "a bias": lambda layer, size: layer.bias[2].fill_(-size),
+    "no weights": lambda layer, size: layer.weight.zero_(),
+    "no channels": lambda layer, size: layer.weight[:3].zero_(),
+}
+
+
+@settings(plain, max_examples=10)
+@given(
+    name=st.sampled_from(["stem", "left", "right", "head", "norm"]),
+    change=st.sampled_from(list(CHANGES)),
+    exponent=st.integers(-30, 30),
+    bits=st.sampled_from([(2, 4), (1, 2), (4, 4), (8, 8)]),
+    per_channel=st.booleans(),
+    power_of_two=st.booleans(),
+    method=st.sampled_from(["lsq", "dorefa"]),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_numbers_of_any_size_agree_or_name_their_layer(
+    name, change, exponent, bits, per_channel, power_of_two, method, seed
+):
+    torch.manual_seed(seed)
+    network = Mixed()
+    with torch.no_grad():
+        CHANGES[change](getattr(network, name), 10.0**exponent)
+    options = {"per_channel": per_channel, "power_of_two": power_of_two, "method": method}
+    try:
+        apart = steps_apart(network, *bits, **options)
+    except ArchnetError as error:
+        assert re.search(r"step \w+", str(error))  # noqa: PT017
+        assert abs(exponent) > 6 or method == "dorefa"
+    else:
+        assert apart == 0
+
+
+@pytest.mark.parametrize("method", ["lsq", "dorefa"])
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize(("name", "bias"), [("left", None), ("head", 1.0), ("head", 1e9)])
+def test_a_layer_without_weights_agrees(name, bias, per_channel, method):
+    torch.manual_seed(0)
+    network = Mixed()
+    layer = getattr(network, name)
+    with torch.no_grad():
+        layer.weight.zero_()
+        if bias is not None:
+            layer.bias.fill_(bias)
+    assert steps_apart(network, 2, 4, per_channel=per_channel, method=method) == 0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-10, 1e30])
+def test_layers_of_any_size_are_quantized_as_well_as_others(size):
+    """What one layer makes large the next makes small."""
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 4, 4)
+    found = []
+    for factor in (1.0, size):
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5, bias=False)
+        )
+        with torch.no_grad():
+            network[0].weight *= factor
+            network[0].bias *= factor
+            network[3].weight /= factor
+            expected = network(images)
+            student = archnet.convert(network.eval(), images[:1])
+            archnet.quantize(student, 4, 4, [images])
+            found.append(((student(images) - expected).norm() / expected.norm()).item())
+            golden = lower(student).logits(images.numpy())
+            torch.testing.assert_close(
+                torch.from_numpy(golden).float(), student(images), rtol=1e-4, atol=1e-5
+            )
+    assert found[1] < 1.05 * found[0] + 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda n: (n[0].weight.mul_(1e30), n[2].weight.mul_(1e30)), r"step .*'2'.* not finite"),
+        (lambda n: (n[0].weight.mul_(1e25), n[2].weight.mul_(1e9)), r"step .*'2'.*float32"),
+        (lambda n: (n[0].weight.mul_(1e-25), n[2].weight.mul_(1e-25)), r"step .*'2'.*float32"),
+        (lambda n: n[0].weight.mul_(1e12).abs_().neg_(), r"step .*requantiz"),
+    ],
+)
+def test_what_no_float_or_multiplier_holds_names_its_layer(change, message):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Flatten()
+    network = nn.Sequential(*layers, nn.Linear(24, 5)).eval()
+    with torch.no_grad():
+        network[0].bias.zero_()
+        network[2].bias.zero_()
+        change(network)
+    images = torch.rand(8, 3, 4, 4)
+    with pytest.raises(ArchnetError, match=message):
+        student = archnet.convert(network, images[:1])
+        archnet.quantize(student, 4, 4, [images])
+        lower(student)
+
+
+@many
+@given(
+    level=st.integers(-128, 127),
+    slope=st.floats(2.0**-60, 2.0**4),
+    shift=st.floats(-(2.0**40), 2.0**40),
+    kind=st.sampled_from(["multiplier", "power_of_two"]),
+)
+def test_a_norm_of_any_slope_keeps_its_shift(level, slope, shift, kind):
+    slope = 2.0 ** round(math.log2(slope)) if kind == "power_of_two" else slope
+    step = Requantization(kind, np.array([slope]), 0, 255, np.array([shift]))
+    exact = Fraction(level) * Fraction(slope) + Fraction(shift)
+    found = step(np.array([[level]], np.int32), 1).item()
+    assert abs(found - max(Fraction(0), min(Fraction(255), exact))) <= Fraction(1, 2) + Fraction(
+        1, 2**14
+    )
 
 
 # What cannot be -----------------------------------------------------------------------------

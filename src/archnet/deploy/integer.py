@@ -45,6 +45,8 @@ Integers = NDArray[np.int32]
 
 MULTIPLIER_BITS = 31
 ACCUMULATOR_BITS = 32
+OFFSET_BITS = 61  # of what is added to a product of 62 bits
+LARGEST_SCALE = 2.0**16  # steps of a grid in a unit of an accumulator; calibration leaves 2^14
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,12 @@ class Requantization:
 
     @property
     def shift(self) -> NDArray[np.int64]:
-        """(C,) right shifts, 0 to 62."""
+        """(C,) right shifts, 0 to 62, for which multiplier and offset fit."""
         exponent = np.frexp(self.scale)[1].astype(np.int64)
-        if self.kind == "power_of_two":
-            return np.clip(1 - exponent, 0, 62)
-        return np.clip(MULTIPLIER_BITS - exponent, 0, 62)
+        most = np.int64(1 if self.kind == "power_of_two" else MULTIPLIER_BITS) - exponent
+        # A norm whose slope is next to nothing: its shift is all there is of it.
+        reach = OFFSET_BITS - np.frexp(self.offset)[1].astype(np.int64)
+        return np.clip(np.minimum(most, reach), 0, 62)
 
     @property
     def multiplier(self) -> NDArray[np.int64]:
@@ -87,7 +90,9 @@ class Requantization:
     @property
     def shifted_offset(self) -> NDArray[np.int64]:
         """(C,) what is added before the shift."""
-        return np.rint(np.ldexp(self.offset, self.shift.astype(np.int32))).astype(np.int64)
+        shifted = np.ldexp(self.offset, self.shift.astype(np.int32))
+        most = 2.0**OFFSET_BITS  # beyond it the result is an end of the grid
+        return np.rint(np.clip(shifted, -most, most)).astype(np.int64)
 
     def __call__(self, accumulator: NDArray[Any], axis: int) -> Integers:
         """Integers of the grid; the channels of ``accumulator`` lie along ``axis``."""
@@ -357,13 +362,14 @@ class _Lowering:
                 "quant.weight_bits, act_bits, first_bits and last_bits of 8 or less"
             )
         grid = self._grid(source, step)
+        said = f"step {step.name}, from '{step.origin}' in the teacher"
         return IntegerStep(
             step.name,
             (source,),
             operator,
             step.origin,
-            weight=_integers(f"step {step.name}: its weight", weights.integers(operator.weight)),
-            bias=_integers(f"step {step.name}: its bias", biases.integers(operator.bias)),
+            weight=_integers(f"{said}: its weight", weights.integers(operator.weight)),
+            bias=_integers(f"{said}: its bias", biases.integers(operator.bias)),
             unit=_float64(weights.scale) * grid.scale,
             weight_bits=weights.bits,
         )
@@ -410,6 +416,13 @@ class _Lowering:
             raise ExportError(
                 f"step {name}: its scale is no power of two, which this target needs: "
                 "quantize for a target with a fixed-point multiplier"
+            )
+        if not (np.abs(scale) <= LARGEST_SCALE).all():
+            # A product that cancels in integers leaves a rest in floats, of more than a step.
+            raise ExportError(
+                f"step {name}: an accumulator's unit is {np.abs(scale).max():.3g} steps of its "
+                f"grid, and {LARGEST_SCALE:.0f} is the most that can be requantized: its weights "
+                "are too large beside what it gave in calibration"
             )
         return Requantization(self.kind, scale, grid.low, grid.high, **offset)
 
@@ -519,7 +532,9 @@ def _integers(name: str, values: Tensor) -> Integers:
     """Float integers as int32; no value may be lost."""
     array = values.detach().cpu().double().numpy()
     if not np.isfinite(array).all() or np.abs(array).max(initial=0) > 2**31 - 1:
-        raise ExportError(f"{name} does not fit 32 bits: calibrate it on finite inputs")
+        raise ExportError(
+            f"{name} does not fit 32 bits: it is too large beside the steps of weights and input"
+        )
     return array.astype(np.int32)
 
 

@@ -1,12 +1,14 @@
 """Scales of least squared error, from weights and from unlabelled batches."""
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from archnet.ops import Student, WeightedOperator
+from archnet.ops import BatchNorm, Student, WeightedOperator
+from archnet.quant.attach import QuantizationError
 from archnet.quant.quantizers import (
     SCALE_FLOOR,
     BiasQuantizer,
@@ -16,11 +18,17 @@ from archnet.quant.quantizers import (
     signed_range,
 )
 
+_log = logging.getLogger(__name__)
+
 CANDIDATES = 64  # scales tried, evenly spaced up to the one that clips nothing
 SAMPLES = 32768  # values kept per activation
 CHANNEL_SAMPLES = 2**17  # values kept of a value with channels
 AT_ONCE = 2**26  # numbers in the largest value that is observed at once
-LARGEST_BIAS = 2.0**28  # steps of an accumulator; the rest of its 32 bits is for sums
+# In steps of an accumulator: float32, in which PyTorch adds it, tells these apart with room for the
+# roundings of a sum.
+LARGEST_BIAS = 2.0**20
+LARGEST_SHARE = 16  # of a bias beside what weights usually add up to, which at 8 bits is more
+SMALLEST_UNIT, LARGEST_UNIT = 2.0**-126, 2.0**96  # of accumulators that float32 holds
 ZERO_POINTS = 8  # lowest levels tried between 0 and half of the grid
 _WORTH = 0.9  # of the squared error on a symmetric grid: an offset costs the chip something
 
@@ -36,6 +44,9 @@ def best_scale(values: Tensor, low: int, high: int, power_of_two: bool = False) 
     Returns:
         (R,) positive scales; a row of zeros gets the floor.
     """
+    # Squares of 1e-30 and of 1e30 are no float32: rows are brought to the size of one, exactly.
+    size = _power_of_two(values.abs().amax(1))
+    values = values * size[:, None]
     peak = torch.maximum(
         values.amax(1).clamp_min(0) / max(high, 1), -values.amin(1).clamp_max(0) / max(-low, 1)
     )
@@ -53,7 +64,13 @@ def best_scale(values: Tensor, low: int, high: int, power_of_two: bool = False) 
         error = levels.mul_(scale[:, None]).sub_(values).square_().sum(1)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best.clamp_min(SCALE_FLOOR)
+    return (best / size).clamp_min(SCALE_FLOOR)
+
+
+def _power_of_two(peak: Tensor) -> Tensor:
+    """The factor that brings each number to [1/2, 1), as float32's exponent says it."""
+    exponent = torch.frexp(peak.float()).exponent.clamp(-125, 126)
+    return ((127 - exponent) << 23).view(torch.float32).to(peak.dtype)
 
 
 def weight_scale(quantizer: Quantizer, weight: Tensor) -> Tensor:
@@ -80,17 +97,77 @@ def make_room_for_biases(student: Student) -> None:
     """Raise the scale of weights that are so small beside their bias that it fits no accumulator.
 
     Weight decay leaves channels like that, or a whole layer (squeeze-and-excitation that a teacher
-    has no use for). What weights lose by the coarser grid is less than a millionth of the bias.
+    has no use for). What weights lose by the coarser grid is a thousandth of the bias at most.
+    Weights that are all zero get the scale of the layer's others.
+
+    Raises:
+        QuantizationError: an accumulator's unit is no number of float32 (naming the step).
     """
-    for module in student.modules():
+    for step in student.graph.steps:
+        module = student.operator(step.name)
         if not isinstance(module, WeightedOperator):
             continue
         quantizer, biases = module.weight_quantizer, module.bias_quantizer
-        if isinstance(quantizer, WeightLSQ) and isinstance(biases, BiasQuantizer):
-            least = module.bias.detach().abs() / (LARGEST_BIAS * biases.source.scale)
-            if quantizer.channels == 1:
-                least = least.amax().reshape(1)
-            quantizer.set_scale(torch.maximum(quantizer.scale.detach(), least))
+        if not isinstance(quantizer, Quantizer) or not isinstance(biases, BiasQuantizer):
+            continue
+        source = biases.source
+        rows = quantizer.integers(module.weight.detach()).reshape(len(module.weight), -1)
+        usual = rows.square().sum(1).sqrt() * max(-source.low, source.high)
+        most = (LARGEST_SHARE * usual).clamp_min(LARGEST_BIAS)
+        # One division after another: the product may be no number of float32.
+        least = module.bias.detach().abs() / most / source.scale.detach()
+        empty = ~rows.any(1)
+        if quantizer.channels == 1:
+            least, empty = least.amax().reshape(1), empty.all().reshape(1)
+        scale = quantizer.scale.detach()
+        others = scale[~empty].mean() if not bool(empty.all()) else torch.ones_like(scale[0])
+        scale = torch.where(empty, torch.where(least > 0, least, others), scale)
+        if isinstance(quantizer, WeightLSQ):  # The levels of the other kind follow no scale.
+            scale = torch.maximum(scale, least)
+        quantizer.set_scale(scale)
+        if rows.any() and not quantizer.integers(module.weight.detach()).any():
+            _log.warning(
+                "%s: its weights are too small beside its biases for an accumulator, so that it is "
+                "a constant",
+                _said(student, step.name),
+            )
+        unit = quantizer.scale.detach().double() * source.scale.detach().double()
+        if not bool(((unit >= SMALLEST_UNIT) & (unit <= LARGEST_UNIT)).all()):
+            raise QuantizationError(
+                f"{_said(student, step.name)}: steps of its weights times steps of its input are "
+                f"{float(unit.min()):.3g} to {float(unit.max()):.3g}, beyond the range of float32: "
+                "its weights or what it reads are too small or too large to be quantized"
+            )
+
+
+def require_finite(student: Student) -> None:
+    """Refuse a student with weights, biases or statistics that are not finite.
+
+    Raises:
+        QuantizationError: naming the step.
+    """
+    for step in student.graph.steps:
+        module = student.operator(step.name)
+        if isinstance(module, WeightedOperator | BatchNorm):
+            for name, tensor in module.state_dict().items():
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    raise QuantizationError(
+                        f"{_said(student, step.name)}: its {name} is not finite (nan or inf)"
+                    )
+
+
+def _said(student: Student, name: str) -> str:
+    """A step, or of a value in which nothing was computed the step before that did."""
+    by_name = {step.name: step for step in student.graph.steps}
+    while name in by_name:
+        step = by_name[name]
+        if isinstance(student.operator(name), WeightedOperator | BatchNorm) or not step.inputs:
+            break
+        if step.inputs[0] not in by_name:
+            break
+        name = step.inputs[0]
+    origin = by_name[name].origin if name in by_name else ""
+    return f"step {name}" + (f", from '{origin}' in the teacher" if origin else "")
 
 
 def observe(
@@ -143,19 +220,25 @@ def observe_channels(
 def _split(
     student: Student, batches: Iterable[Tensor | tuple[Tensor, ...]]
 ) -> list[tuple[Tensor, ...]]:
-    """Batches of all inputs, so small that no value of theirs is too large."""
+    """Batches of all inputs, so small that no value of theirs is too large.
+
+    Raises:
+        QuantizationError: there are none, or one is not finite.
+    """
     widest = max(math.prod(shape) for shape in student.graph.shapes.values())
-    return [
-        part
-        for batch in batches
-        for part in zip(
-            *(
-                x.split(max(1, AT_ONCE // widest))
-                for x in ((batch,) if isinstance(batch, Tensor) else batch)
-            ),
-            strict=True,
-        )
-    ]
+    parts = list[tuple[Tensor, ...]]()
+    for index, batch in enumerate(batches):
+        inputs = (batch,) if isinstance(batch, Tensor) else batch
+        for name, x in zip(student.graph.inputs, inputs, strict=True):
+            if x.is_floating_point() and not bool(x.isfinite().all()):
+                raise QuantizationError(
+                    f"calibration: {name} of batch {index} has values that are not finite (nan or "
+                    "inf)"
+                )
+        parts += zip(*(x.split(max(1, AT_ONCE // widest)) for x in inputs), strict=True)
+    if not parts:
+        raise QuantizationError("calibration has no batch: give some unlabelled (B, C, H, W)")
+    return parts
 
 
 def _seen(
@@ -166,7 +249,13 @@ def _seen(
     for inputs in parts:
         given = zip(student.graph.inputs, (x.to(device) for x in inputs), strict=True)
         with torch.no_grad():
-            yield from student.visit(dict(given), names)
+            for name, value in student.visit(dict(given), names):
+                if not bool(value.isfinite().all()):
+                    raise QuantizationError(
+                        f"{_said(student, name)}: its result on calibration inputs is not finite "
+                        "(nan or inf): its weights or what it reads are too large for float32"
+                    )
+                yield name, value
 
 
 def observe_grids(
@@ -200,6 +289,7 @@ def lowest_level(samples: Tensor, bits: int, power_of_two: bool, zero_points: bo
     if bits in (1, 8) or not zero_points:
         return symmetric
     rows = samples[None, :: max(1, ZERO_POINTS // 2)]
+    rows = rows * _power_of_two(rows.abs().amax(1))[:, None]
     best, least = symmetric, _WORTH * _error(rows, symmetric, bits, power_of_two)
     for eighths in range(1, ZERO_POINTS):
         low = -(-symmetric * eighths // ZERO_POINTS)

@@ -25,6 +25,7 @@ from archnet.quant.calibrate import (
     lowest_level,
     make_room_for_biases,
     observe_grids,
+    require_finite,
 )
 from archnet.quant.quantizers import ActivationLSQ, Quantizer
 from archnet.quant.widths import FLOAT, merged, uniform_widths, weighted, width_for
@@ -115,7 +116,8 @@ def quantize(
             kind are the same as now, their grids are taken as they are, without calibration.
 
     Raises:
-        QuantizationError: a width is impossible, or the student is quantized already.
+        QuantizationError: a width is impossible, the student is quantized already, or weights or
+            values are not finite or beyond what float32 can scale (naming the step).
     """
     for key, bits in (
         ("weight_bits", weight_bits),
@@ -129,6 +131,7 @@ def quantize(
         raise QuantizationError(f"sum_bits={sum_bits} is not a width of sums: 1 to 8")
     if describe(student):
         raise QuantizationError("the student is quantized already; convert the teacher again")
+    require_finite(student)
     insert_activations(student, fine_sums=act_bits < sum_bits)
     ends = (first_bits, last_bits)
     own = uniform_widths(student, weight_bits, act_bits, *ends, sum_bits, per_channel)

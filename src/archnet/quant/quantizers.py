@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 PART = 2**16  # values a pass takes at a time on a CPU
-SCALE_FLOOR = 1e-8  # a channel without any weight still has a scale to divide by
+# The smallest step. Anything below is taken for zero (weight decay leaves channels of 1e-38), and a
+# channel without any weight still has a scale to divide by.
+SCALE_FLOOR = 2.0**-116
 
 
 class _LearnedStep(torch.autograd.Function):

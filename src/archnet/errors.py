@@ -7,3 +7,7 @@ class ArchnetError(Exception):
 
 class ConfigError(ArchnetError):
     """A config key, group option or value that cannot be."""
+
+
+class CaptureError(ArchnetError):
+    """The teacher cannot be captured as one graph."""

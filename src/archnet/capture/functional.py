@@ -11,6 +11,7 @@ Which tensors share memory is read from the storage of the capture's fake tensor
 copies only sometimes (reshape, contiguous, to) is a view exactly where it was one.
 """
 
+import functools
 import itertools
 import operator
 from collections.abc import Mapping
@@ -37,6 +38,11 @@ _TURNS = (
 )
 
 
+# Operators that give booleans.
+_TESTS = (
+    *("eq", "ne", "lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal"),
+    *("not_equal", "logical_and", "logical_or", "logical_xor", "logical_not"),
+)
 _PARTS = ("chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit")
 
 
@@ -110,7 +116,8 @@ class _Functional:
         if hidden is not None:
             raise _no_way_back(write, hidden)
         for read in node.all_input_nodes:
-            if self.storages[read] == self.storages[root] and _overlaps(node, tensor, read):
+            shares = self._tensor(read) is not tensor and self.storages[read] == self.storages[root]
+            if shares and _overlaps(node, tensor, read):
                 raise CaptureError(
                     f"{write} writes to memory that it reads in another place, of which PyTorch "
                     "leaves the result open: read a copy, as in y[:, 1:] += y[:, :-1].clone()"
@@ -189,6 +196,9 @@ class _Functional:
             copy = self._add(node, aten.clone.default, (before,), like=before)
             node.replace_input_with(before, copy)
             return node
+        kinds = {read.meta["val"].dtype for read in node.all_input_nodes if _is_tensor(read)}
+        if len(kinds) == 1 and stem(node.target) not in _TESTS:
+            return node
         given = torch.fx.node.map_arg((node.args, node.kwargs), lambda read: read.meta["val"])
         result = node.target(*given[0], **given[1])  # type: ignore[operator]
         if result.dtype == before.meta["val"].dtype:
@@ -209,19 +219,12 @@ class _Functional:
 
     def _respell(self, node: Node) -> bool:
         """Make an operator that writes the one that gives a value; False if there is none."""
-        schema = node.target._schema  # type: ignore[union-attr]
-        wanted = [(item.name, str(item.type)) for item in schema.arguments if not item.is_out]
-        name = schema.name.removeprefix("aten::").removesuffix("_")
-        packet = getattr(aten, name, None)
-        for overload in packet.overloads() if packet is not None else ():
-            other = getattr(packet, overload)
-            same = [(item.name, str(item.type)) for item in other._schema.arguments]
-            if same == wanted and not other._schema.is_mutable:
-                out = [item.name for item in schema.arguments if item.is_out]
-                node.kwargs = {k: v for k, v in node.kwargs.items() if k not in out}
-                node.target = other
-                return True
-        return False
+        found = _without_writing(node.target)
+        if found is None:
+            return False
+        node.target, left_out = found
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k not in left_out}
+        return True
 
     def _same_memory(self, first: Any, second: Any) -> bool:
         """Whether two nodes are the same entries of one tensor, as in ``y[:, 1:] += 1``."""
@@ -243,25 +246,26 @@ class _Functional:
             return self._add(node, target, args, like=origin)
 
         if kind == "slice":
-            bounds = (given[name] for name in ("dim", "start", "end", "step"))
-            return add(aten.slice_scatter.default, old, value, *bounds)
+            dim, *bounds = (given[name] for name in ("dim", "start", "end", "step"))
+            return add(aten.slice_scatter.default, old, value, dim, *bounds)
         if kind == "select":
             return add(aten.select_scatter.default, old, value, given["dim"], given["index"])
         if kind == "narrow" and isinstance(start := given["start"], int):
             start %= whole.shape[given["dim"]]
-            bounds = (given["dim"], start, start + given["length"])
-            return add(aten.slice_scatter.default, old, value, *bounds)
+            bounds = [start, start + given["length"]]
+            return add(aten.slice_scatter.default, old, value, given["dim"], *bounds)
         if view.target is operator.getitem:
             several, index = view.args
             assert isinstance(several, Node)
+            assert isinstance(index, int)
             kind, given = stem(several.target), named_arguments(several)
             dim = {"hsplit": 1, "vsplit": 0, "dsplit": 2}.get(kind, given.get("dim"))
             if kind == "unbind":
                 return add(aten.select_scatter.default, old, value, dim, index)
             if kind in _PARTS:
                 ends = list(itertools.accumulate(x.shape[dim] for x in several.meta["val"]))
-                bounds = (dim, ends[index] - view.meta["val"].shape[dim], ends[index])
-                return add(aten.slice_scatter.default, old, value, *bounds)
+                bounds = [ends[index] - view.meta["val"].shape[dim], ends[index]]
+                return add(aten.slice_scatter.default, old, value, dim, *bounds)
         if kind in _RESHAPES:
             return add(aten.reshape_as.default, value, old)
         if kind in _TURNS:
@@ -329,6 +333,20 @@ class _Functional:
         return result
 
 
+@functools.cache
+def _without_writing(target: Any) -> tuple[Any, list[str]] | None:
+    """The operator that gives the value which another writes, and which arguments it has not."""
+    schema = target._schema
+    wanted = [(item.name, str(item.type)) for item in schema.arguments if not item.is_out]
+    packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
+    for overload in packet.overloads() if packet is not None else ():
+        other = getattr(packet, overload)
+        same = [(item.name, str(item.type)) for item in other._schema.arguments]
+        if same == wanted and not other._schema.is_mutable:
+            return other, [item.name for item in schema.arguments if item.is_out]
+    return None
+
+
 def state_names(program: ExportedProgram) -> dict[str, str]:
     """The network's own tensors: by the name of the graph's input, that in the network."""
     signature = program.graph_signature
@@ -361,10 +379,10 @@ def _ancestors(node: Node) -> set[Node]:
 def _storage(node: Node) -> int | None:
     """Which memory a tensor lies in; of several tensors, where all lie in one."""
     value = node.meta.get("val")
-    values = value if isinstance(value, list | tuple) else [value]
+    values = list(value) if isinstance(value, list | tuple) else [value]
     if not values or not all(isinstance(item, Tensor) for item in values):
         return None
-    found = {item.untyped_storage()._cdata for item in values}
+    found = {item.untyped_storage()._cdata for item in values if isinstance(item, Tensor)}
     return found.pop() if len(found) == 1 else None
 
 
@@ -406,7 +424,7 @@ def _overlaps(node: Node, ours: Node, theirs: Node) -> bool:
 def _entries(tensor: Tensor) -> Tensor:
     """Where the entries of a tensor lie in its memory, for the batch of the capture."""
 
-    def number(size: Any) -> int:
+    def number(size: Any) -> Any:
         return size.node.hint if isinstance(size, torch.SymInt) else size
 
     places = torch.tensor([number(tensor.storage_offset())])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from archnet.capture.compare import require_same
 from archnet.capture.functional import states
 from archnet.capture.nodes import module_path, named_arguments
 from archnet.capture.simplify import simplify
@@ -211,7 +212,8 @@ def capture(teacher: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> 
             afterwards, every other size is fixed.
 
     Raises:
-        CaptureError: the network has data-dependent control flow, or several results.
+        CaptureError: the network has data-dependent control flow, or several results; or what was
+            captured gives other results on the examples.
     """
     examples = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
@@ -234,6 +236,7 @@ def capture(teacher: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> 
             "(branches on tensor values have to leave the forward pass)"
         ) from error
     simplify(program)
+    require_same(frozen, program, examples)
     return _read(program)
 
 

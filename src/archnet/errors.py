@@ -30,3 +30,7 @@ class ConfigError(ArchnetError):
 
 class TaskError(ArchnetError):
     """Data that cannot be used as they are."""
+
+
+class CaptureError(ArchnetError):
+    """The teacher cannot be captured as one graph."""

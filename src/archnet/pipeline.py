@@ -248,7 +248,9 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
         write_tables(folder, student)
         inexact = sorted({row.rule for row in student.report if not row.exact})
         taps = [tap.path for tap in student.taps]
-        return {"taps": taps, "approximate_rules": inexact, "mixed": widths}
+        found = {"taps": taps, "approximate_rules": inexact, "mixed": widths}
+        # A student that was trained before is no longer what conversion made.
+        return found if config.convert.student else {**found, "error": student.graph.error}
 
     def train() -> dict[str, Any]:
         student = load_student(folder, "calibrated")
@@ -560,6 +562,10 @@ def _common_metrics(
             **_mixed(config, finished["convert"]),
         },
         "hardware": config.hardware.name,
+        "conversion": {
+            "approximate_rules": finished["convert"]["approximate_rules"],
+            "error": finished["convert"].get("error"),
+        },
         "cost": {key: finished["cost"][key] for key in ("macs", "bops", "weight_bytes")},
         "audit": {key: finished["audit"][key] for key in ("pure", "violations")},
         "parity": {key: finished["parity"][key] for key in ("runtime", *parity)},

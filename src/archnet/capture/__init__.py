@@ -1,9 +1,10 @@
 """Teacher to graph of ATen operators, each with its module path."""
 
-from archnet.capture.errors import CaptureError
 from archnet.capture.graph import Batch, Ref, TeacherGraph, TeacherNode, capture
-from archnet.capture.simplify import CARRIERS, stem
+from archnet.capture.nodes import stem
+from archnet.capture.simplify import CARRIERS
 from archnet.capture.unwrap import Inputs, answer, inputs_of, only_result, unwrap
+from archnet.errors import CaptureError
 
 __all__ = [
     "CARRIERS",

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
-from archnet.capture.errors import CaptureError
+from archnet.capture.compare import require_same
+from archnet.capture.functional import states
 from archnet.capture.head import peel
-from archnet.capture.simplify import named_arguments, simplify
+from archnet.capture.nodes import module_path, named_arguments
+from archnet.capture.simplify import simplify
 from archnet.capture.unwrap import (
     InFloat32,
     Inputs,
@@ -33,6 +35,7 @@ from archnet.capture.unwrap import (
     unwrap,
     view,
 )
+from archnet.errors import CaptureError
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,8 @@ def capture(teacher: nn.Module, example_inputs: Inputs) -> TeacherGraph:
 
     Raises:
         CaptureError: the network has data-dependent control flow or several results, does not run
-            on such inputs, or holds numbers that are not finite.
+            on such inputs, or holds numbers that are not finite; or what was captured gives other
+            results on the examples.
     """
     network = unwrap(teacher)
     frozen = view(network)
@@ -282,19 +286,16 @@ def capture(teacher: nn.Module, example_inputs: Inputs) -> TeacherGraph:
     require_known(program)
     require_finite(program)
     simplify(program)
+    require_same(frozen, program, call)
     return peel(_read(program))
 
 
 def _read(program: ExportedProgram) -> TeacherGraph:
-    signature = program.graph_signature
-    parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    lifted = signature.inputs_to_lifted_tensor_constants
+    own = states(program)
     inputs: dict[str, tuple[int, ...]] = {}
     batches: dict[str, Batch] = {}
     constants: dict[str, Any] = {}
     nodes: list[TeacherNode] = []
-    # In-place operators rebind: whoever reads x after x.relu_() reads the rectified value.
-    alias: dict[str, str] = {}
     results: Sequence[Any] = ()
     fixed_batch = False
 
@@ -302,7 +303,7 @@ def _read(program: ExportedProgram) -> TeacherGraph:
         if isinstance(argument, torch.fx.Node):
             if argument.name in constants:
                 return constants[argument.name]
-            return Ref(alias.get(argument.name, argument.name))
+            return Ref(argument.name)
         if isinstance(argument, list | tuple):
             return type(argument)(resolve(item) for item in argument)
         return argument
@@ -310,12 +311,8 @@ def _read(program: ExportedProgram) -> TeacherGraph:
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder":
-            if node.name in parameters:
-                name = parameters[node.name]
-                state = program.state_dict.get(name, program.constants.get(name))
-                constants[node.name] = _detached(state)
-            elif node.name in lifted:
-                constants[node.name] = _detached(program.constants[lifted[node.name]])
+            if node.name in own:
+                constants[node.name] = own[node.name]
             else:
                 inputs[node.name] = tuple(map(_of_one, value.shape[1:]))
                 batches[node.name] = Batch(value.dim())
@@ -332,7 +329,8 @@ def _read(program: ExportedProgram) -> TeacherGraph:
                 constants[node.name] = _of_one(value)
                 continue
             arguments = {k: resolve(value) for k, value in named_arguments(node).items()}
-            read = _refs(list(arguments.values()))
+            shaped = _SHAPED_LIKE.get(str(node.target))
+            read = _refs([item for name, item in arguments.items() if name != shaped])
             if not read or _reads_no_values(str(node.target)):
                 constants[node.name] = _compute(node, resolve)
                 continue
@@ -341,7 +339,7 @@ def _read(program: ExportedProgram) -> TeacherGraph:
                 TeacherNode(
                     node.name,
                     str(node.target),
-                    _module_path(node),
+                    module_path(node),
                     arguments,
                     _sample_shape(value, batch),
                     batch,
@@ -349,12 +347,6 @@ def _read(program: ExportedProgram) -> TeacherGraph:
                 )
             )
             batches[node.name] = batch
-            schema = getattr(node.target, "_schema", None)
-            if schema is not None and schema.name.endswith("_") and node.args:
-                for old, new in list(alias.items()):
-                    if new == node.args[0].name:
-                        alias[old] = node.name
-                alias[node.args[0].name] = node.name
         elif node.op == "output":
             results = node.args[0]
     if len(results) != 1:
@@ -368,7 +360,10 @@ def _read(program: ExportedProgram) -> TeacherGraph:
 
 
 # Operators that keep the order of memory whatever they do to the axes.
-_RESHAPES = ("view", "reshape", "flatten", "unflatten", "_unsafe_view")
+_RESHAPES = (
+    *("view", "reshape", "view_as", "reshape_as"),
+    *("flatten", "unflatten", "_unsafe_view"),
+)
 
 
 def _batch_of(node: torch.fx.Node, before: Batch) -> Batch:
@@ -413,7 +408,15 @@ def _reads_no_values(operator: str) -> bool:
     return operator.startswith("aten.new_") or operator in _LIKE
 
 
-_LIKE = [f"aten.{value}_like.default" for value in ("zeros", "ones", "full")]
+# What is read of an argument of these is its shape and type alone.
+_SHAPED_LIKE = {
+    "aten.expand_as.default": "other",
+    "aten.view_as.default": "other",
+    "aten.reshape_as.default": "other",
+    "aten.type_as.default": "other",
+    "aten.to.other": "other",
+}
+_LIKE = [f"aten.{value}_like.default" for value in ("zeros", "ones", "full", "empty")]
 
 
 def _compute(node: torch.fx.Node, resolve: Callable[[Any], Any]) -> Any:
@@ -430,7 +433,9 @@ def _compute(node: torch.fx.Node, resolve: Callable[[Any], Any]) -> Any:
 
     assert callable(node.target)
     with torch.no_grad():
-        return node.target(*map(known, node.args), **{k: known(v) for k, v in node.kwargs.items()})
+        found = node.target(*map(known, node.args), **{k: known(v) for k, v in node.kwargs.items()})
+    # What nobody has written yet may be anything; here it is a number.
+    return torch.zeros_like(found) if "empty" in str(node.target) else found
 
 
 def _refs(arguments: Any) -> list[str]:
@@ -439,11 +444,6 @@ def _refs(arguments: Any) -> list[str]:
     if isinstance(arguments, list | tuple):
         return [name for item in arguments for name in _refs(item)]
     return []
-
-
-def _detached(tensor: Any) -> Tensor:
-    assert isinstance(tensor, Tensor)
-    return tensor.detach()
 
 
 def _of_one(size: Any) -> int:
@@ -461,8 +461,3 @@ def _sample_shape(value: Any, batch: Batch) -> tuple[int, ...]:
     if batch.axis >= 0 and batch.folded == 1:
         del sizes[batch.axis]
     return tuple(sizes)
-
-
-def _module_path(node: torch.fx.Node) -> str:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return stack[-1][0] if stack else ""

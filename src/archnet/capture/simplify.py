@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from archnet.capture.functional import functionalize
+from archnet.capture.nodes import named_arguments, stem
+
 aten = torch.ops.aten
 # What keeps weights weights, and scores scores.
 CARRIERS = ("dropout", "contiguous", "clone", "detach", "alias", "view", "reshape")
@@ -17,31 +20,21 @@ _ON_SCORES = (*CARRIERS, "add", "mul", "div", "masked_fill")
 
 
 def simplify(program: ExportedProgram) -> None:
-    """Rewrite a captured program in place; it computes what it computed before."""
+    """Rewrite a captured program in place; it computes what it computed before.
+
+    Raises:
+        CaptureError: it writes to a tensor in a way that cannot be written otherwise.
+    """
     for node in list(program.graph.nodes):
         if node.target is torch.ops.higher_order.wrap_with_autocast:
             _inline(program, node)
+    functionalize(program)
     for node in list(program.graph.nodes):
         if node.target in _ON_MAPS:
             _on_map(node)
         elif rewrite := _REWRITES.get(node.target):
             rewrite(node)
     program.graph_module.recompile()
-
-
-def stem(operator: object) -> str:
-    """What an operator is called without overload and underscores: ``aten.relu_.default``, relu."""
-    return str(operator).removeprefix("aten.").split(".")[0].strip("_")
-
-
-def named_arguments(node: Node) -> dict[str, Any]:
-    """All arguments of an operator by the names in its schema, defaults among them."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {str(index): item for index, item in enumerate(node.args)}
-    named = {item.name: item.default_value for item in schema.arguments}
-    named.update(zip(list(named), node.args, strict=False))
-    return {**named, **node.kwargs}
 
 
 def _inline(program: ExportedProgram, node: Node) -> None:

@@ -28,8 +28,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
-from archnet.capture.errors import CaptureError
 from archnet.capture.simplify import named_arguments, stem
+from archnet.errors import CaptureError
 
 Inputs = Tensor | np.ndarray[Any, Any] | Sequence[Any] | Mapping[str, Any]
 # Where each wrapping keeps the network.

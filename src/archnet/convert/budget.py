@@ -10,7 +10,7 @@ that saves next to nothing (squeeze-and-excitation without use in a teacher) is 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 
 from archnet.capture import TeacherGraph
@@ -21,15 +21,24 @@ from archnet.ops import Refinement, Student
 
 @dataclass(frozen=True)
 class Built:
-    """A student, and by teacher node what could have been built in a compact form instead."""
+    """A student, and what is known of how it was made.
+
+    Attributes:
+        student: it.
+        form: what was asked for.
+        alternatives: by teacher node, what could have been built in a compact form instead.
+        exact: the teacher's nodes that depend on no approximation.
+    """
 
     student: Student
+    form: Approximation
     alternatives: Mapping[str, Alternative]
+    exact: Set[str]
 
 
 def within_budget(
     build: Callable[[Approximation], Built], graph: TeacherGraph, form: Approximation
-) -> Student:
+) -> Built:
     """The student whose forms are chosen under ``form.max_macs``.
 
     The errors of both forms are those at the node's own output, where everything in front of it is
@@ -56,7 +65,7 @@ def within_budget(
         faithful = build(form)
     if form.max_macs is None or not faithful.alternatives:
         _require(faithful.student, form)
-        return faithful.student
+        return faithful
     found = faithful.alternatives
     compact = build(
         replace(form, compact={**form.compact, **{name: a.reads for name, a in found.items()}})
@@ -73,13 +82,14 @@ def within_budget(
             spent += added[name]
     while True:
         chosen = {name: found[name].reads for name in order if name not in taken}
-        student = build(replace(form, compact={**form.compact, **chosen})).student
-        if _macs(student)[1] <= limit:
+        built = build(replace(form, compact={**form.compact, **chosen}))
+        if _macs(built.student)[1] <= limit:
             break
         # Two forms may cost more together than each alone.
         taken.pop()
-    student.graph.refinements = _curve(graph, found, added, order, taken, _macs(compact))
-    return student
+    refinements = _curve(graph, found, added, order, taken, _macs(compact))
+    built.student.graph.refinements = refinements
+    return built
 
 
 def _macs(student: Student) -> tuple[int, int]:

@@ -38,7 +38,7 @@ class Calibration:
         self._student: dict[str, Tensor] = {
             name: x.detach().float().cpu() for name, x in zip(graph.inputs, inputs, strict=True)
         }
-        self._graph, self._inputs = graph, inputs
+        self._graph, self.inputs = graph, inputs
         self._teacher: torch.fx.Interpreter | None = None
 
     def target(self, node: TeacherNode) -> Tensor:
@@ -70,7 +70,7 @@ class Calibration:
         weights = next(iter(module.parameters()), None)
         device = torch.device("cpu") if weights is None else weights.device
         self._teacher = torch.fx.Interpreter(module, garbage_collect_values=False)
-        self._teacher.args_iter = iter([x.detach().to(device) for x in self._inputs])
+        self._teacher.args_iter = iter([x.detach().to(device) for x in self.inputs])
         self._names = {node.name: node for node in module.graph.nodes}
         self._nodes = iter(list(module.graph.nodes))
         reader: dict[torch.fx.Node, torch.fx.Node] = {}

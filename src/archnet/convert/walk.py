@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from archnet.capture import Inputs, Ref, TeacherGraph, TeacherNode, capture, inputs_of, stem
+from archnet.capture.compare import difference, is_rounding
 from archnet.convert.budget import Built, within_budget
 from archnet.convert.builder import Builder, ConversionError, TargetLimits
 from archnet.convert.calibration import Calibration
+from archnet.convert.compare import compare
 from archnet.convert.feature import Feature, Form, Value
 from archnet.convert.fit import relative_error
 from archnet.convert.fuse import fuse, with_products
@@ -63,7 +65,8 @@ def convert(
 
     Raises:
         CaptureError: the teacher cannot be captured.
-        ConversionError: an operator has no rule, or a tap's path does not exist.
+        ConversionError: an operator has no rule, a tap's path does not exist, or the student
+            differs from the teacher where it should not.
     """
     target = Target.named(hardware) if isinstance(hardware, str) else hardware
     if isinstance(teacher, TeacherGraph):
@@ -84,15 +87,23 @@ def convert(
     def build(form: Approximation) -> Built:
         return _build(graph, fuse(graph), target, tap_nodes, inputs, form, inner_taps)
 
-    student = within_budget(build, graph, approximation or Approximation())
+    if start not in ("exact", "random"):
+        raise ConversionError(f"convert.start={start}: choose exact or random")
+    built = within_budget(build, graph, approximation or Approximation())
     for node in graph.head:
         _log.info("peeled %s at '%s': the student gives the scores", node.operator, node.path)
-        student.report.append(NodeReport(node.path, node.operator, PEELED, True, 0, 0))
+        built.student.report.append(NodeReport(node.path, node.operator, PEELED, True, 0, 0))
     if start == "random":
-        randomise(student, seed)
-    elif start != "exact":
-        raise ConversionError(f"convert.start={start}: choose exact or random")
-    return student
+        randomise(built.student, seed)
+        return built.student
+
+    def search(samples: tuple[Tensor, ...]) -> None:
+        """Build once more, and look at every node on the way."""
+        if not graph.fixed_batch:
+            _build(graph, fuse(graph), target, tap_nodes, samples, built.form, False, check=True)
+
+    compare(built, graph, inputs, search)
+    return built.student
 
 
 def _build(
@@ -103,10 +114,13 @@ def _build(
     inputs: tuple[Tensor, ...] | None,
     form: Approximation,
     inner_taps: bool,
+    *,
+    check: bool = False,
 ) -> Built:
     """Every node by its rule, the approximate ones in the forms that ``form`` says.
 
-    ``graph`` has one node for each attention, ``written`` is as the teacher has it.
+    ``graph`` has one node for each attention, ``written`` is as the teacher has it. With ``check``
+    a node that should be exact and is not ends the walk.
     """
     live = {node.name: _reads(node, form) for node in _live(graph, lambda n: _reads(n, form))}
     for path, node in tap_nodes:
@@ -126,6 +140,7 @@ def _build(
     batches, report = graph.batches(), list[NodeReport]()
     alternatives: dict[str, Alternative] = {}
     fitted: dict[str, Feature] = {}
+    unspoilt = set(graph.inputs)
     before = _macs(written)
     uses = Counter(name for names in live.values() for name in names)
     uses[graph.output] += 1
@@ -156,6 +171,10 @@ def _build(
                 f"{value.shape} in the student: its rule has a fault"
             )
         values[node.name] = value
+        if site.exact and unspoilt.issuperset(live[node.name]):
+            unspoilt.add(node.name)
+            if check and fitting is not None:
+                _check(node, value, graph, fitting)
         error = None
         if not site.exact and not isinstance(value, list):
             error = relative_error(site.given(value), site.wanted())
@@ -198,7 +217,21 @@ def _build(
         replace(row, macs_after=macs[node.name])
         for row, node in zip(report, graph.nodes, strict=True)
     ]
-    return Built(student, alternatives)
+    return Built(student, form, alternatives, unspoilt)
+
+
+def _check(node: TeacherNode, value: Values, graph: TeacherGraph, fitting: Calibration) -> None:
+    """Raise where a node that depends on no approximation differs from the teacher."""
+    if isinstance(value, list) or node.batch.axis < 0 or not node.floating:
+        return
+    error = difference(fitting.value(value), fitting.target(node))
+    if not is_rounding(error, graph.program, fitting.inputs, node.name):
+        raise ConversionError(
+            f"the student is another function than the teacher from {node.operator} at "
+            f"'{node.path}' on: relative error {error:.1e}, although its rule "
+            f"({RULES[node.operator].name}) is exact. That is a fault of archnet: please report it "
+            "with the network"
+        )
 
 
 def _inner_taps(

@@ -107,7 +107,9 @@ class StudentGraph:
     """The student without its weights: plain data.
 
     ``indices`` are the inputs that hold token numbers or marks instead of features;
-    ``refinements`` are there where a budget has chosen between forms (`convert.max_macs`).
+    ``refinements`` are there where a budget has chosen between forms (`convert.max_macs`);
+    ``error`` is |student - teacher| / |teacher| at the output when the student was made, in floats
+    and before any training; None where they were not compared.
     """
 
     inputs: list[str]
@@ -118,6 +120,7 @@ class StudentGraph:
     report: list[NodeReport] = field(default_factory=list)
     indices: list[str] = field(default_factory=list)
     refinements: list[Refinement] = field(default_factory=list)
+    error: float | None = None
 
 
 class Student(nn.Module):
@@ -275,5 +278,6 @@ class Student(nn.Module):
             report=[NodeReport(**row) for row in spec["report"]],
             indices=list(spec.get("indices", [])),
             refinements=[Refinement(**row) for row in spec.get("refinements", [])],
+            error=spec.get("error"),
         )
         return cls(graph, modules)

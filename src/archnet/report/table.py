@@ -73,6 +73,10 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ),
         ("agreement, points", "", f"{student['agreement']:.2f}"),
     ]
+    # Metrics of before have no such figure, nor has what was not made by conversion.
+    error = metrics.get("conversion", {}).get("error")
+    if error is not None:
+        lines.append(("relative error at conversion, float", "", f"{error:.1e}"))
     for title, key, side, unit in (
         ("multiply-accumulates", "macs", "teacher", ""),
         ("bit operations, teacher at W8A8", "bops", "teacher_w8a8", ""),

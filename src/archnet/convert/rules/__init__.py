@@ -15,6 +15,7 @@ from archnet.convert.rules import (
     pooling,
     products,
     residual,
+    writes,
 )
 from archnet.convert.rules.base import RULES, Rule, rule
 
@@ -32,4 +33,5 @@ __all__ = [
     "products",
     "residual",
     "rule",
+    "writes",
 ]

@@ -1,0 +1,128 @@
+"""The captured program beside the network: what was rewritten is the same function still."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from archnet.capture.functional import states
+from archnet.capture.unwrap import Call, InFloat32
+from archnet.errors import CaptureError
+
+TOLERANCE = 1e-4  # what "exact" means in float32, as a relative error
+
+
+def samples(examples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Two samples for comparisons: the first of the examples, and one that is drawn at random.
+
+    An example of zeros or ones tells one place of a map from another no more than a constant
+    would, and beside it what rounding leaves would pass for a difference.
+    """
+    generator, found = torch.Generator().manual_seed(0), []
+    for x in examples:
+        first = other = x[:1]
+        if x.is_floating_point():
+            values = x.detach().double().cpu()
+            spread, centre = float(values.std()) if x.numel() > 1 else 0.0, float(values.mean())
+            other = torch.randn(first.shape, generator=generator) * (spread or 1.0) + centre
+        found.append(torch.cat([first, other.to(first)]))
+    return tuple(found)
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """|ours - theirs| / |theirs|, over the places where theirs are finite; infinite where ours are
+    not.
+    """
+    ours, theirs = (x.detach().double().cpu() for x in (ours, theirs))
+    places = theirs.isfinite()
+    distance, size = (ours - theirs)[places].norm(), theirs[places].norm()
+    if not distance.isfinite():
+        return float("inf")
+    return float(distance / size) if size > 0 else float(distance)
+
+
+def run(
+    program: ExportedProgram, inputs: tuple[Tensor, ...], nodes: Collection[str] = ()
+) -> tuple[dict[str, Tensor], Any]:
+    """The values of a program's nodes, by name, and its results; nothing else is held.
+
+    Args:
+        program: of which no operator writes to its inputs.
+        inputs: as many samples as it was captured with (2), unless it takes any number.
+        nodes: whose values are asked for.
+    """
+    own = states(program)
+    places = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+    given = iter(inputs)
+    values = [own[name] if name in own else next(given) for name in places]
+    interpreter = _Watched(program.graph_module)
+    interpreter.found = dict.fromkeys(nodes)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        # What is drawn is drawn alike in every run.
+        torch.manual_seed(0)
+        results = interpreter.run(*values)
+    return interpreter.found, results
+
+
+class _Watched(torch.fx.Interpreter):
+    found: dict[str, Any]
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.found:
+            self.found[n.name] = value
+        return value
+
+
+def rounding(program: ExportedProgram, inputs: tuple[Tensor, ...], node: str) -> float:
+    """How far a change of the inputs by a millionth of their size moves a node's value.
+
+    Where differences are left of large numbers, rounding alone moves a result.
+    """
+    generator = torch.Generator().manual_seed(1)
+    moved = tuple(
+        x + (1e-6 * x.double().std() * torch.randn(x.shape, generator=generator)).to(x)
+        if x.is_floating_point()
+        else x
+        for x in inputs
+    )
+    ours, theirs = (run(program, x, [node])[0][node] for x in (moved, inputs))
+    return difference(ours, theirs)
+
+
+def is_rounding(
+    error: float, program: ExportedProgram, inputs: tuple[Tensor, ...], node: str
+) -> bool:
+    """Whether rounding may be all of a relative error of a node's value."""
+    return error <= TOLERANCE or error <= 100 * rounding(program, inputs, node)
+
+
+def require_same(network: nn.Module, program: ExportedProgram, call: Call) -> None:
+    """Compare a program with the network that it was captured from.
+
+    Raises:
+        CaptureError: they differ by more than rounding.
+    """
+    inputs = samples(tuple(call.tensors))
+    # Neither the network's buffers nor these inputs are written to by the comparison.
+    buffers = {name: tensor.clone() for name, tensor in network.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        values = iter(inputs)
+        given = call.each(lambda _: next(values).clone())
+        with InFloat32():
+            result = torch.func.functional_call(network, buffers, given.args, given.kwargs)
+        theirs = torch.utils._pytree.tree_leaves(result)
+    names = [node.name for node in program.graph.output_node().args[0]]
+    found, _ = run(program, inputs, names)
+    for name, wanted in zip(names, theirs, strict=True):
+        error = difference(found[name], wanted)
+        if not is_rounding(error, program, inputs, name):
+            raise CaptureError(
+                f"the captured {type(network).__name__} is another function than the network: "
+                f"relative error {error:.1e}. Does the forward pass draw random numbers, or keep "
+                "anything from call to call?"
+            )

@@ -1,0 +1,100 @@
+"""A student beside its teacher, once, when it is made: what is called exact is, and of what is not
+the error is kept.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from archnet.capture import TeacherGraph
+from archnet.capture.compare import difference, is_rounding, run, samples
+from archnet.convert.budget import Built
+from archnet.convert.builder import ConversionError
+from archnet.ops import NodeReport, Student
+
+FITTED = 8  # samples on which the error of a student with approximations is measured
+
+_log = logging.getLogger(__name__)
+
+
+def compare(
+    built: Built,
+    graph: TeacherGraph,
+    calibration: tuple[Tensor, ...] | None,
+    search: Callable[[tuple[Tensor, ...]], None],
+) -> None:
+    """Compare a new student with its teacher; the error at its output is kept in its graph.
+
+    What depends on no approximation is compared at taps and at the output, on the example and on
+    a sample that is drawn; the output of a student with approximations on a few samples that it
+    was fitted to. One forward pass of each.
+
+    Args:
+        built: the student, and which nodes of the teacher it has exactly.
+        graph: the teacher.
+        calibration: what approximations were fitted to, if there are any.
+        search: raises `ConversionError` at the first node that differs on these inputs.
+
+    Raises:
+        ConversionError: something that is called exact differs by more than 1e-4 and by more than
+            rounding explains.
+    """
+    student = built.student
+    args, named = graph.program.example_inputs
+    examples = (*args, *named.values())
+    inputs = samples(examples)
+    batches = graph.batches()
+    places = [(tap.path, tap.node, tap.value) for tap in student.taps if tap.node in built.exact]
+    is_exact = graph.output in built.exact
+    if is_exact:
+        places.append(("", graph.output, student.graph.output))
+    theirs, _ = run(graph.program, inputs, [node for _, node, _ in places])
+    ours = _values(student, inputs, [value for _, _, value in places])
+    shapes = {node.name: node.shape for node in graph.nodes} | graph.inputs
+    for path, node, value in places:
+        wanted = batches[node].samples(theirs[node], shapes[node])
+        error = difference(ours[value], wanted)
+        if not is_rounding(error, graph.program, inputs, node):
+            search(inputs)
+            where = f"at '{path}'" if path else "at its output"
+            raise ConversionError(
+                f"the student is another function than the teacher {where}: relative error "
+                f"{error:.1e}, although every rule up to there is exact. That is a fault of "
+                "archnet: please report it with the network"
+            )
+    if is_exact:
+        student.graph.error = error
+        return
+    if calibration is not None and not graph.fixed_batch:
+        inputs = tuple(x[:FITTED].to(y) for x, y in zip(calibration, examples, strict=True))
+    theirs, _ = run(graph.program, inputs, [graph.output])
+    ours = _values(student, inputs, [student.graph.output])
+    student.graph.error = difference(ours[student.graph.output], theirs[graph.output])
+    if not student.graph.error <= 1:
+        _log.warning("%s", _explosion(student.graph.error, student.report))
+
+
+def _values(student: Student, inputs: tuple[Tensor, ...], names: list[str]) -> dict[str, Tensor]:
+    given = {n: x.float().cpu() for n, x in zip(student.graph.inputs, inputs, strict=True)}
+    wanted = [name for name in names if name not in given]
+    with torch.no_grad():
+        return given | dict(student.visit(given, wanted))
+
+
+def _explosion(error: float, report: list[NodeReport]) -> str:
+    rows = [row for row in report if row.error is not None]
+    said = (
+        f"the student is far from the teacher before any training: relative error {error:.1e} at "
+        "the output"
+    )
+    if not rows:
+        return said
+    worst = max(rows, key=lambda row: math.inf if math.isnan(row.error or 0) else row.error or 0)
+    return (
+        f"{said}, and at most {worst.error:.1e} at a node: {worst.operator} at '{worst.path}' "
+        f"({worst.rule}). More calibration inputs or another form (convert.attention, "
+        "convert.hinges, convert.norm_hinges, convert.gate_hinges) may come nearer"
+    )

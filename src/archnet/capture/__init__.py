@@ -1,6 +1,14 @@
 """Teacher to graph of ATen operators, each with its module path."""
 
-from archnet.capture.graph import Batch, CaptureError, Ref, TeacherGraph, TeacherNode, capture
+from archnet.capture.graph import (
+    Batch,
+    CaptureError,
+    Ref,
+    TeacherGraph,
+    TeacherNode,
+    capture,
+    place,
+)
 from archnet.capture.simplify import CARRIERS, stem
 
 __all__ = [
@@ -11,5 +19,6 @@ __all__ = [
     "TeacherGraph",
     "TeacherNode",
     "capture",
+    "place",
     "stem",
 ]

@@ -94,9 +94,19 @@ class TeacherNode:
     batch: Batch
     floating: bool = True
 
+    @property
+    def place(self) -> str:
+        """Where a message says that the operator is."""
+        return place(self.path)
+
     def refs(self) -> list[str]:
         """Names of the values that this node reads, in order, with repetitions."""
         return _refs(list(self.arguments.values()))
+
+
+def place(path: str) -> str:
+    """Where a message says that an operator of a module is."""
+    return f"at '{path}'" if path else "in the network itself"
 
 
 @dataclass
@@ -342,8 +352,10 @@ def _batch_of(node: torch.fx.Node, before: Batch) -> Batch:
     """Where the samples lie in a result, by its symbolic sizes and what the operator read."""
     sizes = list(_shape(node))  # of several results, which are alike, the first
     symbolic = [axis for axis, size in enumerate(sizes) if _is_symbolic(size)]
-    if not symbolic and before.plain:
-        return Batch(len(sizes))  # the teacher fixes the size of its batches
+    if not symbolic and before.plain and not any(map(_symbolic, map(_shape, node.all_input_nodes))):
+        # The teacher fixes the size of its batches; what begins with another size has lost them.
+        counts = {_of_one(shape[0]) for shape in map(_shape, node.all_input_nodes) if shape}
+        return Batch(len(sizes), 0 if sizes and _of_one(sizes[0]) in counts else -1)
     if len(symbolic) != 1 or before.axis < 0:
         return Batch(len(sizes), axis=-1)
     (axis,) = symbolic

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from archnet.capture.simplify import named_arguments, simplify
+from archnet.capture.simplify import named_arguments, simplify, stem
 from archnet.errors import ArchnetError
 
 
@@ -293,6 +293,11 @@ def _read(program: ExportedProgram) -> TeacherGraph:
                 constants[node.name] = _detached(state)
             elif node.name in lifted:
                 constants[node.name] = _detached(program.constants[lifted[node.name]])
+            elif not isinstance(value, Tensor):
+                raise CaptureError(
+                    f"the teacher's forward reads '{node.name}', which is no tensor (a random "
+                    "generator, an object): make what it gives a buffer of the module"
+                )
             else:
                 inputs[node.name] = tuple(map(_of_one, value.shape[1:]))
                 batches[node.name] = Batch(value.dim())
@@ -310,6 +315,11 @@ def _read(program: ExportedProgram) -> TeacherGraph:
                 continue
             arguments = {k: resolve(value) for k, value in named_arguments(node).items()}
             read = _refs(list(arguments.values()))
+            if read and stem(node.target) in _ARITHMETIC and any(map(_is_count, node.args)):
+                raise CaptureError(
+                    f"{node.target} {place(_module_path(node))} computes with the size of its "
+                    "batch, which a student does not know: write a number instead of x.shape[0]"
+                )
             if not read or _reads_no_values(str(node.target)):
                 constants[node.name] = _compute(node, resolve)
                 continue
@@ -342,6 +352,15 @@ def _read(program: ExportedProgram) -> TeacherGraph:
     if not isinstance(result, Ref):
         raise CaptureError("the teacher's result does not depend on its input")
     return TeacherGraph(inputs, nodes, result.name, program, fixed_batch)
+
+
+_ARITHMETIC = ("add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "clamp")
+
+
+def _is_count(argument: Any) -> bool:
+    """Whether an argument is a number that depends on the size of the batch."""
+    value = argument.meta.get("val") if isinstance(argument, torch.fx.Node) else None
+    return isinstance(value, torch.SymInt | torch.SymFloat) and bool(value.node.expr.free_symbols)
 
 
 # Operators that keep the order of memory whatever they do to the axes.

@@ -28,6 +28,8 @@ class Family:
 
 _BEHIND = "end the network in front of it, and do it on the student's result"
 
+_REDUCTIONS = ("max", "min", "amin", "mean", "sum", "amax", "norm")
+
 FAMILIES: Sequence[Family] = (
     Family(
         (
@@ -203,7 +205,7 @@ FAMILIES: Sequence[Family] = (
         "aten.mean.dim",
     ),
     Family(
-        ("max", "min", "amin", "mean", "sum", "amax", "norm"),
+        _REDUCTIONS,
         "it has a rule over axes of a sample: give dim, and not the batch",
         "aten.amax.default",
     ),
@@ -258,12 +260,17 @@ _OTHER = Family(
 )
 
 
+def _name(operator: str) -> str:
+    """An operator's name without its library and overload: ``torchvision.nms.default``, nms."""
+    parts = operator.split(".")
+    return parts[1] if len(parts) == 3 else stem(operator)
+
+
 def family_of(operator: str) -> Family:
     """The family of an operator by its full name, ``aten.topk.default``."""
-    parts = operator.split(".")
-    name = parts[1] if len(parts) == 3 else stem(operator)
+    name, overload = _name(operator), operator.rsplit(".", maxsplit=1)[-1]
     short = name.strip("_")
-    for wanted in (".".join([name, parts[-1]]), name, short):
+    for wanted in (f"{name}.{overload}", name, short):
         for family in FAMILIES:
             if wanted in family.operators:
                 return family
@@ -273,11 +280,20 @@ def family_of(operator: str) -> Family:
     return _OTHER
 
 
+def way_apart(operator: str) -> str:
+    """What to do where an operator mixes the samples of a batch."""
+    name = stem(operator)
+    if name in ("matmul", "softmax", "log_softmax", "scaled_dot_product_attention"):
+        return "put the batch first (permute, or batch_first=True of nn.MultiheadAttention)"
+    if name in (*_REDUCTIONS, "linalg_vector_norm", "std", "var", "prod", "all", "any"):
+        return "give it the axes of a sample, such as x.amax((1, 2, 3), keepdim=True) for x.max()"
+    return "keep the batch an axis of its own"
+
+
 def relative(operator: str) -> str:
     """An operator whose rule is near to one that is missing: of the same name, or its family's."""
-    name = stem(operator)
     family = family_of(operator)
-    same = [other for other in RULES if stem(other) == name]
+    same = [other for other in RULES if _name(other) == _name(operator)]
     return family.relative or (same[0] if same else "")
 
 
@@ -303,5 +319,5 @@ def no_rule(missing: Mapping[str, Sequence[TeacherNode]]) -> str:
     return (
         f"no rule for {operator} {missing[operator][0].place}: {family.advice}{kept}. Who extends "
         f'archnet adds one with @rule("{operator}") in '
-        f"src/archnet/convert/rules/{stem(operator)}.py, listed in rules/__init__.py{like}{more}"
+        f"src/archnet/convert/rules/{_name(operator)}.py, listed in rules/__init__.py{like}{more}"
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from archnet.capture import Ref, TeacherGraph, TeacherNode, capture, stem
-from archnet.convert.advice import no_rule
+from archnet.convert.advice import no_rule, way_apart
 from archnet.convert.budget import Built, within_budget
 from archnet.convert.builder import Builder, ConversionError, TargetLimits
 from archnet.convert.calibration import Calibration
@@ -264,13 +264,13 @@ def _wanted(graph: TeacherGraph) -> list[TeacherNode]:
 
 
 def _require_rules(graph: TeacherGraph) -> None:
-    for node in _wanted(graph):
+    by_name = {node.name: node for node in graph.nodes}
+    for node in (by_name[wanted.name] for wanted in _wanted(graph)):
         if node.batch.axis < 0:
             raise error_at(
                 node,
                 "works along the batch, or moves values between the samples of a batch, which a "
-                "student never sees together: give it the axes of a sample, such as "
-                "x.amax((1, 2, 3), keepdim=True) for x.max(), and keep the batch an axis",
+                f"student never sees together: {way_apart(node.operator)}",
             )
         if 0 in node.shape:
             raise error_at(node, f"gives no value ({node.shape} of a sample): leave it out")
@@ -302,7 +302,9 @@ def _macs(graph: TeacherGraph) -> dict[str, int]:
         if kind == "scaled_dot_product_attention":
             # For every query the products with all keys, and the sum of all values.
             query, key, value = (sizes_of(given[name]) for name in ("query", "key", "value"))
-            found[node.name] = math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+            # Of one axis they are along the batch, which the rule refuses.
+            keys = math.prod(key[-2:-1])
+            found[node.name] = math.prod(query[:-1]) * keys * sum((*query[-1:], *value[-1:]))
     return found
 
 

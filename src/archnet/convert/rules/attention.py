@@ -51,6 +51,8 @@ def attention(site: Site) -> Value:
     if form == "mixing" or site.is_compact:
         return mixed(site, site.feature("value"))
     features = [site.feature(name) for name in ("query", "key", "value")]
+    if features[1].shape[-2] != features[2].shape[-2]:
+        raise site.error("has other numbers of keys than of values: give each key its value")
     if form == "pairs" and site.builder.target.fc_per_position:
         return _in_pairs(site, *features)
     return _in_context(site, *features)

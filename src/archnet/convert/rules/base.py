@@ -268,16 +268,17 @@ def _has_axes(site: Site) -> bool:
 
 
 def _with_axis(site: Site, apply: Callable[[Site], Values]) -> Values:
-    """A rule on numbers without an axis, as values of one entry."""
+    """A rule on numbers without an axis, as values of one entry; to the rule the batch is still
+    the only axis of the teacher, so that it works along none.
+    """
     names, builder = site.node.refs(), site.builder
     values = {
         name: builder.reshape(builder.build(site.referred(Ref(name))), (1,)) for name in names
     }
     inner = replace(
         site,
-        node=replace(site.node, shape=(1,), batch=Batch(2)),
+        node=replace(site.node, shape=(1,)),
         values={**site.values, **values},
-        batches={**site.batches, **dict.fromkeys(names, Batch(2))},
     )
     made = apply(inner)
     site.exact, site.alternative = inner.exact, inner.alternative

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from archnet.capture import capture
+from archnet.capture import capture, place
 from archnet.convert import Approximation, convert, missing_rules
 from archnet.deploy import audit
 from archnet.errors import ArchnetError
@@ -116,7 +116,11 @@ def _convert(
 ) -> Student:
     with Spent() as spent:
         graph = capture(network, examples)
-        row.nodes, row.missing = len(graph.nodes), missing_rules(graph)
+        row.nodes = len(graph.nodes)
+        row.missing = {
+            operator: [node.path for node in nodes]
+            for operator, nodes in missing_rules(graph).items()
+        }
         # Gates of random weights hardly vary; those of trained ones do.
         form = Approximation(min_gain=0)
         student = convert(graph, hardware=hardware, calibration=examples, approximation=form)
@@ -232,8 +236,7 @@ def gaps(row: Coverage) -> list[str]:
     """What of a network is approximate and what has no rule, a line each."""
     lines = [f"{what}: {_nodes(count)}" for what, count in row.approximations.items()]
     for operator, paths in row.missing.items():
-        where = f"'{paths[0]}'" if paths[0] else "no module"
-        lines.append(f"`{operator}`: {_nodes(len(paths))} without a rule, first at {where}")
+        lines.append(f"`{operator}`: {_nodes(len(paths))} without a rule, first {place(paths[0])}")
     return lines
 
 

@@ -1,7 +1,13 @@
 """Teacher to graph of ATen operators, each with its module path."""
 
-from archnet.capture.graph import Batch, Ref, TeacherGraph, TeacherNode, capture
-from archnet.capture.nodes import stem
+from archnet.capture.graph import (
+    Batch,
+    Ref,
+    TeacherGraph,
+    TeacherNode,
+    capture,
+)
+from archnet.capture.nodes import place, stem
 from archnet.capture.simplify import CARRIERS
 from archnet.capture.unwrap import Inputs, answer, inputs_of, only_result, unwrap
 from archnet.errors import CaptureError
@@ -18,6 +24,7 @@ __all__ = [
     "capture",
     "inputs_of",
     "only_result",
+    "place",
     "stem",
     "unwrap",
 ]

@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from archnet.capture.nodes import module_path, named_arguments, stem
+from archnet.capture.nodes import module_path, named_arguments, place, stem
 from archnet.errors import CaptureError
 
 aten = torch.ops.aten
@@ -459,7 +459,7 @@ def _written(node: Node) -> Node | None:
 
 
 def _at(node: Node) -> str:
-    return f"{node.target} at '{module_path(node)}'"
+    return f"{node.target} {place(module_path(node))}"
 
 
 def _no_way_back(write: str, view: Node) -> CaptureError:

@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from archnet.capture.compare import require_same
 from archnet.capture.functional import states
 from archnet.capture.head import peel
-from archnet.capture.nodes import module_path, named_arguments
+from archnet.capture.nodes import module_path, named_arguments, place, stem
 from archnet.capture.simplify import simplify
 from archnet.capture.unwrap import (
     InFloat32,
@@ -107,6 +107,11 @@ class TeacherNode:
     shape: tuple[int, ...]
     batch: Batch
     floating: bool = True
+
+    @property
+    def place(self) -> str:
+        """Where a message says that the operator is."""
+        return place(self.path)
 
     def refs(self) -> list[str]:
         """Names of the values that this node reads, in order, with repetitions."""
@@ -313,6 +318,11 @@ def _read(program: ExportedProgram) -> TeacherGraph:
         if node.op == "placeholder":
             if node.name in own:
                 constants[node.name] = own[node.name]
+            elif not isinstance(value, Tensor):
+                raise CaptureError(
+                    f"the teacher's forward reads '{node.name}', which is no tensor (a random "
+                    "generator, an object): make what it gives a buffer of the module"
+                )
             else:
                 inputs[node.name] = tuple(map(_of_one, value.shape[1:]))
                 batches[node.name] = Batch(value.dim())
@@ -331,6 +341,11 @@ def _read(program: ExportedProgram) -> TeacherGraph:
             arguments = {k: resolve(value) for k, value in named_arguments(node).items()}
             shaped = _SHAPED_LIKE.get(str(node.target))
             read = _refs([item for name, item in arguments.items() if name != shaped])
+            if read and stem(node.target) in _ARITHMETIC and any(map(_is_count, node.args)):
+                raise CaptureError(
+                    f"{node.target} {place(module_path(node))} computes with the size of its "
+                    "batch, which a student does not know: write a number instead of x.shape[0]"
+                )
             if not read or _reads_no_values(str(node.target)):
                 constants[node.name] = _compute(node, resolve)
                 continue
@@ -359,6 +374,15 @@ def _read(program: ExportedProgram) -> TeacherGraph:
     return TeacherGraph(inputs, nodes, result.name, program, fixed_batch)
 
 
+_ARITHMETIC = ("add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "clamp")
+
+
+def _is_count(argument: Any) -> bool:
+    """Whether an argument is a number that depends on the size of the batch."""
+    value = argument.meta.get("val") if isinstance(argument, torch.fx.Node) else None
+    return isinstance(value, torch.SymInt | torch.SymFloat) and bool(value.node.expr.free_symbols)
+
+
 # Operators that keep the order of memory whatever they do to the axes.
 _RESHAPES = (
     *("view", "reshape", "view_as", "reshape_as"),
@@ -370,8 +394,10 @@ def _batch_of(node: torch.fx.Node, before: Batch) -> Batch:
     """Where the samples lie in a result, by its symbolic sizes and what the operator read."""
     sizes = list(_shape(node))  # of several results, which are alike, the first
     symbolic = [axis for axis, size in enumerate(sizes) if _is_symbolic(size)]
-    if not symbolic and before.plain:
-        return Batch(len(sizes))  # the teacher fixes the size of its batches
+    if not symbolic and before.plain and not any(map(_symbolic, map(_shape, node.all_input_nodes))):
+        # The teacher fixes the size of its batches; what begins with another size has lost them.
+        counts = {_of_one(shape[0]) for shape in map(_shape, node.all_input_nodes) if shape}
+        return Batch(len(sizes), 0 if sizes and _of_one(sizes[0]) in counts else -1)
     if len(symbolic) != 1 or before.axis < 0:
         return Batch(len(sizes), axis=-1)
     (axis,) = symbolic

@@ -24,3 +24,8 @@ def module_path(node: Node) -> str:
     """The path of the module that ran an operator; of the network itself, nothing."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return stack[-1][0] if stack else ""
+
+
+def place(path: str) -> str:
+    """Where a message says that an operator of a module is."""
+    return f"at '{path}'" if path else "in the network itself"

@@ -111,6 +111,8 @@ def _spread(node: Node) -> None:
         return
     count = math.prod(sizes)
     left = count - (1 if correction is None else correction)
+    if left <= 0:
+        return  # of one value there is none
     with node.graph.inserting_before(node):
         mean = _put(node, aten.mean.dim, x, dims, True)
         squares = _put(node, aten.pow.Tensor_Scalar, _put(node, aten.sub.Tensor, x, mean), 2)
@@ -174,12 +176,13 @@ def _sum_with_product(node: Node) -> None:
     """addmm: alpha A B + beta C."""
     addend, first, second, beta, alpha = named_arguments(node).values()
     with node.graph.inserting_before(node):
-        made = _put(node, aten.matmul.default, first, second)
+        product = _put(node, aten.matmul.default, first, second)
         made, addend = (
             value if factor == 1 else _put(node, aten.mul.Tensor, value, factor)
-            for value, factor in ((made, alpha), (addend, beta))
+            for value, factor in ((product, alpha), (addend, beta))
         )
         _replace(node, _put(node, aten.add.Tensor, made, addend))
+    _product(product)
 
 
 def _ratio(node: Node) -> None:
@@ -214,7 +217,11 @@ def _product(node: Node) -> None:
     assert isinstance(first, Node)
     assert isinstance(second, Node)
     with node.graph.inserting_before(node):
-        if second.meta["val"].dim() == 1:
+        if first.meta["val"].dim() == 1:
+            row = _put(node, aten.unsqueeze.default, first, 0)
+            made = _put(node, node.target, row, second)
+            _replace(node, made, lambda result: _put(node, aten.squeeze.dim, result, -2))
+        elif second.meta["val"].dim() == 1:
             column = _put(node, aten.unsqueeze.default, second, 1)
             made = _put(node, node.target, first, column)
             _replace(node, made, lambda result: _put(node, aten.squeeze.dim, result, -1))
@@ -280,7 +287,10 @@ _REWRITES: dict[Any, Callable[[Node], None]] = {
     aten.bmm.default: _product,
     aten.mm.default: _product,
     aten.einsum.default: _sum_of_products,
+    aten.mv.default: _product,
     aten.addmm.default: _sum_with_product,
+    aten.baddbmm.default: _sum_with_product,
+    aten.addmv.default: _sum_with_product,
     aten.amin.default: _least,
     aten.min.dim: _least,
     **dict.fromkeys(

@@ -258,6 +258,18 @@ class Builder:
         normed = self.batchnorm(flat, scale.flatten(), bias.flatten())
         return self.layout(normed, "shape", Reshape(feature.shape), feature.axis)
 
+    def constant(self, tensor: Tensor) -> Feature:
+        """A value that is the same for all inputs: zeros, which padding makes, and a shift."""
+        name, count = self.graph.inputs[0], tensor.numel()
+        one = Feature(self.graph.shapes[name], first=name)
+        for axis in range(1, len(one.shape) + 1):
+            one = self.slice(one, axis, 0, 1)
+        row = self.layout(one, "one", Reshape((1,)))
+        zeros = self.slice(self.layout(row, "zeros", Pad(((0, count),))), 1, 1, count + 1)
+        ones = torch.ones(1, dtype=torch.float64)
+        shifted = self.batchnorm(zeros, ones, tensor.flatten())
+        return self.layout(shifted, "shape", Reshape(tuple(tensor.shape)))
+
     # -- fully connected layers ----------------------------------------------------------------
 
     def fully_connected(

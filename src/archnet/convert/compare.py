@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from archnet.capture import TeacherGraph
+from archnet.capture import TeacherGraph, place
 from archnet.capture.compare import difference, is_rounding, run, samples
 from archnet.convert.budget import Built
 from archnet.convert.builder import ConversionError
@@ -94,7 +94,7 @@ def _explosion(error: float, report: list[NodeReport]) -> str:
         return said
     worst = max(rows, key=lambda row: math.inf if math.isnan(row.error or 0) else row.error or 0)
     return (
-        f"{said}, and at most {worst.error:.1e} at a node: {worst.operator} at '{worst.path}' "
+        f"{said}, and at most {worst.error:.1e} at a node: {worst.operator} {place(worst.path)} "
         f"({worst.rule}). More calibration inputs or another form (convert.attention, "
         "convert.hinges, convert.norm_hinges, convert.gate_hinges) may come nearer"
     )

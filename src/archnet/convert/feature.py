@@ -33,7 +33,7 @@ class Feature:
 
     @property
     def channels(self) -> int:
-        return self.shape[self.axis - 1]
+        return self.shape[self.axis - 1] if self.shape else 1
 
 
 def default_axis(shape: tuple[int, ...]) -> int:

@@ -23,8 +23,8 @@ class _Scores:
     ``scale`` is (1,), or (heads,), as in a Swin V2, with heads in front of queries and keys.
     """
 
-    query: Ref
-    key: Ref
+    query: Ref | Tensor
+    key: Ref | Tensor
     scale: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64))
     bias: Tensor | None = None
 
@@ -83,10 +83,12 @@ def _softmax_weights(graph: TeacherGraph) -> set[str]:
 
 
 def _fused(node: TeacherNode, by_name: Mapping[str, TeacherNode]) -> TeacherNode | None:
-    pair = _operands(node)
+    pair = _factors(node)
     if pair is None:
         return None
     weights, value = pair
+    if not isinstance(weights, Ref):
+        return None
     source = by_name.get(weights.name)
     while source is not None and stem(source.operator) in CARRIERS:
         source = by_name.get(source.refs()[0])
@@ -138,11 +140,16 @@ def _scores(name: str, by_name: Mapping[str, TeacherNode]) -> _Scores | None:
             return None
         lowest = max(float(given["value"]), _LOWEST)
         return found.plus(at_elements(node, given["mask"]) * lowest)
-    pair = _operands(node)
-    turned = None if pair is None else by_name.get(pair[1].name)
-    if pair is None or turned is None or not _turns_last(turned):
+    pair = _factors(node)
+    if pair is None:
         return None
-    return _Scores(pair[0], Ref(turned.refs()[0]))
+    query, key = pair
+    if not isinstance(key, Ref):
+        return _Scores(query, key.mT)
+    turned = by_name.get(key.name)
+    if turned is None or not _turns_last(turned):
+        return None
+    return _Scores(query, Ref(turned.refs()[0]))
 
 
 def _by_head(node: TeacherNode, factor: Tensor | float) -> Tensor | None:
@@ -159,12 +166,18 @@ def _by_head(node: TeacherNode, factor: Tensor | float) -> Tensor | None:
 
 
 def _operands(node: TeacherNode) -> tuple[Ref, Ref] | None:
-    """The two features of a matrix product."""
+    """The factors of a matrix product of two features."""
+    pair = _factors(node)
+    if pair is None or not isinstance(pair[0], Ref) or not isinstance(pair[1], Ref):
+        return None
+    return pair[0], pair[1]
+
+
+def _factors(node: TeacherNode) -> tuple[Ref | Tensor, Ref | Tensor] | None:
+    """The factors of a matrix product, of which one may be a constant."""
     if stem(node.operator) != "matmul":
         return None
     first, second = node.arguments.values()
-    if not isinstance(first, Ref) or not isinstance(second, Ref):
-        return None
     return first, second
 
 

@@ -1,6 +1,5 @@
 """The walk: every node of the teacher in order, one rule each."""
 
-import difflib
 import logging
 import math
 from collections import Counter
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from archnet.capture import Inputs, Ref, TeacherGraph, TeacherNode, capture, inputs_of, stem
 from archnet.capture.compare import difference, is_rounding
+from archnet.convert.advice import no_rule, way_apart
 from archnet.convert.budget import Built, within_budget
 from archnet.convert.builder import Builder, ConversionError, TargetLimits
 from archnet.convert.calibration import Calibration
@@ -21,7 +21,7 @@ from archnet.convert.fit import relative_error
 from archnet.convert.fuse import fuse, with_products
 from archnet.convert.narrow import narrow
 from archnet.convert.rules import RULES
-from archnet.convert.rules.base import Alternative, Approximation, Site, Values
+from archnet.convert.rules.base import Alternative, Approximation, Site, Values, error_at
 from archnet.convert.taps import choose_taps
 from archnet.hardware import Target
 from archnet.ops import NodeReport, Student, Tap, WeightedOperator
@@ -156,7 +156,7 @@ def _build(
             continue
         builder.owner = node.name
         site = Site(node, values, builder, batches, fitting, form)
-        value = RULES[node.operator].apply(site)
+        value = RULES[node.operator].applied(site)
         if isinstance(value, Form):
             value.owner = value.owner or node.name
         if isinstance(value, Form) and (uses[node.name] > 1 or node.name in tapped):
@@ -167,8 +167,9 @@ def _build(
             value = Feature(value.shape, first=builder.first(value), axis=value.axis)
         if not isinstance(value, list) and value.shape != node.shape:
             raise ConversionError(
-                f"{node.operator} at '{node.path}' gives {node.shape} in the teacher, "
-                f"{value.shape} in the student: its rule has a fault"
+                f"{node.operator} {node.place} gives {node.shape} in the teacher, {value.shape} in "
+                f"the student: {RULES[node.operator].file} has a fault; please report it with this "
+                "operator's code"
             )
         values[node.name] = value
         if site.exact and unspoilt.issuperset(live[node.name]):
@@ -200,7 +201,10 @@ def _build(
             fitting.keep([v for found in values.values() for v in _each(found)])
     builder.owner = graph.output
     if not batches[graph.output].plain:
-        raise ConversionError("the teacher's result moves values between the samples of a batch")
+        raise ConversionError(
+            "the teacher's result does not have its samples along its first axis, or moves values "
+            "between the samples of a batch: return it with the batch first (permute)"
+        )
     (result,) = _each(values[graph.output])
     builder.graph.output = builder.first(builder.build(result))
     builder.graph.taps = [
@@ -289,30 +293,33 @@ def _live(graph: TeacherGraph, reads: Callable[[TeacherNode], list[str]]) -> lis
     return found[::-1]
 
 
-def missing_rules(graph: TeacherGraph) -> dict[str, list[str]]:
-    """The operators that no rule converts, with the module path of every node, in forward order."""
-    missing: dict[str, list[str]] = {}
-    for node in _live(with_products(graph), lambda n: _reads(n, Approximation())):
+def missing_rules(graph: TeacherGraph) -> dict[str, list[TeacherNode]]:
+    """The operators that no rule converts, with their nodes, in forward order."""
+    missing: dict[str, list[TeacherNode]] = {}
+    for node in _wanted(graph):
         if node.operator not in RULES:
-            missing.setdefault(node.operator, []).append(node.path)
+            missing.setdefault(node.operator, []).append(node)
     return missing
 
 
+def _wanted(graph: TeacherGraph) -> list[TeacherNode]:
+    """The nodes that a student needs in its richest form."""
+    return _live(with_products(graph), lambda node: _reads(node, Approximation()))
+
+
 def _require_rules(graph: TeacherGraph) -> None:
-    missing = missing_rules(graph)
-    if not missing:
-        return
-    operator, *others = missing
-    short = stem(operator)
-    near = difflib.get_close_matches(operator, RULES, 1, 0.6)
-    like = f" (compare the rule of {near[0]})" if near else ""
-    # The first is enough to start with, and all of them tell how far the teacher is.
-    more = f"; no rule either for {', '.join(others)}" if others else ""
-    raise ConversionError(
-        f"no rule for {operator} at '{missing[operator][0]}': add one with "
-        f'@rule("{operator}") in src/archnet/convert/rules/{short}.py, '
-        f"and list the file in rules/__init__.py{like}{more}"
-    )
+    by_name = {node.name: node for node in graph.nodes}
+    for node in (by_name[wanted.name] for wanted in _wanted(graph)):
+        if node.batch.axis < 0:
+            raise error_at(
+                node,
+                "works along the batch, or moves values between the samples of a batch, which a "
+                f"student never sees together: {way_apart(node.operator)}",
+            )
+        if 0 in node.shape:
+            raise error_at(node, f"gives no value ({node.shape} of a sample): leave it out")
+    if missing := missing_rules(graph):
+        raise ConversionError(no_rule(missing))
 
 
 def _macs(graph: TeacherGraph) -> dict[str, int]:
@@ -320,6 +327,10 @@ def _macs(graph: TeacherGraph) -> dict[str, int]:
     layers and matrix products, those of attention included.
     """
     shapes = graph.inputs | {node.name: node.shape for node in graph.nodes}
+
+    def sizes_of(item: Ref | Tensor) -> tuple[int, ...]:
+        return shapes[item.name] if isinstance(item, Ref) else tuple(item.shape)
+
     found = {}
     for node in graph.nodes:
         given, depth = node.arguments, 0
@@ -327,17 +338,17 @@ def _macs(graph: TeacherGraph) -> dict[str, int]:
         if kind in ("conv2d", "linear") and isinstance(given.get("weight"), Tensor):
             depth = math.prod(given["weight"].shape[1:])
         elif kind == "matmul":
-            first = given["self"]
-            sizes = shapes[first.name] if isinstance(first, Ref) else tuple(first.shape)
-            depth = sizes[-1]
+            depth = sizes_of(given["self"])[-1]
         found[node.name] = math.prod(node.shape) * depth
         if kind == "conv_transpose2d":
-            weight, source = given["weight"], shapes[given["input"].name]
-            found[node.name] = math.prod(source) * math.prod(weight.shape[1:])
+            weight, source = given["weight"], sizes_of(given["input"])
+            found[node.name] = math.prod(source) * math.prod(sizes_of(weight)[1:])
         if kind == "scaled_dot_product_attention":
             # For every query the products with all keys, and the sum of all values.
-            query, key, value = (shapes[given[name].name] for name in ("query", "key", "value"))
-            found[node.name] = math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+            query, key, value = (sizes_of(given[name]) for name in ("query", "key", "value"))
+            # Of one axis they are along the batch, which the rule refuses.
+            keys = math.prod(key[-2:-1])
+            found[node.name] = math.prod(query[:-1]) * keys * sum((*query[-1:], *value[-1:]))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,15 @@ from archnet.convert.fit import Hinges, clipped_line, curve, regression, relativ
 from archnet.convert.rules.base import (
     Alternative,
     Site,
+    affine,
     as_form,
     constant,
+    joined,
+    number,
     rule,
     scaled_to_fit,
+    stretched,
 )
-from archnet.convert.rules.layout import joined, stretched
 
 
 @rule("aten.relu.default", "aten.relu_.default")
@@ -47,10 +51,19 @@ def hardtanh(site: Site) -> Value:
     "aten.clamp_min_.default",
     "aten.clamp_max.default",
     "aten.clamp_max_.default",
+    "aten.clamp.Tensor",
+    "aten.clamp_min.Tensor",
+    "aten.clamp_max.Tensor",
 )
 def clip(site: Site) -> Value:
-    """Y = min(max(x, low), high); an absent bound is infinite."""
+    """Y = min(max(x, low), high); an absent bound is infinite, a tensor has one for each entry."""
     low, high = (site.node.arguments.get(bound) for bound in ("min", "max"))
+    if any(isinstance(bound, Tensor | Ref) for bound in (low, high)):
+        value = site.value("self")
+        for bound, sign in ((low, 1.0), (high, -1.0)):
+            if bound is not None:
+                value = _extreme(site, value, bound, sign)
+        return value
     return site.builder.activation(
         site.feature("self"),
         -math.inf if low is None else float(low),
@@ -70,7 +83,7 @@ def threshold(site: Site) -> Value:
     """X where it is above t, else v: a clip where v is t, and else a jump."""
     low, value = float(site.argument("threshold")), float(site.argument("value"))
     if low != value:
-        raise site.error(f"jumps from {value} to {low}; only a clip has a rule")
+        raise site.error(f"jumps from {value} to {low}; only a clip has a rule: let both be {low}")
     return site.builder.activation(site.feature("self"), low, math.inf)
 
 
@@ -100,7 +113,9 @@ def leaky_relu(site: Site) -> Value:
 def prelu(site: Site) -> Value:
     """The same with a slope of its own for every channel."""
     x = site.builder.build(site.tagged("self", site.axis(1)))
-    slopes = constant(site.argument("weight")).flatten().expand(x.channels)
+    slopes = site.fixed("weight")
+    assert slopes is not None
+    slopes = slopes.flatten().expand(x.channels)
     rectified = site.builder.activation(x, 0.0, math.inf)
     return Form(x.shape, [Carry(x, slopes), Carry(rectified, 1 - slopes)], axis=x.axis)
 
@@ -134,17 +149,28 @@ def softshrink(site: Site) -> Value:
     return Form(form.shape, [*terms], axis=form.axis)
 
 
-@rule("aten.maximum.default", "aten.minimum.default")
+@rule("aten.maximum.default", "aten.minimum.default", "aten.max.other", "aten.min.other")
 def extremum(site: Site) -> Value:
-    """max(a, b) = b + max(a - b, 0); min(a, b) = b - max(b - a, 0)."""
-    if not all(isinstance(site.argument(name), Ref) for name in ("self", "other")):
-        raise site.error("compares with a constant; only a clip with numbers has a rule")
-    a, b = (site.builder.build(stretched(site, site.value(name))) for name in ("self", "other"))
+    """The larger, or the smaller, of two values."""
+    sign = 1.0 if "max" in site.node.operator else -1.0
+    first, second = site.argument("self"), site.argument("other")
+    if not isinstance(first, Ref):
+        first, second = second, first
+    return _extreme(site, site.referred(first), second, sign)
+
+
+def _extreme(site: Site, value: Value, bound: Any, sign: float) -> Value:
+    """max(a, b) = b + max(a - b, 0); min(a, b) = b - max(b - a, 0); b may be a constant."""
+    if not isinstance(bound, Ref):
+        other = constant(torch.as_tensor(bound))
+        gap = affine(site, value, number(sign), -sign * other)
+        above = site.builder.activation(site.builder.build(gap), 0.0, math.inf)
+        return affine(site, above, number(sign), other)
+    a, b = (site.builder.build(stretched(site, item)) for item in (value, site.referred(bound)))
     b = site.builder.build(site.builder.tagged(b, a.axis))
-    sign = 1.0 if "maximum" in site.node.operator else -1.0
     ones = torch.ones(a.channels, dtype=torch.float64)
-    gap = Form(a.shape, [Carry(a, sign * ones), Carry(b, -sign * ones)], axis=a.axis)
-    rectified = site.builder.activation(site.builder.build(gap), 0.0, math.inf)
+    form = Form(a.shape, [Carry(a, sign * ones), Carry(b, -sign * ones)], axis=a.axis)
+    rectified = site.builder.activation(site.builder.build(form), 0.0, math.inf)
     return Form(a.shape, [Carry(b), Carry(rectified, sign * ones)], axis=a.axis)
 
 
@@ -221,7 +247,7 @@ def probabilities(site: Site) -> Value:
     if feature.shape[axis - 1] != 2 or "log" in site.node.operator:
         raise site.error(
             "makes weights of more than two values, or logarithms; only two have a rule, and "
-            "attention has one"
+            "attention has one: take a sigmoid, or end the network before it"
         )
     a, b = (site.builder.slice(feature, axis, index, index + 1) for index in range(2))
     ones = torch.ones(a.channels, dtype=torch.float64)
@@ -307,4 +333,9 @@ def _piecewise(builder: Builder, x: Feature, hinges: Hinges) -> Value:
 )
 def dropout(site: Site) -> Value:
     """The identity in eval mode."""
+    if site.argument("train") and site.argument("p"):
+        raise site.error(
+            "draws random numbers in eval mode as well: pass training=self.training, or use "
+            "nn.Dropout"
+        )
     return site.value(site.subject)

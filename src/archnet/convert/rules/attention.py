@@ -7,17 +7,18 @@ from torch import Tensor
 
 from archnet.capture import Ref, TeacherNode
 from archnet.convert.builder import Builder
-from archnet.convert.feature import Feature, Value
+from archnet.convert.feature import Feature, Value, resized
 from archnet.convert.fit import Layer, attended, mixing, relative_error
 from archnet.convert.rules.base import (
     Alternative,
     Approximation,
     Site,
     constant,
+    joined,
     matrix_on,
     rule,
+    spread_to,
 )
-from archnet.convert.rules.layout import joined
 from archnet.convert.rules.pairs import Pairs
 
 _LOWEST = -16.0  # what a mask adds to scores of pairs that have no part
@@ -25,7 +26,8 @@ _LOWEST = -16.0  # what a mask adds to scores of pairs that have no part
 
 def _fused(node: TeacherNode, form: Approximation) -> list[str]:
     names = ["value"] if form.attention == "mixing" else ["query", "key", "value"]
-    return [node.arguments[name].name for name in names]
+    items = [node.arguments[name] for name in names]
+    return [item.name for item in items if isinstance(item, Ref)]
 
 
 @rule("aten.scaled_dot_product_attention.default", reads=_fused)
@@ -38,14 +40,26 @@ def attention(site: Site) -> Value:
     `context`: two rectified layers stand for attention's two products (`fit.attended`): one joins a
     token's key with its value before both are mixed over tokens, one a token's query with what
     the mixing brought to it. What a token receives then depends on what it asks for.
+
+    Learned queries, or keys and values, are the same for all inputs, and become values of the
+    student that are.
     """
+    site.require_batch_ahead(2)
+    if site.node.arguments.get("dropout_p"):
+        raise site.error("drops weights in eval mode as well: pass dropout_p=0.0 there")
     form = site.approximation.attention
     if form == "mixing" or site.is_compact:
         return mixed(site, site.feature("value"))
     features = [site.feature(name) for name in ("query", "key", "value")]
+    if features[1].shape[-2] != features[2].shape[-2]:
+        raise site.error("has other numbers of keys than of values: give each key its value")
     if form == "pairs" and site.builder.target.fc_per_position:
         return _in_pairs(site, *features)
     return _in_context(site, *features)
+
+
+def _names(item: Ref | Tensor) -> tuple[str, ...]:
+    return (item.name,) if isinstance(item, Ref) else ()
 
 
 def _values(node: TeacherNode, form: Approximation) -> list[str]:
@@ -55,20 +69,37 @@ def _values(node: TeacherNode, form: Approximation) -> list[str]:
 
 @rule("aten.matmul.default", reads=_values)
 def product(site: Site) -> Value:
-    """Softmax weights times values, as `attention` by `mixing`; or x W' or W x for a constant W."""
-    (first, second), axis = site.node.arguments.items(), len(site.node.shape)
-    if isinstance(first[1], Ref) and isinstance(second[1], Ref):
-        return mixed(site, site.builder.build(site.value(second[0])))
-    name, matrix = (first[0], second[1]) if isinstance(first[1], Ref) else (second[0], first[1])
-    if matrix.dim() != 2:
-        raise site.error("multiplies by a constant of other than two axes; this has no rule")
-    matrix = constant(matrix)
-    if name == first[0]:
-        matrix = matrix.T
-    else:
-        axis -= 1
-    bias = torch.zeros(len(matrix), dtype=torch.float64)
-    return matrix_on(site, site.tagged(name, axis), matrix, bias)
+    """Softmax weights times values, as `attention` by `mixing`; or x W or W x for a constant W."""
+    (first, left), (second, right) = site.node.arguments.items()
+    if isinstance(left, Ref) and isinstance(right, Ref):
+        return mixed(site, site.builder.build(site.value(second)))
+    on_right, matrix = isinstance(left, Ref), constant(right if isinstance(left, Ref) else left)
+    name, axis = (first, site.axis(-1)) if on_right else (second, site.axis(-2))
+    value, batch, shape = site.tagged(name, axis), site.node.batch, site.node.shape
+    # One matrix (out, in) for every position ahead, as one sample has them.
+    matrix = matrix.mT if on_right else matrix
+    matrix = matrix[(None,) * (batch.rank - matrix.dim())]
+    if batch.axis < batch.rank - 2 and batch.folded == 1:
+        if matrix.shape[batch.axis] != 1:
+            raise site.error("has a matrix for every sample of a batch: share one")
+        matrix = matrix.squeeze(batch.axis)
+    out = batch.student_axis(-1 if on_right else -2)
+    value = spread_to(site, value, resized(shape, out, matrix.shape[-1]))
+    return _by_position(site, site.builder.tagged(value, out), matrix, 1)
+
+
+def _by_position(site: Site, value: Value, matrix: Tensor, axis: int) -> Value:
+    """A matrix for every entry of the axes from ``axis`` on, of (..., out, in)."""
+    if matrix.dim() == 2:
+        return matrix_on(site, value, matrix, torch.zeros(len(matrix), dtype=torch.float64))
+    if bool((matrix == matrix[:1]).all()):
+        return _by_position(site, value, matrix[0], axis + 1)
+    feature = site.builder.build(value)
+    parts = [
+        _by_position(site, site.builder.slice(feature, axis, at, at + 1), part, axis + 1)
+        for at, part in enumerate(matrix)
+    ]
+    return joined(site, [site.builder.build(part) for part in parts], axis)
 
 
 def mixed(site: Site, value: Feature) -> Value:
@@ -109,7 +140,7 @@ def _in_context(site: Site, query: Feature, key: Feature, value: Feature) -> Val
         parts.append(builder.matrix_at_positions(both, *fitted.result))
     result = _together(site, parts)
     site.alternative = Alternative(
-        (site.argument("value").name,),
+        _names(site.argument("value")),
         relative_error(simpler, wanted),
         relative_error(site.given(result), wanted),
     )
@@ -125,7 +156,7 @@ def _in_pairs(site: Site, query: Feature, key: Feature, value: Feature) -> Value
     pairs = Pairs(site, (query, key, value), heads, _mask(site, heads), scales.tolist())
     result = pairs.build()
     site.alternative = Alternative(
-        (site.argument("value").name,),
+        _names(site.argument("value")),
         relative_error(pairs.simpler, pairs.split_heads(wanted)),
         relative_error(site.given(result), wanted),
     )
@@ -140,7 +171,7 @@ def _mask(site: Site, heads: int) -> Tensor | None:
     if given.get("is_causal"):
         mask = torch.ones(size, dtype=torch.bool).tril()
     if isinstance(mask, Ref):
-        raise site.error("has a mask that depends on the input; take convert.attention=context")
+        raise site.error("has a mask that depends on the input: take convert.attention=context")
     if mask is None:
         mask = given.get("bias")
     elif mask.dtype == torch.bool:
@@ -162,7 +193,10 @@ def heads_of(site: Site, *features: Feature) -> int:
     for feature in features:
         theirs = feature.shape[-3] if len(shape) > 2 and len(feature.shape) > 2 else 1
         if len(shape) < 2 or feature.shape[:-3] != shape[:-3] or heads % theirs:
-            raise site.error(f"weighs features of shape {feature.shape} into {shape}")
+            raise site.error(
+                f"weighs features of shape {feature.shape} into {shape}; axes in front of the "
+                "heads have to be alike: expand them"
+            )
     return heads
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from archnet.capture import Batch, Ref, TeacherNode
 from archnet.convert.builder import Builder, ConversionError
 from archnet.convert.calibration import Calibration
-from archnet.convert.feature import Carry, Convolution, Feature, Form, Value
+from archnet.convert.feature import Carry, Convolution, Feature, Form, Value, resized
 from archnet.convert.fit import regression, rows
-from archnet.ops import Reshape
+from archnet.errors import ArchnetError
+from archnet.ops import Concat, Reshape
 
 Reads = Callable[[TeacherNode, "Approximation"], list[str]]
 # What an operator with several results gives; `getitem` picks from it.
@@ -92,11 +93,16 @@ class Site:
         return self.node.arguments[name]
 
     def value(self, name: str) -> Value:
-        """The converted value that an argument refers to."""
-        reference = self.argument(name)
-        if not isinstance(reference, Ref):
-            raise self.error(f"argument {name} is a constant where a feature is expected")
-        return self.referred(reference)
+        """The converted value that an argument refers to; a constant becomes a value as well."""
+        return self.operand(self.argument(name))
+
+    def operand(self, item: Any) -> Value:
+        """The same of an argument's value, or of one in a list."""
+        if isinstance(item, Tensor):
+            return self.builder.constant(sample_of(self.node, item))
+        if not isinstance(item, Ref):
+            raise self.error(f"reads {item} where a tensor is expected")
+        return self.referred(item)
 
     def referred(self, reference: Ref) -> Value:
         """The converted value of a node that gives one."""
@@ -104,8 +110,22 @@ class Site:
         assert not isinstance(found, list)
         return found
 
+    def fixed(self, name: str) -> Tensor | None:
+        """An argument that is a constant of the teacher, in float64; None where it is absent.
+
+        Raises:
+            ConversionError: it depends on the input.
+        """
+        found = self.node.arguments.get(name)
+        if isinstance(found, Ref):
+            raise self.error(
+                f"its {name} depends on the input, and a student's layers have constants: compute "
+                "it from weights alone, or leave this operator out"
+            )
+        return None if found is None else constant(torch.as_tensor(found))
+
     def feature(self, name: str) -> Feature:
-        """The same, built into operators if it was a linear form."""
+        """`value`, built into operators if it was a linear form."""
         return self.builder.build(self.value(name))
 
     def form(self, name: str) -> Form:
@@ -133,9 +153,23 @@ class Site:
     def axis(self, dim: int) -> int:
         """An axis of the operator's first argument as the student's axis."""
         batch = self.batch
-        if batch.axis < 0 or (dim % batch.rank == batch.axis and batch.folded == 1):
-            raise self.error("works along the batch")
+        if dim % batch.rank == batch.axis and batch.folded == 1:
+            raise self.error(
+                "works along the batch, whose samples a student never sees together: give it "
+                "another axis"
+            )
         return batch.student_axis(dim)
+
+    def require_batch_ahead(self, axes: int) -> None:
+        """
+        Raises:
+            ConversionError: the samples of the first argument lie within its last ``axes`` axes.
+        """
+        if self.batch.axis >= self.batch.rank - axes:
+            raise self.error(
+                f"works along the batch, which lies in axis {self.batch.axis} here: put the batch "
+                "first (permute, or batch_first=True)"
+            )
 
     def tagged(self, name: str, axis: int) -> Value:
         """An argument, its channels taken to be at one axis."""
@@ -168,7 +202,7 @@ class Site:
         return self.calibration
 
     def error(self, reason: str) -> ConversionError:
-        return ConversionError(f"{self.node.operator} at '{self.node.path}': {reason}")
+        return error_at(self.node, reason)
 
 
 @dataclass(frozen=True)
@@ -183,6 +217,32 @@ class Rule:
     operators: tuple[str, ...]
     apply: Callable[[Site], Values]
     reads: Reads | None = None
+
+    @property
+    def file(self) -> str:
+        """Where the rule is written, from the repository's root."""
+        return f"src/{self.apply.__module__.replace('.', '/')}.py"
+
+    def applied(self, site: Site) -> Values:
+        """What the rule builds.
+
+        A value that is one number a sample, with no axis of its own, is given to rules as one of
+        a single entry where all that they read is so.
+
+        Raises:
+            ConversionError: the rule says what cannot be, or has a fault.
+        """
+        try:
+            return self.apply(site) if _has_axes(site) else _with_axis(site, self.apply)
+        except ArchnetError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise site.error(
+                f"{self.file} fails with {type(error).__name__} ({reason}), which is a fault of "
+                "its rule and not of your network: please report it with this operator's code, "
+                "and write this part in another way until then"
+            ) from error
 
 
 RULES: dict[str, Rule] = {}
@@ -202,6 +262,34 @@ def rule(
     return register
 
 
+def _has_axes(site: Site) -> bool:
+    found = [site.values.get(name) for name in site.node.refs()]
+    return bool(site.node.shape) or any(isinstance(v, list) or v.shape for v in found if v)
+
+
+def _with_axis(site: Site, apply: Callable[[Site], Values]) -> Values:
+    """A rule on numbers without an axis, as values of one entry; to the rule the batch is still
+    the only axis of the teacher, so that it works along none.
+    """
+    names, builder = site.node.refs(), site.builder
+    values = {
+        name: builder.reshape(builder.build(site.referred(Ref(name))), (1,)) for name in names
+    }
+    inner = replace(
+        site,
+        node=replace(site.node, shape=(1,)),
+        values={**site.values, **values},
+    )
+    made = apply(inner)
+    site.exact, site.alternative = inner.exact, inner.alternative
+    assert not isinstance(made, list)
+    return builder.reshape(builder.build(made), ())
+
+
+def error_at(node: TeacherNode, reason: str) -> ConversionError:
+    return ConversionError(f"{node.operator} {node.place}: {reason}")
+
+
 def as_form(value: Value) -> Form:
     return value if isinstance(value, Form) else Form(value.shape, [Carry(value)], axis=value.axis)
 
@@ -211,14 +299,59 @@ def number(value: float) -> Tensor:
 
 
 def affine(site: Site, value: Value, scale: Tensor, shift: Tensor) -> Value:
-    """Scale * x + shift with constants that broadcast as the teacher's do.
+    """Scale * x + shift with constants that broadcast as the teacher's do, and x as well.
 
     Along one axis they belong to its entries, whatever the axis was taken for before; otherwise
     every element has its own.
     """
+    if not all(bool(item.isfinite().all()) for item in (scale, shift)):
+        raise site.error(
+            "scales or shifts by a number that is not finite, which no layer can: take a large "
+            "number, such as -1e4 in a mask"
+        )
+    value = stretched(site, value)
+    if bool((scale == 1).all()) and not bool(shift.any()):
+        return value
     if scale.numel() == shift.numel() == 1:
         return as_form(value).affine(scale.reshape(1), shift.reshape(1))
     return at_each(site, value, torch.stack([site.constant(scale), site.constant(shift)]))
+
+
+def stretched(site: Site, value: Value) -> Value:
+    """A value in the shape of the node's result: copies side by side along axes of one entry."""
+    return spread_to(site, value, site.node.shape)
+
+
+def spread_to(site: Site, value: Value, shape: tuple[int, ...]) -> Value:
+    """A value in a shape that it broadcasts to."""
+    builder, new = site.builder, len(shape) - len(value.shape)
+    ahead = (*(1,) * new, *value.shape)
+    fits = len(ahead) == len(shape) and all(
+        have in (1, want) for have, want in zip(ahead, shape, strict=True)
+    )
+    if not fits:
+        raise site.error(
+            f"broadcasts {value.shape} to {shape} of a sample; only axes of one entry are copied"
+        )
+    if new:
+        axis = value.axis + new if value.shape else 1
+        value = builder.layout(builder.build(value), "axes", Reshape(ahead), axis)
+    for axis, (have, want) in enumerate(zip(value.shape, shape, strict=True), 1):
+        if have != want:
+            value = joined(site, [builder.build(value)] * want, axis)
+    return value
+
+
+def joined(site: Site, features: Sequence[Feature], axis: int) -> Feature:
+    """Concatenation along any axis of the student, channels or not."""
+    builder, channels = site.builder, features[0].axis
+    if axis == channels and all(f.axis == axis for f in features):
+        return builder.concat(features)
+    if len(features) == 1:
+        return features[0]
+    name = builder.emit("concat", Concat(axis), *map(builder.first, features))
+    shape = resized(features[0].shape, axis, sum(f.shape[axis - 1] for f in features))
+    return Feature(shape, first=name, axis=channels)
 
 
 def at_each(site: Site, value: Value, full: Tensor) -> Value:
@@ -275,28 +408,30 @@ def by_map(work: Callable[[Site], Values]) -> Callable[[Site], Values]:
     """A rule for maps (C, H, W) whose channels do not meet serves several images a sample as well.
 
     Frames of a video, or windows, (N, C, H, W), are joined with the batch in the teacher: here
-    their channels are beside each other.
+    their channels are beside each other. One map (H, W) is one channel.
     """
 
     @functools.wraps(work)
     def wrapped(site: Site) -> Values:
         (name, *_), builder = site.node.refs(), site.builder
         value = site.referred(Ref(name))
-        if len(value.shape) != 4:
+        site.require_batch_ahead(2)
+        if len(value.shape) == 3 and site.batch.axis == 0:
             return work(site)
-        count, channels, *sides = value.shape
-        maps = Reshape((count * channels, *sides))
+        *ahead, height, width = value.shape
+        maps = Reshape((math.prod(ahead), height, width))
         flat = builder.layout(builder.build(value), "maps", maps, 1)
         shape = site.node.shape
-        node = replace(site.node, shape=(math.prod(shape[:2]), *shape[2:]), batch=Batch(4))
+        node = replace(site.node, shape=(math.prod(shape[:-2]), *shape[-2:]), batch=Batch(4))
         values = {**site.values, name: flat}
         made = work(
             replace(site, node=node, values=values, batches={**site.batches, name: Batch(4)})
         )
 
         def images(value: Value) -> Value:
-            shape = (count, value.shape[0] // count, *value.shape[1:])
-            return builder.layout(builder.build(value), "images", Reshape(shape), 2)
+            full = shape or (*ahead, *value.shape[1:])  # of several results the node says none
+            axis = max(len(full) - 2, 0)
+            return builder.layout(builder.build(value), "images", Reshape(full), axis)
 
         return [images(value) for value in made] if isinstance(made, list) else images(made)
 
@@ -305,7 +440,18 @@ def by_map(work: Callable[[Site], Values]) -> Callable[[Site], Values]:
 
 def at_elements(node: TeacherNode, tensor: Tensor) -> Tensor:
     """A constant of the teacher at every element of a node's result: (*shape), float64."""
-    batch, shape = node.batch, list(node.shape)
+    return sample_of(node, tensor).expand(node.shape)
+
+
+def sample_of(node: TeacherNode, tensor: Tensor) -> Tensor:
+    """A constant that a node reads as one sample has it, with the axes of the node's result."""
+    batch = node.batch
+    full = constant(tensor)[(None,) * (batch.rank - tensor.dim())]
     if batch.folded == 1:
-        shape.insert(batch.axis, 1)
-    return batch.samples(constant(tensor).expand(shape), node.shape)[0]
+        shape = (*full.shape[: batch.axis], *full.shape[batch.axis + 1 :])
+    else:
+        full = full.expand(*full.shape[: batch.axis], batch.folded, *full.shape[batch.axis + 1 :])
+        shape = tuple(full.shape)
+    if full.numel() != math.prod(shape):
+        raise error_at(node, "reads a constant that has an entry for every sample of a batch")
+    return full.reshape(shape)

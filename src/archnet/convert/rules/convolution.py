@@ -8,7 +8,7 @@ from torch import Tensor
 
 from archnet.convert.builder import Builder
 from archnet.convert.feature import Convolution, Feature, Form, Value
-from archnet.convert.rules.base import Site, constant, matrix_on, rule
+from archnet.convert.rules.base import Site, matrix_on, rule
 from archnet.ops import Pad, Permute, Reshape
 
 
@@ -19,7 +19,7 @@ def convolution(site: Site) -> Value:
     A per-channel scale and shift in front of an unpadded 1x1 convolution goes into its weights.
     In front of any other convolution it stays, because zero padding comes after it.
     """
-    weight = constant(site.argument("weight"))
+    weight = _kernel(site)
     stride, dilation = site.pair("stride"), site.pair("dilation")
     padding = _padding(site, weight.shape[2], weight.shape[3], dilation)
     groups = site.argument("groups")
@@ -68,7 +68,7 @@ def transposed_convolution(site: Site) -> Value:
     Where windows do not overlap (kernel = stride) it is a matrix at every position, whose results
     are the pixels of a window.
     """
-    builder, weight = site.builder, constant(site.argument("weight"))
+    builder, weight = site.builder, _kernel(site)
     feature = builder.build(site.tagged("input", 1))
     stride, padding, dilation = (site.pair(n) for n in ("stride", "padding", "dilation"))
     groups, extra = site.argument("groups"), site.pair("output_padding")
@@ -84,7 +84,7 @@ def transposed_convolution(site: Site) -> Value:
         return builder.layout(moved, "shape", Reshape(site.node.shape), 1)
     sides = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
     if min(sides) < 0:
-        raise site.error("is padded by more than its kernel; this has no rule")
+        raise site.error("is padded by more than its kernel: pad less, and slice its result")
     feature = _apart(builder, feature, stride)
     feature = builder.pad(feature, (0, extra[0]), (0, extra[1]))
     turned = weight.flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
@@ -97,6 +97,7 @@ def transposed_convolution(site: Site) -> Value:
 @rule("aten.col2im.default")
 def overlapping_windows(site: Site) -> Value:
     """Windows (C kh kw, H' W') laid over each other and added: one map for each of their pixels."""
+    site.require_batch_ahead(2)
     builder, feature = site.builder, site.feature("self")
     kernel, stride, padding, dilation = (
         site.pair(name) for name in ("kernel_size", "stride", "padding", "dilation")
@@ -138,10 +139,16 @@ def _apart(builder: Builder, feature: Feature, stride: tuple[int, int]) -> Featu
     return builder.slice(feature, 3, 0, (columns - 1) * stride[1] + 1)
 
 
+def _kernel(site: Site) -> Tensor:
+    weight = site.fixed("weight")
+    assert weight is not None
+    site.require_batch_ahead(3)
+    return weight
+
+
 def _bias(site: Site, outputs: int) -> Tensor:
-    if site.argument("bias") is None:
-        return torch.zeros(outputs, dtype=torch.float64)
-    return constant(site.argument("bias"))
+    bias = site.fixed("bias")
+    return torch.zeros(outputs, dtype=torch.float64) if bias is None else bias
 
 
 def _padding(site: Site, kh: int, kw: int, dilation: tuple[int, int]) -> tuple[int, int]:

@@ -10,9 +10,8 @@ from torch import Tensor
 from archnet.convert.builder import Builder
 from archnet.convert.feature import Carry, Feature, Form, Value
 from archnet.convert.fit import Hinges, product, regression, relative_error, rows
-from archnet.convert.rules.base import Alternative, Site, scaled_to_fit
+from archnet.convert.rules.base import Alternative, Site, scaled_to_fit, stretched
 from archnet.convert.rules.hinged import Layers
-from archnet.convert.rules.layout import stretched
 
 
 def gate(site: Site) -> Value:

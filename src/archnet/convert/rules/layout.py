@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archnet.capture import Ref
-from archnet.convert.feature import Feature, Value, resized
-from archnet.convert.rules.base import Site, Values, at_each, by_map, rule
-from archnet.ops import Concat, Pad, Permute, Reshape
+from archnet.convert.feature import Feature, Value
+from archnet.convert.rules.base import (
+    Site,
+    Values,
+    at_each,
+    at_elements,
+    by_map,
+    joined,
+    rule,
+    stretched,
+)
+from archnet.ops import Pad, Permute, Reshape
 
 
 @rule(
@@ -23,6 +33,7 @@ from archnet.ops import Concat, Pad, Permute, Reshape
     "aten._unsafe_view.default",
     "aten.view_as.default",
     "aten.reshape_as.default",
+    "aten.squeeze.default",
     "aten.squeeze.dims",
     "aten.squeeze.dim",
     "aten.unsqueeze.default",
@@ -30,8 +41,8 @@ from archnet.ops import Concat, Pad, Permute, Reshape
 def reshape(site: Site) -> Value:
     """The same values in another shape; every sample keeps its own."""
     value, shape = site.value(site.subject), site.node.shape
-    if site.node.batch.axis < 0 or math.prod(shape) != math.prod(value.shape):
-        raise site.error("moves values between the samples of a batch")
+    if math.prod(shape) != math.prod(value.shape):
+        raise site.error("moves values between the samples of a batch: keep the batch an axis")
     if shape == value.shape:
         return value
     return site.builder.reshape(site.builder.build(value), shape)
@@ -42,6 +53,7 @@ _EXCHANGED: dict[str, tuple[str | int, str | int]] = {
     "aten.transpose.int": ("dim0", "dim1"),
     "aten.swapaxes.default": ("axis0", "axis1"),
     "aten.swapdims.default": ("dim0", "dim1"),
+    "aten.t.default": (0, -1),
     "aten.mT.default": (-2, -1),
     "aten.adjoint.default": (-2, -1),
 }
@@ -73,7 +85,7 @@ def slicing(site: Site) -> Value:
     if site.argument("dim") % site.batch.rank == site.batch.axis:
         if start in (None, 0) and (stop is None or stop >= 2**31) and step == 1:
             return value
-        raise site.error("slices the batch")
+        raise site.error("slices the batch: a student works on one sample at a time")
     axis = site.axis(site.argument("dim"))
     bounds = slice(start, stop, step).indices(value.shape[axis - 1])
     return site.builder.slice(site.builder.build(value), axis, *bounds)
@@ -152,6 +164,11 @@ def getitem(site: Site) -> Value:
     assert isinstance(reference, Ref)
     found = site.values[reference.name]
     assert isinstance(found, list)
+    if index >= len(found):
+        raise site.error(
+            "reads the places of extremes (indices), which no layer gives: end the network before "
+            "it, and find them in its result"
+        )
     return found[index]
 
 
@@ -159,6 +176,8 @@ def getitem(site: Site) -> Value:
 def roll(site: Site) -> Value:
     """What leaves an axis at one end comes in at the other: two slices, concatenated."""
     value, dims = site.value("self"), site.argument("dims")
+    if not dims:
+        raise site.error("rolls values from one sample into the next: give dims")
     feature = site.builder.build(value)
     for shift, dim in zip(site.argument("shifts"), dims, strict=True):
         axis = site.axis(dim)
@@ -207,11 +226,15 @@ def indexed(site: Site) -> Value:
     else:
         places = [(site.argument("dim"), site.argument("index"))]
     (dim, index), *others = places
-    if others or not isinstance(index, Tensor) or index.dim() != 1:
-        raise site.error("takes entries by several indices or by a feature; this has no rule")
+    if others or not isinstance(index, Tensor):
+        raise site.error(
+            "takes entries by several indices or by a feature; only one constant has a rule: end "
+            "the network before it, or write slices"
+        )
     feature, axis = site.feature("self"), site.axis(dim)
     order = torch.arange(feature.shape[axis - 1])[index.cpu()]
-    return picked(site, feature, axis, order.tolist())
+    entries = picked(site, feature, axis, order.flatten().tolist())
+    return entries if order.dim() == 1 else site.builder.reshape(entries, site.node.shape)
 
 
 def picked(site: Site, feature: Feature, axis: int, order: Sequence[int]) -> Feature:
@@ -227,27 +250,13 @@ def expansion(site: Site) -> Value:
     return stretched(site, site.value("self"))
 
 
-def stretched(site: Site, value: Value) -> Value:
-    """A value in the shape of the node's result: copies side by side along axes of one entry."""
-    shape = site.node.shape
-    fits = len(value.shape) == len(shape) and all(
-        have in (1, want) for have, want in zip(value.shape, shape, strict=True)
-    )
-    if not fits:
-        raise site.error(f"broadcasts {value.shape} to {shape}; only axes of one entry are copied")
-    for axis, (have, want) in enumerate(zip(value.shape, shape, strict=True), 1):
-        if have != want:
-            value = joined(site, [site.builder.build(value)] * want, axis)
-    return value
-
-
 @rule("aten.repeat.default", "aten.tile.default")
 def repetition(site: Site) -> Value:
     """An axis several times, one after another."""
     counts = site.argument("repeats" if "repeat" in site.node.operator else "dims")
     counts = [*[1] * (site.batch.rank - len(counts)), *counts]
     if len(counts) > site.batch.rank:
-        raise site.error("adds axes in front of the batch; this has no rule")
+        raise site.error("adds axes in front of the batch: write unsqueeze, and expand it")
     value = site.value("self")
     for dim, count in enumerate(counts):
         if count != 1:
@@ -277,25 +286,21 @@ def channel_shuffle(site: Site) -> Value:
     return _rearranged(site, (groups, channels // groups, *others), order, site.node.shape)
 
 
-def joined(site: Site, features: Sequence[Feature], axis: int) -> Feature:
-    """Concatenation along any axis of the student, channels or not."""
-    builder, channels = site.builder, features[0].axis
-    if axis == channels and all(f.axis == axis for f in features):
-        return builder.concat(features)
-    if len(features) == 1:
-        return features[0]
-    name = builder.emit("concat", Concat(axis), *map(builder.first, features))
-    shape = resized(features[0].shape, axis, sum(f.shape[axis - 1] for f in features))
-    return Feature(shape, first=name, axis=channels)
-
-
 @rule("aten.stack.default")
 def stacking(site: Site) -> Value:
     """Values side by side along an axis of their own."""
     axis = site.node.batch.student_axis(site.argument("dim"))
-    if site.node.batch.axis < 0 or axis < 1:
-        raise site.error("stacks along the batch")
-    features = [site.builder.build(site.referred(item)) for item in site.argument("tensors")]
+    refs = [item for item in site.argument("tensors") if isinstance(item, Ref)]
+    shape, batch = site.referred(refs[0]).shape, site.batch
+    one = replace(site.node, shape=shape, batch=batch)
+    features = [
+        site.builder.build(
+            site.referred(item)
+            if isinstance(item, Ref)
+            else site.builder.constant(at_elements(one, item))
+        )
+        for item in site.argument("tensors")
+    ]
     return stacked(site, features, axis)
 
 
@@ -312,6 +317,7 @@ def stacked(site: Site, features: Sequence[Feature], axis: int) -> Feature:
 @rule("aten.im2col.default")
 def windows(site: Site) -> Value:
     """The kh kw pixels of every window of a map: (C kh kw, windows)."""
+    site.require_batch_ahead(3)
     pair, builder = site.pair, site.builder
     rows, columns = pair("padding")
     padded = builder.pad(site.feature("self"), (rows, rows), (columns, columns))
@@ -330,6 +336,7 @@ def windows_of_axis(site: Site) -> Value:
 
 
 @rule("aten.pixel_shuffle.default")
+@by_map
 def pixel_shuffle(site: Site) -> Value:
     """Channels (C r r) become r x r pixels."""
     r, (channels, rows, columns) = site.argument("upscale_factor"), site.node.shape
@@ -339,6 +346,7 @@ def pixel_shuffle(site: Site) -> Value:
 
 
 @rule("aten.pixel_unshuffle.default")
+@by_map
 def pixel_unshuffle(site: Site) -> Value:
     """Pixels of r x r become channels (C r r)."""
     r, (channels, rows, columns) = site.argument("downscale_factor"), site.node.shape
@@ -406,7 +414,7 @@ def padding(site: Site) -> Value:
     fill, mode = site.argument("value"), site.node.arguments.get("mode", "constant")
     pads = list(site.argument("pad"))
     if any(count < 0 for count in pads):
-        raise site.error("negative padding has no rule")
+        raise site.error("is padded by less than nothing: write a slice")
     if not any(pads):
         return site.value("self")
     feature = site.feature("self")
@@ -467,5 +475,5 @@ def identity(site: Site) -> Value:
 def cast(site: Site) -> Value:
     """The same values, as long as they stay floating-point numbers."""
     if not site.node.floating:
-        raise site.error("makes integers of a feature; this has no rule")
+        raise site.error("makes integers of a feature, which is a jump: end the network before it")
     return site.value("self")

@@ -14,7 +14,6 @@ from archnet.convert.rules.base import (
     Site,
     affine,
     as_form,
-    constant,
     number,
     rule,
     scaled_to_fit,
@@ -31,14 +30,19 @@ def batch_norm(site: Site) -> Value:
     convolution they become a batch norm operator.
     """
     if site.argument("running_mean") is None or site.node.arguments.get("training"):
-        raise site.error("batch norm without running statistics; call .eval() on the teacher")
-    mean, variance = constant(site.argument("running_mean")), constant(site.argument("running_var"))
+        raise site.error(
+            "has no running statistics: leave track_running_stats=True, and call .eval() on the "
+            "teacher"
+        )
+    mean, variance, weight, offset = (
+        site.fixed(name) for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    assert mean is not None
+    assert variance is not None
     scale = torch.rsqrt(variance + site.argument("eps"))
-    if site.argument("weight") is not None:
-        scale = scale * constant(site.argument("weight"))
+    scale = scale if weight is None else scale * weight
     bias = -mean * scale
-    if site.argument("bias") is not None:
-        bias = bias + constant(site.argument("bias"))
+    bias = bias if offset is None else bias + offset
     return as_form(site.tagged("input", site.axis(1))).affine(scale, bias)
 
 
@@ -56,6 +60,7 @@ def layer_norm(site: Site) -> Value:
     is the same without the mean. It is taken where it leaves less than `_WORTH` of the compact
     form's error, and a budget does not forbid it.
     """
+    site.require_batch_ahead(len(site.argument("normalized_shape")))
     if len(site.argument("normalized_shape")) != 1:
         return _over_several_axes(site)
     value = site.tagged("input", len(site.node.shape))
@@ -81,8 +86,8 @@ _WORTH = 0.85
 def _normalised(site: Site, wanted: Tensor) -> Tensor:
     """The teacher's result (..., *axes) before its own scale and shift."""
     for name, undo in (("bias", torch.sub), ("weight", torch.div)):
-        if site.node.arguments.get(name) is not None:
-            scale = constant(site.argument(name))
+        scale = site.fixed(name)
+        if scale is not None:
             wanted = undo(wanted, torch.where(scale.abs() < 1e-6, 1e-6, scale))
     return wanted
 
@@ -92,12 +97,12 @@ def _over_several_axes(site: Site) -> Value:
     value = site.tagged("input", 1)
     x, wanted = (rows(y, 1) for y in (site.given(value), _normalised(site, site.wanted())))
     slopes, offset = regression([x], wanted)
-    weight, bias = (site.node.arguments.get(name) for name in ("weight", "bias"))
+    weight, bias = (site.fixed(name) for name in ("weight", "bias"))
     return affine(
         site,
         as_form(value).affine(slopes[:, 0], offset),
-        number(1.0) if weight is None else constant(weight),
-        number(0.0) if bias is None else constant(bias),
+        number(1.0) if weight is None else weight,
+        number(0.0) if bias is None else bias,
     )
 
 
@@ -162,6 +167,7 @@ def _token_norm(builder: Builder, x: Feature, norm: TokenNorm) -> Feature:
 @rule("aten.group_norm.default", "aten.instance_norm.default")
 def group_norm(site: Site) -> Value:
     """The same for groups of channels of one sample: nearly a batch norm, by least squares."""
+    site.require_batch_ahead(site.batch.rank - 1)
     return scaled_to_fit(site, site.tagged("input", site.axis(1)))
 
 
@@ -173,6 +179,9 @@ def vector_norm(site: Site) -> Value:
     """
     order = site.node.arguments.get("ord", site.node.arguments.get("p"))
     if site.argument("dim") is None or order in (0, math.inf, -math.inf):
-        raise site.error("is over all axes, or counts or compares; only sums of powers have a rule")
+        raise site.error(
+            "is over all axes, or counts or compares; only sums of powers have a rule: give axes, "
+            "and another order"
+        )
     total = summed(site, site.builder.build(absolute(site, site.feature("self"))))
     return total if order == 1 else scaled_to_fit(site, total)

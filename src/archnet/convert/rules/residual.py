@@ -1,13 +1,23 @@
 """Additions, constant scales and shifts, and concatenations (exact)."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from archnet.capture import Ref
 from archnet.convert.feature import Value
-from archnet.convert.rules.base import Site, affine, as_form, constant, number, rule
+from archnet.convert.rules.base import (
+    Site,
+    affine,
+    as_form,
+    constant,
+    joined,
+    number,
+    rule,
+)
 from archnet.convert.rules.gating import gate
-from archnet.convert.rules.layout import joined, stretched
 from archnet.ops import Pad
 
 
@@ -28,47 +38,67 @@ def addition(site: Site) -> Value:
     """
     first, second = site.argument("self"), site.argument("other")
     sign = -1.0 if "sub" in site.node.operator else 1.0
-    factors = (1.0, sign * float(site.argument("alpha")))
+    factors = (number(1.0), number(sign * float(site.argument("alpha"))))
     if "rsub" in site.node.operator:
         factors = factors[::-1]
-    features = [
-        scaled(site.referred(item), number(factor))
-        for item, factor in zip((first, second), factors, strict=True)
-        if isinstance(item, Ref)
-    ]
-    if len(features) == 1:
-        (item, factor) = (first, factors[0]) if second.__class__ is Ref else (second, factors[1])
-        shift = number(item) if isinstance(item, int | float) else constant(item)
-        return affine(site, features[0], number(1.0), factor * shift)
-    form, addend = (stretched(site, feature) for feature in features)
-    tagged = as_form(site.builder.tagged(addend, form.axis))
-    return as_form(form).plus(tagged)
+    return weighted_sum(site, (first, second), factors)
 
 
-@rule("aten.lerp.Scalar")
+def weighted_sum(site: Site, items: Sequence[Any], weights: Sequence[Tensor]) -> Value:
+    """Sum_i w_i x_i of features, constants and numbers, of constant weights, all broadcast."""
+    total, shift = None, number(0.0)
+    for item, weight in zip(items, weights, strict=True):
+        if not isinstance(item, Ref):
+            shift = shift + weight * constant(torch.as_tensor(item))
+            continue
+        value = affine(site, site.referred(item), weight, number(0.0))
+        if total is None:
+            total = value
+        else:
+            total = as_form(total).plus(as_form(site.builder.tagged(value, total.axis)))
+    assert total is not None
+    return affine(site, total, number(1.0), shift)
+
+
+@rule("aten.lerp.Scalar", "aten.lerp.Tensor")
 def interpolation(site: Site) -> Value:
-    """Y = (1 - w) a + w b."""
-    weight = float(site.argument("weight"))
-    a = as_form(stretched(site, scaled(site.value("self"), number(1 - weight))))
-    b = stretched(site, scaled(site.value("end"), number(weight)))
-    return a.plus(as_form(site.builder.tagged(b, a.axis)))
+    """Y = (1 - w) a + w b for a constant w."""
+    weight = site.fixed("weight")
+    assert weight is not None
+    return weighted_sum(site, [site.argument("self"), site.argument("end")], [1 - weight, weight])
 
 
-@rule("aten.addcmul.default")
+@rule("aten.addcmul.default", "aten.addcdiv.default")
 def scaled_addition(site: Site) -> Value:
-    """Y = a + v b c, of which b or c is a constant, and a may be one."""
-    parts = [site.argument(name) for name in ("tensor1", "tensor2")]
-    factors = [constant(item) for item in parts if not isinstance(item, Ref)]
-    if len(factors) != 1:
-        raise site.error("adds a product of two features: write it as a + b * c")
-    (feature,) = [item for item in parts if isinstance(item, Ref)]
-    scale = factors[0] * float(site.node.arguments.get("value", 1.0))
-    product = affine(site, stretched(site, site.referred(feature)), scale, number(0.0))
-    addend = site.argument("self")
-    if not isinstance(addend, Ref):
-        return affine(site, product, number(1.0), constant(addend))
-    tagged = site.builder.tagged(stretched(site, site.referred(addend)), product.axis)
-    return as_form(product).plus(as_form(tagged))
+    """Y = a + v b c, or a + v b / c, of which b or c is a constant, and a may be one."""
+    first, second = (site.argument(name) for name in ("tensor1", "tensor2"))
+    is_ratio = "div" in site.node.operator
+    if isinstance(second, Ref) and (is_ratio or isinstance(first, Ref)):
+        raise site.error(
+            f"adds a {'ratio' if is_ratio else 'product'} of two features: write it as "
+            f"a + b {'/' if is_ratio else '*'} c"
+        )
+    if not isinstance(first, Ref):
+        first, second = second, first
+    factor = constant(second)
+    scale = float(site.node.arguments.get("value", 1.0)) * (1 / factor if is_ratio else factor)
+    return weighted_sum(site, [site.argument("self"), first], [number(1.0), scale])
+
+
+@rule("aten.where.self", "aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
+def choice(site: Site) -> Value:
+    """Entries of two values by a constant mask m: y = m a + (1 - m) b."""
+    is_fill = "fill" in site.node.operator
+    name, first, second = ("mask", "value", "self") if is_fill else ("condition", "self", "other")
+    if isinstance(site.argument(name), Ref):
+        raise site.error(
+            "chooses by a comparison of features, which is a jump: write it with relu, clamp, "
+            "maximum or a sigmoid, or end the network before it"
+        )
+    mask = site.fixed(name)
+    assert mask is not None
+    items = [site.argument(first), site.argument(second)]
+    return weighted_sum(site, items, [mask, 1 - mask])
 
 
 @rule("aten.mul.Tensor", "aten.mul_.Tensor", "aten.div.Tensor", "aten.div_.Tensor")
@@ -93,25 +123,20 @@ def negation(site: Site) -> Value:
     return affine(site, site.value("self"), number(-1.0), number(0.0))
 
 
-def scaled(value: Value, factor: Tensor) -> Value:
-    return value if factor == 1 else as_form(value).affine(factor, number(0.0))
-
-
 @rule("aten.cat.default")
 def concatenation(site: Site) -> Value:
     """Y = [x_1; x_2; ...] along any axis but the batch.
 
-    A constant at either end (a class token) is a padding with zeros, and then a shift.
+    A constant at either end (a class token) is a padding with zeros, and then a shift; one between
+    features is a value of its own.
     """
     items, batch = site.argument("tensors"), site.node.batch
     axis = site.axis(int(site.argument("dim")))
     places = [i for i, item in enumerate(items) if isinstance(item, Ref)]
-    features = [site.builder.build(site.referred(items[i])) for i in places]
-    value = joined(site, features, axis)
-    if len(places) == len(items):
+    inner = items[places[0] : places[-1] + 1]
+    value = joined(site, [site.builder.build(site.operand(item)) for item in inner], axis)
+    if len(inner) == len(items):
         return value
-    if places != list(range(places[0], places[-1] + 1)):
-        raise site.error("joins constants between features; only the ends have a rule")
     dim = int(site.argument("dim")) % batch.rank
     ahead, behind = items[: places[0]], items[places[-1] + 1 :]
     pads = [(0, 0)] * len(value.shape)

@@ -118,7 +118,7 @@ def multiplications(graph: OnnxGraph, node: onnx.NodeProto) -> Sequence[Multipli
     weights = [names[1], *(() if places.state is None else node.input[2:3])]
     return [
         Multiplication(product, names[0], weight)
-        for product, weight in zip(found, weights, strict=True)
+        for product, weight in zip(found, weights, strict=False)  # there may be none
         if product.macs
     ]
 

@@ -156,7 +156,7 @@ class _OnnxCost:
             count, stored = self._leaves(name)
             size += stored
             if trained and count and node.op_type == "MatMulNBits":
-                count = math.prod(int(attributes(node)[key]) for key in "KN")
+                count = math.prod(int(attributes(node).get(key, 0)) for key in "KN")
             parameters += count if trained else 0
         return parameters, size
 

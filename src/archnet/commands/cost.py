@@ -116,10 +116,7 @@ def _file(
     _say(console, f"  inputs: {_inputs(cost)}")
     if cost.unknown:
         some = ", ".join(cost.unknown[:3]) + (", …" if len(cost.unknown) > 3 else "")
-        layers_ = "layer" if len(cost.unknown) == 1 else "layers"
-        _say(
-            console, f"  MACs of {len(cost.unknown):,} {layers_} are unknown: {some}; {_why(cost)}"
-        )
+        _say(console, f"  {len(cost.unknown):,} with unknown MACs: {some}; {_why(cost)}")
     elif cost.activation_bytes is None:
         _say(console, f"  the activations are unknown: a shape cannot be inferred; {_why(cost)}")
     if options.latency == "true":

@@ -170,7 +170,7 @@ def _quantize(writer: Writer, name: str, tensor: str, source: str, op: Activatio
     scale = float(quantizer.scale)
     if not (math.isfinite(scale) and scale > 0):
         raise ExportError(f"step {name} has a scale of {scale}; calibrate it on finite inputs")
-    grid = Grid(scale, quantizer.low, quantizer.high, name)
+    grid = Grid(scale, quantizer.low, quantizer.high, name, quantizer.bits)
     return writer.rounded(tensor, source, grid, *quantizer.bounds(op.low, op.high))
 
 

@@ -30,7 +30,7 @@ class QdqWriter(Writer):
         found = self._type(f"{name}: its {bits} bits", max(bits, 2), signed=True)
         if found is None:
             raise ExportError(f"{name}: its {bits} bits fit no type of form={self.form}: 8 at most")
-        return self.scaled(name, integers, scale, found[0])
+        return self.scaled(name, integers, scale, found[0], bits)
 
     def rounded(self, tensor: str, source: str, grid: Grid, low: int, high: int) -> Grid | None:
         label = f"step {grid.name}: its integers {grid.low} to {grid.high}"
@@ -56,6 +56,7 @@ class QdqWriter(Writer):
             self.constant(f"{grid.name}.zero", zero, dtype),
         ]
         integers = self.node("QuantizeLinear", [source, *constants], f"{tensor}.integers")
+        self.note(grid.bits)
         self.node("DequantizeLinear", [integers, *constants], tensor)
         return None
 

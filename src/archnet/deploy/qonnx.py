@@ -40,6 +40,7 @@ class QonnxWriter(Writer):
             source = self.node("Clip", [source, *bounds], f"{tensor}.clipped")
         scale = self.constant(f"{grid.name}.scale", grid.scale, np.float32)
         self._quant(source, scale, grid.name, tensor, bits, zero, signed=signed, narrow=narrow)
+        self.note(grid.bits)
         return None
 
     def _constant(self, name: str, integers: Tensor, scale: Tensor, bits: int) -> str:
@@ -51,7 +52,9 @@ class QonnxWriter(Writer):
             raise ExportError(f"{name} has values that are not finite: calibrate it")
         self.constant(name, values, np.float32)
         step = self.constant(f"{name}.scale", factors, np.float32)
-        return self._quant(name, step, name, f"{name}.float", bits, 0, signed=True, narrow=False)
+        output = self._quant(name, step, name, f"{name}.float", bits, 0, signed=True, narrow=False)
+        self.note(bits)
+        return output
 
     def _quant(
         self,

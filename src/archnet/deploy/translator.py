@@ -285,7 +285,7 @@ def _state_grid(
         quantizer = module.quantizer
         if isinstance(quantizer, Quantizer):
             scale = float(positive(name, quantizer.scale))
-            return Grid(scale, quantizer.low, quantizer.high, place)
+            return Grid(scale, quantizer.low, quantizer.high, place, quantizer.bits)
     return None
 
 

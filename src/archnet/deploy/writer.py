@@ -11,6 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from archnet.errors import ArchnetError
+from archnet.hardware.cost import BIAS_BITS
+from archnet.hardware.onnx_graph import WIDTH_KEY
 
 
 class ExportError(ArchnetError):
@@ -19,7 +21,7 @@ class ExportError(ArchnetError):
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers ``low`` to ``high``, times ``scale``; zero is on the grid.
+    """The integers ``low`` to ``high`` of ``bits``, times ``scale``; zero is on the grid.
 
     Grids are equal when their numbers are; ``name`` is that of the constants in the file. There
     the integers stand as UINT8, signed ones shifted by the zero point to begin at 0: on x86 only
@@ -30,6 +32,7 @@ class Grid:
     low: int
     high: int
     name: str = field(compare=False)
+    bits: int = field(compare=False)
 
     @property
     def zero(self) -> int:
@@ -119,6 +122,10 @@ class Writer:
         self.nodes.append(node)
         return output
 
+    def note(self, bits: int) -> None:
+        """Note the width of the integers that the last node gives: its types may be wider."""
+        self.nodes[-1].metadata_props.add(key=WIDTH_KEY, value=str(bits))
+
     def constant(self, name: str, values: Any, dtype: Any) -> str:
         self.constants[name] = numpy_helper.from_array(np.asarray(values, dtype), name)
         return name
@@ -171,11 +178,11 @@ class Writer:
 
     def weight(self, name: str, integers: Tensor, scale: Tensor, bits: int) -> str:
         """A constant float tensor: ``integers`` (O, ...) of ``bits`` times ``scale``."""
-        return self.scaled(name, integers, scale, np.int8)
+        return self.scaled(name, integers, scale, np.int8, bits)
 
     def bias(self, name: str, integers: Tensor, scale: Tensor) -> str:
         """A constant float tensor: ``integers`` (O,), in 32 bits, times ``scale``."""
-        return self.scaled(name, integers, scale, np.int32)
+        return self.scaled(name, integers, scale, np.int32, BIAS_BITS)
 
     def rounded(self, tensor: str, source: str, grid: Grid, low: int, high: int) -> Grid | None:
         """Write ``tensor``: the float ``source`` on the grid, as integers from ``low`` to ``high``.
@@ -190,12 +197,14 @@ class Writer:
         clipped = (low, high) != (0, 255)
         quantized = f"{tensor}.unclipped" if clipped else tensor
         self.node("QuantizeLinear", [source, *self.grid(grid)], quantized)
+        self.note(grid.bits)
         if clipped:
             bounds = [
                 self.constant(f"{tensor}.low", low, np.uint8),
                 self.constant(f"{tensor}.high", high, np.uint8),
             ]
             self.node("Clip", [quantized, *bounds], tensor)
+            self.note(grid.bits)
         return grid
 
     def too_wide(self, grid: Grid) -> ExportError:
@@ -205,15 +214,17 @@ class Writer:
             f"form={self.form}: lower quant.act_bits to 8 or less"
         )
 
-    def scaled(self, name: str, integers: Tensor, scale: Tensor, dtype: Any) -> str:
-        """A constant: ``integers`` (O, ...) times ``scale``, (O,) or one number."""
+    def scaled(self, name: str, integers: Tensor, scale: Tensor, dtype: Any, bits: int) -> str:
+        """A constant: ``integers`` (O, ...) of ``bits`` times ``scale``, (O,) or one number."""
         stored = self.integers(name, integers, dtype)
         factors = positive(name, scale)
         step = self.constant(f"{name}.scale", factors, np.float32)
         # ONNX Runtime fuses no Gemm whose weight leaves its zero point out.
         zero = self.constant(f"{name}.zero", np.zeros(factors.shape), dtype)
         axis = {"axis": 0} if factors.ndim else {}
-        return self.node("DequantizeLinear", [stored, step, zero], f"{name}.float", **axis)
+        output = self.node("DequantizeLinear", [stored, step, zero], f"{name}.float", **axis)
+        self.note(bits)
+        return output
 
     def model(self, inputs: dict[str, tuple[int, ...]], output: Value) -> onnx.ModelProto:
         """The graph as a checked model; shapes come without the batch, which stays free."""

@@ -27,6 +27,9 @@ from archnet.hardware.onnx_graph import (
 from archnet.hardware.onnx_inputs import Sizes
 from archnet.hardware.onnx_products import Multiplication, multiplications, operands
 
+# Of a batch norm; its statistics are no parameters.
+_SCALE_AND_SHIFT = (1, 2)
+
 
 def onnx_cost(
     source: str | os.PathLike[str] | onnx.ModelProto, inputs: Sizes | None = None
@@ -41,8 +44,9 @@ def onnx_cost(
 
     ``weight_bytes`` is what the file stores, with scales and zero points: integers of two bits
     take a byte each where they stand as INT8, and four where they stand as floats in front of a
-    Quant or a QuantizeLinear. `student_cost` packs them. A batch norm has four parameters a
-    channel here, and two there. A constant that several nodes read counts once, with the first.
+    Quant or a QuantizeLinear; a batch norm stores four numbers a channel. `student_cost` packs
+    integers at their width, and counts no scales and two numbers a channel. A constant that
+    several nodes read counts once, with the first.
 
     Args:
         source: the file, or the model in memory.
@@ -145,12 +149,14 @@ class _OnnxCost:
                 trained = not is_setting(self.graph.element_type(name))
                 if not trained:
                     continue
+                if node.op_type == "BatchNormalization":
+                    trained = index in _SCALE_AND_SHIFT
             else:
                 trained = index in places.parameters
             count, stored = self._leaves(name)
             size += stored
             if trained and count and node.op_type == "MatMulNBits":
-                count = math.prod(int(attributes(node)[key]) for key in "KN")
+                count = math.prod(int(attributes(node).get(key, 0)) for key in "KN")
             parameters += count if trained else 0
         return parameters, size
 

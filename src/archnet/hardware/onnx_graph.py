@@ -77,6 +77,7 @@ def read(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
         if model.functions:
             _check_functions(model)
             model = inliner.inline_local_functions(model)
+        _check_text(model.graph)
         return model
     except OSError as error:
         raise AuditError(f"cannot read {name}: {error.strerror or error}") from error
@@ -481,6 +482,21 @@ def _check_functions(model: onnx.ModelProto) -> None:
     expanded(model.graph.node, 0)
 
 
+def _check_text(graph: onnx.GraphProto) -> None:
+    """Refuse names that are no text: protobuf reads them as bytes."""
+    described = (*graph.input, *graph.output, *graph.value_info)
+    names: list[Any] = [item.name for item in (*described, *graph.initializer)]
+    names += [dim.dim_param for item in described for dim in item.type.tensor_type.shape.dim]
+    for node in graph.node:
+        names += [node.op_type, node.domain, node.name, *node.input, *node.output]
+        names += [text for item in node.metadata_props for text in (item.key, item.value)]
+        names += [item.name for item in node.attribute]
+        for body in bodies(node):
+            _check_text(body)
+    if not all(isinstance(name, str) for name in names):
+        raise AuditError("it has names that are not UTF-8")
+
+
 def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     """The graphs inside a node of control flow."""
     for item in node.attribute:
@@ -502,13 +518,19 @@ def is_standard(node: onnx.NodeProto) -> bool:
 
 def is_quant(node: onnx.NodeProto) -> bool:
     """Whether a node rounds floats to integers times a scale, and gives these as floats."""
-    return node.domain in QUANT_DOMAINS and node.op_type in _QUANTS
+    return node.domain in QUANT_DOMAINS and node.op_type in _QUANTS and _has_scale(node)
 
 
 def is_quantization(node: onnx.NodeProto) -> bool:
     """Whether a node turns floats into integers of a scale, or back."""
     linear = node.op_type in ("QuantizeLinear", "DequantizeLinear")
-    return is_quant(node) or (linear and (is_standard(node) or node.domain == MICROSOFT))
+    known = is_standard(node) or node.domain == MICROSOFT
+    return is_quant(node) or (linear and known and _has_scale(node))
+
+
+def _has_scale(node: onnx.NodeProto) -> bool:
+    """Whether a node has the inputs of a quantization; nobody checks those of other domains."""
+    return len(node.input) > 1 and len(node.output) > 0
 
 
 def is_activation(node: onnx.NodeProto) -> bool:

@@ -201,8 +201,10 @@ class Inference:
             return {}
         standard = node.domain in ("", "ai.onnx")
         domain = "" if standard else node.domain
+        if not standard and not (node.input and node.output):
+            return {}
         if node.domain in QUANT_DOMAINS:
-            found = self.types.get(node.input[0]) if node.input else None
+            found = self.types.get(node.input[0])
             return {node.output[0]: found} if found is not None else {}
         if domain == MICROSOFT:
             return self._infer_like(node)
@@ -234,7 +236,7 @@ class Inference:
 
     def _fused_matmul(self, node: onnx.NodeProto) -> dict[str, TypeProto]:
         stated = {item.name: item.i for item in node.attribute}
-        if stated.get("transBatchA") or stated.get("transBatchB"):
+        if stated.get("transBatchA") or stated.get("transBatchB") or len(node.input) < 2:
             return {}
         operands = []
         for index, key in enumerate(("transA", "transB")):

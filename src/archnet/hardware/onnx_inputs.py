@@ -16,6 +16,7 @@ MAX_SIZE = 2**31 - 1
 MAX_ELEMENTS = 2**48
 _TYPES = frozenset(TensorProto.DataType.values())
 # Names that exporters give to every axis they know nothing of: two alike need not be the same.
+_BATCH = re.compile(r"n|b|bs|.*batch.*", re.IGNORECASE)
 _NAMELESS = re.compile(r"\?|-1|None|unk__\d+|p2o\.DynamicDimension\.\d+|")
 
 
@@ -71,10 +72,11 @@ class Inputs:
 def settle(graph: onnx.GraphProto, given: Sizes | None = None) -> Inputs:
     """Sizes of the inputs and the batch.
 
-    The batch is the first axis of an input that the file leaves open, and every axis of the same
-    name: one sample, unless ``given`` says more. A second input whose open axis has another name
-    has nothing to do with it. Where no first axis is open, the batch is the first axis of the
-    first input (of two axes or more) whose size an output begins with as well.
+    The batch is the open axis of the first input (of two axes or more) that is called N, B, bs or
+    batch, else its first axis, if that is open: one sample, unless ``given`` says more. It is every
+    axis of that name, or called a batch, and an open first axis without a name; other open axes
+    have nothing to do with it. Where the first axis is fixed, the batch is that of the first input
+    (of two axes or more) whose size an output begins with as well.
 
     Args:
         graph: of the file.
@@ -98,39 +100,41 @@ def settle(graph: onnx.GraphProto, given: Sizes | None = None) -> Inputs:
                 raise ConfigError(
                     f"input {name}: {axis} is {size} here, and {symbols[axis]} before"
                 )
-    first = {name: shape[0] for name, shape in axes.items() if shape}
-    if any(not isinstance(axis, int) for axis in first.values()):
-        named = next((axis for axis in first.values() if isinstance(axis, str)), None)
-        sizes = [stated[name][0] for name, axis in first.items() if axis is None and name in stated]
-        batch = symbols.get(named) if named is not None else None
-        batch = batch or next(iter(sizes), 1)
-        if named is not None:
-            symbols[named] = batch
-        batched = {
-            name
-            for name, shape in axes.items()
-            if shape and (shape[0] is None or (named is not None and named in shape))
-        }
-        open_first = {name for name, axis in first.items() if axis is None}
+    # The first input that is more than a number or a row of them.
+    main = max(axes.values(), key=lambda shape: min(len(shape), 2), default=())
+    named = next((axis for axis in main if _is_batch(axis)), main[0] if main else 1)
+    if fixed := isinstance(named, int):
+        batch = _fixed_batch(graph, axes)
     else:
-        batch, open_first = _fixed_batch(graph, axes), set()
-        batched = {name for name, shape in axes.items() if batch > 1 and batch in shape}
+        first = [stated[key][0] for key, shape in axes.items() if key in stated and shape is main]
+        found = symbols.get(named) if named is not None else next(iter(first), None)
+        batch = 1 if found is None else found
+    names = {axis for shape in axes.values() for axis in shape if _is_batch(axis) or axis == named}
+    for axis in names - {None}:
+        if isinstance(axis, str):
+            symbols.setdefault(axis, batch)
+    batched = {
+        key
+        for key, shape in axes.items()
+        if shape and (shape[0] is None or names & {*shape} - {None} or (fixed and batch in shape))
+    }
     shapes: dict[str, Shape] = {}
     for name, declared in axes.items():
-        found = [symbols.get(axis) if isinstance(axis, str) else axis for axis in declared]
-        if name in open_first:
-            found[0] = batch
-        shapes[name] = stated.get(name, tuple(found))
+        sizes = [symbols.get(axis) if isinstance(axis, str) else axis for axis in declared]
+        if declared and declared[0] is None:
+            sizes[0] = batch
+        shapes[name] = stated.get(name, tuple(sizes))
     return Inputs(shapes, batch, frozenset(batched), symbols)
+
+
+def _is_batch(axis: int | str | None) -> bool:
+    return isinstance(axis, str) and _BATCH.fullmatch(axis) is not None
 
 
 def _fixed_batch(graph: onnx.GraphProto, axes: Mapping[str, tuple[int | str | None, ...]]) -> int:
     sizes = [shape[0] for shape in axes.values() if len(shape) > 1 and isinstance(shape[0], int)]
-    ends = [_axes(item)[:1] for item in graph.output]
-    for size in sizes:
-        if (size,) in ends or not any(ends):
-            return size
-    return 1
+    ends = {axis for item in graph.output for axis in _axes(item)[:1] if isinstance(axis, int)}
+    return next((size for size in sizes if size in ends or not ends), 1)
 
 
 def _axes(info: onnx.ValueInfoProto) -> tuple[int | str | None, ...]:
@@ -190,9 +194,9 @@ def _checked(
             for size, axis in zip(shape, declared, strict=True)
         )
         if not fits:
-            wanted = "x".join("?" if axis is None else str(axis) for axis in declared)
+            wanted = ", ".join("?" if axis is None else str(axis) for axis in declared)
             text = "x".join(map(str, shape))
-            raise ConfigError(f"input {name}: {text} does not fit {wanted}, which the file takes")
+            raise ConfigError(f"input {name}: {text} does not fit ({wanted}), as the file has it")
         if not all(0 < size <= MAX_SIZE for size in shape):
             raise ConfigError(f"input {name}: {'x'.join(map(str, shape))} has impossible sizes")
         check_size(f"input {name}", shape)

@@ -95,7 +95,7 @@ def multiplications(graph: OnnxGraph, node: onnx.NodeProto) -> Sequence[Multipli
     places = operands(node)
     if places is None:
         return None if _multiplies_somehow(graph, node) else ()
-    if len(node.input) <= max(places.values, places.weight):
+    if len(node.input) <= max(places.values, places.weight) or not node.output:
         return () if node.op_type == "Einsum" else None
     names = node.input[places.values], node.input[places.weight]
     left, right = (graph.shapes.get(name) for name in names)
@@ -118,7 +118,7 @@ def multiplications(graph: OnnxGraph, node: onnx.NodeProto) -> Sequence[Multipli
     weights = [names[1], *(() if places.state is None else node.input[2:3])]
     return [
         Multiplication(product, names[0], weight)
-        for product, weight in zip(found, weights, strict=True)
+        for product, weight in zip(found, weights, strict=False)  # there may be none
         if product.macs
     ]
 
@@ -259,7 +259,7 @@ def _packed(
     graph: OnnxGraph, node: onnx.NodeProto, left: Sizes, right: Sizes
 ) -> Sequence[Product] | None:
     stated = attributes(node)
-    depth, filters = int(stated["K"]), int(stated["N"])
+    depth, filters = int(stated.get("K", 0)), int(stated.get("N", 0))
     if not left or left[-1] != depth or depth < 1 or filters < 1:
         raise _misfit(node, f"it multiplies {_text(left)} by {depth}x{filters}")
     return [Product(math.prod(left[:-1]), depth, filters)]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from archnet.commands import COMMANDS
-from archnet.errors import ArchnetError
+from archnet.errors import ArchnetError, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run_command(options))
     except ArchnetError as error:
-        print(f"archnet: {error}", file=sys.stderr)
+        print(f"archnet: {printable(error, None)}", file=sys.stderr)
         return 2
 
 

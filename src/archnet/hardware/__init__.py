@@ -1,6 +1,6 @@
 """The hardware target: what it runs, what a network costs on it, and whether a file is pure."""
 
-from archnet.hardware.audit import Audit, AuditError, Violation, audit
+from archnet.hardware.audit import Audit, AuditError, NotJudged, Violation, audit, grouped
 from archnet.hardware.cost import Cost, Product, StepCost, student_cost, teacher_cost
 from archnet.hardware.cycles import DATAFLOWS, SystolicArray, cycles
 from archnet.hardware.layers import TargetError, check_layers, check_memory
@@ -13,6 +13,7 @@ __all__ = [
     "AuditError",
     "Cost",
     "Layer",
+    "NotJudged",
     "Product",
     "StepCost",
     "SystolicArray",
@@ -23,6 +24,7 @@ __all__ = [
     "check_layers",
     "check_memory",
     "cycles",
+    "grouped",
     "onnx_cost",
     "student_cost",
     "teacher_cost",

@@ -9,11 +9,11 @@ import onnx
 from onnx import TensorProto, helper
 
 from archnet.hardware.cost import Cost, Product, StepCost, live_bytes
+from archnet.hardware.onnx_file import AuditError
 from archnet.hardware.onnx_graph import (
     ACTIVATIONS,
     MOVES,
     VIEWS,
-    AuditError,
     OnnxGraph,
     attributes,
     is_standard,

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, inliner, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
-from archnet.errors import ArchnetError
+from archnet.hardware.onnx_file import infer, load, name_of
 
 # What clips or rounds activations to a grid; it belongs to the operator before it.
 ACTIVATIONS = ("Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
@@ -31,39 +31,19 @@ _RANDOM = ("RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
 PROBE = 1009
 
 
-class AuditError(ArchnetError):
-    """A file that cannot be judged, because it is no valid ONNX model."""
-
-
 def read(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
     """Load, check and complete a model: functions inlined, shapes inferred.
 
     Raises:
-        AuditError: the file is missing or no valid ONNX model.
+        AuditError: the file is missing or no valid ONNX model, or larger than is read here.
     """
-    name = "the model" if isinstance(source, onnx.ModelProto) else os.fspath(source)
-    try:
-        if isinstance(source, onnx.ModelProto):
-            model = onnx.ModelProto()
-            model.CopyFrom(source)
-            onnx.checker.check_model(model)
-        else:
-            # By path, so that weights beside the file are found and any size can be checked.
-            onnx.checker.check_model(name)
-            model = onnx.load(name, load_external_data=False)
-        if model.functions:
-            model = inliner.inline_local_functions(model)
-        for item in model.graph.input:
-            shape = item.type.tensor_type.shape
-            if shape.dim and not shape.dim[0].HasField("dim_value"):
-                shape.dim[0].dim_value = PROBE
-        del model.graph.value_info[:]
-        return onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except OSError as error:
-        raise AuditError(f"cannot read {name}: {error.strerror or error}") from error
-    except Exception as error:  # The exceptions of onnx and of protobuf have no common base.
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AuditError(f"{name} is no valid ONNX model: {first_line}") from error
+    model = load(source)
+    for item in model.graph.input:
+        shape = item.type.tensor_type.shape
+        if shape.dim and not shape.dim[0].HasField("dim_value"):
+            shape.dim[0].dim_value = PROBE
+    del model.graph.value_info[:]
+    return infer(model, name_of(source))
 
 
 class OnnxGraph:

@@ -59,6 +59,8 @@ class Target:
 
     name: str
     operators: tuple[str, ...]
+    lacks: tuple[str, ...]
+    complete: bool
     limits: Mapping[str, LimitsConfig]
     fc_per_position: bool
     max_channels: int | None
@@ -121,15 +123,26 @@ class Target:
     def judge(self, layer: Layer) -> tuple[str, str]:
         """The operator that a layer is here, and the first thing that speaks against it ("")."""
         forms = FORMS.get(layer.kind, (layer.kind,))
-        tried = {form: _misfit(form, layer) for form in forms if form in self.operators}
-        for form, reason in tried.items():
-            if not reason:
+        misfits = {form: _misfit(form, layer) for form in forms}
+        for form in (form for form, misfit in misfits.items() if not misfit):
+            if form in self.lacks:
+                return form, f"{form} is not an operator of {self.name}"
+            if form in self.operators:
                 return form, next(self._beyond(form, layer), "")
         own = next((form for form in forms if WINDOWS.get(form) == layer.kernel), layer.kind)
+        if not self.complete:
+            return own, f"{own} is not in the description of {self.name}"
+        tried = {form: misfit for form, misfit in misfits.items() if form in self.operators}
         if tried and own in (layer.kind, *tried):
             closest = own if own in tried else next(iter(tried))
             return closest, tried[closest]
         return own, f"{own} is not an operator of {self.name}"
+
+    def states(self, layer: Layer) -> bool:
+        """Whether the description says if a layer runs, be it yes or no."""
+        named = (*self.operators, *self.lacks)
+        forms = FORMS.get(layer.kind, (layer.kind,))
+        return self.complete or any(form in named and not _misfit(form, layer) for form in forms)
 
     def _beyond(self, operator: str, layer: Layer) -> Iterator[str]:
         """Every limit that a layer exceeds, in words."""
@@ -185,8 +198,6 @@ def _misfit(operator: str, layer: Layer) -> str:
             return f"dilations {list(layer.dilation)}"
         if layer.stride not in ((1, 1), (2, 2)):
             return f"strides {list(layer.stride)}"
-    elif len(layer.kernel) > 2:
-        return f"kernel {sizes(layer.kernel)}: a window on {len(layer.kernel)} axes"
     elif operator == "depthwise_conv" and (layer.groups == 1 or layer.groups != layer.channels):
         return "not depthwise"
     return ""

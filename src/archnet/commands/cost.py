@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from archnet.errors import ArchnetError
+from archnet.errors import ArchnetError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,8 +105,8 @@ def _file(
     if not path.is_file():
         raise ArchnetError(f"{path} is neither a run folder nor a file")
     cost = onnx_cost(path)
-    layers = [(step.name, step.operator, [[step]]) for step in cost.steps]
-    _show(console, f"{path} (widths as stored)", layers, [("file", cost)], array)
+    layers = [(printable(step.name), printable(step.operator), [[step]]) for step in cost.steps]
+    _show(console, f"{printable(path, None)} (widths as stored)", layers, [("file", cost)], array)
     if cost.activation_bytes is None:
         console.print("the activations are not known: a shape in this file cannot be inferred")
     if options.latency == "true":
@@ -156,11 +156,13 @@ def _show(
     array: "SystolicArray",
 ) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from archnet.hardware import cycles
     from archnet.report.table import amount
 
-    table = Table(title=title, title_justify="left", header_style="")
+    # Brackets in a path are no markup.
+    table = Table(title=Text(title), title_justify="left", header_style="")
     table.add_column("layer", overflow="fold")
     table.add_column("operators", overflow="fold")
     for name, _ in sides:
@@ -203,7 +205,9 @@ def _show(
             busy = macs / (total * array.rows * array.columns)
             console.print(f"  {name}: {total:,} cycles, multipliers busy {busy:.0%}", markup=False)
         if cost.uncounted:
-            missing = ", ".join(f"{count:,} {what}" for what, count in cost.uncounted.items())
+            missing = ", ".join(
+                f"{count:,} {printable(what)}" for what, count in cost.uncounted.items()
+            )
             console.print(f"  {name}: not in these MACs: {missing}", markup=False, soft_wrap=True)
 
 

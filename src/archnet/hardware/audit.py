@@ -23,7 +23,7 @@ from archnet.hardware.onnx_graph import (
     operator_name,
     read,
 )
-from archnet.hardware.target import FORMS, Layer, Target
+from archnet.hardware.target import FORMS, Layer, Target, sizes
 
 __all__ = ["Audit", "AuditError", "NotJudged", "Violation", "audit", "grouped"]
 
@@ -291,8 +291,9 @@ def _convolution(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verd
     weight = graph.shape(node, 1)
     if not (graph.constant(node, 1) and graph.constant(node, 2)) or weight is None:
         return _doubtful(target, kind, "its weight or bias is computed at run time")
-    stated = attributes(node)
-    groups = int(stated.get("group", 1))
+    if len(weight) < 3:
+        return Verdict(kind, f"its weight is {sizes(weight) or 'one number'}, no kernel")
+    groups = int(attributes(node).get("group", 1))
     # (O, I / groups, ...), transposed (I, O / groups, ...).
     outer, inner = (size or 0 for size in weight[:2])
     kernel = tuple(size or 0 for size in weight[2:])

@@ -87,15 +87,6 @@ def infer(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
         refuse(name, first_line(error))
     graph = inferred.graph
     _check_values((*graph.input, *graph.output, *graph.value_info), name)
-    ranks = {
-        item.name: len(item.type.tensor_type.shape.dim)
-        for item in (*graph.input, *graph.output, *graph.value_info)
-        if item.type.tensor_type.HasField("shape")
-    }
-    ranks |= {item.name: len(item.dims) for item in graph.initializer}
-    for node in graph.node:
-        if node.domain in _STANDARD and node.op_type in _WINDOWED:
-            _check_window(node, [ranks.get(item) for item in node.input], name)
     return inferred
 
 
@@ -137,7 +128,9 @@ def _check(model: onnx.ModelProto, name: str, folder: Path | None) -> None:
             )
     _check_amount(model, name)
     for container in _containers(model):
+        ranks: dict[str, int] = {}
         if isinstance(container, onnx.GraphProto):
+            ranks = {item.name: len(item.dims) for item in container.initializer}
             _check_values((*container.input, *container.output, *container.value_info), name)
             for item in container.initializer:
                 _check_tensor(item, name, folder)
@@ -150,6 +143,8 @@ def _check(model: onnx.ModelProto, name: str, folder: Path | None) -> None:
                     _check_tensor(tensor, name, folder)
                 if item.name in _TYPE_ATTRIBUTES and item.type == AttributeProto.INT:
                     _check_type(item.i, f"{item.name} of {shown(node)}", name)
+            if node.domain in _STANDARD and node.op_type in _WINDOWED:
+                _check_window(node, [ranks.get(item) for item in node.input], name)
 
 
 def _containers(model: onnx.ModelProto) -> Iterator[Container]:
@@ -300,26 +295,22 @@ def _check_external(tensor: TensorProto, where: str, needed: int, name: str, fol
 
 
 def _check_window(node: onnx.NodeProto, ranks: Sequence[int | None], name: str) -> None:
-    """Refuse a convolution or a pooling that no input makes valid."""
-    stated = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-    axes = {rank - 2 for rank in ranks[:1] if rank is not None}
-    if node.op_type.startswith("Conv"):
-        axes |= {rank - 2 for rank in ranks[1:2] if rank is not None}
-        if stated.get("group", 1) < 1:
-            refuse(name, f"{shown(node)} has {stated['group']} groups")
-    lengths = {"kernel_shape": 1, "strides": 1, "dilations": 1, "pads": 2}
-    for key, each in lengths.items():
-        sizes = stated.get(key)
-        if sizes is None:
+    """Refuse a convolution or a pooling that no input makes valid; ONNX's checker looks at none."""
+    stated = {item.name: item for item in node.attribute}
+    axes = {rank - 2 for rank in ranks[:2] if rank is not None}
+    if "group" in stated and stated["group"].i < 1:
+        refuse(name, f"{shown(node)} has {stated['group'].i} groups")
+    for key, each in (("kernel_shape", 1), ("strides", 1), ("dilations", 1), ("pads", 2)):
+        if key not in stated or (not stated[key].ints and key != "kernel_shape"):
             continue
-        if len(sizes) % each:
-            refuse(name, f"{shown(node)} has {key} {list(sizes)[:8]}")
+        sizes = stated[key].ints
+        wrong = key != "pads" and (min(sizes, default=1) < 1 or max(sizes, default=1) >= 2**31)
+        if wrong or len(sizes) % each:
+            refuse(name, f"{shown(node)} has {key} {list(sizes[:8])}")
         axes.add(len(sizes) // each)
-        if key != "pads" and (min(sizes, default=1) < 1 or max(sizes, default=1) >= 2**31):
-            refuse(name, f"{shown(node)} has {key} {list(sizes)[:8]}")
     if len(axes) > 1 or min(axes, default=1) < 1:
         counts = " and ".join(str(count) for count in sorted(axes))
-        refuse(name, f"{shown(node)}: its input, weight and window have {counts} axes for pixels")
+        refuse(name, f"{shown(node)}: its input, weight and window have {counts} axes of pixels")
 
 
 def shown(node: onnx.NodeProto) -> str:

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -99,13 +100,7 @@ class Target:
         if name not in known:
             near = (difflib.get_close_matches(name, known, 1, 0.0) or known)[0]
             raise ConfigError(f"hardware={name} is not one of {', '.join(known)}; nearest: {near}")
-        text = files("archnet.hardware").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-        try:
-            # What the file leaves out has the default of the schema.
-            tree = OmegaConf.merge(OmegaConf.structured(HardwareConfig), OmegaConf.create(text))
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"hardware={name}: {str(error).splitlines()[0]}") from error
-        return cls.of(OmegaConf.to_object(tree))
+        return _built_in(name)
 
     @classmethod
     def of(cls, hardware: Any) -> "Target":
@@ -176,6 +171,17 @@ class Target:
         if _exceeds(layer.weight_sum or 0, limits.weight_sum):
             taken = f"{self.name} takes {limits.weight_sum}"
             yield f"magnitudes of weights add up to {layer.weight_sum}; {taken}"
+
+
+@cache
+def _built_in(name: str) -> Target:
+    text = files("archnet.hardware").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    try:
+        # What the file leaves out has the default of the schema.
+        tree = OmegaConf.merge(OmegaConf.structured(HardwareConfig), OmegaConf.create(text))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"hardware={name}: {str(error).splitlines()[0]}") from error
+    return Target.of(OmegaConf.to_object(tree))
 
 
 def sizes(shape: tuple[int | None, ...]) -> str:

@@ -5,10 +5,12 @@
 makes files (of our exporters in every form, of torch's exporter, and built by hand with control
 flow, functions and data beside the file), changes bits, attributes, shapes, types, nodes, names and
 tensors of them, and has each read by audit, cost, parity and the commands. Worker processes have a
-limit of memory, and are watched: reported are tracebacks, readers that take longer than ten seconds
-or too much memory, crashes of native code, and anything that is executed, sent or written. The exit
-code is 1 if there is any. Every file follows from the seed and its number: ``--first 17 --count 1
---keep folder`` makes and keeps number 17.
+limit of memory, and are watched: reported are tracebacks, readers that take more than ten seconds
+of a core or too much memory, crashes of native code, messages of several lines or with control
+characters, and anything that is executed, sent or written. The exit code is 1 if there is any.
+
+Every file follows from the seed and its number: ``--first 17 --count 1 --keep folder`` makes number
+17 again, and keeps it if something is found.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import contextlib
 import csv
 import io
 import multiprocessing
+import os
 import random
 import resource
 import sys
@@ -46,7 +49,8 @@ from archnet.errors import ArchnetError
 from archnet.hardware import audit, onnx_cost
 from archnet.ops import Student
 
-SECONDS = 10.0  # of one reader on one file
+SECONDS = 10.0  # of the processor, for one reader on one file
+WAITING = 120.0  # on the clock, which other work may slow down
 MEMORY = 4 * 2**30  # bytes that a worker may take beside what it has when it starts
 RESULTS = Path(__file__).parent / "results" / "robustness.csv"
 KINDS = ("traceback", "hang", "crash", "memory", "executed", "output")
@@ -762,7 +766,7 @@ class _Worker:
         self.process = context.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         sending.close()
-        self.since = time.monotonic()
+        self.since, self.spent = time.monotonic(), 0.0
 
     def step(self) -> bool:
         """Wait for news for a moment; False when all files are read."""
@@ -775,20 +779,27 @@ class _Worker:
             self.process.join()
             return self._again("crash", f"exit code {self.process.exitcode}")
         # Its start takes a while: everything is imported, and files are read once.
-        if self.current and time.monotonic() - self.since > SECONDS + 2:
+        if self.current is None:
+            return True
+        waited, spent = time.monotonic() - self.since, self._spent() - self.spent
+        if spent > SECONDS or waited > WAITING:
             self.process.kill()
             self.process.join()
-            return self._again("hang", f"longer than {SECONDS:g} s")
+            return self._again("hang", f"after {spent:.0f} s of a core, {waited:.0f} on the clock")
         return True
+
+    def _spent(self) -> float:
+        """Seconds of a core that the process has taken so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _hear(self, number: int, reader: str, kind: str, detail: str) -> bool:
         if kind == "end":
             self.numbers, self.current = [], None
             self.process.join()
             return False
-        now = time.monotonic()
         if kind == "start":
-            self.current, self.since = (number, reader), now
+            self.current, self.since, self.spent = (number, reader), time.monotonic(), self._spent()
             self.numbers = [other for other in self.numbers if other >= number]
             return True
         if kind in KINDS:

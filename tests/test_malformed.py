@@ -195,6 +195,17 @@ def test_a_long_chain_takes_time_in_proportion(operator):
     assert sum(found.counts.values()) + sum(map(len, found.moves.values())) == 5_001
 
 
+def test_a_long_table_ends_with_the_sum_of_the_rest(tmp_path, capsys):
+    names = ["x", *(f"v{i}" for i in range(1_200)), "out"]
+    path = tmp_path / "net.onnx"
+    onnx.save(model(*(node("Neg", a, output=b) for a, b in pairwise(names))), path)
+    assert main(["cost", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "201 more" in out
+    assert "v999" in out
+    assert "v1001" not in out
+
+
 # Data beside the file -------------------------------------------------------------------------
 
 
@@ -489,6 +500,9 @@ def test_parity_of_another_file_is_one_line(student, tmp_path):
     file.graph.output[0].type.tensor_type.elem_type = TensorProto.STRING
     onnx.save(file, path)
     with pytest.raises(ExportError, match=r"net\.onnx gives"):
+        parity(student, path, images)
+    onnx.save(nested(26, node("Relu", "a", output="c")), path)
+    with pytest.raises(ExportError, match="67,108,864 nodes"):
         parity(student, path, images)
     path.write_bytes(b"broken")
     with pytest.raises(ExportError, match=r"net\.onnx"):

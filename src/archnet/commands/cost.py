@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 HELP = "what a run's teacher and student cost, or an ONNX file: MACs, BOPs, bytes, cycles, latency"
 COLUMNS = ("MACs", "BOPs", "weights", "live", "cycles")
+# Rows of a table; of longer files the rest is in one row, and in the totals.
+MOST_ROWS = 1_000
 # Where the output is no terminal, the table is as wide as it needs to be.
 WIDTH = 150
 
@@ -178,7 +180,7 @@ def _show(
             amount(sum(cycles(step, array) for step in steps), ""),
         ]
 
-    for name, operators, parts in layers:
+    for name, operators, parts in _shortened(layers):
         table.add_row(
             name,
             operators,
@@ -209,6 +211,16 @@ def _show(
                 f"{count:,} {printable(what)}" for what, count in cost.uncounted.items()
             )
             console.print(f"  {name}: not in these MACs: {missing}", markup=False, soft_wrap=True)
+
+
+def _shortened(layers: Sequence[Layer]) -> Sequence[Layer]:
+    """The first layers, and one that stands for the rest where there are too many."""
+    shown, rest = layers[:MOST_ROWS], layers[MOST_ROWS:]
+    if not rest:
+        return shown
+    sides = zip(*(parts for _, _, parts in rest), strict=True)
+    together = [[step for steps in side for step in steps] for side in sides]
+    return [*shown, (f"{len(rest):,} more", "", together)]
 
 
 def _show_latencies(console: "Console", found: dict[str, float]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from archnet.deploy.qonnx import QonnxWriter
 from archnet.deploy.writer import ExportError
 from archnet.errors import printable
+from archnet.hardware.onnx_file import check_amount
 from archnet.ops import Student
 
 
@@ -54,13 +55,12 @@ def load_session(
     options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         if isinstance(model, bytes):
-            properties = onnx.load_from_string(model).metadata_props
+            content = onnx.load_from_string(model)
         else:
-            properties = onnx.load(
-                model, format="protobuf", load_external_data=False
-            ).metadata_props
+            content = onnx.load(model, format="protobuf", load_external_data=False)
+        check_amount(content, name)  # It would inline functions for as long as it takes.
         without = []
-        if any((item.key, item.value) == ("form", "qdq") for item in properties):
+        if any((item.key, item.value) == ("form", "qdq") for item in content.metadata_props):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
             # It looks at every QuantizeLinear behind a Clip, and stops at 2 bits.
             without = ["ClipQuantRewrite"]

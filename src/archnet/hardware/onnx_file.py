@@ -126,7 +126,7 @@ def _check(model: onnx.ModelProto, name: str, folder: Path | None) -> None:
                 f"{name} is of opset {item.version}, and the onnx that is installed knows "
                 f"{newest}: pip install -U onnx, or export with an older opset"
             )
-    _check_amount(model, name)
+    check_amount(model, name)
     for container in _containers(model):
         ranks: dict[str, int] = {}
         if isinstance(container, onnx.GraphProto):
@@ -164,8 +164,12 @@ def _graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         yield from item.graphs
 
 
-def _check_amount(model: onnx.ModelProto, name: str) -> None:
-    """Refuse more nodes, or more bytes, than are read here once functions are inlined."""
+def check_amount(model: onnx.ModelProto, name: str) -> None:
+    """Refuse more nodes, or more bytes, than are read here once functions are inlined.
+
+    Raises:
+        AuditError: there are more, a function calls itself, or two have the same name.
+    """
     functions = {_key(item): item for item in model.functions}
     if len(functions) < len(model.functions):
         refuse(name, "two of its functions have the same name")

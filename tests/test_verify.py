@@ -345,6 +345,7 @@ def test_a_missing_extra_is_one_line(monkeypatch, tmp_path):
         return installed_version(package)
 
     monkeypatch.setattr(MODULE, "version", version)
+    monkeypatch.setattr("archnet.deploy.runtime.version", version)
     monkeypatch.setitem(sys.modules, "openvino", None)
     checks = by_name(verify(student_of(2, 4), images(2)))
     assert checks["qonnx"].summary() == {"skipped": "needs the extra: pip install 'archnet[qonnx]'"}

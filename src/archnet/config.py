@@ -229,8 +229,8 @@ class QuantConfig:
 
 
 # The operators of `arch5`, then what chips have beside them. `conv3x3`, `conv1x1` and
-# `maxpool2x2` are narrow forms of `conv` and `maxpool`, which take windows of any size; the rest is
-# element-wise or named as in ONNX.
+# `maxpool2x2` are narrow forms of `conv` and `maxpool`, which take windows of any size on two axes;
+# on one axis or three they are `conv1d` and `conv3d`. The rest is element-wise or named after ONNX.
 OPERATORS = (
     "conv3x3",
     "maxpool2x2",
@@ -276,7 +276,78 @@ OPERATORS = (
     "softplus",
     "depth_to_space",
     "space_to_depth",
+    "instancenorm",
+    "reduce_max",
+    "reduce_min",
+    "argmax",
+    "argmin",
+    "top_k",
+    "neg",
+    "floor",
+    "sin",
+    "cos",
+    "mod",
+    "swish",
+    "mish",
+    "log_softmax",
+    "lp_normalization",
+    "mean_variance_normalization",
+    "lrn",
+    "lstm",
+    "gru",
+    "greater",
+    "greater_or_equal",
+    "less",
+    "less_or_equal",
+    "and",
+    "or",
+    "not",
+    "tile",
+    "gather_elements",
+    "scatter_nd",
+    "reverse_sequence",
+    "resize_nearest",
+    "resize_linear",
+    "resize_cubic",
+    "roi_align_avg",
+    "roi_align_max",
+    "max_roi_pool",
+    "max_unpool",
+    "constant_of_shape",
+    "shape",
+    "size",
+    "conv1d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose3d",
+    "maxpool1d",
+    "maxpool3d",
+    "averagepool1d",
+    "averagepool3d",
 )
+# Those that no target here runs, as ONNX names them.
+# fmt: off
+ONNX_OPERATORS = (
+    "Acos", "Acosh", "AffineGrid", "Asin", "Asinh", "Atan", "Atanh", "Attention", "Bernoulli",
+    "BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor",
+    "BlackmanWindow", "CastLike", "CausalConvWithState", "Ceil", "Celu", "CenterCropPad",
+    "Col2Im", "Compress", "ConcatFromSequence", "Constant", "ConvInteger", "Cosh", "CumProd",
+    "CumSum", "DeformConv", "Det", "DFT", "DynamicQuantizeLinear", "Einsum", "EyeLike",
+    "GatherND", "GlobalLpPool", "GridSample", "GroupNormalization", "HammingWindow", "HannWindow",
+    "Hardmax", "If", "ImageDecoder", "IsInf", "IsNaN", "LinearAttention", "Loop", "LpPool",
+    "MatMulInteger", "Mean", "MelWeightMatrix", "Multinomial", "NegativeLogLikelihoodLoss",
+    "NonMaxSuppression", "NonZero", "OneHot", "Optional", "OptionalGetElement",
+    "OptionalHasElement", "QLinearConv", "QLinearMatMul", "RandomNormal", "RandomNormalLike",
+    "RandomUniform", "RandomUniformLike", "Range", "Reciprocal", "ReduceL1", "ReduceL2",
+    "ReduceLogSum", "ReduceLogSumExp", "ReduceProd", "ReduceSumSquare", "RegexFullMatch",
+    "RMSNormalization", "RNN", "RotaryEmbedding", "Round", "Scan", "ScatterElements", "Selu",
+    "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert",
+    "SequenceLength", "SequenceMap", "Shrink", "Sign", "Sinh", "SoftmaxCrossEntropyLoss",
+    "Softsign", "SplitToSequence", "STFT", "StringConcat", "StringNormalizer", "StringSplit",
+    "Sum", "SwiGLU", "Tan", "TensorScatter", "TfIdfVectorizer", "ThresholdedRelu", "Trilu",
+    "Unique", "Xor",
+)
+# fmt: on
 # Granularity of the scales of weights.
 SCALES = ("per_tensor", "per_channel")
 # Element types, as ONNX names them.
@@ -305,6 +376,10 @@ class HardwareConfig:
 
     name: str = "arch5"
     operators: list[str] = _choices(OPERATORS, *OPERATORS[:5])  # all that a network may contain
+    lacks: list[str] = _choices((*OPERATORS, *ONNX_OPERATORS))  # what its source says it lacks
+    # Whether it runs nothing but its operators, as a target does that is told in full; false: of
+    # what is in neither list nothing is stated, and an audit does not judge it.
+    complete: bool = True
     limits: dict[str, LimitsConfig] = field(default_factory=dict)  # of single operators, by name
     fc_per_position: bool = True  # a fully connected layer at every position is cheap here
     max_channels: int | None = _number(None, 1)  # widest map a convolution takes; null: no limit
@@ -483,6 +558,9 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
+MOST_TOLD = 60  # options that a message lists; of more, only the nearest
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """The option that looks most like ``word``; the first one when none does."""
     options = list(options)
@@ -582,6 +660,12 @@ def pair(weight_bits: int, act_bits: int) -> str:
 
 
 def _validate_hardware(hardware: HardwareConfig) -> None:
+    for operator in hardware.lacks:
+        if operator in hardware.operators:
+            raise ConfigError(
+                f"hardware.lacks={operator} is among hardware.operators as well: "
+                f"hardware={hardware.name} either runs it or lacks it"
+            )
     for operator in hardware.limits:
         if operator not in hardware.operators:
             key = f"hardware.limits.{operator}"
@@ -770,4 +854,5 @@ def _validate_plain(key: str, value: Any) -> None:
 
 def _not_among(key: str, value: str, options: Iterable[str]) -> str:
     options = list(options)
-    return f"{key}={value} is not one of {', '.join(options)}; nearest: {nearest(value, options)}"
+    told = "known" if len(options) > MOST_TOLD else f"one of {', '.join(options)}"
+    return f"{key}={value} is not {told}; nearest: {nearest(value, options)}"

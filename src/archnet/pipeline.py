@@ -477,7 +477,11 @@ def _export(this: Run, student: Student) -> dict[str, Any]:
 
 def _audit(this: Run) -> dict[str, Any]:
     audit = archnet.audit(this.folder.onnx, hardware=this.config.hardware)
-    return {"pure": audit.pure, "violations": [str(line) for line in audit.violations]}
+    return {
+        "pure": audit.pure,
+        "violations": [str(line) for line in audit.violations],
+        "not_judged": audit.summary()["not_judged"],
+    }
 
 
 def _parity(this: Run, student: Student) -> dict[str, Any]:
@@ -567,7 +571,11 @@ def _common_metrics(
             "error": finished["convert"].get("error"),
         },
         "cost": {key: finished["cost"][key] for key in ("macs", "bops", "weight_bytes")},
-        "audit": {key: finished["audit"][key] for key in ("pure", "violations")},
+        # A run that was audited by an older version knows nothing of the last.
+        "audit": {
+            **{key: finished["audit"][key] for key in ("pure", "violations")},
+            "not_judged": finished["audit"].get("not_judged", {}),
+        },
         "parity": {key: finished["parity"][key] for key in ("runtime", *parity)},
         "seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
         "device": device_name(config.trainer),

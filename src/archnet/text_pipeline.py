@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -413,7 +414,14 @@ def _export(this: TextRun, student: Student) -> dict[str, Any]:
 def _audit(this: TextRun) -> dict[str, Any]:
     audits = [archnet.audit(path, hardware=this.config.hardware) for path in files(this.folder)]
     lines = [str(line) for audit in audits for line in audit.violations]
-    return {"pure": all(audit.pure for audit in audits), "violations": lines}
+    not_judged: Counter[str] = Counter()
+    for audit in audits:
+        not_judged.update(audit.summary()["not_judged"])
+    return {
+        "pure": all(audit.pure for audit in audits),
+        "violations": lines,
+        "not_judged": dict(not_judged),
+    }
 
 
 def _parity(this: TextRun, student: Student) -> dict[str, Any]:

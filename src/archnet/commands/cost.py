@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from archnet.commands.folder import folder_arguments, open_folder
-from archnet.errors import ArchnetError
+from archnet.errors import ArchnetError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +20,8 @@ INPUT_HELP = (
 )
 HELP = "what a run's teacher and student cost, or an ONNX file: MACs, BOPs, bytes, cycles, latency"
 COLUMNS = ("MACs", "BOPs", "weights", "live", "cycles")
+# Rows of a table; of longer files the rest is in one row, and in the totals.
+MOST_ROWS = 1_000
 # Where the output is no terminal, the table is as wide as it needs to be.
 WIDTH = 150
 
@@ -111,11 +113,13 @@ def _file(
         raise ArchnetError(f"{path} is neither a run folder nor a file")
     given = input_shapes(options.input) if options.input is not None else None
     cost = onnx_cost(path, given)
-    layers = [(step.name, step.operator, [[step]]) for step in cost.steps]
-    _show(console, f"{path} (widths as stored)", layers, [("file", cost)], array)
+    layers = [(printable(step.name), printable(step.operator), [[step]]) for step in cost.steps]
+    _show(console, f"{printable(path, None)} (widths as stored)", layers, [("file", cost)], array)
     _say(console, f"  inputs: {_inputs(cost)}")
     if cost.unknown:
-        some = ", ".join(cost.unknown[:3]) + (", …" if len(cost.unknown) > 3 else "")
+        some = ", ".join(map(printable, cost.unknown[:3])) + (
+            ", …" if len(cost.unknown) > 3 else ""
+        )
         _say(console, f"  {len(cost.unknown):,} with unknown MACs: {some}; {_why(cost)}")
     elif cost.activation_bytes is None:
         _say(console, f"  the activations are unknown: a shape cannot be inferred; {_why(cost)}")
@@ -127,7 +131,9 @@ def _inputs(cost: "Cost[int | None]") -> str:
     """The shapes that the figures are for."""
     from archnet.hardware import sizes
 
-    text = ", ".join(f"{name} {sizes(shape) or 'one'}" for name, shape in cost.inputs.items())
+    text = ", ".join(
+        f"{printable(name)} {sizes(shape) or 'one'}" for name, shape in cost.inputs.items()
+    )
     return f"{text}; figures are for one sample of {cost.batch}" if cost.batch > 1 else text
 
 
@@ -186,11 +192,13 @@ def _show(
     array: "SystolicArray",
 ) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from archnet.hardware import cycles
     from archnet.report.table import amount
 
-    table = Table(title=title, title_justify="left", header_style="")
+    # Brackets in a path are no markup.
+    table = Table(title=Text(title), title_justify="left", header_style="")
     table.add_column("layer", overflow="fold")
     table.add_column("operators", overflow="fold")
     for name, _ in sides:
@@ -210,7 +218,7 @@ def _show(
         known = [figure for figure in figures if figure is not None]
         return "unknown" if len(known) < len(figures) else amount(combine([0, *known]), unit)
 
-    for name, operators, parts in layers:
+    for name, operators, parts in _shortened(layers):
         table.add_row(
             name,
             operators,
@@ -238,8 +246,20 @@ def _show(
             busy = cost.macs / (total * array.rows * array.columns)
             console.print(f"  {name}: {total:,} cycles, multipliers busy {busy:.0%}", markup=False)
         if cost.uncounted:
-            missing = ", ".join(f"{count:,} {what}" for what, count in cost.uncounted.items())
+            missing = ", ".join(
+                f"{count:,} {printable(what)}" for what, count in cost.uncounted.items()
+            )
             console.print(f"  {name}: not in these MACs: {missing}", markup=False, soft_wrap=True)
+
+
+def _shortened(layers: Sequence[Layer]) -> Sequence[Layer]:
+    """The first layers, and one that stands for the rest where there are too many."""
+    shown, rest = layers[:MOST_ROWS], layers[MOST_ROWS:]
+    if not rest:
+        return shown
+    sides = zip(*(parts for _, _, parts in rest), strict=True)
+    together = [[step for steps in side for step in steps] for side in sides]
+    return [*shown, (f"{len(rest):,} more", "", together)]
 
 
 def _show_latencies(console: "Console", found: dict[str, float]) -> None:

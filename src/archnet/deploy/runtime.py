@@ -1,7 +1,9 @@
 """Running an exported file, and comparing it with the student in PyTorch."""
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from archnet.deploy.qonnx import QonnxWriter
 from archnet.deploy.writer import ExportError
+from archnet.errors import printable
+from archnet.hardware.onnx_file import check_amount
 from archnet.ops import Student
 
 
@@ -40,24 +45,27 @@ def load_session(
     Raises:
         ExportError: the file is missing or broken, or holds an operator the runtime lacks.
     """
-    name = "the model" if isinstance(model, bytes) else os.fspath(model)
+    name = "the model" if isinstance(model, bytes) else printable(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    # It raises its errors, and would print them as well.
+    options.log_severity_level = 4
+    onnxruntime.set_default_logger_severity(4)
     # The default kernels on AVX2 add pairs of products in 16 bits, where 8-bit weights saturate.
     options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         if isinstance(model, bytes):
-            properties = onnx.load_from_string(model).metadata_props
+            content = onnx.load_from_string(model)
         else:
-            properties = onnx.load(name, load_external_data=False).metadata_props
+            content = onnx.load(model, format="protobuf", load_external_data=False)
+        check_amount(content, name)  # It would inline functions for as long as it takes.
         without = []
-        if any((item.key, item.value) == ("form", "qdq") for item in properties):
+        if any((item.key, item.value) == ("form", "qdq") for item in content.metadata_props):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
             # It looks at every QuantizeLinear behind a Clip, and stops at 2 bits.
             without = ["ClipQuantRewrite"]
         return onnxruntime.InferenceSession(
-            model if isinstance(model, bytes) else name,
+            model if isinstance(model, bytes) else os.fspath(model),
             options,
             providers=["CPUExecutionProvider"],
             disabled_optimizers=without,
@@ -116,13 +124,52 @@ def compile_openvino(content: bytes, exact: bool = False) -> Any:
         raise ExportError(f"OpenVINO cannot compile the model: {_first_line(error)}") from error
 
 
+def run_qonnx(
+    model: onnx.ModelProto, images: NDArray[np.float32], tensors: Sequence[str]
+) -> dict[str, NDArray[Any]]:
+    """A model with Quant nodes in the executor of the package qonnx, which is an extra.
+
+    Args:
+        model: with one input.
+        images: (B, C, H, W).
+        tensors: names of values to give beside the output.
+
+    Returns:
+        The output and the values ``tensors``, by name.
+    """
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.core.onnx_exec import execute_onnx
+    from qonnx.transformation.infer_shapes import InferShapes
+
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    # Its executor wants every shape, the batch included.
+    for item in (*fixed.graph.input, *fixed.graph.output):
+        item.type.tensor_type.shape.dim[0].dim_value = len(images)
+    wrapped = ModelWrapper(fixed).transform(InferShapes())
+    feed = {fixed.graph.input[0].name: images}
+    found = execute_onnx(wrapped, feed, return_full_exec_context=True)
+    return {name: found[name] for name in (fixed.graph.output[0].name, *tensors)}
+
+
+def missing_extra(package: str) -> str:
+    """Why a runtime cannot be used; "" where it can."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return f"needs the extra: pip install 'archnet[{package}]'"
+    return ""
+
+
 def parity(
     student: Student,
     path: str | os.PathLike[str],
     inputs: Tensor,
     batch_size: int = 64,
 ) -> Parity:
-    """Run the student in PyTorch and its file in ONNX Runtime on the same inputs.
+    """Run the student in PyTorch and its file on the same inputs.
+
+    The file runs in ONNX Runtime; one of form qonnx in the package qonnx, node by node and slowly.
 
     Args:
         student: the student that was exported.
@@ -137,7 +184,7 @@ def parity(
     Raises:
         ExportError: the file cannot be loaded or run, or is that of another network.
     """
-    session = load_session(path)
+    runtime, run = _runner(path)
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     was_training = student.training
     student.eval()
@@ -146,10 +193,10 @@ def parity(
         with torch.no_grad():
             for batch in inputs.split(batch_size):
                 expected = student(batch.to(device)).cpu().numpy()
-                found = run_session(session, batch.cpu().numpy(), os.fspath(path))[0]
+                found = run(batch.cpu().numpy())
                 if found.shape != expected.shape:
                     raise ExportError(
-                        f"{path} gives {found.shape}, the student {expected.shape}: "
+                        f"{printable(path)} gives {found.shape}, the student {expected.shape}: "
                         "it is another student's file"
                     )
                 # Unlike max(), np.maximum keeps a NaN.
@@ -158,7 +205,36 @@ def parity(
                 mismatches, count = mismatches + int(differs.sum()), count + differs.size
     finally:
         student.train(was_training)
-    return Parity(f"onnxruntime {onnxruntime.__version__}", difference, mismatches, count)
+    return Parity(f"{runtime} {version(runtime)}", difference, mismatches, count)
+
+
+def _runner(
+    path: str | os.PathLike[str],
+) -> tuple[str, Callable[[NDArray[np.float32]], NDArray[Any]]]:
+    """The package that runs a file, and how: images to the file's first output."""
+    name = printable(os.fspath(path))
+    model = _load(path)
+    if not any(node.domain == QonnxWriter.domain for node in model.graph.node):
+        session = load_session(path)
+        return "onnxruntime", lambda images: run_session(session, images, name)[0]
+    if missing := missing_extra("qonnx"):
+        raise ExportError(f"{name} is of form qonnx, which {missing}")
+
+    def run(images: NDArray[np.float32]) -> NDArray[Any]:
+        try:
+            return run_qonnx(model, images, [])[model.graph.output[0].name]
+        except Exception as error:  # It raises whatever its operators raise.
+            raise ExportError(f"qonnx cannot run {name}: {_first_line(error)}") from error
+
+    return "qonnx", run
+
+
+def _load(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """A model as it stands in its file, without data beside it."""
+    try:
+        return onnx.load(path, format="protobuf", load_external_data=False)
+    except Exception as error:  # The exceptions of protobuf have no common base.
+        raise ExportError(f"cannot read {printable(path)}: {_first_line(error)}") from error
 
 
 def changed(expected: NDArray[Any], found: NDArray[Any]) -> NDArray[np.bool_]:
@@ -171,4 +247,4 @@ def changed(expected: NDArray[Any], found: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0], 300)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from archnet.deploy.export import form_named, write
 from archnet.deploy.integer import IntegerModel, Integers, Kind, execute, lower
-from archnet.deploy.runtime import changed, compile_openvino, load_session, run_session
+from archnet.deploy.runtime import (
+    changed,
+    compile_openvino,
+    load_session,
+    missing_extra,
+    run_qonnx,
+    run_session,
+)
 from archnet.deploy.writer import ExportError, Transpose, Value
 from archnet.ops import Activation, Concat, LayoutMove, MaxPool2x2, Step, Student
 from archnet.quant import Quantizer
@@ -145,7 +152,7 @@ def verify(
     for name, runtime in RUNTIMES.items():
         if runtime.form not in forms:
             continue
-        missing = _missing(runtime.package)
+        missing = missing_extra(runtime.package)
         if missing:
             checks.append(Check(name, runtime.package, skipped=missing))
         else:
@@ -359,30 +366,12 @@ def _in_openvino(
     return dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True))
 
 
-def _in_qonnx(
-    model: onnx.ModelProto, images: NDArray[np.float32], tensors: Sequence[str]
-) -> Tensors:
-    from qonnx.core.modelwrapper import ModelWrapper
-    from qonnx.core.onnx_exec import execute_onnx
-    from qonnx.transformation.infer_shapes import InferShapes
-
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    # Its executor wants every shape, the batch included.
-    for item in (*fixed.graph.input, *fixed.graph.output):
-        item.type.tensor_type.shape.dim[0].dim_value = len(images)
-    wrapped = ModelWrapper(fixed).transform(InferShapes())
-    feed = {fixed.graph.input[0].name: images}
-    found = execute_onnx(wrapped, feed, return_full_exec_context=True)
-    return {name: found[name] for name in (fixed.graph.output[0].name, *tensors)}
-
-
 # How the forms are run that a runtime for Python exists for, by the name of the check.
 RUNTIMES: Mapping[str, _Runtime] = {
     "qcdq": _Runtime("qcdq", "onnxruntime", _in_onnxruntime),
     "qdq": _Runtime("qdq", "onnxruntime", _in_onnxruntime),
     # It executes node by node, each in a session of its own.
-    "qonnx": _Runtime("qonnx", "qonnx", _in_qonnx, limit=100),
+    "qonnx": _Runtime("qonnx", "qonnx", run_qonnx, limit=100),
     "openvino": _Runtime(
         "openvino",
         "openvino",
@@ -415,12 +404,3 @@ def _check_runnable(form: str) -> None:
     form_named(form)
     if form not in RUNNABLE:
         raise ExportError(f"form={form} is not run here; these are: {', '.join(RUNNABLE)}")
-
-
-def _missing(package: str) -> str:
-    """Why a runtime cannot be used; "" where it can."""
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return f"needs the extra: pip install 'archnet[{package}]'"
-    return ""

@@ -1,6 +1,6 @@
 """The hardware target: what it runs, what a network costs on it, and whether a file is pure."""
 
-from archnet.hardware.audit import Audit, AuditError, Violation, audit
+from archnet.hardware.audit import Audit, AuditError, NotJudged, Violation, audit, grouped
 from archnet.hardware.cost import Cost, Product, StepCost, student_cost, teacher_cost
 from archnet.hardware.cycles import DATAFLOWS, SystolicArray, cycles
 from archnet.hardware.layers import TargetError, check_layers, check_memory
@@ -14,6 +14,7 @@ __all__ = [
     "AuditError",
     "Cost",
     "Layer",
+    "NotJudged",
     "Product",
     "StepCost",
     "SystolicArray",
@@ -24,6 +25,7 @@ __all__ = [
     "check_layers",
     "check_memory",
     "cycles",
+    "grouped",
     "input_shapes",
     "onnx_cost",
     "sizes",

@@ -2,18 +2,20 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 
 from archnet.config import pair
+from archnet.errors import printable
+from archnet.hardware.onnx_file import AuditError
 from archnet.hardware.onnx_graph import (
     ACTIVATIONS,
     MOVES,
-    AuditError,
     OnnxGraph,
     attributes,
     is_quantization,
@@ -24,27 +26,42 @@ from archnet.hardware.onnx_graph import (
 )
 from archnet.hardware.onnx_inputs import Sizes
 from archnet.hardware.onnx_products import operands
-from archnet.hardware.target import Layer, Target
+from archnet.hardware.target import FORMS, Layer, Target, sizes
 
-__all__ = ["Audit", "AuditError", "Violation", "audit"]
+__all__ = ["Audit", "AuditError", "NotJudged", "Violation", "audit", "grouped"]
 
-# Operators that are what they are, whatever they read.
-PLAIN = {
+# What ONNX's operators are called in `archnet.config.OPERATORS`, where that takes no look at them.
+NAMES = {
+    "And": "and",
+    "ArgMax": "argmax",
+    "ArgMin": "argmin",
     "Concat": "concat",
+    "ConstantOfShape": "constant_of_shape",
+    "Cos": "cos",
     "Softmax": "softmax",
     "LayerNormalization": "layernorm",
+    "InstanceNormalization": "instancenorm",
+    "LRN": "lrn",
+    "LSTM": "lstm",
+    "GRU": "gru",
     "Sub": "sub",
     "Mul": "mul",
     "Div": "div",
+    "Mod": "mod",
     "Max": "maximum",
     "Min": "minimum",
     "Abs": "abs",
+    "Neg": "neg",
     "Exp": "exp",
     "Log": "log",
+    "Floor": "floor",
+    "Sin": "sin",
     "Sigmoid": "sigmoid",
     "Tanh": "tanh",
     "HardSigmoid": "hardsigmoid",
     "HardSwish": "hardswish",
+    "Swish": "swish",
+    "Mish": "mish",
     "Gelu": "gelu",
     "LeakyRelu": "leaky_relu",
     "PRelu": "prelu",
@@ -54,25 +71,51 @@ PLAIN = {
     "Pow": "pow",
     "Cast": "cast",
     "Equal": "equal",
+    "Greater": "greater",
+    "GreaterOrEqual": "greater_or_equal",
+    "Less": "less",
+    "LessOrEqual": "less_or_equal",
+    "LogSoftmax": "log_softmax",
+    "LpNormalization": "lp_normalization",
+    "MeanVarianceNormalization": "mean_variance_normalization",
+    "Not": "not",
+    "Or": "or",
     "Where": "where",
     "Expand": "expand",
+    "Tile": "tile",
+    "GatherElements": "gather_elements",
+    "ScatterND": "scatter_nd",
+    "ReverseSequence": "reverse_sequence",
+    "ReduceMax": "reduce_max",
+    "ReduceMin": "reduce_min",
     "ReduceSum": "reduce_sum",
     "Softplus": "softplus",
+    "TopK": "top_k",
+    "MaxRoiPool": "max_roi_pool",
+    "MaxUnpool": "max_unpool",
     "DepthToSpace": "depth_to_space",
     "SpaceToDepth": "space_to_depth",
 }
 
 
 @dataclass(frozen=True)
-class Violation:
-    """A node outside the target."""
+class Finding:
+    """A node, and what there is to say of it."""
 
     node: str
     operator: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.node} ({self.operator}): {self.reason}"
+        return printable(f"{self.node} ({self.operator}): {self.reason}", 400)
+
+
+class Violation(Finding):
+    """A node outside the target."""
+
+
+class NotJudged(Finding):
+    """A node of which the target's description does not say whether it runs."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +123,9 @@ class Audit:
     """What a file is made of.
 
     ``counts`` has the number of nodes of every operator of the target, and of activations;
-    ``moves`` lists the layout moves by type, which are allowed; ``violations`` is all the rest.
-    ``notes`` tell what could not be judged.
+    ``moves`` lists the layout moves by type, which are allowed; ``violations`` is what the target
+    does not run, ``not_judged`` what its description does not mention. ``notes`` tell what else
+    could not be judged.
     """
 
     target: str
@@ -89,9 +133,11 @@ class Audit:
     counts: dict[str, int]
     moves: dict[str, list[str]]
     notes: tuple[str, ...] = ()
+    not_judged: tuple[NotJudged, ...] = ()
 
     @property
     def pure(self) -> bool:
+        """Whether there is no violation: as far as judged, see ``not_judged``."""
         return not self.violations
 
     def summary(self) -> dict[str, Any]:
@@ -100,6 +146,7 @@ class Audit:
             "target": self.target,
             "pure": self.pure,
             "violations": [asdict(violation) for violation in self.violations],
+            "not_judged": dict(Counter(finding.operator for finding in self.not_judged)),
             "counts": dict(self.counts),
             "moves": {operator: len(names) for operator, names in self.moves.items()},
             "notes": list(self.notes),
@@ -107,10 +154,15 @@ class Audit:
 
     def groups(self) -> dict[tuple[str, str], list[str]]:
         """The names of the nodes outside the target, by their operator and what is wrong."""
-        found: dict[tuple[str, str], list[str]] = {}
-        for violation in self.violations:
-            found.setdefault((violation.operator, violation.reason), []).append(violation.node)
-        return found
+        return grouped(self.violations)
+
+
+def grouped(findings: Sequence[Finding]) -> dict[tuple[str, str], list[str]]:
+    """The names of nodes by their operator and what there is to say of them."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for finding in findings:
+        found.setdefault((finding.operator, finding.reason), []).append(finding.node)
+    return found
 
 
 def audit(
@@ -133,26 +185,38 @@ def audit(
     graph = open_graph(model, inputs)
     counts: dict[str, int] = {}
     moves: dict[str, list[str]] = {}
-    violations = []
+    violations, not_judged = [], []
     for node in graph.nodes:
         label = node.name or f"{node.op_type} -> {', '.join(node.output)}"
-        operator, reason = _judge(graph, node, target)
+        verdict = _judge(graph, node, target)
+        reason = verdict.reason if verdict.judged else ""
         reason = reason or next(_numbers(graph, node, target), "")
         if reason:
             violations.append(Violation(label, node.op_type, reason))
-        elif operator == "move":
+        elif not verdict.judged:
+            not_judged.append(NotJudged(label, operator_name(node), verdict.reason))
+        elif verdict.operator == "move":
             moves.setdefault(node.op_type, []).append(label)
         else:
-            counts[operator] = counts.get(operator, 0) + 1
-    return Audit(target.name, tuple(violations), counts, moves, tuple(_notes(graph, target)))
+            counts[verdict.operator] = counts.get(verdict.operator, 0) + 1
+    notes = tuple(_notes(graph, target))
+    return Audit(target.name, tuple(violations), counts, moves, notes, tuple(not_judged))
 
 
-Verdict = tuple[str, str]  # The operator that a node is, and what speaks against it ("" nothing).
-_JUDGES: dict[str, Callable[[OnnxGraph, onnx.NodeProto, Target], Verdict]] = {}
+class Verdict(NamedTuple):
+    """The operator that a node is, what speaks against it ("" nothing), and whether that counts."""
+
+    operator: str
+    reason: str = ""
+    judged: bool = True
 
 
-def _judges(*operators: str) -> Callable[..., Any]:
-    def register(judge: Callable[[OnnxGraph, onnx.NodeProto, Target], Verdict]) -> Any:
+Judge = Callable[[OnnxGraph, onnx.NodeProto, Target], Verdict]
+_JUDGES: dict[str, Judge] = {}
+
+
+def _judges(*operators: str) -> Callable[[Judge], Judge]:
+    def register(judge: Judge) -> Judge:
         _JUDGES.update(dict.fromkeys(operators, judge))
         return judge
 
@@ -162,9 +226,20 @@ def _judges(*operators: str) -> Callable[..., Any]:
 def _judge(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     if is_quantization(node):
         return _activation(graph, node, target)
-    if not is_standard(node) or node.op_type not in _JUDGES:
-        return "", f"{operator_name(node)} is not an operator of {target.name}"
-    return _JUDGES[node.op_type](graph, node, target)
+    if is_standard(node) and node.op_type in _JUDGES:
+        return _JUDGES[node.op_type](graph, node, target)
+    name = operator_name(node)
+    return _asked(target, Layer(NAMES.get(name, name)))
+
+
+def _asked(target: Target, layer: Layer) -> Verdict:
+    """What a target's description says of a layer."""
+    return Verdict(*target.judge(layer), target.states(layer))
+
+
+def _doubtful(target: Target, operator: str, reason: str) -> Verdict:
+    """What no description of a chip speaks of: outside of a target that is told in full."""
+    return Verdict(operator, reason, target.complete)
 
 
 def _notes(graph: OnnxGraph, target: Target) -> Iterator[str]:
@@ -183,14 +258,14 @@ def _notes(graph: OnnxGraph, target: Target) -> Iterator[str]:
 @_judges(*MOVES)
 def _move(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     if not all(graph.constant(node, index) for index in range(1, len(node.input))):
-        return "move", "its shape or its bounds are computed at run time"
-    return "move", ""
+        return _doubtful(target, "move", "its shape or its bounds are computed at run time")
+    return Verdict("move")
 
 
 @_judges("Gather")
 def _gather(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     """With constant indices it moves values; else it looks them up."""
-    return ("move", "") if graph.constant(node, 1) else target.judge(Layer("gather"))
+    return Verdict("move") if graph.constant(node, 1) else _asked(target, Layer("gather"))
 
 
 @_judges("Dropout")
@@ -198,42 +273,53 @@ def _dropout(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     """Outside of training it is the identity."""
     mode = node.input[2] if len(node.input) > 2 else ""
     value = graph.stored_value(mode) if mode else np.False_
-    if value is None or bool(value):
-        return "", "it is in training mode, or may be"
-    return "move", ""
+    if value is None or value.size != 1 or bool(value):
+        return _doubtful(target, "move", "it is in training mode, or may be")
+    return Verdict("move")
 
 
 @_judges("Shape", "Size")
 def _shape(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
-    return "", "it reads a size that the file leaves open, or that depends on the data"
+    operator, reason, judged = _asked(target, Layer(node.op_type.lower()))
+    if reason and judged:
+        reason = "it reads a size that the file leaves open, or that depends on the data"
+    return Verdict(operator, reason, judged)
 
 
 @_judges(*ACTIVATIONS)
 def _activation(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     if not all(graph.constant(node, index) for index in range(1, len(node.input))):
-        return "activation", "its bounds or its scale are computed at run time"
-    return "activation", ""
+        return _doubtful(target, "activation", "its bounds or its scale are computed at run time")
+    return Verdict("activation")
 
 
 @_judges("Conv", "ConvTranspose")
 def _convolution(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
+    kind = "conv" if node.op_type == "Conv" else "conv_transpose"
     weight = graph.shape(node, 1)
     if not (graph.constant(node, 1) and graph.constant(node, 2)) or weight is None:
-        return "", "its weight or bias is computed at run time"
-    stated = attributes(node)
-    groups = int(stated.get("group", 1))
+        return _doubtful(target, kind, "its weight or bias is computed at run time")
+    if len(weight) < 3:
+        return Verdict(kind, f"its weight is {sizes(weight) or 'one number'}, no kernel")
+    groups = int(attributes(node).get("group", 1))
     # (O, I / groups, ...), transposed (I, O / groups, ...).
     outer, inner = (size or 0 for size in weight[:2])
-    kind = "conv" if node.op_type == "Conv" else "conv_transpose"
-    return target.judge(
+    kernel = tuple(size or 0 for size in weight[2:])
+    return _asked(
+        target,
         Layer(
-            kind,
-            **_window(node, tuple(size or 0 for size in weight[2:])),
+            _on_axes(kind, len(kernel)),
+            **_window(node, kernel),
             groups=groups,
             channels=max(outer, inner * groups),
             weight_sum=_weight_sum(graph, node.input[1], 0) if kind == "conv" else None,
-        )
+        ),
     )
+
+
+def _on_axes(kind: str, axes: int) -> str:
+    """A kind of layer with a window, by the number of axes that the window has: conv3d."""
+    return kind if axes == 2 else f"{kind}{axes}d"
 
 
 def _window(node: onnx.NodeProto, kernel: tuple[int, ...]) -> dict[str, Any]:
@@ -254,79 +340,113 @@ def _weight_sum(graph: OnnxGraph, name: str, axis: int) -> int | None:
     if values is None or values.dtype.kind not in "iu" or values.ndim < 2:
         return None
     rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
-    return int(np.abs(rows.astype(np.int64)).sum(1).max())
+    return int(np.abs(rows.astype(np.int64)).sum(1).max(initial=0))
 
 
-@_judges("MaxPool", "AveragePool", "GlobalAveragePool")
+_POOLS = {
+    "MaxPool": "maxpool",
+    "GlobalMaxPool": "maxpool",
+    "AveragePool": "averagepool",
+    "GlobalAveragePool": "averagepool",
+}
+
+
+@_judges(*_POOLS)
 def _pool(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
-    if node.op_type == "GlobalAveragePool":
-        shape = graph.shape(node, 0) or ()
-        return target.judge(Layer("averagepool", kernel=tuple(size or 1 for size in shape[2:])))
-    kind = "maxpool" if node.op_type == "MaxPool" else "averagepool"
-    if len(node.output) > 1:
-        return kind, "it gives indices as well"
-    return target.judge(Layer(kind, **_window(node, tuple(attributes(node)["kernel_shape"]))))
+    kind = _POOLS[node.op_type]
+    if not node.op_type.startswith("Global"):
+        kernel = tuple(attributes(node)["kernel_shape"])
+        if len(node.output) > 1:
+            return _doubtful(target, kind, "it gives indices as well")
+        return _asked(target, Layer(_on_axes(kind, len(kernel)), **_window(node, kernel)))
+    shape = graph.shape(node, 0)
+    if shape is None or len(shape) < 3:
+        return Verdict(kind, "the size of its window is not known", False)
+    ones = (1,) * len(shape[2:])
+    layer = Layer(_on_axes(kind, len(ones)), tuple(size or 1 for size in shape[2:]), ones, ones)
+    bounded = target.complete or target.limits.get(kind)
+    if None in shape[2:] and bounded and kind in (*FORMS, *target.operators):
+        return _doubtful(target, kind, "the size of its window is not known")
+    return _asked(target, layer)
+
+
+@_judges("Resize", "Upsample")
+def _resize(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
+    mode = attributes(node).get("mode", b"nearest").decode(errors="replace")
+    verdict, shape = _asked(target, Layer(f"resize_{mode}")), graph.shape(node, 0)
+    if verdict.reason:
+        return verdict
+    if shape is None or len(shape) != 4:
+        reason = "it resizes other axes than height and width, or may"
+        return _doubtful(target, verdict.operator, reason)
+    if not all(graph.constant(node, index) for index in range(1, len(node.input))):
+        return _doubtful(target, verdict.operator, "its size is computed at run time")
+    return verdict
+
+
+@_judges("RoiAlign")
+def _region(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
+    mode = attributes(node).get("mode", b"avg").decode(errors="replace")
+    return _asked(target, Layer(f"roi_align_{mode}"))
 
 
 @_judges("ReduceMean")
 def _mean(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     if not graph.constant(node, 1):
-        return "mean", "its axes are computed at run time"
-    return target.judge(Layer("mean"))
+        return _doubtful(target, "mean", "its axes are computed at run time")
+    return _asked(target, Layer("mean"))
 
 
 @_judges("BatchNormalization")
 def _batch_norm(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     if not all(graph.constant(node, index) for index in range(1, 5)):
-        return "batchnorm", "its statistics are computed at run time"
+        return _doubtful(target, "batchnorm", "its statistics are computed at run time")
     if attributes(node).get("training_mode", 0):
-        return "batchnorm", "it is in training mode"
-    return target.judge(Layer("batchnorm"))
-
-
-@_judges(*PLAIN)
-def _plain(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
-    return target.judge(Layer(PLAIN[node.op_type]))
+        return _doubtful(target, "batchnorm", "it is in training mode")
+    return _asked(target, Layer("batchnorm"))
 
 
 @_judges("Gemm", "MatMul")
 def _fully_connected(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     constant = [graph.constant(node, index) for index in (0, 1)]
     if not any(constant):
-        return target.judge(Layer("matmul"))
+        return _asked(target, Layer("matmul"))
     if not graph.constant(node, 2) or not _is_vector(graph.shape(node, 2)):
-        return "fully_connected", "its bias is no constant vector"
+        return _doubtful(target, "fully_connected", "its bias is no constant vector")
     weight, features = (0, 1) if constant[0] else (1, 0)
     shape = graph.shape(node, weight) or ()
     if len(shape) > 2:
-        return "fully_connected", "its weight differs from position to position"
+        reason = "its weight differs from position to position"
+        return _doubtful(target, "fully_connected", reason)
     outputs = int(attributes(node).get("transB", 0) == 0) if weight == 1 else 0
     layer = Layer(
         "fully_connected",
         channels=max((size or 1 for size in shape), default=1),
         weight_sum=_weight_sum(graph, node.input[weight], outputs),
     )
-    operator, reason = target.judge(layer)
-    if reason or target.fc_per_position:
-        return operator, reason
+    verdict = _asked(target, layer)
+    if verdict.reason or target.fc_per_position:
+        return verdict
     read_shape = graph.shape(node, features)
     if read_shape is None or len(read_shape) != 2 or read_shape[0] != graph.batch:
         known = "several rows" if read_shape else "values of unknown shape"
-        return operator, f"it reads {known}; {target.name} wants one row for each sample"
-    return operator, ""
+        reason = f"it reads {known}; {target.name} wants one row for each sample"
+        return Verdict(verdict.operator, reason)
+    return verdict
 
 
 @_judges("Add")
 def _add(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     constant = [graph.constant(node, index) for index in (0, 1)]
     if any(constant) and _is_bias(graph, node, constant.index(True)):
-        return "bias", ""
-    operator, reason = target.judge(Layer("add"))
-    if not reason:
-        return operator, ""
+        return Verdict("bias")
+    verdict = _asked(target, Layer("add"))
+    if not verdict.reason or not verdict.judged:
+        return verdict
     if any(constant):
-        return "", "addition of a constant that is no bias right behind a MatMul with a weight"
-    return "", "addition of two activations"
+        reason = "addition of a constant that is no bias right behind a MatMul with a weight"
+        return Verdict("add", reason)
+    return Verdict("add", "addition of two activations")
 
 
 def _is_bias(graph: OnnxGraph, node: onnx.NodeProto, index: int) -> bool:

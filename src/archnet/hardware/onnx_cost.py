@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import onnx
 
 from archnet.hardware.cost import FLOAT_BITS, Cost, StepCost, live_bytes
+from archnet.hardware.onnx_file import AuditError, bodies, name_of, refuse
 from archnet.hardware.onnx_graph import (
     ACTIVATIONS,
     MOVES,
     VIEWS,
-    AuditError,
     OnnxGraph,
     attributes,
-    bodies,
     is_activation,
     is_quantization,
     is_setting,
@@ -67,8 +66,7 @@ def onnx_cost(
     try:
         return _OnnxCost(graph).cost()
     except AuditError as error:
-        name = "the model" if isinstance(source, onnx.ModelProto) else os.fspath(source)
-        raise AuditError(f"{name} is no valid ONNX model: {error}") from None
+        refuse(name_of(source), str(error))
 
 
 class _OnnxCost:

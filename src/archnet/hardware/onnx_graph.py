@@ -1,17 +1,26 @@
 """An ONNX file as audit and cost read it: what computes at run time, and what is known before."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, inliner, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
+from archnet.hardware.onnx_file import (
+    AuditError,
+    bits_of,
+    bodies,
+    first_line,
+    load,
+    name_of,
+    refuse,
+)
 from archnet.hardware.onnx_infer import MICROSOFT, QUANT_DOMAINS, Inference
-from archnet.hardware.onnx_inputs import AuditError, Shape, Sizes, check_size, check_type, settle
+from archnet.hardware.onnx_inputs import Shape, Sizes, check_size, check_type, settle
 
 # What clips or rounds activations to a grid; it belongs to the operator before it.
 ACTIVATIONS = ("Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
@@ -53,36 +62,6 @@ _RANDOM = ("RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
 WIDTH_KEY = "bits"
 # Types of sizes, indices and conditions.
 _SETTINGS = ("INT32", "INT64", "UINT32", "UINT64", "BOOL", "STRING")
-# What functions of a file may expand to, and how deep they may call each other.
-_MAX_NODES, _MAX_DEPTH = 200_000, 200
-_PACKED_BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
-
-
-def read(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
-    """Load and check a model, and put its functions in the place of their calls.
-
-    Raises:
-        AuditError: the file is missing or no valid ONNX model.
-    """
-    name = _name(source)
-    try:
-        if isinstance(source, onnx.ModelProto):
-            model = onnx.ModelProto()
-            model.CopyFrom(source)
-            onnx.checker.check_model(model)
-        else:
-            # By path, so that weights beside the file are found and any size can be checked.
-            onnx.checker.check_model(name)
-            model = onnx.load(name, load_external_data=False)
-        if model.functions:
-            _check_functions(model)
-            model = inliner.inline_local_functions(model)
-        _check_text(model.graph)
-        return model
-    except OSError as error:
-        raise AuditError(f"cannot read {name}: {error.strerror or error}") from error
-    except Exception as error:  # The exceptions of onnx and of protobuf have no common base.
-        raise AuditError(f"{name} is no valid ONNX model: {_first_line(error)}") from error
 
 
 def open_graph(
@@ -98,19 +77,12 @@ def open_graph(
         AuditError: the file is missing or no valid ONNX model, or the sizes do not fit in it.
         ConfigError: a shape is not one that the file takes.
     """
-    model = read(source)
+    model = load(source)
     try:
+        _check_text(model.graph)
         return OnnxGraph(model, inputs)
     except AuditError as error:
-        raise AuditError(f"{_name(source)} is no valid ONNX model: {error}") from None
-
-
-def _name(source: str | os.PathLike[str] | onnx.ModelProto) -> str:
-    return "the model" if isinstance(source, onnx.ModelProto) else os.fspath(source)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        refuse(name_of(source), str(error))
 
 
 @dataclass(frozen=True)
@@ -217,7 +189,7 @@ class OnnxGraph:
         try:
             return np.asarray(numpy_helper.to_array(tensor))
         except Exception as error:  # Whatever NumPy says of data that does not fit its type.
-            raise AuditError(f"{tensor.name}: {_first_line(error)}") from error
+            raise AuditError(f"{tensor.name}: {first_line(error)}") from error
 
     def element_type(self, name: str) -> int:
         """The element type of a value; that of floats where it is not known."""
@@ -457,31 +429,6 @@ def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
         output.name = names.get(output.name, output.name)
 
 
-def _check_functions(model: onnx.ModelProto) -> None:
-    """Refuse functions that call themselves, or that expand to more nodes than can be read."""
-    functions = {(item.domain, item.name): item for item in model.functions}
-    sizes: dict[tuple[str, str], int] = {}
-
-    def expanded(nodes: Sequence[onnx.NodeProto], depth: int) -> int:
-        if depth > _MAX_DEPTH:
-            raise AuditError(f"its functions call each other more than {_MAX_DEPTH} deep")
-        total = 0
-        for node in nodes:
-            key = node.domain, node.op_type
-            if key in functions:
-                if key not in sizes:
-                    sizes[key] = expanded(functions[key].node, depth + 1)
-                total += sizes[key]
-            total += 1
-            for graph in bodies(node):
-                total += expanded(graph.node, depth + 1)
-        if total > _MAX_NODES:
-            raise AuditError(f"its functions expand to more than {_MAX_NODES:,} nodes")
-        return total
-
-    expanded(model.graph.node, 0)
-
-
 def _check_text(graph: onnx.GraphProto) -> None:
     """Refuse names that are no text: protobuf reads them as bytes."""
     described = (*graph.input, *graph.output, *graph.value_info)
@@ -495,15 +442,6 @@ def _check_text(graph: onnx.GraphProto) -> None:
             _check_text(body)
     if not all(isinstance(name, str) for name in names):
         raise AuditError("it has names that are not UTF-8")
-
-
-def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The graphs inside a node of control flow."""
-    for item in node.attribute:
-        if item.type == onnx.AttributeProto.GRAPH:
-            yield item.g
-        elif item.type == onnx.AttributeProto.GRAPHS:
-            yield from item.graphs
 
 
 def operator_name(node: onnx.NodeProto) -> str:
@@ -562,5 +500,4 @@ def type_bits(element_type: int) -> int:
     name = TensorProto.DataType.Name(element_type)
     if name == "UNDEFINED":
         return 32
-    dtype: Any = helper.tensor_dtype_to_np_dtype(element_type)
-    return _PACKED_BITS.get(name, 8 * dtype.itemsize)
+    return bits_of(element_type)

@@ -14,7 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, TypeProto, defs, helper, numpy_helper, shape_inference
 
-from archnet.hardware.onnx_inputs import AuditError, Shape, check_size, check_type
+from archnet.hardware.onnx_file import AuditError
+from archnet.hardware.onnx_inputs import Shape, check_size, check_type
 
 # Values of more elements are not computed: they are weights, not sizes.
 MAX_VALUES, MAX_FLOATS = 2**16, 64

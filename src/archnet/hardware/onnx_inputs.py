@@ -5,23 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
-from onnx import TensorProto
 
-from archnet.errors import ArchnetError, ConfigError
+from archnet.errors import ConfigError
+from archnet.hardware.onnx_file import MAX_ELEMENTS, TYPES, AuditError
 
 Shape = tuple[int | None, ...]
 Sizes = Mapping[str, Sequence[int]]
 
 MAX_SIZE = 2**31 - 1
-MAX_ELEMENTS = 2**48
-_TYPES = frozenset(TensorProto.DataType.values())
 # Names that exporters give to every axis they know nothing of: two alike need not be the same.
 _BATCH = re.compile(r"n|b|bs|.*batch.*", re.IGNORECASE)
 _NAMELESS = re.compile(r"\?|-1|None|unk__\d+|p2o\.DynamicDimension\.\d+|")
-
-
-class AuditError(ArchnetError):
-    """A file that cannot be judged, because it is no valid ONNX model."""
 
 
 def input_shapes(text: str) -> dict[str, tuple[int, ...]]:
@@ -159,7 +153,7 @@ def _axes(info: onnx.ValueInfoProto) -> tuple[int | str | None, ...]:
 
 def check_type(name: str, element_type: int) -> None:
     """Raise AuditError where an element type is none of ONNX's; 0 is one that is not stated."""
-    if element_type not in _TYPES:
+    if element_type not in TYPES:
         raise AuditError(f"{name} has the element type {element_type}, which ONNX has not")
 
 

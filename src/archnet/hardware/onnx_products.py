@@ -8,9 +8,9 @@ from typing import Any
 import onnx
 
 from archnet.hardware.cost import Product
-from archnet.hardware.onnx_graph import OnnxGraph, attributes, bodies, is_standard
+from archnet.hardware.onnx_file import AuditError, bodies
+from archnet.hardware.onnx_graph import OnnxGraph, attributes, is_standard
 from archnet.hardware.onnx_infer import MICROSOFT
-from archnet.hardware.onnx_inputs import AuditError
 
 # Operators of other makers whose names say that they multiply matrices.
 _MULTIPLIERS = ("attention", "conv", "einsum", "gemm", "gru", "lstm", "matmul", "moe", "rnn")

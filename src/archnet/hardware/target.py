@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -59,6 +60,8 @@ class Target:
 
     name: str
     operators: tuple[str, ...]
+    lacks: tuple[str, ...]
+    complete: bool
     limits: Mapping[str, LimitsConfig]
     fc_per_position: bool
     max_channels: int | None
@@ -97,13 +100,7 @@ class Target:
         if name not in known:
             near = (difflib.get_close_matches(name, known, 1, 0.0) or known)[0]
             raise ConfigError(f"hardware={name} is not one of {', '.join(known)}; nearest: {near}")
-        text = files("archnet.hardware").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-        try:
-            # What the file leaves out has the default of the schema.
-            tree = OmegaConf.merge(OmegaConf.structured(HardwareConfig), OmegaConf.create(text))
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"hardware={name}: {str(error).splitlines()[0]}") from error
-        return cls.of(OmegaConf.to_object(tree))
+        return _built_in(name)
 
     @classmethod
     def of(cls, hardware: Any) -> "Target":
@@ -121,15 +118,26 @@ class Target:
     def judge(self, layer: Layer) -> tuple[str, str]:
         """The operator that a layer is here, and the first thing that speaks against it ("")."""
         forms = FORMS.get(layer.kind, (layer.kind,))
-        tried = {form: _misfit(form, layer) for form in forms if form in self.operators}
-        for form, reason in tried.items():
-            if not reason:
+        misfits = {form: _misfit(form, layer) for form in forms}
+        for form in (form for form, misfit in misfits.items() if not misfit):
+            if form in self.lacks:
+                return form, f"{form} is not an operator of {self.name}"
+            if form in self.operators:
                 return form, next(self._beyond(form, layer), "")
         own = next((form for form in forms if WINDOWS.get(form) == layer.kernel), layer.kind)
+        if not self.complete:
+            return own, f"{own} is not in the description of {self.name}"
+        tried = {form: misfit for form, misfit in misfits.items() if form in self.operators}
         if tried and own in (layer.kind, *tried):
             closest = own if own in tried else next(iter(tried))
             return closest, tried[closest]
         return own, f"{own} is not an operator of {self.name}"
+
+    def states(self, layer: Layer) -> bool:
+        """Whether the description says if a layer runs, be it yes or no."""
+        named = (*self.operators, *self.lacks)
+        forms = FORMS.get(layer.kind, (layer.kind,))
+        return self.complete or any(form in named and not _misfit(form, layer) for form in forms)
 
     def _beyond(self, operator: str, layer: Layer) -> Iterator[str]:
         """Every limit that a layer exceeds, in words."""
@@ -165,6 +173,17 @@ class Target:
             yield f"magnitudes of weights add up to {layer.weight_sum}; {taken}"
 
 
+@cache
+def _built_in(name: str) -> Target:
+    text = files("archnet.hardware").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    try:
+        # What the file leaves out has the default of the schema.
+        tree = OmegaConf.merge(OmegaConf.structured(HardwareConfig), OmegaConf.create(text))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"hardware={name}: {str(error).splitlines()[0]}") from error
+    return Target.of(OmegaConf.to_object(tree))
+
+
 def sizes(shape: tuple[int | None, ...]) -> str:
     """3x3; what is not known is a question mark."""
     return "x".join("?" if size is None else str(size) for size in shape)
@@ -185,8 +204,6 @@ def _misfit(operator: str, layer: Layer) -> str:
             return f"dilations {list(layer.dilation)}"
         if layer.stride not in ((1, 1), (2, 2)):
             return f"strides {list(layer.stride)}"
-    elif len(layer.kernel) > 2:
-        return f"kernel {sizes(layer.kernel)}: a window on {len(layer.kernel)} axes"
     elif operator == "depthwise_conv" and (layer.groups == 1 or layer.groups != layer.channels):
         return "not depthwise"
     return ""

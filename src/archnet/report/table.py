@@ -86,7 +86,7 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if "widths" in quant:
         lines += [(what, "", counts) for what, counts in _widths(quant["widths"])]
     lines += [
-        ("audit of the file", "", "pure" if audit["pure"] else _count(audit["violations"])),
+        ("audit of the file", "", _audit(audit)),
         (f"parity with {parity['runtime']}", "", _parity(parity)),
         (f"unlabelled {kind}s", "", f"{data['unlabelled']:,}"),
         (f"{kind}-steps in training", "", f"{data[f'{kind}s_seen']:,}"),
@@ -142,8 +142,17 @@ def _widths(chosen: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return found
 
 
-def _count(violations: list[str]) -> str:
-    return f"{len(violations)} violation{'s' if len(violations) > 1 else ''}"
+def _audit(audit: Mapping[str, Any]) -> str:
+    violations, not_judged = audit["violations"], audit.get("not_judged", {})
+    if violations:
+        return f"{len(violations)} violation{'s' if len(violations) > 1 else ''}"
+    return f"pure as far as judged: {unjudged(not_judged)}" if not_judged else "pure"
+
+
+def unjudged(counts: Mapping[str, int]) -> str:
+    """What an audit did not judge, in words, from its number of nodes by operator."""
+    listed = ", ".join(f"{count} {printable(name)}" for name, count in counts.items())
+    return f"{listed} not judged"
 
 
 def _parity(parity: Mapping[str, Any]) -> str:

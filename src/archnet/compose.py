@@ -194,6 +194,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         options = error.options or []
+        if not group:
+            return ConfigError(f"--config-name={name}: there is no such file")
         if not options:
             return ConfigError(f"{group}={name}: conf/{group} has no such option")
         return ConfigError(
@@ -206,7 +208,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     line = said.splitlines()[0] if said.strip() else "this cannot be composed"
     if key and key.startswith("teacher.kwargs."):
         return ConfigError(f"{key} is a new argument: add it with +{key}=<value>")
-    if key is None and not any(text.lstrip("+~").partition("=")[0] in line for text in overrides):
+    keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
+    if key is None and keys and not any(name in line for name in keys):
         return ConfigError(f"{' '.join(overrides)}: {line}")
     given = [text for text in overrides if key and text.lstrip("+").startswith(f"{key}=")]
     return ConfigError(f"{given[0] if given else key}: {line}" if key else line)

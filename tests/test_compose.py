@@ -24,7 +24,7 @@ from conftest import CONF, ROOT
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 QUANTS = sorted(path.stem for path in (CONF / "quant").glob("*.yaml"))
-few = settings(max_examples=16, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 
 
 @cache
@@ -307,7 +307,7 @@ def test_random_command_lines_compose_or_end_in_one_line(
     import fuzz_overrides
 
     findings = []
-    for index in range(100):
+    for index in range(60):
         words = fuzz_overrides.words(1, index)
         kind, said = fuzz_overrides.outcome(words)
         if kind == "finding":

@@ -150,7 +150,8 @@ def _check_keys(overrides: Sequence[str]) -> None:
         if key.split(".")[0] in ("hydra", "experiment") or key.startswith("hydra/"):
             continue
         chosen = override.value()
-        if is_dataclass(_find(key)) and not isinstance(chosen, str | dict):
+        group = is_dataclass(_find(key)) and not override.is_delete()
+        if group and not isinstance(chosen, str | dict):
             raise ConfigError(f"{override.input_line}: {key} takes one option, or single keys")
         for name, value in settings(override):
             if type(value) in (int, float) and isinstance(_find(name), bool):
@@ -193,6 +194,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         options = error.options or []
+        if not group:
+            return ConfigError(f"--config-name={name}: there is no such file")
         if not options:
             return ConfigError(f"{group}={name}: conf/{group} has no such option")
         return ConfigError(
@@ -202,8 +205,11 @@ def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
     said = str(getattr(cause, "msg", None) or cause)
-    line = said.splitlines()[0] if said.strip() else f"{' '.join(overrides)} cannot be composed"
+    line = said.splitlines()[0] if said.strip() else "this cannot be composed"
     if key and key.startswith("teacher.kwargs."):
         return ConfigError(f"{key} is a new argument: add it with +{key}=<value>")
+    keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
+    if key is None and keys and not any(name in line for name in keys):
+        return ConfigError(f"{' '.join(overrides)}: {line}")
     given = [text for text in overrides if key and text.lstrip("+").startswith(f"{key}=")]
     return ConfigError(f"{given[0] if given else key}: {line}" if key else line)

@@ -236,8 +236,9 @@ def capture(teacher: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> 
             "(branches on tensor values have to leave the forward pass)"
         ) from error
     simplify(program)
+    graph = _read(program)
     require_same(frozen, program, examples)
-    return _read(program)
+    return graph
 
 
 def _view(teacher: nn.Module) -> nn.Module:

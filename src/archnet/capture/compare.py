@@ -125,11 +125,11 @@ def require_same(
         inputs = examples
         try:
             theirs = _results(network, inputs)
-        except Exception as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        except Exception as failure:
+            first_line = (str(failure).splitlines() or [type(failure).__name__])[0]
             raise CaptureError(
                 f"{type(network).__name__} fails on the example: {first_line}"
-            ) from error
+            ) from failure
     names = [node.name for node in program.graph.output_node().args[0]]
     found, _ = run(program, inputs, names)
     for name, wanted in zip(names, theirs, strict=True):

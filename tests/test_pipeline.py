@@ -56,6 +56,8 @@ def test_metrics_have_the_keys_of_the_design(finished: RunFolder) -> None:
         assert metrics["cost"][key]["teacher"] > 0
         assert metrics["cost"][key]["student"] > 0
     assert metrics["audit"] == {"pure": True, "violations": []}
+    assert metrics["conversion"]["approximate_rules"] == []
+    assert metrics["conversion"]["error"] <= 1e-4
     assert metrics["parity"]["runtime"].startswith("onnxruntime")
     assert metrics["parity"]["mismatches"] == 0
     assert metrics["data"]["unlabelled"] == 128
@@ -68,6 +70,7 @@ def test_metrics_have_the_keys_of_the_design(finished: RunFolder) -> None:
 def test_the_report_is_one_file_with_table_and_curves(finished: RunFolder) -> None:
     page = (finished.path / "report.html").read_text()
     assert "accuracy, points" in page
+    assert "relative error at conversion" in page
     assert "<svg" in page
     for outside in ("src=", 'href="http', "@import"):
         assert outside not in page

@@ -22,6 +22,7 @@ from rich.progress import Progress
 from torch import nn
 
 import archnet
+from archnet.capture.compare import difference
 from archnet.config import Config
 from archnet.convert import convert_translator, fit_norms, stepwise
 from archnet.deploy import OnnxTranslator, changed, export_translator
@@ -343,8 +344,14 @@ def _convert(this: TextRun) -> tuple[Student, dict[str, Any]]:
         ]
         tapped = TappedTeacher(this.teacher, [norm.path for norm in norms])
         unexplained = fit_norms(student, norms, lambda *inputs: tapped(*inputs)[0], fitting)
+        with torch.no_grad():
+            ours, theirs = student(*fitting[0]), tapped(*fitting[0])[1]
+        is_token = fitting[0][1] != 0
+        student.graph.error = difference(ours[is_token], theirs[is_token])
     widths = run_quant(config, student, batches, learned)
-    return student, {"norms_unexplained": unexplained, "mixed": widths}
+    facts: dict[str, Any] = {"norms_unexplained": unexplained, "mixed": widths}
+    # A student that was trained before is no longer what conversion made.
+    return student, facts if config.convert.student else {**facts, "error": student.graph.error}
 
 
 def distil(this: TextRun, student: Student, loggers: Any) -> dict[str, Any]:

@@ -630,3 +630,26 @@ def test_grids_that_training_found_are_kept_where_the_width_is(bits):
         kept = name in learned and quantizer.bits == learned[name].bits
         source = learned if kept else before
         assert torch.equal(quantizer.log_scale, source[name].log_scale), name
+
+
+# Numbers that are none ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_calibration_that_is_not_finite_is_named(value):
+    given = batches(3)
+    given[1][0, 0, 0, 0] = value
+    with pytest.raises(QuantizationError, match=r"calibration: \w+ of batch 1 has values"):
+        quantize(student(), 2, 4, given)
+    with pytest.raises(QuantizationError, match="calibration has no batch"):
+        quantize(student(), 2, 4, [])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_student_that_is_not_finite_is_named(name, value):
+    network = student()
+    step, module = next(iter(weighted(network).items()))
+    getattr(module, name).data.flatten()[0] = value
+    with pytest.raises(QuantizationError, match=rf"step {step}.*: its {name} is not finite"):
+        quantize(network, 2, 4, batches())

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from archnet.capture import capture
 from archnet.config import AugmentConfig, DataConfig, FitConfig, TaskConfig, TeacherConfig
+from archnet.errors import ArchnetError
 from archnet.tasks import ClassificationData
 from archnet.teachers import TeacherError, load_teacher
 from archnet.teachers.fit import teacher_folder, train_teacher
@@ -331,3 +333,75 @@ def test_a_loss_that_diverges_stops_and_keeps_the_last_checkpoint(tmp_path):
         train(teacher, checkpoint_every=1)
     folder = teacher_folder(digits_task(), teacher, 0)
     assert [file.name for file in folder.iterdir()] == ["last.ckpt"]
+
+
+# Wrappings, heads and numbers that are none ---------------------------------------------------
+
+
+class Ends(nn.Module):
+    """A classifier of digits that ends with ``head``."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.net, self.head = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), head
+
+    def forward(self, x):
+        return self.head(self.net(x))
+
+
+MADE = {
+    "plain": lambda: Ends(lambda y: y),
+    "wrapped": lambda: nn.DataParallel(torch.compile(Ends(lambda y: y))),
+    "in a mapping": lambda: Ends(lambda y: {"logits": y, "loss": None}),
+    "probabilities": lambda: Ends(lambda y: y.softmax(1)),
+    "decisions": lambda: Ends(lambda y: y.argmax(1)),
+}
+
+
+def made(kind):
+    return MADE[kind]()
+
+
+def from_here(kind, **options):
+    where = f"{__name__}:made"
+    return config("own", "custom", factory=where, kwargs={"kind": kind}, **options)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_teachers_of_others_are_unwrapped_and_filled(kind, tmp_path):
+    source = Ends(lambda y: y)
+    torch.save({f"module.{k}": v for k, v in source.state_dict().items()}, tmp_path / "a.pt")
+    model = load_teacher(from_here(kind, weights=str(tmp_path / "a.pt")), **DIGITS)
+    x = torch.randn(3, 1, 28, 28)
+    assert isinstance(model(x), torch.Tensor)
+    torch.testing.assert_close(capture(model, x).scores()(x), source(x))
+
+
+def test_several_results_and_other_classes_are_said(monkeypatch):
+    monkeypatch.setitem(MADE, "two", lambda: Ends(lambda y: {"a": y, "b": y + 1}))
+    monkeypatch.setitem(MADE, "five", lambda: Ends(lambda y: y[:, :5].argmax(1)))
+    with pytest.raises(TeacherError, match=r"teacher own: .* 2 values, result\['a'\]"):
+        load_teacher(from_here("two"), **DIGITS)
+    with pytest.raises(TeacherError, match=r"answers \(1, 5\) to one image"):
+        load_teacher(from_here("five"), **DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("features.0.weight", float("nan")),
+        ("features.1.running_mean", float("inf")),
+        ("features.1.running_var", -1.0),
+        ("linear.bias", float("-inf")),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(name, value, tmp_path):
+    state = load_teacher(config(), **DIGITS).state_dict()
+    state[name].flatten()[0] = value
+    torch.save(state, tmp_path / "broken.pt")
+    # Where a blank image hides it (a ReLU of minus infinity), conversion names it.
+    with pytest.raises(ArchnetError, match=f"{name} has"):
+        capture(
+            load_teacher(config(weights=str(tmp_path / "broken.pt")), **DIGITS),
+            torch.zeros(1, 1, 28, 28),
+        )

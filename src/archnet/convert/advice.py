@@ -138,7 +138,7 @@ FAMILIES: Sequence[Family] = (
         (
             *("rand", "randn", "rand_like", "randn_like", "randint_like", "bernoulli", "normal"),
             *("uniform", "multinomial", "poisson", "exponential", "random", "randperm"),
-            *("native_dropout", "gumbel_softmax", "feature_dropout", "randint", "cauchy"),
+            *("native_dropout", "gumbel_softmax", "randint", "cauchy"),
         ),
         "it draws random numbers, and a student has none: leave it out in eval mode (if "
         "self.training: ...)",
@@ -169,7 +169,7 @@ FAMILIES: Sequence[Family] = (
     ),
     Family(
         (
-            *("hardshrink", "tanhshrink", "logit", "softsign", "hardswish_backward", "logaddexp"),
+            *("hardshrink", "tanhshrink", "logit", "softsign", "logaddexp"),
             *("logaddexp2", "xlogy", "special_xlog1py"),
         ),
         "this activation has no form yet: write it with operators that have one (relu, clamp, "

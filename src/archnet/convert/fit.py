@@ -299,7 +299,7 @@ def _pursuit(
     # What rounding a row to 8 bits adds: rows whose weights nearly cancel would add too much.
     added = basis.shape[1] * (basis.abs().amax(1) * _LEVEL).square() / 12
     gram = gram + torch.diag(added + 1e-12)
-    ridge = 1e-9 * added.max()
+    ridge = 1e-9 * added.max() + 1e-18  # also where no row ever moves
 
     def best_beside(others: list[int]) -> tuple[int, float]:
         """The row that explains most of the energy beside the others, and how much all do."""

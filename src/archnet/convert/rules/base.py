@@ -392,8 +392,14 @@ def matrix_on(site: Site, value: Value, weight: Tensor, bias: Tensor) -> Form:
     return Form(shape, [term(site.builder.build(value), weight)], bias, axis=value.axis)
 
 
-def scaled_to_fit(site: Site, value: Value) -> Form:
+def scaled_to_fit(site: Site, value: Value) -> Value:
     """A x + b, for every channel the a and b that come nearest to the teacher (least squares)."""
+    if not value.shape:
+        one = site.builder.reshape(site.builder.build(value), (1,))
+        inner = replace(site, node=replace(site.node, shape=(1,)))
+        fitted = site.builder.build(scaled_to_fit(inner, one))
+        site.exact = inner.exact
+        return site.builder.reshape(fitted, ())
     x, wanted = rows(site.given(value), value.axis), rows(site.wanted(), value.axis)
     slopes, offset = regression([x], wanted)
     return as_form(value).affine(slopes[:, 0], offset)

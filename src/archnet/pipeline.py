@@ -240,7 +240,7 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
     finished = {}
 
     def look_at_teacher() -> dict[str, Any]:
-        return look(config, this.data, this.teacher, this.device)
+        return look(config, this.data, this.captured().scores(), this.device)
 
     def prepare() -> dict[str, Any]:
         student, widths = _convert(this)

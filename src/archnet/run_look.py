@@ -24,6 +24,12 @@ def look(
 ) -> dict[str, Any]:
     """Measure the teacher on validation images and say so; warn where it is near chance.
 
+    Args:
+        config: of the run.
+        data: the task.
+        teacher: gives class scores, (B, K).
+        device: where it runs.
+
     Returns:
         ``accuracy`` in points, None without labels, and how many ``images`` of which ``split``.
     """

@@ -69,8 +69,6 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
         raise
     except OSError as error:
         raise AuditError(f"cannot read {name}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise AuditError(f"{name} is no valid ONNX model: a name in it is no UTF-8") from error
     except Exception as error:  # The exceptions of onnx and of protobuf have no common base.
         refuse(name, first_line(error))
 
@@ -111,6 +109,9 @@ def _check(model: onnx.ModelProto, name: str, folder: Path | None) -> None:
                 f"{name} is of opset {item.version}, and the onnx that is installed knows "
                 f"{newest}: pip install -U onnx, or export with an older opset"
             )
+    for container in _containers(model):
+        if not all(isinstance(text, str) for text in _texts(container)):
+            refuse(name, "a name in it is no UTF-8")
     check_amount(model, name)
     for container in _containers(model):
         ranks: dict[str, int] = {}
@@ -130,6 +131,21 @@ def _check(model: onnx.ModelProto, name: str, folder: Path | None) -> None:
                     _check_type(item.i, f"{item.name} of {shown(node)}", name)
             if node.domain in _STANDARD and node.op_type in _WINDOWED:
                 _check_window(node, [ranks.get(item) for item in node.input], name)
+
+
+def _texts(container: Container) -> Iterator[object]:
+    """The names in a graph or a function; protobuf gives bytes for what is no text."""
+    if isinstance(container, onnx.FunctionProto):
+        yield from (container.name, container.domain, *container.input, *container.output)
+    else:
+        for item in (*container.input, *container.output, *container.value_info):
+            yield item.name
+            yield from (dim.dim_param for dim in item.type.tensor_type.shape.dim)
+        yield from (item.name for item in container.initializer)
+    for node in container.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (item.name for item in node.attribute)
+        yield from (text for item in node.metadata_props for text in (item.key, item.value))
 
 
 def _containers(model: onnx.ModelProto) -> Iterator[Container]:

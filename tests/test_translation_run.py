@@ -58,6 +58,7 @@ def test_a_run_leaves_figures_files_and_a_report(finished: RunFolder) -> None:
     assert parity["tokens_changed"] <= parity["tokens"] / 100
     assert metrics["student"]["signature"].startswith("nrefs:1|case:mixed")
     assert {"bleu", "chrf", "agreement"} <= set(metrics["student"])
+    assert metrics["conversion"]["error"] > 0
     assert metrics["data"]["unlabelled"] <= 300
     assert metrics["cost"]["weight_bytes"]["student"] < metrics["cost"]["weight_bytes"]["teacher"]
     for name in (

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 import archnet
 from archnet.capture import Batch, Ref, TeacherNode
 from archnet.convert import Approximation, ConversionError, convert
-from archnet.convert.advice import FAMILIES, no_rule, relative
+from archnet.convert.advice import FAMILIES, family_of, no_rule, relative
 from archnet.convert.builder import Builder
 from archnet.convert.rules import RULES, Rule
 from archnet.convert.rules.base import Site
+from archnet.coverage import measure
 from archnet.errors import ArchnetError
 from archnet.hardware import Target
 from archnet.quant import quantize
@@ -512,7 +513,7 @@ LINES = {
     "fft": (lambda x: torch.fft.fft2(x).abs(), r"fft_fft2.*x @ cosines"),
     "gather": (lambda x: x.gather(1, x.argmax(1, keepdim=True)), r"either for aten\.gather"),
     "grid": (lambda x: F.grid_sample(x, x[:, :2].permute(0, 2, 3, 1)),
-             r"grid_sampler.*\(ethos_u85, rk3588 run gather, but no student has it"),
+             r"grid_sampler.*\(ethos_u85, rk3588 run gather, but conversion does not keep it"),
     "3-D": (lambda x: F.conv3d(x[:, None], KERNEL[:1, :1, None]), r"conv3d.*\(1, k, k\)"),
     "embedding": (lambda x: F.embedding(x.long(), KERNEL[0, 0]), r"embedding.*one_hot @ weight"),
     "unknown": (lambda x: x.renorm(2, 1, 1.0), r"archnet\.convert\.rules\.RULES"),
@@ -600,10 +601,17 @@ def test_families_know_relatives_that_have_rules():
 
 
 def test_targets_are_named_that_run_an_operator_and_no_others():
-    for family in FAMILIES:
-        name = family.operators[0]
-        node = node_reading(f"aten.{name}" if "." in name else f"aten.{name}.default")
+    operators = {target: Target.named(target).operators for target in Target.names()}
+    for name in ("topk.default", "gather.default", "eq.Scalar", "pow.Tensor_Tensor"):
+        kind, node = family_of(f"aten.{name}").kind, node_reading(f"aten.{name}")
         line = no_rule({node.operator: [node]})
-        for target in Target.names():
-            runs = family.kind in Target.named(target).operators
-            assert (re.search(rf"\b{target}\b", line) is not None) == runs, (target, line)
+        for target, runs in operators.items():
+            assert (re.search(rf"\b{target}\b", line) is not None) == (kind in runs), line
+
+
+@pytest.mark.parametrize("name", ["max", "topk", "places"])
+def test_coverage_says_the_same(name):
+    network = Network(lambda m, x: LINES[name][0](x)).eval()
+    assert measure(network, [(4, 4, 4)], "arch5").stopped == the_line(
+        network, torch.rand(2, 4, 4, 4)
+    )

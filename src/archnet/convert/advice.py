@@ -305,10 +305,14 @@ def no_rule(missing: Mapping[str, Sequence[TeacherNode]]) -> str:
     """
     operator, *others = missing
     family = family_of(operator)
-    runs = [name for name in Target.names() if family.kind in Target.named(name).operators]
+    runs = family.kind and [
+        name for name in Target.names() if family.kind in Target.named(name).operators
+    ]
+    # Translation students alone have products of activations.
+    outside = " outside translation" if family.kind in ("matmul", "softmax") else ""
     kept = (
-        f" ({', '.join(runs)} {'run' if len(runs) > 1 else 'runs'} {family.kind}, but no student "
-        "has it: there it can stand beside the student)"
+        f" ({', '.join(runs)} {'run' if len(runs) > 1 else 'runs'} {family.kind}, but conversion "
+        f"does not keep it{outside}: there it can stand beside the student)"
         if runs
         else ""
     )

@@ -13,7 +13,6 @@ from onnx import TensorProto, helper, numpy_helper
 from archnet.hardware.onnx_file import (
     AuditError,
     bits_of,
-    bodies,
     first_line,
     load,
     name_of,
@@ -79,7 +78,6 @@ def open_graph(
     """
     model = load(source)
     try:
-        _check_text(model.graph)
         return OnnxGraph(model, inputs)
     except AuditError as error:
         refuse(name_of(source), str(error))
@@ -427,21 +425,6 @@ def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
                     _rename(nested, names)
     for output in graph.output:
         output.name = names.get(output.name, output.name)
-
-
-def _check_text(graph: onnx.GraphProto) -> None:
-    """Refuse names that are no text: protobuf reads them as bytes."""
-    described = (*graph.input, *graph.output, *graph.value_info)
-    names: list[Any] = [item.name for item in (*described, *graph.initializer)]
-    names += [dim.dim_param for item in described for dim in item.type.tensor_type.shape.dim]
-    for node in graph.node:
-        names += [node.op_type, node.domain, node.name, *node.input, *node.output]
-        names += [text for item in node.metadata_props for text in (item.key, item.value)]
-        names += [item.name for item in node.attribute]
-        for body in bodies(node):
-            _check_text(body)
-    if not all(isinstance(name, str) for name in names):
-        raise AuditError("it has names that are not UTF-8")
 
 
 def operator_name(node: onnx.NodeProto) -> str:

@@ -25,19 +25,19 @@ from archnet.convert.rules.base import (
 )
 
 
-@rule("aten.relu.default", "aten.relu_.default")
+@rule("aten.relu.default")
 def relu(site: Site) -> Value:
     """Y = max(x, 0)."""
     return site.builder.activation(site.feature("self"), 0.0, math.inf)
 
 
-@rule("aten.relu6.default", "aten.relu6_.default")
+@rule("aten.relu6.default")
 def relu6(site: Site) -> Value:
     """Y = min(max(x, 0), 6)."""
     return site.builder.activation(site.feature("self"), 0.0, 6.0)
 
 
-@rule("aten.hardtanh.default", "aten.hardtanh_.default")
+@rule("aten.hardtanh.default")
 def hardtanh(site: Site) -> Value:
     """Y = min(max(x, low), high); torch traces ReLU6 to it with 0 and 6."""
     low, high = site.argument("min_val"), site.argument("max_val")
@@ -46,11 +46,8 @@ def hardtanh(site: Site) -> Value:
 
 @rule(
     "aten.clamp.default",
-    "aten.clamp_.default",
     "aten.clamp_min.default",
-    "aten.clamp_min_.default",
     "aten.clamp_max.default",
-    "aten.clamp_max_.default",
     "aten.clamp.Tensor",
     "aten.clamp_min.Tensor",
     "aten.clamp_max.Tensor",
@@ -71,14 +68,14 @@ def clip(site: Site) -> Value:
     )
 
 
-@rule("aten.hardsigmoid.default", "aten.hardsigmoid_.default")
+@rule("aten.hardsigmoid.default")
 def hardsigmoid(site: Site) -> Value:
     """Y = min(max(x / 6 + 1/2, 0), 1): a scale and a shift that fold, and a clip."""
     line = site.form("self").affine(torch.tensor([1 / 6]).double(), torch.tensor([0.5]).double())
     return site.builder.activation(site.builder.build(line), 0.0, 1.0)
 
 
-@rule("aten.threshold.default", "aten.threshold_.default")
+@rule("aten.threshold.default")
 def threshold(site: Site) -> Value:
     """X where it is above t, else v: a clip where v is t, and else a jump."""
     low, value = float(site.argument("threshold")), float(site.argument("value"))
@@ -89,9 +86,7 @@ def threshold(site: Site) -> Value:
 
 @rule(
     "aten.leaky_relu.default",
-    "aten.leaky_relu_.default",
     "aten.rrelu.default",
-    "aten.rrelu_.default",
 )
 def leaky_relu(site: Site) -> Value:
     """Y = a x + (1 - a) max(x, 0): a ReLU and its own input, added.
@@ -120,7 +115,7 @@ def prelu(site: Site) -> Value:
     return Form(x.shape, [Carry(x, slopes), Carry(rectified, 1 - slopes)], axis=x.axis)
 
 
-@rule("aten.abs.default", "aten.abs_.default")
+@rule("aten.abs.default")
 def magnitude(site: Site) -> Value:
     """|x| = 2 max(x, 0) - x."""
     return absolute(site, site.feature("self"))
@@ -326,7 +321,6 @@ def _piecewise(builder: Builder, x: Feature, hinges: Hinges) -> Value:
 
 @rule(
     "aten.dropout.default",
-    "aten.dropout_.default",
     "aten.feature_dropout.default",
     "aten.alpha_dropout.default",
     "aten.feature_alpha_dropout.default",

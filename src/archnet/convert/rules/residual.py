@@ -23,9 +23,7 @@ from archnet.ops import Pad
 
 @rule(
     "aten.add.Tensor",
-    "aten.add_.Tensor",
     "aten.sub.Tensor",
-    "aten.sub_.Tensor",
     "aten.rsub.Scalar",
 )
 def addition(site: Site) -> Value:
@@ -101,7 +99,7 @@ def choice(site: Site) -> Value:
     return weighted_sum(site, items, [mask, 1 - mask])
 
 
-@rule("aten.mul.Tensor", "aten.mul_.Tensor", "aten.div.Tensor", "aten.div_.Tensor")
+@rule("aten.mul.Tensor", "aten.div.Tensor")
 def scaling(site: Site) -> Value:
     """Y = c x for a number or a constant tensor (layer scale): goes into the weights.
 

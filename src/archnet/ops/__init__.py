@@ -1,5 +1,6 @@
 """The five operators, their activation, layout moves, and the student made of them."""
 
+from archnet.ops.graph import NodeReport, Refinement, Step, StudentGraph, Tap
 from archnet.ops.layout import LayoutMove, Pad, Permute, Reshape, Slice
 from archnet.ops.operators import (
     Activation,
@@ -24,7 +25,7 @@ from archnet.ops.sequence import (
     Window,
 )
 from archnet.ops.stepwise import Stepwise
-from archnet.ops.student import NodeReport, Refinement, Step, Student, StudentGraph, Tap
+from archnet.ops.student import Student
 
 __all__ = [
     "Activation",

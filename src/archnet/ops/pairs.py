@@ -3,18 +3,16 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from archnet.ops.graph import Step
 from archnet.ops.layout import LayoutMove, Reshape
 from archnet.ops.operators import Activation, Concat, FullyConnected, MaxPooling
 from archnet.ops.piece import Piece
 from archnet.ops.tables import added
-
-if TYPE_CHECKING:
-    from archnet.ops.student import Step
 
 _PART = 2**17  # sums taken at a time on a CPU
 
@@ -22,7 +20,7 @@ _PART = 2**17  # sums taken at a time on a CPU
 class Copied(Piece):
     """A value of size one on ``axis`` that is concatenated with itself: a view."""
 
-    def __init__(self, step: "Step", axis: int) -> None:
+    def __init__(self, step: Step, axis: int) -> None:
         super().__init__((step.name,), step.inputs[:1])
         self.axis, self.count = axis, len(step.inputs)
 
@@ -32,7 +30,7 @@ class Copied(Piece):
 
 
 def copies(
-    steps: Sequence["Step"], operators: nn.ModuleDict, shapes: Mapping[str, tuple[int, ...]]
+    steps: Sequence[Step], operators: nn.ModuleDict, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Copied]:
     """Concatenations of one value with itself, by name."""
     found = {}
@@ -57,7 +55,7 @@ class _Hinges:
         shape: of the result.
     """
 
-    steps: tuple["Step", ...]
+    steps: tuple[Step, ...]
     lines: str
     act: str
     total: str
@@ -249,7 +247,7 @@ def _shared(ctx: Any, moved: Tensor, others: int) -> tuple[Tensor | None, ...]:
 
 
 def hinges_of_sums(
-    steps: Sequence["Step"], operators: nn.ModuleDict, shapes: Mapping[str, tuple[int, ...]]
+    steps: Sequence[Step], operators: nn.ModuleDict, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Bent]:
     """Constant layers that add hinges of a sum of values, by the name of the last step."""
     by_name = {step.name: step for step in steps}
@@ -262,8 +260,8 @@ def hinges_of_sums(
 
 
 def _found(
-    total: "Step",
-    by_name: Mapping[str, "Step"],
+    total: Step,
+    by_name: Mapping[str, Step],
     operators: nn.ModuleDict,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> _Hinges | None:
@@ -325,7 +323,7 @@ def _is_constant(module: nn.Module) -> bool:
     return isinstance(module, FullyConnected) and not module.trainable
 
 
-def _place(name: str, by_name: Mapping[str, "Step"], operators: nn.ModuleDict) -> str | None:
+def _place(name: str, by_name: Mapping[str, Step], operators: nn.ModuleDict) -> str | None:
     """The activation whose values arrive, only moved, at ``name``."""
     while name in by_name:
         step = by_name[name]

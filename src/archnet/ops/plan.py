@@ -3,24 +3,21 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archnet.ops.graph import Step
 from archnet.ops.layout import LayoutMove, Pad, Slice
 from archnet.ops.operators import Concat, FullyConnected
 from archnet.ops.pairs import copies, hinges_of_sums
 from archnet.ops.piece import Piece
 from archnet.ops.tables import functions_of_levels
 
-if TYPE_CHECKING:
-    from archnet.ops.student import Step
-
 
 def plan(
-    steps: Sequence["Step"],
+    steps: Sequence[Step],
     operators: nn.ModuleDict,
     shapes: Mapping[str, tuple[int, ...]],
     targets: Sequence[str],
@@ -92,7 +89,7 @@ class Split(Piece):
         return [operators[name](x) for name in self.names]
 
 
-def _parts(steps: Sequence["Step"], operators: nn.ModuleDict) -> dict[str, Split]:
+def _parts(steps: Sequence[Step], operators: nn.ModuleDict) -> dict[str, Split]:
     """Slices that follow one another on an axis, by the name of the first."""
     groups: dict[tuple[str, int], list[tuple[str, Slice]]] = {}
     for step in steps:
@@ -170,7 +167,7 @@ def _outputs(layer: nn.Module) -> int:
 
 
 def _convolved(
-    steps: Sequence["Step"], operators: nn.ModuleDict, windows: Mapping[str, Windows]
+    steps: Sequence[Step], operators: nn.ModuleDict, windows: Mapping[str, Windows]
 ) -> dict[str, Convolved]:
     """Layers on windows that are the lanes of one layer together, by the name of the first."""
     lanes: list[list[str]] = []
@@ -187,7 +184,7 @@ def _convolved(
 
 
 def _windows(
-    steps: Sequence["Step"],
+    steps: Sequence[Step],
     operators: nn.ModuleDict,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Windows]:
@@ -230,8 +227,8 @@ def _windows(
 
 
 def _places(
-    join: "Step",
-    by_name: Mapping[str, "Step"],
+    join: Step,
+    by_name: Mapping[str, Step],
     operators: nn.ModuleDict,
     shapes: Mapping[str, tuple[int, ...]],
     is_move: Callable[[str], bool],

@@ -11,17 +11,15 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from archnet.ops.graph import Step
 from archnet.ops.layout import LayoutMove, Pad
 from archnet.ops.operators import Activation, BatchNorm, Concat, FullyConnected
 from archnet.ops.piece import Piece
-
-if TYPE_CHECKING:
-    from archnet.ops.student import Step
 
 _PLACES = 2**18  # numbers in which a GPU adds up what belongs to the entries of a table
 _LARGEST = 2**22  # entries of a table that are told apart by half a step in single precision
@@ -42,7 +40,7 @@ class _Function:
             reshape.
     """
 
-    steps: tuple["Step", ...]
+    steps: tuple[Step, ...]
     source: str
     places: tuple[str, ...]
     shape: tuple[int, ...]
@@ -160,7 +158,7 @@ def added(index: Tensor, values: Tensor, count: int) -> Tensor:
 
 
 def functions_of_levels(
-    steps: Sequence["Step"], operators: nn.ModuleDict, shapes: Mapping[str, tuple[int, ...]]
+    steps: Sequence[Step], operators: nn.ModuleDict, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tabled]:
     """What constant layers, or else norms, make of single numbers, by the activation behind."""
     by_name = {step.name: step for step in steps}
@@ -188,8 +186,8 @@ def _alone(module: nn.Module) -> bool:
 
 
 def _function(
-    end: "Step",
-    by_name: Mapping[str, "Step"],
+    end: Step,
+    by_name: Mapping[str, Step],
     operators: nn.ModuleDict,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> _Function | None:
@@ -227,7 +225,7 @@ def _function(
     return _Function(steps, source, tuple(sorted(places)), shape, axis, place, order)
 
 
-def _source(end: "Step", by_name: Mapping[str, "Step"], operators: nn.ModuleDict) -> str | None:
+def _source(end: Step, by_name: Mapping[str, Step], operators: nn.ModuleDict) -> str | None:
     """The last value on a grid through which all goes that arrives at ``end``."""
     region: dict[str, None] = {}
     open_ = list(end.inputs)
@@ -248,7 +246,7 @@ def _source(end: "Step", by_name: Mapping[str, "Step"], operators: nn.ModuleDict
     return None
 
 
-def _is_place(step: "Step", by_name: Mapping[str, "Step"], operators: nn.ModuleDict) -> bool:
+def _is_place(step: Step, by_name: Mapping[str, Step], operators: nn.ModuleDict) -> bool:
     """Whether a step is an activation of something else than a norm."""
     if not isinstance(operators[step.name], Activation):
         return False
@@ -256,7 +254,7 @@ def _is_place(step: "Step", by_name: Mapping[str, "Step"], operators: nn.ModuleD
 
 
 def _computed(
-    step: "Step", by_name: Mapping[str, "Step"], operators: nn.ModuleDict
+    step: Step, by_name: Mapping[str, Step], operators: nn.ModuleDict
 ) -> nn.Module | None:
     """The operator whose result arrives, only moved, at a step; None where none is known."""
     name = step.inputs[0]
@@ -265,7 +263,7 @@ def _computed(
     return operators[name] if name in by_name else None
 
 
-def _grids(name: str, by_name: Mapping[str, "Step"], operators: nn.ModuleDict) -> set[str]:
+def _grids(name: str, by_name: Mapping[str, Step], operators: nn.ModuleDict) -> set[str]:
     """The activations whose values arrive at ``name`` only moved; none if others do as well."""
     if name not in by_name or not _alone(operators[name]):
         return set()
@@ -279,7 +277,7 @@ def _grids(name: str, by_name: Mapping[str, "Step"], operators: nn.ModuleDict) -
 
 
 def _behind(
-    source: str, end: "Step", by_name: Mapping[str, "Step"], within: Iterable[str] = ()
+    source: str, end: Step, by_name: Mapping[str, Step], within: Iterable[str] = ()
 ) -> set[str]:
     """The steps from which ``end`` follows, back to ``source``."""
     found, open_ = set(), [end.name]

@@ -1,0 +1,87 @@
+"""A student without its weights: its steps, its taps, and what became of the teacher's nodes."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator at work: reads ``inputs``, writes the value ``name``.
+
+    ``origin`` is the module path in the teacher that the step came from.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A pair of points whose features are compared: ``path`` in the teacher, ``value`` here.
+
+    ``node`` is the teacher's graph node that carries the feature. An ``inner`` one stands at the
+    output of an approximation inside a block: the block neither begins nor ends there.
+    """
+
+    path: str
+    node: str
+    value: str
+    inner: bool = False
+
+
+@dataclass
+class NodeReport:
+    """What became of one node of the teacher.
+
+    ``error`` of an approximation is |student - teacher| / |teacher| at its output, on the inputs
+    it was fitted to, before any training; the student's own input has the errors before it.
+    """
+
+    path: str
+    operator: str
+    rule: str
+    exact: bool
+    macs_before: int
+    macs_after: int
+    error: float | None = None
+
+
+@dataclass
+class Refinement:
+    """A node of the teacher that has a compact and a faithful form; together they are the curve of
+    error over cost, in the order in which a budget takes them.
+
+    ``compact`` and ``faithful`` are the errors |student - teacher| / |teacher| at the node's
+    output; ``cost`` is what the faithful form adds, with the layers that it alone needs, and
+    ``total`` the student's cost with this one and all before it, both as multiples of the
+    teacher's multiply-accumulates; ``taken`` says whether the student has the faithful form.
+    """
+
+    path: str
+    operator: str
+    compact: float
+    faithful: float
+    cost: float
+    total: float
+    taken: bool
+
+
+@dataclass
+class StudentGraph:
+    """The student without its weights: plain data.
+
+    ``indices`` are the inputs that hold token numbers or marks instead of features;
+    ``refinements`` are there where a budget has chosen between forms (`convert.max_macs`);
+    ``error`` is |student - teacher| / |teacher| at the output when the student was made, in floats
+    and before any training; None where they were not compared.
+    """
+
+    inputs: list[str]
+    output: str
+    steps: list[Step] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    taps: list[Tap] = field(default_factory=list)
+    report: list[NodeReport] = field(default_factory=list)
+    indices: list[str] = field(default_factory=list)
+    refinements: list[Refinement] = field(default_factory=list)
+    error: float | None = None

@@ -127,19 +127,15 @@ def average_pool(site: Site) -> Value:
     if even and not site.argument("ceil_mode"):
         divisor = float(override or kernel[0] * kernel[1])
         return _average_windows(site, feature, kernel, stride, padding, divisor)
-    return _over_positions(
-        site,
-        feature,
-        lambda x: F.avg_pool2d(
-            x,
-            kernel,
-            stride,
-            padding,
-            bool(site.argument("ceil_mode")),
-            bool(site.argument("count_include_pad")),
-            override,
-        ),
-    )
+    ceil, counts = bool(site.argument("ceil_mode")), bool(site.argument("count_include_pad"))
+    # A divisor is a number of rows times one of columns; one for all goes to the columns.
+    divisors = (1, override) if override else (None, None)
+
+    def along(axis: int, units: Tensor) -> Tensor:
+        size, step, pad = (kernel[axis], 1), (stride[axis], 1), (padding[axis], 0)
+        return F.avg_pool2d(units, size, step, pad, ceil, counts, divisors[axis])
+
+    return _over_positions(site, feature, along)
 
 
 @rule("aten.adaptive_avg_pool2d.default")
@@ -153,7 +149,9 @@ def adaptive_average_pool(site: Site) -> Value:
     if 1 not in size and rows % size[0] == 0 and columns % size[1] == 0:
         kernel = (rows // size[0], columns // size[1])
         return _average_windows(site, feature, kernel, kernel, (0, 0), float(kernel[0] * kernel[1]))
-    return _over_positions(site, feature, lambda x: F.adaptive_avg_pool2d(x, (size[0], size[1])))
+    return _over_positions(
+        site, feature, lambda axis, units: F.adaptive_avg_pool2d(units, (size[axis], 1))
+    )
 
 
 @rule("aten.mean.dim", "aten.sum.dim_IntList")
@@ -173,7 +171,8 @@ def summed(site: Site, feature: Feature, mean: bool = False) -> Feature:
     count = math.prod(feature.shape[axis - 1] for axis in axes)
     factor = 1 / count if mean else 1.0
     if feature.is_map and axes == [2, 3]:
-        pooled = _over_positions(site, feature, lambda x: factor * x.sum((2, 3), keepdim=True))
+        weight = torch.full((1, count), factor, dtype=torch.float64)
+        pooled = builder.over_positions(feature, weight, (1, 1))
         return builder.reshape(pooled, site.node.shape)
     rank = len(feature.shape) + 1
     order = (*(a for a in range(rank) if a not in axes), *axes)
@@ -190,13 +189,22 @@ def _map(site: Site) -> Feature:
     return site.builder.build(site.tagged("self", 1))
 
 
-def _over_positions(site: Site, feature: Feature, pool: Callable[[Tensor], Tensor]) -> Feature:
-    """Any pooling that is linear: its matrix is what it makes of the unit maps."""
-    rows, columns = feature.shape[1:]
-    units = torch.eye(rows * columns, dtype=torch.float64).reshape(-1, 1, rows, columns)
-    response = pool(units)
-    size = (response.shape[2], response.shape[3])
-    return site.builder.over_positions(feature, response.flatten(1).T, size)
+def _over_positions(
+    site: Site, feature: Feature, along: Callable[[int, Tensor], Tensor]
+) -> Feature:
+    """Any pooling that is linear and treats rows and columns alike: a constant matrix.
+
+    ``along`` pools one axis (0: rows, 1: columns) of unit maps (n, 1, n, 1); the matrix over all
+    positions is the Kronecker product of what it makes of both.
+    """
+    matrices = []
+    for axis, count in enumerate(feature.shape[1:]):
+        units = torch.eye(count, dtype=torch.float64)[:, None, :, None]
+        matrices.append(along(axis, units)[:, 0, :, 0].T.contiguous())
+    rows, columns = matrices
+    return site.builder.over_positions(
+        feature, torch.kron(rows, columns), (len(rows), len(columns))
+    )
 
 
 def _average_windows(

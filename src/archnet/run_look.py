@@ -27,7 +27,7 @@ def look(
     Args:
         config: of the run.
         data: the task.
-        teacher: gives class scores, (B, K).
+        teacher: gives class scores, (B, K); in eval mode.
         device: where it runs.
 
     Returns:
@@ -35,7 +35,7 @@ def look(
     """
     most = min(MOST_IMAGES, config.trainer.limit_eval or MOST_IMAGES)
     split, loader = data.look_loader()
-    teacher = teacher.to(device).eval()
+    teacher = teacher.to(device)
     answers, labels, count = [], [], 0
     with torch.inference_mode():
         for images_BCHW, labels_B in loader:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from archnet.errors import ConfigError
@@ -807,15 +807,15 @@ def _validate(node: Any, prefix: str) -> None:
 
 def _require_kind(key: str, value: Any, kind: Any) -> None:
     """Refuse a value that an interpolation took from a key of another kind."""
-    kinds = [each for each in get_args(kind) if each is not NoneType] or [kind]
-    whole = kinds[0] if get_origin(kind) in (Union, UnionType) else kind
-    container, members = get_origin(whole) or whole, get_args(whole)
-    allowed = (int, float) if container is float else (container,)
-    optional = NoneType in get_args(kind)
-    if not (isinstance(value, allowed) or (optional and value is None)):
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    containers = [get_origin(each) or each for each in kinds]
+    # A whole number is a number.
+    allowed = (*containers, int) if float in containers else tuple(containers)
+    members = next((get_args(each) for each in kinds if get_args(each)), ())
+    if not isinstance(value, allowed):
         wanted = kind.__name__ if isinstance(kind, type) and not members else kind
         raise ConfigError(f"{key} takes {wanted}, and is given {type(value).__name__}")
-    if container is list:
+    if list in containers:
         for member in value if isinstance(value, list) else ():
             _require_kind(key, member, members[0])
 

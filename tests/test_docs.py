@@ -23,12 +23,12 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Every command of README and docs, in blocks and in running text, as words.
+    """Every command of README and docs, in blocks and in the README's running text, as words.
 
     benchmarks/readme_commands.py runs those in blocks.
     """
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    lines += [x for text in DOCS for x in re.findall(r"`((?:python|archnet|make) [^`<…]+)`", text)]
+    lines += re.findall(r"`((?:python|archnet|make) [^`<…]+)`", README)
     return [shlex.split(line, comments=True) for line in lines]
 
 

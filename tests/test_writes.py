@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archnet.capture import CaptureError, capture
+from archnet.capture import CaptureError, capture, place
 from archnet.convert import ConversionError, convert
 from archnet.convert.rules import RULES, Rule
 from archnet.convert.rules.base import as_form
@@ -334,15 +334,21 @@ def by_feature(network, y):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (counted, r"aten\.add_\.Tensor at '' changes the network's own 'count'"),
-        (running, r"aten\.mul_\.Tensor at '' changes the network's own 'mean'"),
-        (diagonal, r"aten\.zero_\.default at '' writes through aten\.diagonal"),
-        (one_sample, r"aten\.fill_\.Tensor at '' writes to some samples"),
-        (next_sample, r"aten\.copy_\.default at '' writes to some samples"),
-        (overlapping, r"aten\.add_\.Tensor at '' writes to memory that it reads in another"),
-        (whole_by_part, r"aten\.mul_\.Tensor at '' writes to memory that it reads in another"),
-        (infinite, r"at '': writes numbers that are not finite"),
-        (by_feature, r"no rule for aten\.gt\.Scalar at ''"),
+        (counted, r"aten\.add_\.Tensor in the network itself changes the network's own 'count'"),
+        (running, r"aten\.mul_\.Tensor in the network itself changes the network's own 'mean'"),
+        (diagonal, r"aten\.zero_\.default in the network itself writes through aten\.diagonal"),
+        (one_sample, r"aten\.fill_\.Tensor in the network itself writes to some samples"),
+        (next_sample, r"aten\.copy_\.default in the network itself writes to some samples"),
+        (
+            overlapping,
+            r"aten\.add_\.Tensor in the network itself writes to memory that it reads in another",
+        ),
+        (
+            whole_by_part,
+            r"aten\.mul_\.Tensor in the network itself writes to memory that it reads in another",
+        ),
+        (infinite, r"in the network itself: writes numbers that are not finite"),
+        (by_feature, r"no rule for aten\.gt\.Scalar in the network itself"),
     ],
     ids=lambda item: getattr(item, "__name__", None),
 )
@@ -395,7 +401,7 @@ def test_an_exact_rule_that_is_off_by_a_hundredth_is_named(
     monkeypatch, operator, activation, path, example
 ) -> None:
     replace_rule(monkeypatch, operator, one_percent)
-    with pytest.raises(ConversionError, match=f"from {operator} at '{path}' on: .* is exact"):
+    with pytest.raises(ConversionError, match=f"from {operator} {place(path)} on: .* is exact"):
         convert(Blocks(activation), example(1, 3, 12, 12))
 
 
@@ -453,7 +459,7 @@ def test_a_forward_pass_that_draws_numbers_is_an_error() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + torch.randn(3, 1, 1)
 
-    with pytest.raises(CaptureError, match="another function than the network: relative error"):
+    with pytest.raises(CaptureError, match="draws random numbers in eval mode"):
         convert(Noisy(), torch.zeros(1, 3, 6, 6))
 
 

@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from archnet.capture.functional import states
+from archnet.capture.nodes import is_assertion, module_path, named_arguments, place
 from archnet.capture.unwrap import Call, InFloat32
 from archnet.errors import CaptureError
 
@@ -45,7 +46,10 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def run(
-    program: ExportedProgram, inputs: tuple[Tensor, ...], nodes: Collection[str] = ()
+    program: ExportedProgram,
+    inputs: tuple[Tensor, ...],
+    nodes: Collection[str] = (),
+    peeled: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], Any]:
     """The values of a program's nodes, by name, and its results; nothing else is held.
 
@@ -53,13 +57,14 @@ def run(
         program: of which no operator writes to its inputs.
         inputs: as many samples as it was captured with (2), unless it takes any number.
         nodes: whose values are asked for.
+        peeled: nodes that hand on what they read, as those of a head that was peeled.
     """
     own = states(program)
     places = [node.name for node in program.graph.nodes if node.op == "placeholder"]
     given = iter(inputs)
     values = [own[name] if name in own else next(given) for name in places]
     interpreter = _Watched(program.graph_module)
-    interpreter.found = dict.fromkeys(nodes)
+    interpreter.found, interpreter.peeled = dict.fromkeys(nodes), peeled
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         # What is drawn is drawn alike in every run.
         torch.manual_seed(0)
@@ -69,15 +74,20 @@ def run(
 
 class _Watched(torch.fx.Interpreter):
     found: dict[str, Any]
+    peeled: Collection[str]
 
     def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
+        if is_assertion(n):
+            return None
+        value = self.env[n.all_input_nodes[0]] if n.name in self.peeled else super().run_node(n)
         if n.name in self.found:
             self.found[n.name] = value
         return value
 
 
-def rounding(program: ExportedProgram, inputs: tuple[Tensor, ...], node: str) -> float:
+def rounding(
+    program: ExportedProgram, inputs: tuple[Tensor, ...], node: str, peeled: Collection[str] = ()
+) -> float:
     """How far a change of the inputs by a millionth of their size moves a node's value.
 
     Where differences are left of large numbers, rounding alone moves a result.
@@ -89,15 +99,19 @@ def rounding(program: ExportedProgram, inputs: tuple[Tensor, ...], node: str) ->
         else x
         for x in inputs
     )
-    ours, theirs = (run(program, x, [node])[0][node] for x in (moved, inputs))
+    ours, theirs = (run(program, x, [node], peeled)[0][node] for x in (moved, inputs))
     return difference(ours, theirs)
 
 
 def is_rounding(
-    error: float, program: ExportedProgram, inputs: tuple[Tensor, ...], node: str
+    error: float,
+    program: ExportedProgram,
+    inputs: tuple[Tensor, ...],
+    node: str,
+    peeled: Collection[str] = (),
 ) -> bool:
     """Whether rounding may be all of a relative error of a node's value."""
-    return error <= TOLERANCE or error <= 100 * rounding(program, inputs, node)
+    return error <= TOLERANCE or error <= 100 * rounding(program, inputs, node, peeled)
 
 
 def _results(network: nn.Module, call: Call, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -136,8 +150,23 @@ def require_same(network: nn.Module, program: ExportedProgram, call: Call) -> No
     for name, wanted in zip(names, theirs, strict=True):
         error = difference(found[name], wanted)
         if not is_rounding(error, program, inputs, name):
+            drawing = next(filter(_draws, program.graph.nodes), None)
+            if drawing is not None:
+                raise CaptureError(
+                    f"{drawing.target} {place(module_path(drawing))} draws random numbers in eval "
+                    "mode: write training=self.training for a dropout, dropout_p=0.0 for an "
+                    "attention, and make anything else that is drawn a buffer"
+                )
             raise CaptureError(
                 f"the captured {type(network).__name__} is another function than the network: "
                 f"relative error {error:.1e}. Does the forward pass draw random numbers, or keep "
                 "anything from call to call?"
             )
+
+
+def _draws(node: Node) -> bool:
+    """Whether an operator draws random numbers as it is called."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given = named_arguments(node)
+    return bool(given.get("train", True)) and bool(given.get("dropout_p", 1.0))

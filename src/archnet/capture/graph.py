@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from archnet.capture.compare import require_same
 from archnet.capture.functional import states
 from archnet.capture.head import peel
-from archnet.capture.nodes import module_path, named_arguments, place, stem
+from archnet.capture.nodes import is_assertion, module_path, named_arguments, place, stem
 from archnet.capture.simplify import simplify
 from archnet.capture.unwrap import (
     InFloat32,
@@ -177,6 +177,9 @@ class TeacherGraph:
         if missing:
             raise CaptureError(f"the captured teacher has no node {missing[0]}")
         for head in reversed(self.head):
+            for user in list(by_name[head.name].users):
+                if is_assertion(user):
+                    graph.erase_node(user)  # of the type that is no longer there
             by_name[head.name].replace_all_uses_with(by_name[head.refs()[0]])
             graph.erase_node(by_name[head.name])
         # torch.export returns the results as a tuple inside the output's single argument.

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 
@@ -29,3 +30,8 @@ def module_path(node: Node) -> str:
 def place(path: str) -> str:
     """Where a message says that an operator of a module is."""
     return f"at '{path}'" if path else "in the network itself"
+
+
+def is_assertion(node: Node) -> bool:
+    """Whether a node checks a tensor's type, as the export has seen it, and computes nothing."""
+    return node.target is torch.ops.aten._assert_tensor_metadata.default

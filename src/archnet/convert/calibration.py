@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archnet.capture import TeacherGraph, TeacherNode
+from archnet.capture.nodes import is_assertion
 from archnet.convert.builder import Builder, ConversionError
 from archnet.convert.feature import Carry, Feature, Form, Value
 from archnet.ops import Step
@@ -57,9 +58,15 @@ class Calibration:
                     current = next(self._nodes)
                 except StopIteration:
                     raise ConversionError(f"{node.name} was asked for too late") from None
-                if current.op in ("call_module", "output"):
+                if current.op in ("call_module", "output") or is_assertion(current):
                     continue  # checks of the export; nothing reads them
-                environment[current] = self._teacher.run_node(current)
+                # What was peeled hands on what it reads.
+                peeled = current.name in self._peeled
+                environment[current] = (
+                    environment[current.all_input_nodes[0]]
+                    if peeled
+                    else self._teacher.run_node(current)
+                )
                 for earlier in self._last.get(current, ()):
                     environment.pop(earlier, None)
         return node.batch.samples(environment[by_name[node.name]], node.shape).float().cpu()
@@ -72,6 +79,7 @@ class Calibration:
         self._teacher = torch.fx.Interpreter(module, garbage_collect_values=False)
         self._teacher.args_iter = iter([x.detach().to(device) for x in self.inputs])
         self._names = {node.name: node for node in module.graph.nodes}
+        self._peeled = {node.name for node in self._graph.head}
         self._nodes = iter(list(module.graph.nodes))
         reader: dict[torch.fx.Node, torch.fx.Node] = {}
         for node in module.graph.nodes:

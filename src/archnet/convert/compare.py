@@ -51,13 +51,14 @@ def compare(
     is_exact = graph.output in built.exact
     if is_exact:
         places.append(("", graph.output, student.graph.output))
-    theirs, _ = run(graph.program, inputs, [node for _, node, _ in places])
+    peeled = {node.name for node in graph.head}
+    theirs, _ = run(graph.program, inputs, [node for _, node, _ in places], peeled)
     ours = _values(student, inputs, [value for _, _, value in places])
     shapes = {node.name: node.shape for node in graph.nodes} | graph.inputs
     for path, node, value in places:
         wanted = batches[node].samples(theirs[node], shapes[node])
         error = difference(ours[value], wanted)
-        if not is_rounding(error, graph.program, inputs, node):
+        if not is_rounding(error, graph.program, inputs, node, peeled):
             search(inputs)
             where = f"at '{path}'" if path else "at its output"
             raise ConversionError(
@@ -70,7 +71,7 @@ def compare(
         return
     if calibration is not None and not graph.fixed_batch:
         inputs = tuple(x[:FITTED].to(y) for x, y in zip(calibration, examples, strict=True))
-    theirs, _ = run(graph.program, inputs, [graph.output])
+    theirs, _ = run(graph.program, inputs, [graph.output], peeled)
     ours = _values(student, inputs, [student.graph.output])
     student.graph.error = difference(ours[student.graph.output], theirs[graph.output])
     if not student.graph.error <= 1:

@@ -229,10 +229,11 @@ def _check(node: TeacherNode, value: Values, graph: TeacherGraph, fitting: Calib
     if isinstance(value, list) or node.batch.axis < 0 or not node.floating:
         return
     error = difference(fitting.value(value), fitting.target(node))
-    if not is_rounding(error, graph.program, fitting.inputs, node.name):
+    peeled = {head.name for head in graph.head}
+    if not is_rounding(error, graph.program, fitting.inputs, node.name, peeled):
         raise ConversionError(
-            f"the student is another function than the teacher from {node.operator} at "
-            f"'{node.path}' on: relative error {error:.1e}, although its rule "
+            f"the student is another function than the teacher from {node.operator} "
+            f"{node.place} on: relative error {error:.1e}, although its rule "
             f"({RULES[node.operator].name}) is exact. That is a fault of archnet: please report it "
             "with the network"
         )

@@ -357,10 +357,9 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str | Path) -> None
     ]
     mismatches += [f"{name}: not in the network" for name in state if name not in expected]
     if mismatches:
-        shown = "\n  ".join(mismatches[:_SHOWN_MISMATCHES])
+        shown = "; ".join(mismatches[:_SHOWN_MISMATCHES])
         raise TeacherError(
-            f"teacher.weights={origin} do not fit the network, {len(mismatches)} mismatches:\n"
-            f"  {shown}\n"
-            "Check teacher.name, teacher.kwargs and the number of classes."
+            f"teacher.weights={origin} do not fit the network, {len(mismatches)} mismatches: "
+            f"{shown}: check teacher.name, teacher.kwargs and the number of classes"
         )
     model.load_state_dict(state, strict=False)

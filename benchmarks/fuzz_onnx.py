@@ -833,12 +833,15 @@ def record(summary: Summary, seed: int) -> None:
         "date": date.today().isoformat(),
         "what": "mutated ONNX files through audit, cost, parity and the commands",
         "count": summary.count,
-        **{f"{kind}s" if kind in ("traceback", "hang") else kind: n for kind, n in counts.items()},
+        "tracebacks": counts["traceback"],
+        "hangs": counts["hang"],
+        "crashes": counts["crash"] + counts["memory"],
+        "executed": counts["executed"],
         "seconds": round(summary.seconds),
-        "seed": seed,
         "versions": "; ".join(
             f"{name} {version(name)}" for name in ("archnet", "onnx", "onnxruntime", "torch")
         ),
+        "seed": seed,
         "command": f"python benchmarks/fuzz_onnx.py --count {summary.count} --seed {seed}",
     }
     new = not RESULTS.exists()

@@ -342,7 +342,9 @@ def _without_writing(target: Any) -> tuple[Any, list[str]] | None:
     for overload in packet.overloads() if packet is not None else ():
         other = getattr(packet, overload)
         same = [(item.name, str(item.type)) for item in other._schema.arguments]
-        if same == wanted and not other._schema.is_mutable:
+        # A dropout's first argument has two names.
+        alike = len(same) == len(wanted) and same[0][1] == wanted[0][1]
+        if alike and same[1:] == wanted[1:] and not other._schema.is_mutable:
             return other, [item.name for item in schema.arguments if item.is_out]
     return None
 

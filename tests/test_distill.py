@@ -28,7 +28,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*exists and is not empty.*"),
 ]
 TRAINER = SimpleNamespace(
-    accelerator="cpu", devices=1, strategy="auto", precision="32-true", progress=False
+    accelerator="cpu",
+    devices=1,
+    strategy="auto",
+    precision="32-true",
+    progress=False,
+    progress_seconds=30,
 )
 BATCH, IMAGES, STEPS = 8, 48, 12
 SCHEDULES = {

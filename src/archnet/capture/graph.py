@@ -294,8 +294,9 @@ def capture(teacher: nn.Module, example_inputs: Inputs) -> TeacherGraph:
     require_known(program)
     require_finite(program)
     simplify(program)
+    graph = _read(program)
     require_same(frozen, program, call)
-    return peel(_read(program))
+    return peel(graph)
 
 
 def _read(program: ExportedProgram) -> TeacherGraph:

@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures = resident(options.steps)
         row = {"task": "mnist5k", "metric": "peak_mb", "seed": 0, **figures}
         row["command"] = f"python benchmarks/memory.py --steps {options.steps}"
-        print(append("memory", row), figures)
+        print(append("training_memory", row), figures)
         return
     if options.root is None:
         parser.error("--root or --steps is needed")

@@ -255,7 +255,7 @@ def test_resume_compares_what_the_command_says(
         "+teacher.kwargs.deep={a:[1,inf]}",
         "trainer.devices=0",
         "task.name=../x",
-        "task.name=/tmp/x",
+        "task.name=/elsewhere",
         "task.name=a/b",
         "task.name=''",
         "task.name=.",

@@ -22,7 +22,7 @@ from record import append, versions
 from torch import Tensor
 
 from archnet.capture import TeacherGraph, TeacherNode, capture
-from archnet.deploy import lower
+from archnet.deploy import to_integers
 from archnet.deploy.tflite import (
     LINEAR,
     RELU,
@@ -224,7 +224,7 @@ def main() -> None:
             teachers[run] = teacher_report(this, options.accelerator)
             print(f"{about['task']} teacher", teachers[run][0], flush=True)
         before, macs = teachers[run]
-        after = compile_vela(to_tflite(lower(student)), options.accelerator)
+        after = compile_vela(to_tflite(to_integers(student)), options.accelerator)
         figures = {key: getattr(after, key) for key in SHOWN}
         print(f"{about['task']} W{about['weight_bits']}A{about['act_bits']}", figures, flush=True)
         if options.dry_run:

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from archnet.deploy import ExportError
 from archnet.deploy.c_header import pack_bits, to_c
-from archnet.deploy.integer import lower
+from archnet.deploy.integer import to_integers
 from archnet.ops import (
     Activation,
     BatchNorm,
     Concat,
-    Conv3x3,
+    Convolution,
     FullyConnected,
-    MaxPool2x2,
+    MaxPool,
     Pad,
     Permute,
     Reshape,
@@ -56,16 +56,16 @@ def residual():
     """Two values joined and added by a fully connected layer, pooled to class scores."""
     return student(
         (3, 8, 8),
-        ("stem", Conv3x3(3, 8), "x"),
+        ("stem", Convolution(3, 8), "x"),
         ("relu", Activation(0), "stem"),
-        ("conv", Conv3x3(8, 8), "relu"),
+        ("conv", Convolution(8, 8), "relu"),
         ("a", Permute(TO_LAST), "relu"),
         ("b", Permute(TO_LAST), "conv"),
         ("join", Concat(3), "a", "b"),
         ("add", FullyConnected(16, 8), "join"),
         ("sum", Activation(0), "add"),
         ("first", Permute(TO_FIRST), "sum"),
-        ("pool", MaxPool2x2(), "first"),
+        ("pool", MaxPool(), "first"),
         ("flat", Reshape((128,)), "pool"),
         ("head", FullyConnected(128, 10), "flat"),
     )
@@ -77,14 +77,14 @@ def dense():
         (4, 9, 7),
         ("bn", BatchNorm(4), "x"),
         ("relu", Activation(0, 6), "bn"),
-        ("one", Conv3x3(4, 4), "relu"),
+        ("one", Convolution(4, 4), "relu"),
         ("all", Concat(1), "relu", "one"),
         ("bn2", BatchNorm(8), "all"),
         ("relu2", Activation(0), "bn2"),
-        ("two", Conv3x3(8, 4, stride=2), "relu2"),
-        ("small", MaxPool2x2(2, (0, 1, 0, 1)), "all"),
+        ("two", Convolution(8, 4, stride=2), "relu2"),
+        ("small", MaxPool(2, (0, 1, 0, 1)), "all"),
         ("more", Concat(1), "small", "two"),
-        ("last", Conv3x3(12, 5, padding=0), "more"),
+        ("last", Convolution(12, 5, padding=0), "more"),
         ("part", Slice(1, 1, 5, 2), "last"),
         ("back", Permute(TO_LAST), "part"),
     )
@@ -136,7 +136,7 @@ def test_c_gives_the_integers_of_the_golden_model(name, bits, tmp_path):
     weight_bits, act_bits = bits
     quantize(net, weight_bits, act_bits, [x], first_bits=min(5, weight_bits), last_bits=8)
     settle(net)
-    assert_same(lower(net), 2 * x.numpy(), tmp_path)
+    assert_same(to_integers(net), 2 * x.numpy(), tmp_path)
 
 
 @needs_gcc
@@ -148,7 +148,7 @@ def test_a_shift_is_a_multiplier_of_one(tmp_path):
         if hasattr(module, "log_scale"):
             exponents = module.log_scale.data / np.log(2)
             module.log_scale.data = exponents.round() * np.log(2)
-    model = lower(net)
+    model = to_integers(net)
     # Rounded logarithms are powers of two but for a last bit of their float32.
     steps = [
         step
@@ -186,7 +186,7 @@ def test_weights_take_their_width():
         torch.manual_seed(0)
         net = residual()
         quantize(net, bits, 4, [torch.randn(8, 3, 8, 8)], first_bits=bits, last_bits=bits)
-        text = to_c(lower(net))
+        text = to_c(to_integers(net))
         sizes[bits] = [int(n) for n in re.findall(r"int8_t archnet_\d+_\w+_weight\[(\d+)\]", text)]
     assert sizes[8] == [216, 576, 128, 1280]
     assert sizes[4] == [size // 2 + 1 for size in sizes[8]]
@@ -194,16 +194,16 @@ def test_weights_take_their_width():
 
 
 def test_the_header_needs_no_float_requantization():
-    net = chain((3, 6, 6), Conv3x3(3, 4), Activation(0), Conv3x3(4, 2))
+    net = chain((3, 6, 6), Convolution(3, 4), Activation(0), Convolution(4, 2))
     quantize(net, 4, 4, [torch.randn(4, 3, 6, 6)])
     with pytest.raises(ExportError, match="requantizes in float: lower it with"):
-        to_c(lower(net, "float"))
+        to_c(to_integers(net, "float"))
 
 
 def test_integers_that_fit_no_byte_name_the_step():
-    net = chain((3, 6, 6), Conv3x3(3, 4), Activation(0), Conv3x3(4, 2))
+    net = chain((3, 6, 6), Convolution(3, 4), Activation(0), Convolution(4, 2))
     quantize(net, 4, 4, [torch.randn(4, 3, 6, 6)])
-    model = lower(net)
+    model = to_integers(net)
     model.grids["s0"] = replace(model.grids["s0"], low=-1, high=200)
     with pytest.raises(ExportError, match="step s0: its integers -1 to 200 fit no byte"):
         to_c(model)

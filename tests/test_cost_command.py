@@ -42,7 +42,7 @@ def test_a_run_stands_beside_its_teacher(
 ) -> None:
     assert main(["cost", str(run.path)]) == 0
     (stem,) = lines(capsys, "features.0")
-    assert stem[1] == "Conv3x3"
+    assert stem[1] == "Convolution"
     teacher, student = stem[2:7], stem[7:]
     assert teacher[0] == student[0] == "113 k"
     assert teacher[1] == "7.23 M"

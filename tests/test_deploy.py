@@ -18,9 +18,9 @@ from archnet.ops import (
     Activation,
     BatchNorm,
     Concat,
-    Conv3x3,
+    Convolution,
     FullyConnected,
-    MaxPool2x2,
+    MaxPool,
     Pad,
     Permute,
     Reshape,
@@ -70,11 +70,11 @@ def network():
     """Every operator and move once, ReLU6 and unbounded activations, FC at every position."""
     return student(
         (4, 8, 8),
-        ("stem", Conv3x3(4, 8, stride=2), "x"),
+        ("stem", Convolution(4, 8, stride=2), "x"),
         ("relu6", Activation(0, 6), "stem"),
-        ("pool", MaxPool2x2(1, (1, 0, 1, 0)), "relu6"),
+        ("pool", MaxPool(1, (1, 0, 1, 0)), "relu6"),
         ("bn", BatchNorm(8), "pool"),
-        ("conv", Conv3x3(8, 8), "bn"),
+        ("conv", Convolution(8, 8), "bn"),
         ("join", Concat(1), "conv", "pool"),
         ("last", Permute(TO_LAST), "join"),
         ("merge", FullyConnected(16, 6), "last"),
@@ -82,7 +82,7 @@ def network():
         ("first", Permute(TO_FIRST), "relu"),
         ("slice", Slice(1, 1, 5), "first"),
         ("pad", Pad(((0, 0), (1, 0), (0, 1))), "slice"),
-        ("valid", Conv3x3(4, 4, padding=0), "pad"),
+        ("valid", Convolution(4, 4, padding=0), "pad"),
         ("flat", Reshape((36,)), "valid"),
         ("head", FullyConnected(36, 10), "flat"),
     )
@@ -100,15 +100,15 @@ def operators(model):
 # Float --------------------------------------------------------------------------------------
 
 CASES = {
-    "conv": ((3, 8, 9), Conv3x3(3, 5)),
-    "conv, stride 2": ((3, 8, 9), Conv3x3(3, 5, stride=2)),
-    "conv, unpadded": ((3, 8, 9), Conv3x3(3, 5, padding=0)),
+    "conv": ((3, 8, 9), Convolution(3, 5)),
+    "conv, stride 2": ((3, 8, 9), Convolution(3, 5, stride=2)),
+    "conv, unpadded": ((3, 8, 9), Convolution(3, 5, padding=0)),
     "classifier": ((7,), FullyConnected(7, 3)),
     "fc at positions": ((4, 5, 7), FullyConnected(7, 3)),
     "fc on tokens": ((5, 7), FullyConnected(7, 3)),
     "batch norm": ((4, 5, 5), BatchNorm(4, eps=0.1)),
-    "max-pooling": ((2, 6, 6), MaxPool2x2()),
-    "padded max-pooling": ((2, 5, 6), MaxPool2x2(1, (1, 0, 0, 1))),
+    "max-pooling": ((2, 6, 6), MaxPool()),
+    "padded max-pooling": ((2, 5, 6), MaxPool(1, (1, 0, 0, 1))),
     "relu": ((9,), Activation(0)),
     "clip": ((9,), Activation(-0.5, 0.7)),
     "clip above": ((9,), Activation(high=0.7)),
@@ -190,11 +190,11 @@ def test_every_width_and_lowest_level(bits, share, tmp_path):
 
 def test_the_runtime_fuses_everything_to_integer_kernels(tmp_path):
     steps = [
-        ("stem", Conv3x3(4, 8), "x"),
+        ("stem", Convolution(4, 8), "x"),
         ("relu", Activation(0, 6), "stem"),
-        ("conv", Conv3x3(8, 8), "relu"),
-        ("pool", MaxPool2x2(), "conv"),
-        ("other", Conv3x3(8, 8, stride=2), "relu"),
+        ("conv", Convolution(8, 8), "relu"),
+        ("pool", MaxPool(), "conv"),
+        ("other", Convolution(8, 8, stride=2), "relu"),
         ("join", Concat(1), "pool", "other"),
         ("last", Permute(TO_LAST), "join"),
         ("merge", FullyConnected(16, 8), "last"),
@@ -215,7 +215,9 @@ def test_the_runtime_fuses_everything_to_integer_kernels(tmp_path):
 
 
 def test_no_float_weight_is_in_the_file(tmp_path):
-    net = chain((4, 8, 8), Conv3x3(4, 8), Activation(0), Reshape((512,)), FullyConnected(512, 3))
+    net = chain(
+        (4, 8, 8), Convolution(4, 8), Activation(0), Reshape((512,)), FullyConnected(512, 3)
+    )
     quantize(net, 3, 6, [torch.randn(8, 4, 8, 8)], first_bits=3, last_bits=5)
     model = onnx.load(export(net, tmp_path / "net.onnx", form="qcdq"))
     stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
@@ -237,7 +239,7 @@ def test_only_joined_values_on_one_grid_stay_integers():
 
 
 def test_layers_without_quantizers_stay_float(tmp_path):
-    net = chain((4, 8, 8), Conv3x3(4, 8), Activation(0), Conv3x3(8, 8))
+    net = chain((4, 8, 8), Convolution(4, 8), Activation(0), Convolution(8, 8))
     net.operator("s2").weight_quantizer = WeightLSQ(8)
     net.operator("s2").weight_quantizer.set_scale(torch.tensor([0.02]))
     x = torch.randn(5, 4, 8, 8)
@@ -314,7 +316,7 @@ def test_a_quantized_student_has_no_float_form(tmp_path):
 
 
 def test_numbers_that_fit_no_integer_name_the_layer():
-    net = chain((4, 8, 8), Conv3x3(4, 8), Activation(0), Conv3x3(8, 8))
+    net = chain((4, 8, 8), Convolution(4, 8), Activation(0), Convolution(8, 8))
     quantize(net, 4, 4, [torch.randn(8, 4, 8, 8)])
     with torch.no_grad():
         net.operator("s2").bias[0] = 1e12

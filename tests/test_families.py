@@ -12,14 +12,14 @@ from archnet.ops import (
     Activation,
     BatchNorm,
     Concat,
-    Conv3x3,
+    Convolution,
     FullyConnected,
     LayoutMove,
-    MaxPool2x2,
+    MaxPool,
 )
 from archnet.teachers import member, random_network
 
-ALLOWED = (Conv3x3, MaxPool2x2, BatchNorm, FullyConnected, Concat, Activation, LayoutMove)
+ALLOWED = (Convolution, MaxPool, BatchNorm, FullyConnected, Concat, Activation, LayoutMove)
 TOLERANCE = 1e-4  # what "exact" means in float32, as a relative error
 FAMILIES = {
     "resnet18": (64, 97),
@@ -48,7 +48,7 @@ def assert_same_function(student, teacher, images):
 
 
 def widest(student):
-    convolutions = [m for m in student.modules() if isinstance(m, Conv3x3)]
+    convolutions = [m for m in student.modules() if isinstance(m, Convolution)]
     return max(max(conv.weight.shape[:2]) for conv in convolutions)
 
 

@@ -430,7 +430,7 @@ def test_a_student_of_another_kind_is_one_line(
     path = copy.checkpoints / "student.pt"
     packed = torch.load(path, weights_only=True)
     steps = packed["architecture"]["steps"]
-    change(packed, next(step for step in steps if step["operator"] == "Conv3x3"))
+    change(packed, next(step for step in steps if step["operator"] == "Convolution"))
     torch.save(packed, path)
     assert main(["export", str(copy.path)]) == 2
     error = capsys.readouterr().err

@@ -22,22 +22,20 @@ from archnet.hardware import (
     Product,
     SystolicArray,
     Target,
-    TargetError,
     audit,
-    check_layers,
-    check_memory,
     cycles,
     onnx_cost,
     student_cost,
     teacher_cost,
 )
+from archnet.lower import TargetError, check_layers, check_memory
 from archnet.ops import (
     Activation,
     BatchNorm,
     Concat,
-    Conv3x3,
+    Convolution,
     FullyConnected,
-    MaxPool2x2,
+    MaxPool,
     Reshape,
     Step,
     Student,
@@ -150,8 +148,8 @@ def residual_student():
         shapes={"x": (3, 8, 8)},
     )
     modules = {
-        "conv": Conv3x3(3, 16, stride=2),
-        "pool": MaxPool2x2(),
+        "conv": Convolution(3, 16, stride=2),
+        "pool": MaxPool(),
         "flat": Reshape((64,)),
         "fc": FullyConnected(64, 10),
     }
@@ -234,10 +232,10 @@ def test_cost_of_known_layers():
     net = student(
         (3, 8, 8),
         [
-            ("conv", Conv3x3(3, 16, stride=2), ["x"]),
+            ("conv", Convolution(3, 16, stride=2), ["x"]),
             ("relu", Activation(low=0), ["conv"]),
             ("bn", BatchNorm(16), ["relu"]),
-            ("pool", MaxPool2x2(), ["bn"]),
+            ("pool", MaxPool(), ["bn"]),
             ("flat", Reshape((64,)), ["pool"]),
             ("fc", FullyConnected(64, 10), ["flat"]),
         ],
@@ -266,10 +264,10 @@ def test_cost_takes_its_bits_from_the_quantizers():
     signed, unsigned = ActivationLSQ(8, -128), ActivationLSQ(4, 0)
     steps = [
         ("grid", Activation(), ["x"]),
-        ("conv", Conv3x3(2, 4), ["grid"]),
+        ("conv", Convolution(2, 4), ["grid"]),
         ("act", Activation(low=0), ["conv"]),
         ("both", Concat(1), ["act", "act"]),
-        ("last", Conv3x3(8, 2), ["both"]),
+        ("last", Convolution(8, 2), ["both"]),
     ]
     net = student((2, 4, 4), steps)
     net.operator("grid").quantizer, net.operator("act").quantizer = signed, unsigned
@@ -285,9 +283,9 @@ def test_cost_takes_its_bits_from_the_quantizers():
 
 def test_memory_holds_a_value_until_its_last_reader():
     steps = [
-        ("a", Conv3x3(1, 1), ["x"]),
-        ("b", Conv3x3(1, 1), ["a"]),
-        ("c", Conv3x3(1, 1), ["b"]),
+        ("a", Convolution(1, 1), ["x"]),
+        ("b", Convolution(1, 1), ["a"]),
+        ("c", Convolution(1, 1), ["b"]),
         ("d", Concat(1), ["a", "c"]),
     ]
     rows = {row.name: row for row in student_cost(student((1, 4, 4), steps)).steps}
@@ -366,7 +364,7 @@ def test_a_teacher_that_multiplies_outside_of_modules():
 
 
 def one_layer(bits=8):
-    net = student((16, 8, 8), [("conv", Conv3x3(16, 32), ["x"])])
+    net = student((16, 8, 8), [("conv", Convolution(16, 32), ["x"])])
     (step,) = student_cost(net).steps
     return replace(step, weight_bits=bits, activation_bits=bits)
 
@@ -403,7 +401,7 @@ def test_an_array_is_never_busier_than_it_is_large(dataflow):
 
 
 def test_what_multiplies_nothing_takes_no_cycles():
-    net = student((4, 8, 8), [("pool", MaxPool2x2(), ["x"])])
+    net = student((4, 8, 8), [("pool", MaxPool(), ["x"])])
     (step,) = student_cost(net).steps
     assert cycles(step, SystolicArray()) == 0
 
@@ -802,9 +800,9 @@ def test_findings_are_grouped_by_operator_and_reason():
 
 def test_a_file_costs_what_its_student_costs(tmp_path):
     steps = [
-        ("conv", Conv3x3(4, 8, stride=2), ["x"]),
+        ("conv", Convolution(4, 8, stride=2), ["x"]),
         ("relu", Activation(low=0), ["conv"]),
-        ("pool", MaxPool2x2(), ["relu"]),
+        ("pool", MaxPool(), ["relu"]),
         ("flat", Reshape((32,)), ["pool"]),
         ("fc", FullyConnected(32, 10), ["flat"]),
     ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import archnet
 from archnet.deploy import ExportError
-from archnet.deploy.integer import IntegerModel, Requantization, lower
+from archnet.deploy.integer import IntegerModel, Requantization, to_integers
 from archnet.errors import ArchnetError
 from archnet.ops import Student, WeightedOperator
 from archnet.quant import Quantizer, settle
@@ -146,7 +146,7 @@ def test_every_value_agrees_with_pytorch_bit_for_bit(
     student = student_of(
         Block(channels, stride, pool), weight_bits, act_bits, per_channel=per_channel
     )
-    model = lower(student)
+    model = to_integers(student)
     images = torch.randn(16, 3, 12, 12)
     # A rounded value may carry another name in the student: that of its activation.
     names = [*model.aliases, model.output]
@@ -165,7 +165,7 @@ def test_every_value_agrees_with_pytorch_bit_for_bit(
 def test_a_batch_norm_before_a_padded_convolution_is_an_affine_step(act_bits, seed):
     torch.manual_seed(seed)
     student = student_of(PreActivation(8), 4, act_bits)
-    model = lower(student)
+    model = to_integers(student)
     images = torch.randn(16, 3, 12, 12)
     found = model.run(images.numpy())[model.output]
     np.testing.assert_array_equal(
@@ -177,7 +177,7 @@ def test_a_batch_norm_before_a_padded_convolution_is_an_affine_step(act_bits, se
 def test_up_to_four_bits_float32_agrees_too(method):
     torch.manual_seed(0)
     student = student_of(CifarResNet(8, width=4), 2, 4, method=method)
-    model = lower(student)
+    model = to_integers(student)
     images = torch.randn(64, 3, 12, 12)
     with torch.no_grad():
         floats = student(images).numpy()
@@ -190,7 +190,7 @@ def test_runtime_rounding_and_fixed_point_agree_on_settled_scales():
     torch.manual_seed(0)
     student = student_of(CifarResNet(8, width=4), 2, 4)
     images = torch.randn(64, 3, 12, 12).numpy()
-    by_multiplier, by_float = lower(student), lower(student, "float")
+    by_multiplier, by_float = to_integers(student), to_integers(student, "float")
     np.testing.assert_array_equal(
         by_multiplier.run(images)[by_multiplier.output], by_float.run(images)[by_float.output]
     )
@@ -245,7 +245,7 @@ def steps_apart(network: nn.Module, weight_bits: int, act_bits: int, **options) 
     student = archnet.convert(network.eval(), images[:1])
     archnet.quantize(student, weight_bits, act_bits, [images], **options)
     settle(student)
-    model = lower(student)
+    model = to_integers(student)
     with torch.no_grad():
         floats = student(images).double().numpy()
     assert np.isfinite(floats).all()
@@ -324,7 +324,7 @@ def test_layers_of_any_size_are_quantized_as_well_as_others(size):
             student = archnet.convert(network.eval(), images[:1])
             archnet.quantize(student, 4, 4, [images])
             found.append(((student(images) - expected).norm() / expected.norm()).item())
-            golden = lower(student).logits(images.numpy())
+            golden = to_integers(student).logits(images.numpy())
             torch.testing.assert_close(
                 torch.from_numpy(golden).float(), student(images), rtol=1e-4, atol=1e-5
             )
@@ -352,7 +352,7 @@ def test_what_no_float_or_multiplier_holds_names_its_layer(change, message):
     with pytest.raises(ArchnetError, match=message):
         student = archnet.convert(network, images[:1])
         archnet.quantize(student, 4, 4, [images])
-        lower(student)
+        to_integers(student)
 
 
 @many
@@ -378,19 +378,19 @@ def test_a_norm_of_any_slope_keeps_its_shift(level, slope, shift, kind):
 def test_a_float_student_has_no_integers():
     student = archnet.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.zeros(1, 3, 8, 8))
     with pytest.raises(ExportError, match=r"float.*quant\.weight_bits"):
-        lower(student)
+        to_integers(student)
 
 
 def test_an_accumulator_that_can_overflow_is_named():
     torch.manual_seed(0)
     student = student_of(CifarResNet(8, width=4), 8, 8)
-    widest = max(lower(student).accumulators().values())
+    widest = max(to_integers(student).accumulators().values())
     with pytest.raises(
         ExportError,
         match=rf"step \w+, from .* in the teacher: its accumulator can need {widest} bits",
     ):
-        lower(student, accumulator=widest - 1)
-    lower(student, accumulator=widest)
+        to_integers(student, accumulator=widest - 1)
+    to_integers(student, accumulator=widest)
 
 
 @many
@@ -427,14 +427,14 @@ def test_the_worst_case_of_an_accumulator_is_reached(rows, bias, low):
 def test_a_shift_alone_needs_scales_that_are_powers_of_two():
     torch.manual_seed(0)
     with pytest.raises(ExportError, match="no power of two"):
-        lower(student_of(CifarResNet(8, width=4), 4, 4), "power_of_two")
+        to_integers(student_of(CifarResNet(8, width=4), 4, 4), "power_of_two")
 
 
 @pytest.mark.parametrize(("weight_bits", "act_bits"), [(2, 4), (8, 8)])
 def test_scales_that_are_powers_of_two_need_nothing_but_shifts(weight_bits, act_bits):
     torch.manual_seed(0)
     student = student_of(CifarResNet(8, width=4), weight_bits, act_bits, power_of_two=True)
-    shifts, multipliers = lower(student, "power_of_two"), lower(student)
+    shifts, multipliers = to_integers(student, "power_of_two"), to_integers(student)
     for step in shifts.steps:
         if step.requantization is not None:
             multiplier = np.abs(step.requantization.multiplier)
@@ -447,4 +447,4 @@ def test_scales_that_are_powers_of_two_need_nothing_but_shifts(weight_bits, act_
 
 def test_an_unknown_requantization_is_an_error():
     with pytest.raises(ExportError, match="multiplier, float, power_of_two"):
-        lower(student_of(CifarResNet(8, width=4), 4, 4), "fixed")
+        to_integers(student_of(CifarResNet(8, width=4), 4, 4), "fixed")

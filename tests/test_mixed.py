@@ -13,7 +13,7 @@ from archnet import pipeline, report
 from archnet.compose import compose
 from archnet.config import Config
 from archnet.convert import convert
-from archnet.deploy import audit, export, lower, parity
+from archnet.deploy import audit, export, parity, to_integers
 from archnet.errors import ConfigError
 from archnet.hardware import Target, student_cost
 from archnet.ops import Student
@@ -145,7 +145,7 @@ def test_a_loss_is_that_of_the_student_with_one_layer_rounded(
     student: Student, images: torch.Tensor
 ) -> None:
     network = placed(student, fine_sums=False)
-    layer = next(name for name, m in network.operators.items() if type(m).__name__ == "Conv3x3")
+    layer = next(name for name, m in network.operators.items() if type(m).__name__ == "Convolution")
     shared = shared_grids(network)
     group = next(g for g in shared.values() if list(shared.values()).count(g) > 1)
     batches = [images[:4], images[4:]]
@@ -253,7 +253,7 @@ def test_files_and_integers_of_mixed_widths(
         same = parity(again, tmp_path / f"{form}.onnx", images)
         assert same.mismatches == 0
         assert same.max_abs_diff < 1e-4
-    model = lower(again)
+    model = to_integers(again)
     scores = torch.as_tensor(model.run(images.numpy())[model.output])
     assert torch.equal(scores.argmax(1), mixed(images).argmax(1))
 

@@ -35,9 +35,9 @@ from archnet.ops import (
     Activation,
     BatchNorm,
     Concat,
-    Conv3x3,
+    Convolution,
     FullyConnected,
-    MaxPool2x2,
+    MaxPool,
     Pad,
     Permute,
     Reshape,
@@ -524,11 +524,11 @@ def chain(shape, *modules):
 def branches():
     return student(
         (4, 8, 8),
-        ("stem", Conv3x3(4, 8, stride=2), "x"),
+        ("stem", Convolution(4, 8, stride=2), "x"),
         ("relu6", Activation(0, 6), "stem"),
-        ("pool", MaxPool2x2(1, (1, 0, 1, 0)), "relu6"),
+        ("pool", MaxPool(1, (1, 0, 1, 0)), "relu6"),
         ("bn", BatchNorm(8), "pool"),
-        ("conv", Conv3x3(8, 8), "bn"),
+        ("conv", Convolution(8, 8), "bn"),
         ("join", Concat(1), "conv", "pool"),
         ("last", Permute((0, 2, 3, 1)), "join"),
         ("merge", FullyConnected(16, 6), "last"),
@@ -536,7 +536,7 @@ def branches():
         ("first", Permute((0, 3, 1, 2)), "signed"),
         ("slice", Slice(1, 1, 5), "first"),
         ("pad", Pad(((0, 0), (1, 0), (0, 1))), "slice"),
-        ("valid", Conv3x3(4, 4, padding=0), "pad"),
+        ("valid", Convolution(4, 4, padding=0), "pad"),
         ("flat", Reshape((36,)), "valid"),
         ("head", FullyConnected(36, 10), "flat"),
     )
@@ -544,15 +544,17 @@ def branches():
 
 STUDENTS = {
     "branches": branches,
-    "plain": lambda: chain((3, 8, 8), Conv3x3(3, 4), Activation(0), Conv3x3(4, 4), Activation(0)),
+    "plain": lambda: chain(
+        (3, 8, 8), Convolution(3, 4), Activation(0), Convolution(4, 4), Activation(0)
+    ),
     "tokens": lambda: chain((5, 7), FullyConnected(7, 6), Activation(-1, 1), FullyConnected(6, 3)),
     "moved": lambda: chain(
         (2, 6, 6),
-        Conv3x3(2, 4),
+        Convolution(2, 4),
         Activation(0, 6),
         Slice(2, 1, 5),
         Pad(((0, 0), (1, 1), (0, 0))),
-        MaxPool2x2(),
+        MaxPool(),
         Reshape((4 * 3 * 3,)),
         FullyConnected(36, 4),
     ),

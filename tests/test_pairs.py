@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from archnet.convert import Approximation, ConversionError, convert
 from archnet.convert.fit import balanced, curve, product
 from archnet.deploy import audit, verify
-from archnet.deploy.integer import lower
+from archnet.deploy.integer import to_integers
 from archnet.hardware import teacher_cost
 from archnet.ops import FullyConnected, Student
 from archnet.quant import quantize, settle
@@ -304,7 +304,7 @@ def test_runtimes_agree_with_the_golden_model(network: nn.Module, bits: tuple[in
 @pytest.mark.parametrize("network", [Asking(), Gated()], ids=["attention", "gate"])
 def test_c_gives_the_integers_of_the_golden_model(network: nn.Module, tmp_path: Path) -> None:
     x = torch.randn(32, 12, 6) if isinstance(network, Asking) else torch.randn(32, 3, 8, 8)
-    assert_same(lower(quantized(network, x, 8, 8)), 2 * x.numpy(), tmp_path)
+    assert_same(to_integers(quantized(network, x, 8, 8)), 2 * x.numpy(), tmp_path)
 
 
 def test_math_is_finite_where_attention_looks_at_one_token() -> None:

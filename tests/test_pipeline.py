@@ -14,7 +14,7 @@ import torch
 
 from archnet import pipeline
 from archnet.config import Config
-from archnet.deploy import lower
+from archnet.deploy import to_integers
 from archnet.errors import ArchnetError
 from archnet.runs import RunError, RunFolder, read_json
 from conftest import killed_at
@@ -134,7 +134,7 @@ def test_a_target_of_shifts_gets_scales_of_powers_of_two(
     cache = finished.config().teacher.cache_dir
     options = [*DEBUG, "hardware.requantization=power_of_two", f"teacher.cache_dir={cache}"]
     folder = pipeline.run(make_config(*options))
-    lower(pipeline.load_student(folder), "power_of_two")
+    to_integers(pipeline.load_student(folder), "power_of_two")
     assert read_json(folder.metrics)["parity"]["mismatches"] == 0
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from archnet.convert import convert
-from archnet.deploy import lower
-from archnet.ops import Activation, BatchNorm, Conv3x3, FullyConnected, WeightedOperator
+from archnet.deploy import to_integers
+from archnet.ops import Activation, BatchNorm, Convolution, FullyConnected, WeightedOperator
 from archnet.quant import (
     ActivationDoReFa,
     ActivationLSQ,
@@ -26,7 +26,7 @@ from archnet.quant import (
     describe,
     grid_steps,
     grids,
-    input_quantizer,
+    input_quantizers,
     pack,
     quantize,
     quantizers,
@@ -222,7 +222,7 @@ def test_first_and_last_layer_have_their_own_width():
     trained = [m for m in weighted(network).values() if m.trainable]
     assert [m.weight_quantizer.bits for m in trained] == [7, *[2] * (len(trained) - 2), 6]
     names = [name for name, m in weighted(network).items() if m.trainable]
-    inputs = [input_quantizer(network, name).bits for name in names]
+    inputs = [input_quantizers(network)[name].bits for name in names]
     assert inputs[0] == 7
     assert inputs[-1] == 6
     assert set(inputs[1:-1]) == {4}
@@ -257,7 +257,7 @@ def test_every_computed_value_lies_on_one_grid_where_it_is_read():
             places = on_grid[step.inputs[0]]
             quantizers = {id(network.operator(place).quantizer) for place in places}
             assert len(quantizers) == 1, step.name
-            assert input_quantizer(network, step.name) is not None
+            assert input_quantizers(network)[step.name] is not None
             read += 1
     assert read > 10
     assert isinstance(network.operator(network.graph.output), FullyConnected)
@@ -324,7 +324,7 @@ def test_a_target_without_zero_points_gets_none():
 def test_biases_lie_on_the_accumulators_grid():
     network = quantize(student(), 2, 4, batches())
     for name, module in weighted(network).items():
-        quantizer, source = module.bias_quantizer, input_quantizer(network, name)
+        quantizer, source = module.bias_quantizer, input_quantizers(network)[name]
         assert isinstance(quantizer, BiasQuantizer)
         torch.testing.assert_close(quantizer.step(), module.weight_quantizer.scale * source.scale)
         levels = quantizer.integers(module.bias)
@@ -388,7 +388,7 @@ def test_quantizing_twice_is_refused(bits):
 
 def test_calibration_leaves_the_weights_alone():
     network = student(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3)))
-    (conv,) = [m for m in network.modules() if isinstance(m, Conv3x3)]
+    (conv,) = [m for m in network.modules() if isinstance(m, Convolution)]
     before = conv.weight.clone()
     quantize(network, 2, 2, batches(1))
     assert torch.equal(conv.weight, before)
@@ -504,7 +504,7 @@ def test_channels_that_weight_decay_has_emptied_keep_their_bias(emptied, per_cha
     student = convert(network, images)
     calibration = [images]
     quantize(student, weight_bits=8, act_bits=8, calibration=calibration, per_channel=per_channel)
-    lower(student)  # every bias fits the accumulator
+    to_integers(student)  # every bias fits the accumulator
     with torch.no_grad():
         assert (student(images) - network(images)).norm() < 0.02 * network(images).norm()
 
@@ -516,7 +516,7 @@ def test_a_relu_that_never_opens_leaves_its_readers_their_biases():
     images = torch.randn(16, 3, 8, 8)
     student = convert(network, images)
     quantize(student, weight_bits=8, act_bits=8, calibration=[images])
-    lower(student)
+    to_integers(student)
     with torch.no_grad():
         assert torch.allclose(student(images), network(images), atol=0.01)
 
@@ -588,7 +588,7 @@ def test_sums_are_finer_than_what_convolutions_read():
     assert sum(name.endswith("_narrow") for name in student.operators) >= 1
     steps = student.steps_between(student.graph.inputs, [student.graph.output])
     assert len(steps) == len(student.graph.steps)
-    lower(student)
+    to_integers(student)
 
 
 @pytest.mark.parametrize("network", [Residual(), nn.Sequential(nn.Conv2d(3, 8, 1), nn.Hardswish())])

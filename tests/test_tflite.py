@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 import archnet
 from archnet.deploy import ExportError
-from archnet.deploy.integer import IntegerGrid, lower
+from archnet.deploy.integer import IntegerGrid, to_integers
 from archnet.deploy.tflite import _headroom, affine, to_tflite
 from archnet.deploy.vela import _report, compile_vela
 from archnet.ops import (
     Activation,
     Concat,
-    Conv3x3,
+    Convolution,
     FullyConnected,
-    MaxPool2x2,
+    MaxPool,
     Permute,
     Reshape,
 )
@@ -63,7 +63,7 @@ def quantized(net, weight_bits, act_bits):
 
 def differences(net, x):
     """(N, ...) distances of the file's outputs from PyTorch's, in steps of the file's output."""
-    model = lower(net)
+    model = to_integers(net)
     entry = model.steps[0].name
     values = model.run(x.numpy(), [entry])
     found, scale = interpreted(to_tflite(model), values[entry])
@@ -91,11 +91,11 @@ def test_converted_teachers_too(teacher, shape):
 
 
 def test_signed_grids_below_a_byte_are_clipped_at_both_ends():
-    convolutions = Conv3x3(4, 4), Activation(0), Conv3x3(4, 2)
-    pool = MaxPool2x2(1, (1, 0, 0, 1))
-    net = chain((3, 6, 6), Conv3x3(3, 4), Activation(), pool, *convolutions)
+    convolutions = Convolution(4, 4), Activation(0), Convolution(4, 2)
+    pool = MaxPool(1, (1, 0, 0, 1))
+    net = chain((3, 6, 6), Convolution(3, 4), Activation(), pool, *convolutions)
     net, x = quantized(net, 4, 4)
-    model = lower(net)
+    model = to_integers(net)
     values = model.run(3 * x.numpy(), ["s0"])["s0"]
     assert (values.min(), values.max()) == (-8, 7)
     assert operators(to_tflite(model)).count("MAXIMUM") == 1
@@ -105,7 +105,9 @@ def test_signed_grids_below_a_byte_are_clipped_at_both_ends():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(7, 8), (8, 7)])
 def test_windows_begin_where_ours_begin(stride, size):
-    net = chain((2, *size), Conv3x3(2, 3, stride), Activation(0), MaxPool2x2(2), Conv3x3(3, 2))
+    net = chain(
+        (2, *size), Convolution(2, 3, stride=stride), Activation(0), MaxPool(2), Convolution(3, 2)
+    )
     assert differences(*quantized(net, 4, 4)).max() < ROUNDED
 
 
@@ -139,7 +141,7 @@ def operators(content):
 def test_moves_round_a_fully_connected_layer_cancel():
     net = student(
         (3, 8, 8),
-        ("stem", Conv3x3(3, 8), "x"),
+        ("stem", Convolution(3, 8), "x"),
         ("relu", Activation(0), "stem"),
         ("last", Permute(TO_LAST), "relu"),
         ("lanes", Reshape((8, 8, 2, 4)), "last"),
@@ -148,12 +150,12 @@ def test_moves_round_a_fully_connected_layer_cancel():
         ("sum", Activation(0), "fc"),
         ("map", Reshape((8, 8, 8)), "sum"),
         ("first", Permute((0, 3, 1, 2)), "map"),
-        ("pool", MaxPool2x2(), "first"),
+        ("pool", MaxPool(), "first"),
         ("flat", Reshape((128,)), "pool"),
         ("head", FullyConnected(128, 10), "flat"),
     )
     net, x = quantized(net, 2, 4)
-    found = operators(to_tflite(lower(net)))
+    found = operators(to_tflite(to_integers(net)))
     assert "TRANSPOSE" not in found
     assert [name for name in found if name != "RESHAPE"] == [
         "CONV_2D",
@@ -188,16 +190,16 @@ def test_narrow_weights_use_all_of_int8_and_no_accumulator_overflows():
 
 
 def test_values_that_meet_and_fit_no_byte_together_are_an_error():
-    net = chain((3, 6, 6), Conv3x3(3, 4), Activation(0), Conv3x3(4, 2))
+    net = chain((3, 6, 6), Convolution(3, 4), Activation(0), Convolution(4, 2))
     net, _ = quantized(net, 8, 8)
-    model = lower(net)
+    model = to_integers(net)
     model.grids["s0"] = IntegerGrid(1.0, -1, 255)
     with pytest.raises(ExportError, match=r"step s0: its integers -1 to 255 fit no byte"):
         to_tflite(model)
 
 
 def test_an_input_on_several_grids_is_an_error():
-    model = lower(quantized(NETWORKS["residual"](), 4, 4)[0])
+    model = to_integers(quantized(NETWORKS["residual"](), 4, 4)[0])
     model.steps[3] = replace(model.steps[3], inputs=(model.input,))
     with pytest.raises(ExportError, match=r"one grid for its input, and .* read it"):
         to_tflite(model)
@@ -210,7 +212,7 @@ def test_an_input_on_several_grids_is_an_error():
 def test_all_of_a_student_runs_on_the_chip(name):
     pytest.importorskip("ethosu.vela")
     net, _ = quantized(NETWORKS[name](), 2, 4)
-    report = compile_vela(to_tflite(lower(net)))
+    report = compile_vela(to_tflite(to_integers(net)))
     assert report.cpu_operators == 0
     assert report.npu_operators > 5
     assert report.on_cpu == ()
@@ -223,10 +225,10 @@ def test_fewer_bits_compress_better():
     sizes = []
     for bits in (8, 4, 2):
         torch.manual_seed(0)
-        middle = Conv3x3(64, 64), Activation(0), Conv3x3(64, 64), Activation(0)
-        net = chain((3, 8, 8), Conv3x3(3, 64), Activation(0), *middle, Conv3x3(64, 4))
+        middle = Convolution(64, 64), Activation(0), Convolution(64, 64), Activation(0)
+        net = chain((3, 8, 8), Convolution(3, 64), Activation(0), *middle, Convolution(64, 4))
         quantize(net, bits, 4, [torch.randn(8, 3, 8, 8)])
-        sizes.append(compile_vela(to_tflite(lower(net))).encoded_weight_bytes)
+        sizes.append(compile_vela(to_tflite(to_integers(net))).encoded_weight_bytes)
     assert sizes[0] > 1.3 * sizes[1] > 1.3 * sizes[2]
 
 

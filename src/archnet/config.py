@@ -371,6 +371,24 @@ class LimitsConfig:
 
 
 @dataclass
+class CostsConfig:
+    """What work costs on a target, in cycles: by it the cheapest of several ways is taken.
+
+    The defaults are fitted to what the compiler of Rockchip's RK3588 (rknn-toolkit2 2.5.0, INT8)
+    says of ResNet-18 in several forms; ``turn`` is an assumption. Other chips differ in sizes more
+    than in the order of things.
+    """
+
+    mac: float = _number(0.004, 0)  # a multiplication with its addition, in a full array
+    moved: float = _number(0.15, 0)  # a value that a layout move copies
+    joined: float = _number(0.02, 0)  # a value that a concatenation, addition or pooling reads
+    launch: float = _number(1000.0, 0)  # an operator, whatever its size
+    # A move that is more than a copy of whole channels (a slice over pixels, a transposition, a
+    # pad), which compilers leave to the CPU.
+    turn: float = _number(10000.0, 0)
+
+
+@dataclass
 class HardwareConfig:
     """A target: what its operators are and what it holds. What is not stated is not checked."""
 
@@ -381,6 +399,7 @@ class HardwareConfig:
     # what is in neither list nothing is stated, and an audit does not judge it.
     complete: bool = True
     limits: dict[str, LimitsConfig] = field(default_factory=dict)  # of single operators, by name
+    costs: CostsConfig = field(default_factory=CostsConfig)  # of work, in cycles
     fc_per_position: bool = True  # a fully connected layer at every position is cheap here
     max_channels: int | None = _number(None, 1)  # widest map a convolution takes; null: no limit
     lanes: int = _number(16, 1)  # channels a slice of a depthwise convolution, one dense 3x3 each

@@ -18,7 +18,8 @@ from archnet.capture import capture, place
 from archnet.convert import Approximation, convert, missing_rules
 from archnet.deploy import audit
 from archnet.errors import ArchnetError
-from archnet.hardware import student_cost, teacher_cost
+from archnet.hardware import teacher_cost
+from archnet.lower import deployed_cost
 from archnet.ops import Student
 from archnet.quant import quantize
 
@@ -94,12 +95,12 @@ def measure(
         _load_everything(hardware)
         student = _convert(network, examples, hardware, row)
         teacher = teacher_cost(network, examples, TEACHER_BITS, TEACHER_BITS)
-        cost = student_cost(student)
+        cost = deployed_cost(student)
         row.macs_ratio = _ratio(cost.macs, teacher.macs)
         row.parameters_ratio = _ratio(cost.parameters, teacher.parameters)
         row.violations = len(audit(student, hardware).violations)
         quantize(student, WEIGHT_BITS, ACT_BITS, [tuple(x[:1] for x in examples)])
-        row.bops_ratio = _ratio(student_cost(student).bops, teacher.bops)
+        row.bops_ratio = _ratio(deployed_cost(student).bops, teacher.bops)
     except ArchnetError as error:
         row.stopped = str(error)
     return row

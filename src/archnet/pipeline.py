@@ -28,11 +28,12 @@ from archnet import report, text_pipeline
 from archnet.capture import TeacherGraph, capture
 from archnet.config import Config, LoggerConfig, TeacherConfig
 from archnet.convert import Approximation
-from archnet.deploy import lower
+from archnet.deploy import to_integers
 from archnet.distill import distill
 from archnet.errors import ArchnetError
 from archnet.files import full_disk
-from archnet.hardware import student_cost, teacher_cost
+from archnet.hardware import teacher_cost
+from archnet.lower import deployed_cost
 from archnet.ops import Student
 from archnet.quant import FLOAT, Quantizer
 from archnet.ranks import LEADER, RUN_FOLDER
@@ -383,7 +384,7 @@ def _check_integers(this: Run, student: Student) -> None:
     quant, target = this.config.quant, this.config.hardware
     widths = (quant.weight_bits, quant.act_bits, quant.first_bits, quant.last_bits)
     if FLOAT not in widths:
-        lower(student, cast(Any, target.requantization), target.accumulator_bits)
+        to_integers(student, cast(Any, target.requantization), target.accumulator_bits)
 
 
 def _distil(this: Run, student: Student) -> dict[str, Any]:
@@ -496,7 +497,7 @@ def _parity(this: Run, student: Student) -> dict[str, Any]:
 def _cost(this: Run, student: Student) -> dict[str, Any]:
     """On one sample; the teacher as it is, in float, and its bit operations at W8A8 as well."""
     example = this.data.calibration_batches(1)[0][:1]
-    before, after = teacher_cost(this.teacher, example), student_cost(student)
+    before, after = teacher_cost(this.teacher, example), deployed_cost(student)
     return {
         "macs": {"teacher": before.macs, "student": after.macs},
         "bops": {

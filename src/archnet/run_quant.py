@@ -8,7 +8,8 @@ from torch import Tensor
 
 import archnet
 from archnet.config import Config, offered
-from archnet.hardware import Target, check_layers, check_memory, student_cost
+from archnet.hardware import Target, student_cost
+from archnet.lower import check_layers, check_memory
 from archnet.ops import Student
 from archnet.quant import (
     ActivationLSQ,

@@ -71,12 +71,13 @@ def _run_folder(
     console: "Console", folder: "RunFolder", array: "SystolicArray", options: argparse.Namespace
 ) -> None:
     from archnet import pipeline
-    from archnet.hardware import student_cost, teacher_cost
+    from archnet.hardware import teacher_cost
+    from archnet.lower import deployed_cost
 
     this, student = pipeline.reopen(folder)
     example = pipeline.test_images(this.data, 1)
     before = teacher_cost(this.teacher, example, weight_bits=8, act_bits=8)
-    after = student_cost(student)
+    after = deployed_cost(student)
     layers = _layers(before, after)
     sides = ("teacher", before), ("student", after)
     _show(console, f"{folder.path} (teacher: as at W8A8)", layers, sides, array)

@@ -1,4 +1,4 @@
-"""Builds a student operator by operator, in the cheapest exact form that the target allows."""
+"""Builds a student of whole operators; what a target makes of them is in `archnet.lower`."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,15 +8,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from archnet import ops
 from archnet.convert.feature import Carry, Convolution, Feature, Form, Value, resized
 from archnet.errors import ArchnetError
 from archnet.ops import (
     Activation,
+    Add,
     BatchNorm,
     Concat,
-    Conv3x3,
     FullyConnected,
-    MaxPool2x2,
     Operator,
     Pad,
     Permute,
@@ -54,8 +54,8 @@ class TargetLimits(Protocol):
 class Builder:
     """Adds steps to a student.
 
-    Methods take and give `Feature` handles. ``owner`` is the teacher node at work: the
-    multiply-accumulates of every step are charged to it, and ``owners`` tells whose a step is.
+    Methods take and give `Feature` handles. ``owner`` is the teacher node at work, and ``owners``
+    tells whose a step is.
     """
 
     def __init__(self, target: TargetLimits) -> None:
@@ -63,7 +63,6 @@ class Builder:
         self.graph = StudentGraph(inputs=[], output="")
         self.modules: dict[str, Operator] = {}
         self.owner = ""
-        self.macs: dict[str, int] = {}
         self.owners: dict[str, str] = {}
         self.paths: dict[str, str] = {}
 
@@ -89,12 +88,6 @@ class Builder:
         self.graph.steps.append(Step(name, tuple(inputs), self.paths.get(self.owner, "")))
         self.modules[name] = module
         self.owners[name] = self.owner
-        macs = 0
-        if isinstance(module, Conv3x3):
-            macs = math.prod(shape) * module.in_channels * 9
-        elif isinstance(module, FullyConnected):
-            macs = math.prod(shape) * module.in_features
-        self.macs[self.owner] = self.macs.get(self.owner, 0) + macs
         return name
 
     def step(self, name: str) -> Step:
@@ -230,9 +223,6 @@ class Builder:
             names = [self.first(part) for part in parts]
             feature.first = self.emit("concat", Concat(feature.axis), *names)
 
-    def maxpool(self, feature: Feature, stride: int, padding: tuple[int, int, int, int]) -> Feature:
-        return self.layout(feature, "pool", MaxPool2x2(stride, padding))
-
     def batchnorm(self, feature: Feature, scale: Tensor, bias: Tensor) -> Feature:
         """Scale * x + bias per channel, as a batch norm with neutral statistics.
 
@@ -283,20 +273,17 @@ class Builder:
                 module.bias.copy_(bias.expand(weight.shape[0]))
         return self.emit("fc", module, name)
 
-    def matrix_at_positions(self, feature: Feature, weight: Tensor, bias: Tensor) -> Feature:
-        """Weight @ x + bias at every position: an FC where the target has it, else a 3x3.
-
-        The 3x3 carries the matrix in its centre (eight zero taps, nine times the MACs).
+    def matrix_at_positions(
+        self, feature: Feature, weight: Tensor, bias: Tensor, *, trainable: bool = True
+    ) -> Feature:
+        """Weight @ x + bias at every position: a 1x1 convolution on a map whose channels are first,
+        else a fully connected layer on the last axis.
         """
+        self._join(feature)
+        if feature.is_map and feature.first is not None:
+            conv = Convolution(feature, weight[:, :, None, None], self.owner, trainable=trainable)
+            return self.convolve(conv, bias)
         shape = resized(feature.shape, feature.axis, weight.shape[0])
-        if len(shape) > 1 and not self.target.fc_per_position:
-            if not feature.is_map:
-                return self._as_map(feature, lambda x: self.matrix_at_positions(x, weight, bias))
-            kernel = torch.zeros(*weight.shape, 3, 3, dtype=weight.dtype)
-            kernel[:, :, 1, 1] = weight
-            return self.conv3x3(feature, kernel, bias, stride=1, padding=1)
-        if len(shape) == 1:
-            return Feature(shape, first=self.fully_connected(self.first(feature), weight, bias))
         return self._within_channel_limit(
             feature,
             weight,
@@ -304,49 +291,17 @@ class Builder:
             lambda part, matrix, offset: self.from_last(
                 resized(shape, feature.axis, matrix.shape[0]),
                 feature.axis,
-                self.fully_connected(self.last(part), matrix, offset),
+                self.fully_connected(self.last(part), matrix, offset, trainable=trainable),
             ),
         )
 
-    def _as_map(self, feature: Feature, work: Callable[[Feature], Feature]) -> Feature:
-        """``work`` on a map (C, positions, 1) of a feature that has other axes."""
-        rank = len(feature.shape) + 1
-        front = self.build(self.permuted(feature, _move(feature.axis, 1, rank)))
-        positions = front.shape[1:]
-        flat = self.layout(front, "map", Reshape((front.channels, math.prod(positions), 1)), 1)
-        done = work(flat)
-        tall = self.layout(done, "unmap", Reshape((done.channels, *positions)), 1)
-        return self.build(self.permuted(tall, _move(1, feature.axis, rank)))
-
     def spread(self, feature: Feature, shape: tuple[int, ...]) -> Feature:
-        """A map of one position at every position of ``shape`` (C, H, W): a column of ones."""
-        ones = torch.ones(math.prod(shape[1:]), 1, dtype=torch.float64)
-        return self.over_positions(feature, ones, (shape[1], shape[2]))
-
-    def over_positions(self, feature: Feature, matrix: Tensor, shape: tuple[int, int]) -> Feature:
-        """A constant linear map over the positions of a map, the same for every channel.
-
-        ``matrix`` is (H'W', HW): a fully connected layer on (C, HW), as average pooling needs; or
-        on lanes of flattened channels, where the target has no FC at positions.
-        """
-        channels, height, width = feature.shape
-        if not self.target.fc_per_position:
-            # Only flattened features meet a fully connected layer there: a lane of channels is
-            # flattened, and the matrix stands once for each of them on the diagonal.
-            parts = []
-            for start in range(0, channels, self.target.lanes):
-                part = self.slice(feature, 1, start, min(start + self.target.lanes, channels))
-                flat = self.layout(part, "flat", Reshape((part.channels * height * width,)))
-                diagonal = torch.kron(torch.eye(part.channels).to(matrix), matrix.contiguous())
-                name = self.fully_connected(self.first(flat), diagonal, trainable=False)
-                pooled = Feature(self.graph.shapes[name], first=name)
-                parts.append(self.layout(pooled, "map", Reshape((part.channels, *shape))))
-            return self.concat(parts)
-        flat = self.layout(feature, "flat", Reshape((channels, height * width)))
-        name = self.fully_connected(self.first(flat), matrix, trainable=False)
-        return self.layout(
-            Feature(self.graph.shapes[name], first=name), "map", Reshape((channels, *shape))
-        )
+        """A map of one position at every position of ``shape`` (C, H, W): copies side by side."""
+        name = self.first(feature)
+        for axis in (3, 2):
+            if shape[axis - 1] > 1:
+                name = self.emit("spread", Concat(axis), *[name] * shape[axis - 1])
+        return Feature(shape, first=name, axis=feature.axis)
 
     def windows(
         self,
@@ -373,21 +328,6 @@ class Builder:
         return views
 
     # -- convolutions --------------------------------------------------------------------------
-
-    def conv3x3(
-        self, feature: Feature, weight: Tensor, bias: Tensor, stride: int, padding: int
-    ) -> Feature:
-        """A dense 3x3 convolution, in slices where the target limits the channels."""
-
-        def build(part: Feature, kernel: Tensor, offset: Tensor) -> Feature:
-            module = Conv3x3(kernel.shape[1], kernel.shape[0], stride, padding)
-            with torch.no_grad():
-                module.weight.copy_(kernel)
-                module.bias.copy_(offset.expand(kernel.shape[0]))
-            name = self.emit("conv", module, self.first(part))
-            return Feature(self.graph.shapes[name], first=name)
-
-        return self._within_channel_limit(feature, weight, bias, build)
 
     def _within_channel_limit(
         self,
@@ -420,186 +360,106 @@ class Builder:
         return self.concat(outputs)
 
     def convolve(self, conv: Convolution, bias: Tensor) -> Feature:
-        """Any convolution, exactly.
-
-        - 1x1: a matrix at every position (of every stride-th pixel).
-        - 3x3, stride 1 or 2: the operator itself.
-        - grouped: lanes of whole groups, each dense with zeros between its groups; depthwise
-          layers take ``target.lanes`` channels a lane, so that they cost lanes times their MACs
-          and not C times.
-        - any other kernel, stride or dilation: the window's views side by side, then a matrix at
-          every position (1x the MACs); or, where the target has no FC at positions, 3x3
-          convolutions over views shifted by three.
-        """
+        """A convolution, in slices where the target limits the channels."""
         owner, self.owner = self.owner, conv.owner
         try:
             bias = bias.expand(conv.weight.shape[0])
             if conv.groups > 1:
                 return self._grouped(conv, bias)
-            return self._dense(conv, bias)
+            return self._within_channel_limit(
+                conv.feature,
+                conv.weight,
+                bias,
+                lambda part, kernel, offset: self._convolution(
+                    replace(conv, feature=part, weight=kernel), offset
+                ),
+            )
         finally:
             self.owner = owner
 
-    def _dense(self, conv: Convolution, bias: Tensor) -> Feature:
-        kernel = (conv.weight.shape[2], conv.weight.shape[3])
-        feature, stride, (py, px) = conv.feature, conv.stride, conv.padding
-        square = stride[0] == stride[1] and stride[0] <= 2
-        if kernel == (3, 3) and conv.dilation == (1, 1) and square:
-            if py == px and py <= 1:
-                return self.conv3x3(feature, conv.weight, bias, stride[0], py)
-            padded = self.pad(feature, (py, py), (px, px))
-            return self.conv3x3(padded, conv.weight, bias, stride[0], 0)
-        padded = self.pad(feature, (py, py), (px, px))
-        if kernel == (1, 1):
-            return self.matrix_at_positions(
-                self.windows(padded, kernel, stride)[0], conv.weight[:, :, 0, 0], bias
-            )
-        if self.target.fc_per_position:
-            return self._patches(padded, conv, bias)
-        return self._shifted(padded, conv, bias)
-
-    def _patches(self, padded: Feature, conv: Convolution, bias: Tensor) -> Feature:
-        """im2col by layout moves, then one fully connected layer at every position."""
-        out, channels, kh, kw = conv.weight.shape
-        if conv.stride == (kh, kw) and conv.dilation == (1, 1):
-            # Patches that do not overlap are a reshape.
-            rows, columns = padded.shape[1] // kh, padded.shape[2] // kw
-            cut = self.slice(self.slice(padded, 2, 0, rows * kh), 3, 0, columns * kw)
-            split = self.layout(cut, "split", Reshape((channels, rows, kh, columns, kw)))
-            order = self.layout(split, "order", Permute((0, 2, 4, 1, 3, 5)))
-            flat = self.layout(order, "patch", Reshape((rows, columns, channels * kh * kw)))
-            patches = Feature((channels * kh * kw, rows, columns), last=flat.first)
-            matrix = conv.weight.reshape(out, -1)
-        else:
-            patches = self.concat(self.windows(padded, (kh, kw), conv.stride, conv.dilation))
-            matrix = conv.weight.permute(0, 2, 3, 1).reshape(out, -1)
-        return self.matrix_at_positions(patches, matrix, bias)
-
-    def _shifted(self, padded: Feature, conv: Convolution, bias: Tensor) -> Feature:
-        """Taps in groups of 3x3 neighbours: one view per group, one 3x3 over all views."""
-        out, channels, kh, kw = conv.weight.shape
-        dy, dx = conv.dilation
-        spread = conv.weight.new_zeros(out, channels, dy * (kh - 1) + 1, dx * (kw - 1) + 1)
-        spread[:, :, ::dy, ::dx] = conv.weight
-        _, _, height, width = spread.shape
-        if any(s != conv.stride[0] or s > 2 for s in conv.stride):
-            # A wider stride: convolve at every pixel, keep every s-th.
-            dense = Convolution(padded, spread, conv.owner)
-            full = self._shifted(padded, dense, bias)
-            return self.windows(full, (1, 1), conv.stride)[0]
-        stride = conv.stride[0]
-        rows = (padded.shape[1] - height) // stride * stride + 3
-        columns = (padded.shape[2] - width) // stride * stride + 3
-        reach_y, reach_x = -(-height // 3) * 3, -(-width // 3) * 3
-        wide = self.pad(padded, (0, reach_y - height), (0, reach_x - width))
-        views, kernels = [], []
-        for y in range(0, reach_y, 3):
-            for x in range(0, reach_x, 3):
-                tile = spread[:, :, y : y + 3, x : x + 3]
-                if not tile.any():
-                    continue
-                view = self.slice(wide, 2, y, y + rows)
-                views.append(self.slice(view, 3, x, x + columns))
-                kernel = spread.new_zeros(out, channels, 3, 3)
-                kernel[:, :, : tile.shape[2], : tile.shape[3]] = tile
-                kernels.append(kernel)
-        if not kernels:
-            kernels = [spread.new_zeros(out, channels, 3, 3)]
-            views = [self.slice(self.slice(wide, 2, 0, rows), 3, 0, columns)]
-        return self.conv3x3(self.concat(views), torch.cat(kernels, 1), bias, stride, 0)
+    def _convolution(self, conv: Convolution, bias: Tensor) -> Feature:
+        out, per_group, *kernel = conv.weight.shape
+        module = ops.Convolution(
+            per_group * conv.groups,
+            out,
+            kernel,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            trainable=conv.trainable,
+        )
+        with torch.no_grad():
+            module.weight.copy_(conv.weight)
+            module.bias.copy_(bias)
+        name = self.emit("conv", module, self.first(conv.feature))
+        return Feature(self.graph.shapes[name], first=name)
 
     def _grouped(self, conv: Convolution, bias: Tensor) -> Feature:
-        out, per_group = conv.weight.shape[:2]
-        out_per_group = out // conv.groups
-        together = max(1, self.target.lanes // max(per_group, out_per_group))
-        kernel = (conv.weight.shape[2], conv.weight.shape[3])
-        lanes = [range(g, min(g + together, conv.groups)) for g in range(0, conv.groups, together)]
-        stacked = None
-        if kernel not in ((1, 1), (3, 3)) and self.target.fc_per_position:
-            stacked = self._stacked_windows(conv)
+        """Groups of channels, as many at a time as the target's limit lets together."""
+        out, per_group = conv.weight.shape[0] // conv.groups, conv.weight.shape[1]
+        limit = self.target.max_channels
+        together = conv.groups if limit is None else max(1, limit // max(per_group, out))
+        if together >= conv.groups:
+            return self._convolution(conv, bias)
         parts = []
-        for lane in lanes:
-            first, count = lane[0], len(lane)
-            weight = conv.weight.new_zeros(count * out_per_group, count * per_group, *kernel)
-            for n, group in enumerate(lane):
-                rows = slice(n * out_per_group, (n + 1) * out_per_group)
-                columns = slice(n * per_group, (n + 1) * per_group)
-                weight[rows, columns] = conv.weight[
-                    group * out_per_group : (group + 1) * out_per_group
-                ]
-            offset = bias[first * out_per_group : (first + count) * out_per_group]
-            start, stop = first * per_group, (first + count) * per_group
-            if stacked is None:
-                part = self.slice(conv.feature, 1, start, stop)
-                dense = Convolution(
-                    part, weight, conv.owner, conv.stride, conv.padding, conv.dilation
-                )
-                parts.append(self._dense(dense, offset))
-            else:
-                view = self.slice(stacked, 4, start, stop)
-                rows_, columns_ = view.shape[:2]
-                taps = kernel[0] * kernel[1] * (stop - start)
-                flat = self.layout(view, "patch", Reshape((rows_, columns_, taps)))
-                patches = Feature((taps, rows_, columns_), last=flat.first)
-                matrix = weight.permute(0, 2, 3, 1).reshape(len(offset), -1)
-                parts.append(self.matrix_at_positions(patches, matrix, offset))
+        for first in range(0, conv.groups, together):
+            count = min(together, conv.groups - first)
+            part = self.slice(conv.feature, 1, first * per_group, (first + count) * per_group)
+            rows = slice(first * out, (first + count) * out)
+            some = replace(conv, feature=part, weight=conv.weight[rows], groups=count)
+            parts.append(self.convolve(some, bias[rows]))
         return self.concat(parts)
-
-    def _stacked_windows(self, conv: Convolution) -> Feature:
-        """All views of a window once for all lanes: (H', W', kh * kw, C)."""
-        (py, px), kernel = conv.padding, (conv.weight.shape[2], conv.weight.shape[3])
-        padded = self.pad(conv.feature, (py, py), (px, px))
-        names = []
-        for view in self.windows(padded, kernel, conv.stride, conv.dilation):
-            channels, rows, columns = view.shape
-            name = self.emit("tap", Reshape((rows, columns, 1, channels)), self.last(view))
-            names.append(name)
-        name = self.emit("concat", Concat(3), *names)
-        return Feature(self.graph.shapes[name], first=name)
 
     # -- sums ----------------------------------------------------------------------------------
 
     def add(
         self, features: Sequence[Feature], scales: Sequence[float] = (), bias: float = 0.0
     ) -> Feature:
-        """Addition as concatenation and a fully connected layer [I, I, ...] (exact).
-
-        The identity is the same in every lane of ``target.merge_lanes`` channels, so one small
-        layer serves all lanes of all positions: 2 * lanes MACs a value where a layer over all
-        channels would need 2 * C. With ``scales``, one number for every feature, and a ``bias``
-        it is any weighted sum. It is a constant of the conversion, and not trained.
+        """The sum of features; with ``scales``, one number for each, and a ``bias``, any weighted
+        sum (both exact).
         """
         if len(features) == 1 and not scales:
             return features[0]
-        factors = list(scales) or [1.0] * len(features)
-        channels = features[0].channels
-        # Weighted sums stand behind every smooth activation, where narrow lanes count.
-        widest = self.target.lanes if scales else self.target.merge_lanes
-        axis = features[0].axis
-        literal = len(features[0].shape) > 1 and not self.target.fc_per_position
-        if literal and self.target.max_channels is not None:
-            # A merge is a convolution here, and has to fit the limit as well, with two sums a time.
-            if len(features) > 2:
-                first = self.add(features[:2], factors[:2])
-                return self.add([first, *features[2:]], [1.0, *factors[2:]], bias)
-            widest = min(widest, self.target.max_channels // 2)
-            if not widest:
+        limit = self.target.max_channels
+        if limit is not None and limit < len(features):
+            # What joins them, where the target has no addition, would be wider than it takes.
+            if limit < 2:
                 raise ConversionError("hardware.max_channels=1 leaves no room for an addition")
+            first = self.add(features[:2], scales[:2])
+            return self.add([first, *features[2:]], scales and [1.0, *scales[2:]], bias)
+        if scales:
+            return self._weighted_sum(features, scales, bias)
+        for feature in features:
+            self._join(feature)
+        shape, axis = features[0].shape, features[0].axis
+        if all(f.last for f in features) and not all(f.first for f in features):
+            return Feature(
+                shape, last=self.emit("add", Add(), *map(self.last, features)), axis=axis
+            )
+        return Feature(shape, first=self.emit("add", Add(), *map(self.first, features)), axis=axis)
+
+    def _weighted_sum(
+        self, features: Sequence[Feature], scales: Sequence[float], bias: float
+    ) -> Feature:
+        """Concatenation and a constant layer [s_1 I, s_2 I, ...], the same for every lane of
+        ``target.lanes`` channels.
+        """
+        channels, axis, limit = features[0].channels, features[0].axis, self.target.max_channels
+        widest = (
+            self.target.lanes if limit is None else min(self.target.lanes, limit // len(scales))
+        )
         lane = max(d for d in range(1, widest + 1) if channels % d == 0)
-        eye = torch.cat([f * torch.eye(lane, dtype=torch.float64) for f in factors], 1)
+        eye = torch.cat([f * torch.eye(lane, dtype=torch.float64) for f in scales], 1)
         offset = torch.full((lane,), bias, dtype=torch.float64)
-        if literal:
-            parts = []
-            for start in range(0, channels, lane):
-                slices = [self.slice(f, axis, start, start + lane) for f in features]
-                parts.append(self.matrix_at_positions(self.concat(slices), eye, offset))
-            return self.concat(parts)
         names = [self.last(f) for f in features]
         positions = self.graph.shapes[names[0]][:-1]
         if lane != channels:
             lanes = (*positions, channels // lane, lane)
             names = [self.emit("lanes", Reshape(lanes), name) for name in names]
-        joined = self.emit("concat", Concat(len(self.graph.shapes[names[0]])), *names)
+        joined = names[0]
+        if len(names) > 1:
+            joined = self.emit("concat", Concat(len(self.graph.shapes[names[0]])), *names)
         total = self.fully_connected(joined, eye, offset, trainable=False)
         if lane != channels:
             total = self.emit("join", Reshape((*positions, channels)), total)
@@ -609,8 +469,7 @@ class Builder:
         """Turn a linear form into operators; a feature is given back as it is.
 
         Terms that are matrices at the same positions join into one layer over the concatenated
-        features (no extra MACs). An identity never joins a trained matrix in one layer: weights
-        of such different size would share one low-bit scale.
+        features (no extra MACs).
         """
         if isinstance(value, Feature):
             return value

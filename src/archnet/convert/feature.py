@@ -62,7 +62,7 @@ class Convolution:
     """A convolution that was read but not built yet, so that what follows can fold into it.
 
     A linear layer is one of 1x1. ``weight`` is (O, C / groups, kh, kw), ``owner`` the teacher node
-    it came from.
+    it came from; without ``trainable`` its weights are constants of the conversion.
     """
 
     feature: Feature
@@ -72,6 +72,7 @@ class Convolution:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    trainable: bool = True
 
     def scaled(self, scale: Tensor) -> "Convolution":
         return replace(self, weight=self.weight * scale[:, None, None, None])

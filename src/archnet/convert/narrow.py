@@ -10,20 +10,16 @@ from torch import Tensor
 from archnet.ops import FullyConnected, Operator, Permute, Reshape, Slice, Step, Student
 
 
-def narrow(student: Student) -> dict[str, int]:
+def narrow(student: Student) -> None:
     """Take the rows that nobody reads out of fully connected layers, in place (exact).
 
     A teacher computes queries, keys and values in one layer and splits its result by layout moves;
     where only the values are left, two thirds of that layer would be computed for nothing. Looked
     for are layers whose one reader is a slice, with permutations and reshapes between.
-
-    Returns:
-        The multiply-accumulates saved, by the layer's step.
     """
     graph = student.graph
     added: dict[str, Operator] = {}
     instead: dict[str, str] = {}  # of every slice that goes, what its readers read
-    saved: dict[str, int] = {}
     for cut in [step for step in graph.steps if isinstance(student.operator(step.name), Slice)]:
         chain = _chain(student, cut)
         smaller = chain and _narrowed(student, *chain, cut)
@@ -31,12 +27,6 @@ def narrow(student: Student) -> dict[str, int]:
             layer, moves = chain
             added.update(smaller)
             instead[cut.name] = (moves[-1] if moves else layer).name
-            before, after = student.operator(layer.name), smaller[layer.name]
-            assert isinstance(before, FullyConnected)
-            assert isinstance(after, FullyConnected)
-            positions = math.prod(graph.shapes[layer.name][:-1])
-            rows = before.out_features - after.out_features
-            saved[layer.name] = positions * rows * before.in_features
     if instead:
         steps = [
             Step(s.name, tuple(instead.get(name, name) for name in s.inputs), s.origin)
@@ -46,7 +36,6 @@ def narrow(student: Student) -> dict[str, int]:
         taps = [replace(tap, value=instead.get(tap.value, tap.value)) for tap in graph.taps]
         output = instead.get(graph.output, graph.output)
         student.rewire(steps, added=added, output=output, taps=taps)
-    return saved
 
 
 def _chain(student: Student, cut: Step) -> tuple[Step, list[Step]] | None:

@@ -23,7 +23,8 @@ from archnet.convert.narrow import narrow
 from archnet.convert.rules import RULES
 from archnet.convert.rules.base import Alternative, Approximation, Site, Values, error_at
 from archnet.convert.taps import choose_taps
-from archnet.hardware import Target
+from archnet.hardware import Target, student_cost
+from archnet.lower import lower
 from archnet.ops import NodeReport, Student, Tap, WeightedOperator
 
 _log = logging.getLogger(__name__)
@@ -212,11 +213,14 @@ def _build(
     ]
     if inner_taps:
         builder.graph.taps += _inner_taps(graph, fitted, {path for path, _ in tap_nodes})
+    builder.graph.target = Target.of(target).description()
     student = Student(builder.graph, builder.modules).eval()
     student.drop_unread()  # slices of a split whose results nobody wants
-    macs = Counter(builder.macs)
-    for name, saved in narrow(student).items():
-        macs[builder.owners[name]] -= saved
+    narrow(student)
+    lowered = lower(student, target, weights=False)
+    macs: Counter[str] = Counter()
+    for cost in student_cost(lowered.student).steps:
+        macs[builder.owners[lowered.whole[cost.name]]] += cost.macs
     student.graph.report = [
         replace(row, macs_after=macs[node.name])
         for row, node in zip(report, graph.nodes, strict=True)

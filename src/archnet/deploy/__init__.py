@@ -1,7 +1,7 @@
 """From a student to a file that a runtime runs, and the proof that it does the same."""
 
 from archnet.deploy.export import FORMS, audit, export, to_onnx
-from archnet.deploy.integer import IntegerModel, lower
+from archnet.deploy.integer import IntegerModel, to_integers
 from archnet.deploy.runtime import Parity, changed, load_session, parity
 from archnet.deploy.translator import OnnxTranslator, export_translator
 from archnet.deploy.verify import Check, verify
@@ -19,8 +19,8 @@ __all__ = [
     "export",
     "export_translator",
     "load_session",
-    "lower",
     "parity",
+    "to_integers",
     "to_onnx",
     "verify",
 ]

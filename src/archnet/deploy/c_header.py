@@ -20,13 +20,14 @@ from archnet.deploy.integer import (
     IntegerModel,
     IntegerStep,
     Requantization,
+    square,
 )
 from archnet.deploy.writer import ExportError
 from archnet.ops import (
     Concat,
-    Conv3x3,
+    Convolution,
     FullyConnected,
-    MaxPool2x2,
+    MaxPool,
     Pad,
     Permute,
     Reshape,
@@ -47,7 +48,7 @@ def to_c(model: IntegerModel) -> str:
     means +1, 0 means -1). The block ARCHNET_ARENA_BYTES holds all activations, a byte each.
 
     Args:
-        model: from `lower`, with requantization "multiplier" or "power_of_two".
+        model: from `to_integers`, with requantization "multiplier" or "power_of_two".
 
     Returns:
         The text of the header.
@@ -236,19 +237,21 @@ class _Header:
         comment += f" to {_shape(shape)}"
         comment += f", {_plain(step.origin)}" if step.origin else ""
         self.calls += ["", f"/* {comment} */"]
-        if isinstance(operator, Conv3x3 | FullyConnected):
+        if isinstance(operator, Convolution | FullyConnected):
             place = (y.place, "NULL") if y.grid else ("NULL", y.place)
             layer = f"&{self._layer(step)}, {x.place}, {x.signed}, {', '.join(place)}"
             if isinstance(operator, FullyConnected):
                 self._call("fully_connected", layer, math.prod(shape[:-1]))
             else:
-                sizes = (*before, *shape[1:], operator.stride, operator.padding)
-                self._call("conv3x3", layer, *sizes)
-        elif isinstance(operator, MaxPool2x2):
+                stride, padding = square(step)
+                sizes = (*before, *shape[1:], operator.kernel[0], stride, padding)
+                self._call("conv", layer, *sizes)
+        elif isinstance(operator, MaxPool):
+            stride, _ = square(step)
             left, _, top, _ = operator.padding
             low = self.model.grids[step.name].low
             places = (x.place, x.signed, y.place)
-            self._call("max_pool2x2", *places, *before, *shape[1:], operator.stride, left, top, low)
+            self._call("max_pool2x2", *places, *before, *shape[1:], stride, left, top, low)
         elif step.requantization is not None:
             scale = self._requantization(self.names[step.name], step.requantization)
             inner = math.prod(shape[1:])
@@ -336,7 +339,7 @@ class _Header:
         if scale.kind == "float":
             raise ExportError(
                 "the c form computes in integers alone, and this model requantizes in float: "
-                'lower it with requantization="multiplier" or "power_of_two"'
+                'convert it with requantization="multiplier" or "power_of_two"'
             )
         multiplier, shift, offset = scale.multiplier, scale.shift, scale.shifted_offset
         if np.abs(multiplier).max(initial=0) >= 2**31:

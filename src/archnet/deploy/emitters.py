@@ -8,7 +8,7 @@ other forms a tensor holds the values of its integers, and every operator works 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +17,14 @@ import numpy as np
 from archnet.deploy.writer import ExportError, Grid, Value, Writer
 from archnet.ops import (
     Activation,
+    Add,
+    AveragePool,
     BatchNorm,
     Concat,
-    Conv3x3,
+    Convolution,
     FullyConnected,
-    MaxPool2x2,
+    MaxPool,
+    Mean,
     Operator,
     Pad,
     Permute,
@@ -72,15 +75,21 @@ def parameters(writer: Writer, name: str, op: WeightedOperator) -> tuple[str, st
     return weight, bias
 
 
-@emits(Conv3x3)
-def _convolution(writer: Writer, name: str, op: Conv3x3, shape: tuple[int, ...], x: Value) -> Value:
+@emits(Convolution)
+def _convolution(
+    writer: Writer, name: str, op: Convolution, shape: tuple[int, ...], x: Value
+) -> Value:
+    if op.groups > 1 and op.copies > 1:
+        raise ExportError(f"step {name}: a grouped convolution on copies is written in lanes alone")
     writer.node(
         "Conv",
         [writer.floating(x), *parameters(writer, name, op)],
         name,
-        kernel_shape=[3, 3],
-        strides=[op.stride] * 2,
-        pads=[op.padding] * 4,
+        kernel_shape=op.kernel,
+        strides=op.stride,
+        pads=[*op.padding, *op.padding],
+        dilations=op.dilation,
+        group=op.groups,
     )
     return Value(name, name, shape)
 
@@ -116,20 +125,64 @@ def _batch_norm(
     return Value(name, name, shape)
 
 
-@emits(MaxPool2x2)
-def _max_pool(writer: Writer, name: str, op: MaxPool2x2, shape: tuple[int, ...], x: Value) -> Value:
+@emits(MaxPool)
+def _max_pool(writer: Writer, name: str, op: MaxPool, shape: tuple[int, ...], x: Value) -> Value:
     left, right, top, bottom = op.padding
-    if max(op.padding) > 1:
-        raise ExportError(f"step {name}: ONNX pads a 2x2 max-pooling by one pixel at most")
+    if max(top, bottom) >= op.kernel[0] or max(left, right) >= op.kernel[1]:
+        raise ExportError(f"step {name}: ONNX pads a max-pooling by less than its window")
     writer.node(
         "MaxPool",
         [writer.tensor(x)],
         name,
-        kernel_shape=[2, 2],
-        strides=[op.stride] * 2,
+        kernel_shape=op.kernel,
+        strides=op.stride,
         pads=[top, left, bottom, right],
+        dilations=op.dilation,
     )
     return Value(name, name, shape, x.grid)
+
+
+@emits(Add)
+def _add(writer: Writer, name: str, op: Add, shape: tuple[int, ...], *xs: Value) -> Value:
+    first, *others = [writer.floating(x) for x in xs]
+    for index, other in enumerate(others):
+        is_last = index == len(others) - 1
+        output = name if is_last else f"{name}.{index}"
+        first = writer.node("Add", [first, other], output)
+    return Value(name, name, shape)
+
+
+@emits(AveragePool)
+def _average_pool(
+    writer: Writer, name: str, op: AveragePool, shape: tuple[int, ...], x: Value
+) -> Value:
+    if not op.is_mean:
+        raise ExportError(f"step {name}: ONNX divides an average by the pixels of its window")
+    writer.node(
+        "AveragePool",
+        [writer.floating(x)],
+        name,
+        kernel_shape=op.kernel,
+        strides=op.stride,
+        pads=[*op.padding, *op.padding],
+        count_include_pad=1,
+    )
+    return Value(name, name, shape)
+
+
+@emits(Mean)
+def _mean(writer: Writer, name: str, op: Mean, shape: tuple[int, ...], x: Value) -> Value:
+    kind = "ReduceSum" if op.factor == 1 else "ReduceMean"
+    if kind == "ReduceMean" and op.factor != 1 / op.terms([x.moved_shape[1:]]):
+        raise ExportError(f"step {name}: ONNX has no sum times {op.factor:g}")
+    source = writer.floating(x)
+    # Axes became an input of ReduceSum in opset 13, of ReduceMean in opset 18.
+    if kind == "ReduceSum" or writer.opset >= 18:
+        axes = writer.constant(f"{name}.axes", op.axes, np.int64)
+        writer.node(kind, [source, axes], name, keepdims=0)
+    else:
+        writer.node(kind, [source], name, axes=op.axes, keepdims=0)
+    return Value(name, name, shape)
 
 
 @emits(Concat)
@@ -190,6 +243,15 @@ def _slice(writer: Writer, name: str, op: Slice, shape: tuple[int, ...], x: Valu
     constants = [writer.constant(f"{name}.{k}", [v], np.int64) for k, v in window.items()]
     writer.node("Slice", [writer.tensor(x), *constants], name)
     return Value(name, name, shape, x.grid)
+
+
+def emit_split(
+    writer: Writer, names: Sequence[str], cuts: Sequence[Slice], shapes: Any, x: Value
+) -> list[Value]:
+    """Slices that part a whole axis, one behind the other, as one node."""
+    sizes = writer.constant(f"{names[0]}.sizes", [op.stop - op.start for op in cuts], np.int64)
+    writer.node("Split", [writer.tensor(x), sizes], *names, axis=cuts[0].axis)
+    return [Value(name, name, (-1, *shapes[name]), x.grid) for name in names]
 
 
 @emits(Pad)

@@ -11,8 +11,8 @@ import onnx
 import torch
 from torch import nn
 
-from archnet.deploy.emitters import emit
-from archnet.deploy.integer import lower
+from archnet.deploy.emitters import emit, emit_split
+from archnet.deploy.integer import to_integers
 from archnet.deploy.qdq import QdqWriter
 from archnet.deploy.qonnx import QonnxWriter
 from archnet.deploy.runtime import compile_openvino
@@ -20,7 +20,8 @@ from archnet.deploy.writer import ExportError, Value, Writer
 from archnet.files import atomic
 from archnet.hardware import Audit
 from archnet.hardware import audit as audit_file
-from archnet.ops import Activation, Student, WeightedOperator
+from archnet.lower import deployed
+from archnet.ops import Activation, Slice, Student, WeightedOperator
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class Form:
 def _c_header(student: Student) -> bytes:
     from archnet.deploy.c_header import to_c
 
-    return to_c(lower(student)).encode()
+    return to_c(to_integers(student, target="arch5")).encode()
 
 
 def _tflite(student: Student) -> bytes:
     from archnet.deploy.tflite import to_tflite
 
-    return to_tflite(lower(student))
+    return to_tflite(to_integers(student, target="arch5"))
 
 
 def _openvino(student: Student) -> bytes:
@@ -93,7 +94,10 @@ def to_onnx(student: Student, form: str = "float", opset: int | None = None) -> 
 def write(
     student: Student, form: str, opset: int | None = None
 ) -> tuple[onnx.ModelProto, dict[str, Value]]:
-    """The student as an ONNX model, and where each of its values stands in there, by name."""
+    """The student as an ONNX model, and where each of its values stands in there, by name.
+
+    It is written as its target runs it (`archnet.lower.lower`), with the names of that.
+    """
     kind = form_named(form)
     if not isinstance(student, Student):
         raise ExportError(f"a {type(student).__name__} is no student: convert() makes one of it")
@@ -103,12 +107,22 @@ def write(
     if not 13 <= opset <= 25:
         raise ExportError(f"opset={opset} is out of range: 13 to 25 run on onnxruntime")
     _check_quantized(student, form)
+    student = deployed(student)
     graph, writer = student.graph, kind.writer(opset)
     inputs = {name: graph.shapes[name] for name in graph.inputs}
     values = {name: Value(name, name, (-1, *shape)) for name, shape in inputs.items()}
+    splits = _splits(student)
     with torch.no_grad():
         for step in graph.steps:
             writer.origin = step.origin
+            if step.name in values:
+                continue
+            if step.name in splits:
+                cuts = splits[step.name]
+                source = values[step.inputs[0]]
+                parts = emit_split(writer, list(cuts), list(cuts.values()), graph.shapes, source)
+                values.update(zip(cuts, parts, strict=True))
+                continue
             values[step.name] = emit(
                 writer,
                 step.name,
@@ -117,6 +131,23 @@ def write(
                 *(values[name] for name in step.inputs),
             )
     return writer.model(inputs, values[graph.output]), values
+
+
+def _splits(student: Student) -> dict[str, dict[str, Slice]]:
+    """Slices that part a whole axis one behind the other, by the name of the first."""
+    groups: dict[tuple[str, int], dict[str, Slice]] = {}
+    for step in student.graph.steps:
+        module = student.operator(step.name)
+        if isinstance(module, Slice) and module.step == 1:
+            groups.setdefault((step.inputs[0], module.axis), {})[step.name] = module
+    found = {}
+    for (source, axis), cuts in groups.items():
+        bounds = [0, *(cut.stop for cut in cuts.values())]
+        starts = [cut.start for cut in cuts.values()]
+        size = student.graph.shapes[source][axis - 1]
+        if len(cuts) > 1 and bounds[:-1] == starts and bounds[-1] == size:
+            found[next(iter(cuts))] = cuts
+    return found
 
 
 def export(

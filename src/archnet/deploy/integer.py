@@ -1,7 +1,7 @@
 """The student in integers alone: a small explicit form, and the golden model that runs it.
 
-`lower` turns a quantized student into an `IntegerModel`, a list of steps that hold nothing but
-integers. Its `run` is the reference for every other form: after the input is quantized no float
+`to_integers` turns a quantized student into an `IntegerModel`, a list of steps that hold nothing
+but integers. Its `run` is the reference for every other form: after the input is quantized no float
 takes part. Accumulators are int32 in two's complement, requantization happens in int64, and
 rounding is half to even, as it is in torch, NumPy and ONNX.
 """
@@ -20,14 +20,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from archnet.deploy.writer import ExportError
+from archnet.lower import lower
 from archnet.ops import (
     Activation,
+    Add,
+    AveragePool,
     BatchNorm,
     Concat,
-    Conv3x3,
+    Convolution,
     FullyConnected,
     LayoutMove,
-    MaxPool2x2,
+    MaxPool,
+    Mean,
     Operator,
     Pad,
     Permute,
@@ -35,8 +39,10 @@ from archnet.ops import (
     Slice,
     Step,
     Student,
+    Summing,
     WeightedOperator,
 )
+from archnet.ops.operators import Pair, split
 from archnet.quant import BiasQuantizer, Quantizer
 
 Kind = Literal["multiplier", "float", "power_of_two"]
@@ -129,7 +135,7 @@ class IntegerStep:
         inputs: values it reads.
         operator: says what is done, and with which stride, padding, axis, order.
         origin: the teacher's module path.
-        weight: (O, I, 3, 3) or (O, I) integers, for a convolution or a fully connected layer.
+        weight: (O, I, kh, kw) or (O, I) integers, for a convolution or a fully connected layer.
         bias: (O,) int32, in accumulator units.
         unit: (O,) or (1,) float64, the value of an accumulator unit. For a step that leaves its
             accumulators as they are, it is what a reader multiplies them by.
@@ -248,11 +254,17 @@ class IntegerModel:
 
     def accumulators(self) -> dict[str, int]:
         """For every layer the bits of the widest accumulator that any input can bring about."""
-        return {
-            step.name: accumulator_bits(step, self.grids[step.inputs[0]])
-            for step in self.steps
-            if step.weight is not None
-        }
+        found = {}
+        for step in self.steps:
+            if step.weight is not None:
+                found[step.name] = accumulator_bits(step, self.grids[step.inputs[0]])
+            elif isinstance(step.operator, Summing):
+                shapes = [self.shapes[name] for name in step.inputs]
+                terms = step.operator.terms(shapes) * split(step.operator.factor)[0]
+                grid = self.grids[step.inputs[0]]
+                worst = max(terms * grid.high, -terms * grid.low - 1, 0)
+                found[step.name] = worst.bit_length() + 1
+        return found
 
 
 def accumulator_bits(step: IntegerStep, source: IntegerGrid) -> int:
@@ -272,15 +284,19 @@ def accumulator_bits(step: IntegerStep, source: IntegerGrid) -> int:
     return worst.bit_length() + 1
 
 
-def lower(
-    student: Student, requantization: Kind = "multiplier", accumulator: int | None = None
+def to_integers(
+    student: Student,
+    requantization: Kind = "multiplier",
+    accumulator: int | None = None,
+    target: Any = None,
 ) -> IntegerModel:
-    """A quantized student as integers.
+    """A quantized student as integers, as its target runs it.
 
     Args:
         student: with quantizers on all weights and activations.
         requantization: how accumulators become integers again; see `Requantization`.
         accumulator: bits of the target's accumulator; None: those of this model, 32.
+        target: that it is lowered for (`archnet.lower.lower`); None: that which it was made for.
 
     Raises:
         ExportError: a step is float, grids that meet in a concatenation differ, a scale is no
@@ -289,8 +305,9 @@ def lower(
     """
     if requantization not in KINDS:
         raise ExportError(f"requantization={requantization} is not one of {', '.join(KINDS)}")
+    student = lower(student, target).student
     with torch.no_grad():
-        model = _Lowering(student, requantization).model()
+        model = _Integers(student, requantization).model()
     most = accumulator or ACCUMULATOR_BITS
     origins = {step.name: step.origin for step in student.graph.steps}
     for name, bits in model.accumulators().items():
@@ -311,7 +328,7 @@ class _Pending:
     moves: list[IntegerStep]
 
 
-class _Lowering:
+class _Integers:
     """One walk along the student."""
 
     def __init__(self, student: Student, kind: Kind) -> None:
@@ -324,7 +341,7 @@ class _Lowering:
     def model(self) -> IntegerModel:
         graph = self.student.graph
         for step in graph.steps:
-            self._lower(step, self.student.operator(step.name))
+            self._add(step, self.student.operator(step.name))
         if graph.output in self.pending:
             self._settle(self.pending.pop(graph.output), None)
         return IntegerModel(
@@ -339,12 +356,14 @@ class _Lowering:
     def _now(self, name: str) -> str:
         return self.aliases.get(name, name)
 
-    def _lower(self, step: Step, operator: Operator) -> None:
+    def _add(self, step: Step, operator: Operator) -> None:
         source = self._now(step.inputs[0])
         if isinstance(operator, WeightedOperator):
             self.pending[step.name] = _Pending(self._weighted(step, operator, source), [])
         elif isinstance(operator, BatchNorm):
             self.pending[step.name] = _Pending(self._affine(step, operator, source), [])
+        elif isinstance(operator, Summing):
+            self.pending[step.name] = _Pending(self._sum(step, operator), [])
         elif isinstance(operator, Activation):
             self._activation(step, operator, source)
         elif isinstance(operator, LayoutMove) and source in self.pending:
@@ -380,6 +399,17 @@ class _Lowering:
         deviation = np.sqrt(_float64(operator.running_var) + operator.eps)
         slope = _float64(operator.weight) / deviation
         return IntegerStep(step.name, (source,), operator, step.origin, unit=slope * grid.scale)
+
+    def _sum(self, step: Step, operator: Summing) -> IntegerStep:
+        """Sums of integers; what they are multiplied by is part of the requantization, but for an
+        integer where all scales are powers of two.
+        """
+        sources = tuple(map(self._now, step.inputs))
+        scales = {self._grid(source, step).scale for source in sources}
+        if len(scales) > 1:
+            raise ExportError(f"step {step.name} adds integers of different scales: {sources}")
+        unit = np.array([split(operator.factor)[1] * scales.pop()])
+        return IntegerStep(step.name, sources, operator, step.origin, unit=unit)
 
     def _activation(self, step: Step, operator: Activation, source: str) -> None:
         quantizer = operator.quantizer
@@ -470,6 +500,32 @@ class _Lowering:
         return self.grids[source]
 
 
+def square(step: IntegerStep) -> tuple[int, int]:
+    """Stride and padding of a window that is 1x1, 3x3 or 2x2, dense and as wide as high, as arch5
+    has them; of a max-pooling the padding is 0 here.
+
+    Raises:
+        ExportError: it is another window.
+    """
+    operator = step.operator
+    assert isinstance(operator, Convolution | MaxPool)
+    padding = operator.padding[:2] if isinstance(operator, Convolution) else (0, 0)
+    known = [1, 3] if isinstance(operator, Convolution) else [2]
+    pairs = (operator.kernel, operator.stride, operator.dilation, padding)
+    is_dense = not isinstance(operator, Convolution) or operator.groups == 1
+    if (
+        any(first != second for first, second in pairs)
+        or operator.kernel[0] not in known
+        or operator.dilation != (1, 1)
+        or not is_dense
+    ):
+        raise ExportError(
+            f"step {step.name}: this form has windows of {' and '.join(map(str, known))} pixels "
+            "alone: let to_integers lower it for arch5"
+        )
+    return operator.stride[0], padding[0]
+
+
 def execute(step: IntegerStep, inputs: Sequence[NDArray[Any]], model: IntegerModel) -> NDArray[Any]:
     """One step of the golden model."""
     x, operator = inputs[0], step.operator
@@ -477,11 +533,13 @@ def execute(step: IntegerStep, inputs: Sequence[NDArray[Any]], model: IntegerMod
         grid = model.grids[step.name]
         level = np.rint(x / np.float32(grid.scale))
         return np.clip(level, grid.low, grid.high).astype(np.int32)
-    if isinstance(operator, Conv3x3):
-        x = _accumulate(_windows(x, operator), step)
+    if isinstance(operator, Convolution):
+        x = _convolved(x, operator, step)
     elif isinstance(operator, FullyConnected):
         x = _accumulate(x, step)
-    elif isinstance(operator, MaxPool2x2):
+    elif isinstance(operator, Summing):
+        x = split(operator.factor)[0] * _summed(inputs, operator)
+    elif isinstance(operator, MaxPool):
         x = _max_pool(x, operator, model.grids[step.name].low)
     elif isinstance(operator, Concat):
         x = np.concatenate(inputs, operator.axis)
@@ -497,35 +555,65 @@ def execute(step: IntegerStep, inputs: Sequence[NDArray[Any]], model: IntegerMod
         x = np.pad(x, ((0, 0), *operator.pads))
     if step.requantization is not None:
         x = step.requantization(x, step.axis)
-    # A convolution sums over windows that end with the channels; they go back to axis 1.
     return np.ascontiguousarray(x)
 
 
-def _windows(x: Integers, operator: Conv3x3) -> Integers:
-    """(B, C, H, W) to (B, H', W', C * 9): what each output position sees."""
-    pad = (operator.padding,) * 2
-    padded = np.pad(x, ((0, 0), (0, 0), pad, pad))
-    windows = sliding_window_view(padded, (3, 3), (2, 3))[
-        :, :, :: operator.stride, :: operator.stride
-    ]
-    batch, channels, height, width = windows.shape[:4]
-    return windows.transpose(0, 2, 3, 1, 4, 5).reshape(batch, height, width, channels * 9)
+def _windows(x: Integers, kernel: Pair, stride: Pair, dilation: Pair = (1, 1)) -> NDArray[np.int32]:
+    """(B, C, H, W) to (B, C, H', W', kh, kw): what each output position sees."""
+    extent = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    windows = sliding_window_view(x, extent, (2, 3))
+    (sy, sx), (dy, dx) = stride, dilation
+    return windows[:, :, ::sy, ::sx, ::dy, ::dx]
+
+
+def _padded(x: Integers, padding: Pair) -> Integers:
+    (py, px) = padding
+    return np.pad(x, ((0, 0), (0, 0), (py, py), (px, px)))
+
+
+def _convolved(x: Integers, operator: Convolution, step: IntegerStep) -> Integers:
+    """Sums of products over windows, group by group, in int32: (B, O, H', W')."""
+    assert step.weight is not None
+    assert step.bias is not None
+    if operator.groups > 1 and operator.copies > 1:
+        batch, _, height, width = x.shape
+        parted = x.reshape(batch, operator.copies, operator.groups, -1, height, width)
+        x = parted.swapaxes(1, 2).reshape(x.shape)
+    windows = _windows(
+        _padded(x, operator.padding), operator.kernel, operator.stride, operator.dilation
+    )
+    weights = np.split(step.weight, operator.groups)
+    sums = []
+    for part, weight in zip(np.split(windows, operator.groups, 1), weights, strict=True):
+        batch, _, height, width = part.shape[:4]
+        rows = part.transpose(0, 2, 3, 1, 4, 5).reshape(batch, height, width, -1)
+        sums.append(rows @ weight.reshape(len(weight), -1).T)
+    return np.moveaxis(np.concatenate(sums, -1) + step.bias, -1, 1)
 
 
 def _accumulate(x: Integers, step: IntegerStep) -> Integers:
-    """Sums of products in int32; the channels of a convolution go back to axis 1."""
+    """Sums of products over the last axis, in int32."""
     assert step.weight is not None
     assert step.bias is not None
-    rows = step.weight.reshape(len(step.weight), -1)
-    accumulator = x @ rows.T + step.bias
-    return np.moveaxis(accumulator, -1, step.axis)
+    return x @ step.weight.T + step.bias
 
 
-def _max_pool(x: Integers, operator: MaxPool2x2, lowest: int) -> Integers:
+def _summed(inputs: Sequence[Integers], operator: Summing) -> Integers:
+    """Sums without their factor."""
+    if isinstance(operator, Add):
+        return np.sum(np.stack(inputs), 0, dtype=np.int32)
+    if isinstance(operator, AveragePool):
+        windows = _windows(_padded(inputs[0], operator.padding), operator.kernel, operator.stride)
+        return windows.sum((-2, -1), dtype=np.int32)
+    assert isinstance(operator, Mean)
+    return np.asarray(inputs[0].sum(operator.axes, dtype=np.int32))
+
+
+def _max_pool(x: Integers, operator: MaxPool, lowest: int) -> Integers:
     left, right, top, bottom = operator.padding
     padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=lowest)
-    windows = sliding_window_view(padded, (2, 2), (2, 3))
-    return windows[:, :, :: operator.stride, :: operator.stride].max((-2, -1))
+    windows = _windows(padded, operator.kernel, operator.stride, operator.dilation)
+    return np.maximum.reduce(windows, axis=(-2, -1))
 
 
 def _integers(name: str, values: Tensor) -> Integers:

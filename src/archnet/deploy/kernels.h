@@ -18,7 +18,7 @@ typedef struct {
     int32_t low, high;
 } archnet_scale;
 
-/* weights are rows of (inputs) or (channels, 3, 3), one for each output. */
+/* weights are rows of (inputs) or (channels, kernel, kernel), one for each output. */
 typedef struct {
     const void *weights;
     int bits;
@@ -80,9 +80,9 @@ static inline void archnet_store(
 }
 
 /* (channels, height, width) to (outputs, rows, columns). */
-static inline void archnet_conv3x3(
+static inline void archnet_conv(
     const archnet_layer *layer, const uint8_t *x, int is_signed, uint8_t *y, int32_t *raw,
-    int channels, int height, int width, int rows, int columns, int stride, int padding)
+    int channels, int height, int width, int rows, int columns, int kernel, int stride, int padding)
 {
     static int8_t weights[ARCHNET_LONGEST_ROW];
     size_t output;
@@ -92,16 +92,17 @@ static inline void archnet_conv3x3(
         for (row = 0; row < rows; ++row) {
             for (column = 0; column < columns; ++column) {
                 int32_t sum = layer->bias[output];
-                for (i = 0; i < 3; ++i) {
+                for (i = 0; i < kernel; ++i) {
                     const int top = row * stride + i - padding;
-                    for (j = 0; j < 3; ++j) {
+                    for (j = 0; j < kernel; ++j) {
                         const int left = column * stride + j - padding;
                         if (top < 0 || top >= height || left < 0 || left >= width) {
                             continue;
                         }
                         for (channel = 0; channel < channels; ++channel) {
                             const size_t at = ((size_t)channel * height + top) * width + left;
-                            sum += archnet_value(x[at], is_signed) * weights[channel * 9 + i * 3 + j];
+                            sum += archnet_value(x[at], is_signed)
+                                * weights[(channel * kernel + i) * kernel + j];
                         }
                     }
                 }

@@ -23,16 +23,16 @@ import flatbuffers
 import numpy as np
 from numpy.typing import NDArray
 
-from archnet.deploy.integer import IntegerModel, Integers, IntegerStep
+from archnet.deploy.integer import IntegerModel, Integers, IntegerStep, square
 from archnet.deploy.writer import ExportError, Transpose, Value
 from archnet.deploy.writer import Reshape as PendingReshape
 from archnet.ops import (
     Activation,
     BatchNorm,
     Concat,
-    Conv3x3,
+    Convolution,
     FullyConnected,
-    MaxPool2x2,
+    MaxPool,
     Pad,
     Permute,
     Reshape,
@@ -81,7 +81,7 @@ def to_tflite(model: IntegerModel) -> bytes:
     then another behind 8-bit weights, and layers after it carry that on.
 
     Args:
-        model: from `lower`, with any requantization.
+        model: from `to_integers`, with any requantization.
 
     Returns:
         The file's content.
@@ -363,7 +363,7 @@ class _Emitter:
         if step is self.entry:
             return self._input(step)
         source, operator = self.values[step.inputs[0]], step.operator
-        if isinstance(operator, Conv3x3):
+        if isinstance(operator, Convolution):
             return self._convolution(step, operator, source)
         if isinstance(operator, FullyConnected):
             return self._fully_connected(step, source)
@@ -371,7 +371,7 @@ class _Emitter:
             return self._batch_norm(step, operator, source)
         if isinstance(operator, Activation):
             return self._rescaled(step, source)
-        if isinstance(operator, MaxPool2x2):
+        if isinstance(operator, MaxPool):
             return self._max_pool(step, operator, source)
         if isinstance(operator, Concat):
             return self._concat(step, operator, [self.values[name] for name in step.inputs])
@@ -397,15 +397,16 @@ class _Emitter:
         tensor = self.file.tensor(name, stored, quantized)
         return Value(step.name, tensor, stored).transposed(_CHANNELS_FIRST, step.name)
 
-    def _convolution(self, step: IntegerStep, operator: Conv3x3, source: Value) -> Value:
+    def _convolution(self, step: IntegerStep, operator: Convolution, source: Value) -> Value:
         assert step.weight is not None
         x = self._tensor(source.transposed(_CHANNELS_LAST, f"{source.name}.last"))
         channels, height, width = self.model.shapes[step.name]
-        pads = ((operator.padding,) * 2,) * 2
-        zero = self.zeros[step.inputs[0]]
-        x, padding = self._window(step.name, x, 3, operator.stride, pads, (height, width), zero)
+        stride, margin = square(step)
+        pads = ((margin,) * 2,) * 2
+        zero, kernel = self.zeros[step.inputs[0]], operator.kernel[0]
+        x, padding = self._window(step.name, x, kernel, stride, pads, (height, width), zero)
         tensor = self._weighted(
-            step, x, step.weight.transpose(0, 2, 3, 1), padding, operator.stride, (height, width)
+            step, x, step.weight.transpose(0, 2, 3, 1), padding, stride, (height, width)
         )
         shape = (1, height, width, channels)
         return Value(step.name, tensor, shape).transposed(_CHANNELS_FIRST, step.name)
@@ -581,16 +582,17 @@ class _Emitter:
             return x, SAME
         return self._padded(x, f"{name}.pad", [(0, 0), *used, (0, 0)], fill), VALID
 
-    def _max_pool(self, step: IntegerStep, operator: MaxPool2x2, source: Value) -> Value:
+    def _max_pool(self, step: IntegerStep, operator: MaxPool, source: Value) -> Value:
         x = self._tensor(source.transposed(_CHANNELS_LAST, f"{source.name}.last"))
         channels, height, width = self.model.shapes[step.name]
+        stride, _ = square(step)
         left, right, top, bottom = operator.padding
         lowest = self.model.grids[step.name].low + self.zeros[step.name]
         x, padding = self._window(
             step.name,
             x,
             2,
-            operator.stride,
+            stride,
             ((top, bottom), (left, right)),
             (height, width),
             lowest,
@@ -600,7 +602,7 @@ class _Emitter:
             "MAX_POOL_2D",
             [x],
             self.file.tensor(step.name, shape, self._quantized(step.name)),
-            pooling_options(padding, operator.stride),
+            pooling_options(padding, stride),
         )
         return Value(step.name, tensor, shape).transposed(_CHANNELS_FIRST, step.name)
 

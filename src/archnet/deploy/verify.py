@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from archnet.deploy.export import form_named, write
-from archnet.deploy.integer import IntegerModel, Integers, Kind, execute, lower
+from archnet.deploy.integer import IntegerModel, Integers, Kind, execute, to_integers
 from archnet.deploy.runtime import (
     changed,
     compile_openvino,
@@ -25,7 +25,8 @@ from archnet.deploy.runtime import (
     run_session,
 )
 from archnet.deploy.writer import ExportError, Transpose, Value
-from archnet.ops import Activation, Concat, LayoutMove, MaxPool2x2, Step, Student
+from archnet.lower import deployed, lower
+from archnet.ops import Activation, Concat, LayoutMove, MaxPool, Step, Student
 from archnet.quant import Quantizer
 
 BATCH = 64  # inputs a run
@@ -126,7 +127,7 @@ def verify(
         forms: of `archnet.deploy.FORMS`, those in `RUNNABLE`; None: all of these.
         files: name -> an ONNX file that was exported from the student, also to be run in ONNX
             Runtime; its steps are found by the names that this student's export gives them.
-        requantization: of the golden model, as the target has it; see `lower`.
+        requantization: of the golden model, as the target has it; see `to_integers`.
 
     Returns:
         A check for PyTorch in float32, one for PyTorch in float64 (where products are exact, and
@@ -170,12 +171,18 @@ class _Golden:
 
     def __init__(self, student: Student, images: NDArray[np.float32], requantization: Kind) -> None:
         self.student, self.images = student, images
-        self.model = lower(student, requantization)
-        self.output = student.graph.output
+        self.lowered = lower(student)
+        self.model = to_integers(student, requantization)
         batches = [images[first : first + BATCH] for first in range(0, len(images), BATCH)]
         parts = [self.model.run(batch)[self.model.output] for batch in batches]
         self.integers = np.concatenate(parts)
-        self.places = _places(student, self.model)
+        self.places = _places(self.lowered.student, self.model)
+        # Those of the student itself: values that are rounded in both.
+        self.whole_places = {
+            name: self.places[value]
+            for name, value in self.lowered.values.items()
+            if value in self.places
+        }
 
     def check(
         self, name: str, package: str, subject: "_PyTorch | _File", limit: float = math.inf
@@ -183,7 +190,7 @@ class _Golden:
         """Run ``subject`` on the first ``limit`` images."""
         count = int(min(limit, len(self.images)))
         images, expected = self.images[:count], self.integers[:count]
-        found = subject.run(images, [])[self.output]
+        found = subject.run(images, [])[subject.output]
         if found.shape != expected.shape:
             raise ExportError(
                 f"{name} gives {found.shape}, the student {expected.shape}: "
@@ -207,32 +214,35 @@ class _Golden:
         self, subject: "_PyTorch | _File", images: NDArray[np.float32]
     ) -> Divergence | None:
         """The first step that differs on some images."""
-        names = list(self.places)
-        expected = self.model.run(images, list(self.places.values()))
-        found = subject.run(images, names)
-        for step in self.student.graph.steps:
+        is_whole = isinstance(subject, _PyTorch)
+        places = self.whole_places if is_whole else self.places
+        student = self.student if is_whole else self.lowered.student
+        expected = self.model.run(images, list(places.values()))
+        found = subject.run(images, list(places))
+        for step in student.graph.steps:
             if step.name not in found:
                 continue
-            place = self.places.get(step.name, self.model.output)
-            is_output = step.name == self.output
+            place = places.get(step.name, self.model.output)
+            is_output = step.name == subject.output
             unit = self.model.output_unit if is_output else self.model.grids[place].scale
             difference = _steps(found[step.name] / unit, expected[place])
             if difference.any():
                 return Divergence(
                     step.name,
-                    self._origin(step),
+                    _origin(student, step),
                     int((difference > 0).sum()),
                     difference.size,
                     float(difference.max()),
                 )
         return None
 
-    def _origin(self, step: Step) -> str:
-        """The teacher's module path: its own, or that of the nearest step before that has one."""
-        steps = {item.name: item for item in self.student.graph.steps}
-        while not step.origin and step.inputs[0] in steps:
-            step = steps[step.inputs[0]]
-        return step.origin
+
+def _origin(student: Student, step: Step) -> str:
+    """The teacher's module path: its own, or that of the nearest step before that has one."""
+    steps = {item.name: item for item in student.graph.steps}
+    while not step.origin and step.inputs[0] in steps:
+        step = steps[step.inputs[0]]
+    return step.origin
 
 
 def _steps(found: NDArray[Any], expected: Integers) -> NDArray[np.float64]:
@@ -249,7 +259,7 @@ def _places(student: Student, model: IntegerModel) -> dict[str, str]:
         module = student.operator(step.name)
         if isinstance(module, Activation) and isinstance(module.quantizer, Quantizer):
             return True
-        moves = isinstance(module, LayoutMove | MaxPool2x2 | Concat | Activation)
+        moves = isinstance(module, LayoutMove | MaxPool | Concat | Activation)
         return moves and all(name in rounded for name in step.inputs)
 
     for step in student.graph.steps:
@@ -263,10 +273,11 @@ class _PyTorch:
 
     def __init__(self, student: Student, model: IntegerModel, dtype: torch.dtype) -> None:
         self.student, self.model, self.dtype = copy.deepcopy(student).to(dtype), model, dtype
+        self.output = student.graph.output
 
     def run(self, images: NDArray[np.float32], names: Sequence[str]) -> Tensors:
         """The result and the values ``names``, (N, ...)."""
-        wanted = list(dict.fromkeys([*names, self.student.graph.output]))
+        wanted = list(dict.fromkeys([*names, self.output]))
         parts = []
         with torch.inference_mode():
             for first in range(0, len(images), BATCH):
@@ -313,7 +324,7 @@ class _File:
     ) -> None:
         written, self.values = write(student, form)
         self.model, self.execute = model or written, execute
-        self.output = student.graph.output
+        self.output = deployed(student).graph.output
 
     def run(self, images: NDArray[np.float32], names: Sequence[str]) -> Tensors:
         """The result and those of the values ``names`` that the file holds, (N, ...)."""

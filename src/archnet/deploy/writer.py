@@ -115,12 +115,13 @@ class Writer:
         self._moved: dict[tuple[str, tuple[Transpose | Reshape, ...]], str] = {}
         self._floats: dict[str, str] = {}
 
-    def node(self, operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        node = helper.make_node(operator, inputs, [output], name=output, **attributes)
+    def node(self, operator: str, inputs: Sequence[str], *outputs: str, **attributes: Any) -> str:
+        """Add a node, and give the name of its first output."""
+        node = helper.make_node(operator, inputs, outputs, name=outputs[0], **attributes)
         if self.origin:
             node.metadata_props.add(key="origin", value=self.origin)
         self.nodes.append(node)
-        return output
+        return outputs[0]
 
     def note(self, bits: int) -> None:
         """Note the width of the integers that the last node gives: its types may be wider."""

@@ -3,7 +3,7 @@
 from archnet.hardware.audit import Audit, AuditError, NotJudged, Violation, audit, grouped
 from archnet.hardware.cost import Cost, Product, StepCost, student_cost, teacher_cost
 from archnet.hardware.cycles import DATAFLOWS, SystolicArray, cycles
-from archnet.hardware.layers import TargetError, check_layers, check_memory
+from archnet.hardware.layers import layer_of
 from archnet.hardware.onnx_cost import onnx_cost
 from archnet.hardware.onnx_inputs import input_shapes
 from archnet.hardware.target import Layer, Target, sizes
@@ -19,14 +19,12 @@ __all__ = [
     "StepCost",
     "SystolicArray",
     "Target",
-    "TargetError",
     "Violation",
     "audit",
-    "check_layers",
-    "check_memory",
     "cycles",
     "grouped",
     "input_shapes",
+    "layer_of",
     "onnx_cost",
     "sizes",
     "student_cost",

@@ -2,15 +2,16 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
+from types import SimpleNamespace
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from archnet.config import HardwareConfig, LimitsConfig
+from archnet.config import CostsConfig, HardwareConfig, LimitsConfig
 from archnet.errors import ConfigError
 
 # Kinds of layer that have more than one operator, the narrowest first.
@@ -63,6 +64,7 @@ class Target:
     lacks: tuple[str, ...]
     complete: bool
     limits: Mapping[str, LimitsConfig]
+    costs: CostsConfig
     fc_per_position: bool
     max_channels: int | None
     lanes: int
@@ -115,8 +117,38 @@ class Target:
                 values[key] = tuple(value)
         return cls(**values)
 
+    def description(self) -> dict[str, Any]:
+        """The fields as plain data, which `described` reads again."""
+        rows = asdict(self)
+        return {key: list(row) if isinstance(row, tuple) else row for key, row in rows.items()}
+
+    @classmethod
+    def described(cls, fields: Mapping[str, Any]) -> "Target":
+        """The target of a `description`."""
+        limits = {name: LimitsConfig(**row) for name, row in fields["limits"].items()}
+        costs = CostsConfig(**fields["costs"])
+        return cls.of(SimpleNamespace(**{**fields, "limits": limits, "costs": costs}))
+
     def judge(self, layer: Layer) -> tuple[str, str]:
-        """The operator that a layer is here, and the first thing that speaks against it ("")."""
+        """The operator that a layer is here, and the first thing that speaks against it ("").
+
+        A dense 1x1 convolution is a fully connected layer at every position, and counts as one
+        where the target has that.
+        """
+        if self.fc_per_position and layer.kind == "conv" and not _misfit("conv1x1", layer):
+            found = self._judged(layer)
+            dense = replace(layer, kind="fully_connected", kernel=(), stride=(), dilation=())
+            return found if not found[1] else self._as(dense, layer) or found
+        return self._judged(layer)
+
+    def _as(self, other: Layer, layer: Layer) -> tuple[str, str] | None:
+        """What another reading of a layer is judged, with this one's limits of width."""
+        form, reason = self._judged(other)
+        if not reason and _exceeds(layer.channels, self.max_channels):
+            reason = f"{layer.channels} channels; {self.name} holds {self.max_channels}"
+        return (form, reason) if form in self.operators else None
+
+    def _judged(self, layer: Layer) -> tuple[str, str]:
         forms = FORMS.get(layer.kind, (layer.kind,))
         misfits = {form: _misfit(form, layer) for form in forms}
         for form in (form for form, misfit in misfits.items() if not misfit):

@@ -1,16 +1,20 @@
-"""The five operators, their activation, layout moves, and the student made of them."""
+"""Whole operators, their activation, layout moves, and the student made of them."""
 
 from archnet.ops.graph import NodeReport, Refinement, Step, StudentGraph, Tap
 from archnet.ops.layout import LayoutMove, Pad, Permute, Reshape, Slice
 from archnet.ops.operators import (
     Activation,
+    Add,
+    AveragePool,
     BatchNorm,
     Concat,
-    Conv3x3,
+    Convolution,
     FullyConnected,
-    MaxPool2x2,
+    MaxPool,
     MaxPooling,
+    Mean,
     Operator,
+    Summing,
     WeightedOperator,
 )
 from archnet.ops.sequence import (
@@ -29,15 +33,18 @@ from archnet.ops.student import Student
 
 __all__ = [
     "Activation",
+    "Add",
+    "AveragePool",
     "BatchNorm",
     "Concat",
-    "Conv3x3",
+    "Convolution",
     "FullyConnected",
     "History",
     "LayoutMove",
     "MatMul",
-    "MaxPool2x2",
+    "MaxPool",
     "MaxPooling",
+    "Mean",
     "MergeHeads",
     "NodeReport",
     "Operator",
@@ -54,6 +61,7 @@ __all__ = [
     "Stepwise",
     "Student",
     "StudentGraph",
+    "Summing",
     "Tap",
     "TokenEmbedding",
     "WeightedOperator",

@@ -1,6 +1,7 @@
 """A student without its weights: its steps, its taps, and what became of the teacher's nodes."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class StudentGraph:
     ``indices`` are the inputs that hold token numbers or marks instead of features;
     ``refinements`` are there where a budget has chosen between forms (`convert.max_macs`);
     ``error`` is |student - teacher| / |teacher| at the output when the student was made, in floats
-    and before any training; None where they were not compared.
+    and before any training; None where they were not compared. ``target`` describes the hardware
+    that it was made for (`archnet.hardware.Target.description`); empty: arch5.
     """
 
     inputs: list[str]
@@ -85,3 +87,4 @@ class StudentGraph:
     indices: list[str] = field(default_factory=list)
     refinements: list[Refinement] = field(default_factory=list)
     error: float | None = None
+    target: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,8 @@
-"""The five operators (Xu et al. 2021, arXiv 2111.01135) and the activation that goes with each.
+"""Whole operators: layers, sums and maxima on whole maps, and the activation that goes with each.
+
+A student is made of them, whatever its target. `archnet.lower` writes each with what a target runs,
+for `arch5` the five operators of Xu et al. 2021 (arXiv 2111.01135): 3x3 convolution, 2x2
+max-pooling, batch norm, fully connected layer and concatenation.
 
 Every operator is a module whose constructor arguments are given back by ``spec()``, so that a
 student is rebuilt from plain data and never from pickled code. Quantizers hang on the slots
@@ -6,6 +10,7 @@ student is rebuilt from plain data and never from pickled code. Quantizers hang 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +19,7 @@ from torch.nn import functional as F
 
 
 class Operator(nn.Module):
-    """Whatever a student may contain: one of the five operators, an activation, a layout move."""
+    """Whatever a student may contain: an operator, an activation, a layout move."""
 
     def spec(self) -> dict[str, Any]:
         """Constructor arguments as plain data (JSON)."""
@@ -25,7 +30,7 @@ class Operator(nn.Module):
 
 
 class WeightedOperator(Operator):
-    """An operator that multiplies by a weight: a 3x3 convolution or a fully connected layer.
+    """An operator that multiplies by a weight: a convolution or a fully connected layer.
 
     ``trainable=False`` marks weights that are constants of the conversion (the 1/n of an average
     pooling, a shift by one pixel): they are quantized like any others but never trained.
@@ -51,36 +56,71 @@ class WeightedOperator(Operator):
         return weight, bias
 
 
-class Conv3x3(WeightedOperator):
-    """3x3 convolution, dense and undilated: (B, C, H, W) -> (B, O, H', W').
+Pair = tuple[int, int]
 
-    ``padding`` counts the zeros on every side (0 or 1), ``stride`` is 1 or 2.
+
+def pair(value: int | Sequence[int]) -> Pair:
+    """One number for rows and columns, or one for each."""
+    first, *rest = (value,) if isinstance(value, int) else value
+    return (int(first), int(rest[0]) if rest else int(first))
+
+
+class Convolution(WeightedOperator):
+    """A convolution over a map: (B, C, H, W) -> (B, O, H', W').
+
+    ``kernel``, ``stride``, ``padding`` (zeros on either side) and ``dilation`` are given in pixels,
+    as one number or as (rows, columns). With ``groups`` each group of C / groups channels has
+    outputs of its own; the weight is (O, C / groups, kh, kw). ``copies`` says that a grouped
+    layer's input is one value so many times, one copy behind the other (`archnet.quant.copies`):
+    a group then reads its channels of every copy.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        stride: int = 1,
-        padding: int = 1,
+        kernel: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        copies: int = 1,
         trainable: bool = True,
     ) -> None:
-        super().__init__((out_channels, in_channels, 3, 3), trainable)
+        super().__init__((out_channels, in_channels // groups, *pair(kernel)), trainable)
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.stride, self.padding = stride, padding
+        self.kernel, self.stride, self.padding = pair(kernel), pair(stride), pair(padding)
+        self.dilation, self.groups, self.copies = pair(dilation), groups, copies
 
     def spec(self) -> dict[str, Any]:
         return {
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
-            "stride": self.stride,
-            "padding": self.padding,
+            "kernel": list(self.kernel),
+            "stride": list(self.stride),
+            "padding": list(self.padding),
+            "dilation": list(self.dilation),
+            "groups": self.groups,
+            "copies": self.copies,
             "trainable": self.trainable,
         }
 
+    @property
+    def is_pointwise(self) -> bool:
+        """One weight per pair of channels, nothing moved: a matrix at every position."""
+        plain = self.kernel == self.stride == (1, 1) and self.padding == (0, 0)
+        return plain and self.groups == 1
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.groups > 1 and self.copies > 1:
+            x = by_group(x, self.groups, self.copies)
         weight, bias = self.parameters_on_grid()
-        return F.conv2d(x, weight, bias, self.stride, self.padding)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def by_group(x: Tensor, groups: int, copies: int) -> Tensor:
+    """Channels (copies, groups, c) of a map as (groups, copies, c)."""
+    return x.unflatten(1, (copies, groups, -1)).transpose(1, 2).flatten(1, 3)
 
 
 class FullyConnected(WeightedOperator):
@@ -138,24 +178,146 @@ class MaxPooling(Operator):
     """A maximum over some values: the result lies on the grid of what it reads."""
 
 
-class MaxPool2x2(MaxPooling):
-    """2x2 max-pooling, stride 1 or 2: (B, C, H, W) -> (B, C, H', W').
+class MaxPool(MaxPooling):
+    """Max-pooling: (B, C, H, W) -> (B, C, H', W').
 
-    ``padding`` is (left, right, top, bottom) in pixels of the lowest value, so that windows of
-    any size are built from several of these.
+    ``padding`` is (left, right, top, bottom) in pixels of the lowest value; ``kernel``, ``stride``
+    and ``dilation`` are one number or (rows, columns).
     """
 
-    def __init__(self, stride: int = 2, padding: tuple[int, int, int, int] = (0, 0, 0, 0)) -> None:
+    def __init__(
+        self,
+        stride: int | Sequence[int] = 2,
+        padding: Sequence[int] = (0, 0, 0, 0),
+        kernel: int | Sequence[int] = 2,
+        dilation: int | Sequence[int] = 1,
+    ) -> None:
         super().__init__()
-        self.stride, self.padding = stride, tuple(padding)
+        left, right, top, bottom = padding
+        self.stride, self.kernel, self.dilation = pair(stride), pair(kernel), pair(dilation)
+        self.padding = (left, right, top, bottom)
 
     def spec(self) -> dict[str, Any]:
-        return {"stride": self.stride, "padding": list(self.padding)}
+        return {
+            "stride": list(self.stride),
+            "padding": list(self.padding),
+            "kernel": list(self.kernel),
+            "dilation": list(self.dilation),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         if any(self.padding):
             x = F.pad(x, self.padding, value=-math.inf)
-        return F.max_pool2d(x, 2, self.stride)
+        return F.max_pool2d(x, self.kernel, self.stride, 0, self.dilation)
+
+
+class Summing(Operator):
+    """A sum of values of one grid times a number that is the same for all: constants, no weights.
+
+    In integers it is the sum of the integers, which is then requantized; ``factor`` is part of
+    that. It is 1 for an addition and 1/n for a mean.
+    """
+
+    factor: float = 1.0
+
+    def terms(self, read: Sequence[Sequence[int]]) -> int:
+        """How many values each result is the sum of; ``read`` are shapes for one sample."""
+        raise NotImplementedError
+
+    def to_power_of_two(self) -> None:
+        """Round the factor to a multiple below 2^7 of a power of two, for chips that requantize by
+        shifts alone: an integer, which multiplies the sum, and a shift.
+        """
+        mantissa, exponent = math.frexp(self.factor)
+        self.factor = math.ldexp(round(math.ldexp(mantissa, FACTOR_BITS)), exponent - FACTOR_BITS)
+
+
+FACTOR_BITS = 7
+
+
+def split(factor: float) -> tuple[int, float, bool]:
+    """A factor as an integer times a unit, and whether the unit is a power of two.
+
+    A factor that is a multiple below 2^7 of a power of two is that multiple; any other is once
+    itself. In the second case the unit is the number that a scale in float32 has for it.
+
+    Example: 3/8 is 3 times 1/8; 1/49 is 1 times 0.020408.
+    """
+    mantissa, exponent = math.frexp(factor)
+    number = math.ldexp(mantissa, FACTOR_BITS)
+    if number == int(number):
+        odd = int(number)
+        down = (odd & -odd).bit_length() - 1
+        return odd >> down, math.ldexp(1.0, exponent - FACTOR_BITS + down), True
+    return 1, float(torch.tensor(math.log(factor)).exp()), False
+
+
+class Add(Summing):
+    """The sum of values of one shape."""
+
+    def terms(self, read: Sequence[Sequence[int]]) -> int:
+        return len(read)
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return torch.stack(xs).sum(0) if len(xs) > 2 else torch.add(*xs)
+
+
+class AveragePool(Summing):
+    """``factor`` times the sum over each window, padding being zeros: (B, C, H, W) -> the same.
+
+    ``kernel``, ``stride`` and ``padding`` are one number or (rows, columns).
+    """
+
+    def __init__(
+        self,
+        kernel: int | Sequence[int],
+        stride: int | Sequence[int],
+        padding: int | Sequence[int],
+        factor: float,
+    ) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding = pair(kernel), pair(stride), pair(padding)
+        self.factor = factor
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "kernel": list(self.kernel),
+            "stride": list(self.stride),
+            "padding": list(self.padding),
+            "factor": self.factor,
+        }
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether what it divides by is the number of pixels in a window."""
+        return self.factor == 1 / math.prod(self.kernel)
+
+    def terms(self, read: Sequence[Sequence[int]]) -> int:
+        return math.prod(self.kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sums = F.avg_pool2d(x, self.kernel, self.stride, self.padding, divisor_override=1)
+        return sums * self.factor
+
+
+class Mean(Summing):
+    """``factor`` times the sum over some axes, which go; the batch is axis 0.
+
+    A mean where ``factor`` is 1 / their entries, a sum where it is 1.
+    """
+
+    def __init__(self, axes: Sequence[int], factor: float) -> None:
+        super().__init__()
+        self.axes, self.factor = tuple(axes), factor
+
+    def spec(self) -> dict[str, Any]:
+        return {"axes": list(self.axes), "factor": self.factor}
+
+    def terms(self, read: Sequence[Sequence[int]]) -> int:
+        return math.prod(read[0][axis - 1] for axis in self.axes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(self.axes) * self.factor
 
 
 class Concat(Operator):

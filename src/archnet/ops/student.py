@@ -17,10 +17,13 @@ from archnet.ops.plan import Piece, plan
 OPERATORS: dict[str, type[Operator]] = {
     cls.__name__: cls
     for cls in (
-        operators.Conv3x3,
+        operators.Convolution,
         operators.FullyConnected,
         operators.BatchNorm,
-        operators.MaxPool2x2,
+        operators.MaxPool,
+        operators.Add,
+        operators.AveragePool,
+        operators.Mean,
         operators.Concat,
         operators.Activation,
         layout.Permute,
@@ -41,7 +44,7 @@ OPERATORS: dict[str, type[Operator]] = {
 
 
 class Student(nn.Module):
-    """A network of five operators, run step by step.
+    """A network of whole operators, run step by step.
 
     ``graph.shapes`` holds the shape of every value for one sample (no batch axis). The forward
     pass takes (B, C, H, W) and returns what the teacher returns, for class scores (B, K).
@@ -196,5 +199,6 @@ class Student(nn.Module):
             indices=list(spec.get("indices", [])),
             refinements=[Refinement(**row) for row in spec.get("refinements", [])],
             error=spec.get("error"),
+            target=dict(spec.get("target", {})),
         )
         return cls(graph, modules)

@@ -8,6 +8,7 @@ from typing import Any
 from archnet.errors import ArchnetError
 from archnet.ops import (
     Activation,
+    Add,
     BatchNorm,
     Concat,
     LayoutMove,
@@ -18,6 +19,7 @@ from archnet.ops import (
     Softmax,
     Step,
     Student,
+    Summing,
     WeightedOperator,
 )
 from archnet.quant.quantizers import (
@@ -27,7 +29,7 @@ from archnet.quant.quantizers import (
     Quantizer,
 )
 
-COMPUTING = WeightedOperator | BatchNorm | MatMul | Softmax  # whose results are rounded
+COMPUTING = WeightedOperator | BatchNorm | MatMul | Softmax | Summing  # whose results are rounded
 
 
 class QuantizationError(ArchnetError):
@@ -155,8 +157,8 @@ def grids(student: Student) -> dict[str, frozenset[str]]:
 
 
 def shared_grids(student: Student) -> dict[str, str]:
-    """Activation steps that must share one quantizer: those whose values meet in a concat, or in
-    a layer on pairs, which concatenates what it reads.
+    """Activation steps that must share one quantizer: those whose values meet in a concat, in an
+    addition, or in a layer on pairs, which concatenates what it reads.
 
     Returns a representative for every activation step (the first of its group).
     """
@@ -174,7 +176,7 @@ def shared_grids(student: Student) -> dict[str, str]:
     on_grid = grids(student)
     met = list(on_grid.values())
     for step in student.graph.steps:
-        if isinstance(student.operator(step.name), PairFullyConnected):
+        if isinstance(student.operator(step.name), PairFullyConnected | Add):
             met.append(frozenset().union(*(on_grid[name] for name in step.inputs)))
     for members in met:
         first, *others = sorted(map(root, members), key=list(parent).index) or [""]
@@ -183,10 +185,10 @@ def shared_grids(student: Student) -> dict[str, str]:
     return {name: root(name) for name in parent}
 
 
-def input_quantizer(student: Student, name: str) -> ActivationLSQ | None:
-    """The quantizer whose grid the inputs of step ``name`` lie on; None where they are float."""
-    (step,) = [step for step in student.graph.steps if step.name == name]
-    return _quantizer_of(student, grids(student), step)
+def input_quantizers(student: Student) -> dict[str, ActivationLSQ | None]:
+    """For every step the quantizer whose grid its inputs lie on; None where they are float."""
+    on_grid = grids(student)
+    return {step.name: _quantizer_of(student, on_grid, step) for step in student.graph.steps}
 
 
 def _quantizer_of(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from archnet.ops import (
     BatchNorm,
     Concat,
-    Conv3x3,
+    Convolution,
     FullyConnected,
     Operator,
     Permute,
@@ -26,7 +26,7 @@ from archnet.ops import (
 )
 from archnet.quant.attach import QuantizationError, describe
 from archnet.quant.calibrate import best_scale, lowest_level, observe
-from archnet.quant.equalize import norm_along
+from archnet.quant.equalize import columns_read, norm_along
 from archnet.quant.quantizers import ActivationLSQ, Quantizer, WeightLSQ
 from archnet.quant.widths import FLOAT, weighted
 
@@ -117,11 +117,12 @@ def merge_copies(student: Student) -> None:
             sizes = norm.weight / (norm.running_var + norm.eps).sqrt()
             shifts = norm.bias - norm.running_mean * sizes
             weight = module.weight.reshape(*module.weight.shape[:2], -1)
-            module.bias.add_((weight.sum(2) * shifts).sum(1))
-            sums = (weight * sizes[None, :, None]).unflatten(1, (copies, -1)).sum(1)
+            columns = columns_read(module)
+            module.bias.add_((weight.sum(2) * shifts[columns]).sum(1))
+            sums = (weight * sizes[columns][..., None]).unflatten(1, (copies, -1)).sum(1)
             shape = (len(weight), -1, *module.weight.shape[2:])
             module.weight = nn.Parameter(sums.reshape(shape), module.trainable)
-        _resize(module)
+        _resize(module, 1)
     steps = [
         replace(step, inputs=sources[step.name][0].inputs[:1]) if step.name in sources else step
         for step in student.graph.steps
@@ -138,7 +139,7 @@ def _sources(student: Student) -> dict[str, tuple[Step, BatchNorm]]:
     by_name = {step.name: step for step in student.graph.steps}
     found: dict[str, tuple[Step, BatchNorm]] = {}
     for step in student.graph.steps:
-        if not isinstance(student.operator(step.name), Conv3x3 | FullyConnected):
+        if not isinstance(student.operator(step.name), Convolution | FullyConnected):
             continue
         above = _behind_permutes(student, by_name, step)
         norm = None if above is None else student.operator(above.name)
@@ -165,9 +166,9 @@ def _readers(student: Student) -> dict[_Place, list[str]]:
     found: dict[_Place, list[str]] = {}
     for step in student.graph.steps:
         module = student.operator(step.name)
-        if step.name in between and isinstance(module, Conv3x3 | FullyConnected):
+        if step.name in between and isinstance(module, Convolution | FullyConnected):
             (name,) = step.inputs
-            axis = 1 if isinstance(module, Conv3x3) else len(student.graph.shapes[name])
+            axis = 1 if isinstance(module, Convolution) else len(student.graph.shapes[name])
             found.setdefault((name, axis), []).append(step.name)
     return found
 
@@ -198,13 +199,14 @@ def _widen(module: WeightedOperator, parts: Tensor, shifts: Tensor, step: Tensor
         for columns, shift in zip(wide, shifts.tolist(), strict=True):
             module.bias.sub_(columns.flatten(1).sum(1) * shift)
     module.weight = nn.Parameter(torch.cat(wide, 1), module.trainable)
-    _resize(module)
+    _resize(module, len(parts))
 
 
-def _resize(module: WeightedOperator) -> None:
+def _resize(module: WeightedOperator, copies: int) -> None:
     """Have a layer say what its weight has columns for."""
-    if isinstance(module, Conv3x3):
-        module.in_channels = module.weight.shape[1]
+    if isinstance(module, Convolution):
+        module.in_channels = module.weight.shape[1] * module.groups
+        module.copies = copies
     elif isinstance(module, FullyConnected):
         module.in_features = module.weight.shape[1]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from archnet.ops import (
     BatchNorm,
-    Conv3x3,
+    Convolution,
     FullyConnected,
     LayoutMove,
     Operator,
@@ -44,7 +44,8 @@ class _Place:
     """A value and the trained layers that read it through layout moves alone.
 
     ``channels`` says for each reader which channel of the value every column of its weight
-    multiplies; ``axis`` is that of the channels, counted with the batch as axis 0.
+    multiplies, (O, I) or (1, I) where that is the same for all rows; ``axis`` is that of the
+    channels, counted with the batch as axis 0.
     """
 
     value: str
@@ -145,7 +146,7 @@ def _places(student: Student) -> list[_Place]:
     found = []
     for names in readers.values():
         modules = [student.operator(name) for name in names]
-        plain = all(isinstance(module, Conv3x3 | FullyConnected) for module in modules)
+        plain = all(isinstance(module, Convolution | FullyConnected) for module in modules)
         if plain and not ends & set(names):
             place = _place(student, {name: chains[name] for name in names})
             found += [place] if place is not None else []
@@ -181,8 +182,8 @@ def _place(student: Student, chains: Mapping[str, Sequence[str]]) -> _Place | No
 def _channels(
     student: Student, value: str, axis: int, read: str, module: Operator
 ) -> Tensor | None:
-    """Which channel of ``value`` each column of a layer's weight multiplies, (I,); None if one
-    column meets several.
+    """Which channel of ``value`` each column of a layer's weight multiplies, (O, I) or (1, I);
+    None if one column meets several.
     """
     shape = student.graph.shapes[value]
     sizes = [1] * (len(shape) + 1)
@@ -190,17 +191,37 @@ def _channels(
     # From one on: what a layout move fills in is zero.
     marks = torch.arange(1.0, shape[axis - 1] + 1).reshape(sizes).expand(1, *shape).clone()
     (seen,) = student.run({value: marks}, [read])
-    rows = seen.movedim(1 if isinstance(module, Conv3x3) else -1, 0).flatten(1)
+    rows = seen.movedim(1 if isinstance(module, Convolution) else -1, 0).flatten(1)
     highest = rows.amax(1)
     lowest = torch.where(rows > 0, rows, math.inf).amin(1)
-    return highest.long() - 1 if bool((highest == lowest).all()) else None
+    if not bool((highest == lowest).all()):
+        return None
+    return (highest.long() - 1)[columns_read(module)]
+
+
+def columns_read(module: Operator) -> Tensor:
+    """Which channel of what a layer reads each column of its weight multiplies: (O, I), or (1, I)
+    where all rows read the same.
+    """
+    assert isinstance(module, WeightedOperator)
+    columns = module.weight.shape[1]
+    if not isinstance(module, Convolution) or module.groups == 1:
+        return torch.arange(columns)[None]
+    # The layer's input is (copies, groups, channels of a group), a row's columns are those of its
+    # group.
+    copies, groups = module.copies, module.groups
+    channels = torch.arange(columns * groups).reshape(copies, groups, -1)
+    return channels.transpose(0, 1).flatten(1).repeat_interleave(module.out_channels // groups, 0)
 
 
 def _columns(module: Operator, channels: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (O, I, K) of a layer, of `ROWS` outputs, with the channel of each column, (I,)."""
+    """Weights (O, I, K) of a layer, of `ROWS` outputs, with the channel of each column, (O, I) or
+    (1, I).
+    """
     assert isinstance(module, WeightedOperator)
-    weight = module.weight.detach()[:: -(-len(module.weight) // ROWS)].float().cpu()
-    return weight.reshape(*weight.shape[:2], -1), channels
+    step = -(-len(module.weight) // ROWS)
+    weight = module.weight.detach()[::step].float().cpu()
+    return weight.reshape(*weight.shape[:2], -1), channels[::step]
 
 
 def _sizes(
@@ -226,11 +247,11 @@ def _sizes(
             error = grid.error(samples / sizes[:, None]) * sizes.square()
             total = 0.0
             for weight, channels in layers:
-                factor = sizes[channels][None, :, None]
-                total += float((weight.square().sum((0, 2)) * error[channels]).sum())
+                factor = sizes[channels][..., None]
+                total += float((weight.square().sum(2) * error[channels]).sum())
                 if weight_bits != FLOAT:
                     wrong = _weights_rounded(weight * factor, weight_bits, grid.power_of_two)
-                    total += float((wrong / factor.square() * power[channels][None, :, None]).sum())
+                    total += float((wrong / factor.square() * power[channels][..., None]).sum())
             if best is None and exponent == 0:
                 least = WORTH * total
             elif exponent and total < least:
@@ -256,7 +277,7 @@ def _divide(student: Student, place: _Place, sizes: Tensor) -> None:
         reader = student.operator(name)
         assert isinstance(reader, WeightedOperator)
         with torch.no_grad():
-            columns = sizes[channels].reshape(-1, *[1] * (reader.weight.dim() - 2))
+            columns = sizes[channels].reshape(*channels.shape, *[1] * (reader.weight.dim() - 2))
             reader.weight.mul_(columns.to(reader.weight))
     by_name = {step.name: step for step in student.graph.steps}
     before = student.operator(place.value) if place.value in by_name else None

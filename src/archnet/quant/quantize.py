@@ -9,6 +9,7 @@ from torch import Tensor
 from archnet.ops import (
     Activation,
     Student,
+    Summing,
     WeightedOperator,
 )
 from archnet.quant.attach import (
@@ -139,6 +140,9 @@ def quantize(
     shared = shared_grids(student)
     samples = observe_grids(student, shared, calibration)
     recipe = Recipe(method, per_channel, power_of_two, act_power_of_two, zero_points)
+    for module in student.operators.values():
+        if power_of_two and isinstance(module, Summing):
+            module.to_power_of_two()
     activations = {
         name: {"like": group} if group != name else recipe.activations(own[name], samples[name])
         for name, group in shared.items()

@@ -9,14 +9,17 @@ puts them all so far from every integer that float32 arithmetic of any order end
 At 8 bits there are too many borders for all of them; the widest margin that exists is taken.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from archnet.ops import BatchNorm, Step, Student, WeightedOperator
-from archnet.quant.attach import input_quantizer
-from archnet.quant.quantizers import BiasQuantizer, Quantizer, WeightDoReFa
+from archnet.ops import Activation, BatchNorm, Step, Student, Summing, WeightedOperator
+from archnet.ops.operators import split
+from archnet.quant.attach import input_quantizers
+from archnet.quant.quantizers import ActivationLSQ, BiasQuantizer, Quantizer, WeightDoReFa
 from archnet.quant.units import rounded_by
 
 REACH = 2.0**-12  # largest relative change of a scale, and largest shift of a batch norm in steps
@@ -54,8 +57,9 @@ def settle(student: Student) -> list[Margin]:
         The margin of every layer whose result is rounded, in order.
     """
     consumers = student.consumers()
+    sources = input_quantizers(student)
     with torch.no_grad():
-        margins = _settle_activations(student)
+        margins = _settle_activations(student, consumers, sources)
         for step in student.graph.steps:
             module = student.operator(step.name)
             target = rounded_by(student, consumers, step)
@@ -63,40 +67,86 @@ def settle(student: Student) -> list[Margin]:
             if isinstance(module, WeightedOperator):
                 margin = _settle_weights(step, module, target)
             elif isinstance(module, BatchNorm) and target is not None:
-                margin = _settle_shift(student, step, module, target)
+                margin = _settle_shift(sources[step.name], step, module, target)
             else:
                 continue
             margins += [margin] if margin is not None else []
     return margins
 
 
-def _settle_activations(student: Student) -> list[Margin]:
-    """Integers that are rounded once more, to another grid: its scale moves off their borders.
+@dataclass(frozen=True)
+class _Reading:
+    """Integers from ``low`` to ``high``, worth ``unit`` steps of ``source`` each, that a target
+    rounds; each is a sum of ``terms`` values.
+    """
+
+    step: Step
+    source: Quantizer
+    low: int
+    high: int
+    unit: float = 1.0
+    terms: int = 1
+
+
+def _readings(
+    student: Student,
+    consumers: Mapping[str, list[Step]],
+    sources: Mapping[str, ActivationLSQ | None],
+) -> dict[Quantizer, list[_Reading]]:
+    """What is rounded without a weight of its own, by the quantizer that rounds it: integers of
+    another grid, and sums of them.
+    """
+    found: dict[Quantizer, list[_Reading]] = {}
+    shapes = student.graph.shapes
+    for step in student.graph.steps:
+        module, source = student.operator(step.name), sources[step.name]
+        if source is None:
+            continue
+        reading, target = _Reading(step, source, source.low, source.high), None
+        if isinstance(module, Activation):
+            target = module.quantizer
+        elif isinstance(module, Summing):
+            target = rounded_by(student, consumers, step)
+            terms = module.terms([shapes[name] for name in step.inputs])
+            number, unit, _ = split(module.factor)
+            ends = (number * terms * source.low, number * terms * source.high)
+            reading = _Reading(step, source, *ends, unit, terms)
+        if isinstance(target, Quantizer) and target is not source:
+            found.setdefault(target, []).append(reading)
+    return found
+
+
+def _settle_activations(
+    student: Student,
+    consumers: Mapping[str, list[Step]],
+    sources: Mapping[str, ActivationLSQ | None],
+) -> list[Margin]:
+    """Integers that are rounded to another grid: its scale moves off their borders.
 
     They are the first to settle, because the biases behind them follow their scales.
     """
-    rounded: dict[Quantizer, list[tuple[Step, Quantizer]]] = {}
-    for step in student.graph.steps:
-        target = getattr(student.operator(step.name), "quantizer", None)
-        if not isinstance(target, Quantizer):
-            continue
-        read = input_quantizer(student, step.name)
-        if read is not None and read is not target:
-            rounded.setdefault(target, []).append((step, read))
     margins = []
-    for target, readings in rounded.items():
-        if target.power_of_two and all(source.power_of_two for _, source in readings):
+    for target, readings in _readings(student, consumers, sources).items():
+        if target.power_of_two and all(reading.source.power_of_two for reading in readings):
             continue
         logs = _candidates(target.log_scale)  # (J, 1)
         safety = torch.full(logs.shape, torch.inf, dtype=torch.float64, device=logs.device)
-        for _, source in readings:
-            levels = torch.arange(source.low, source.high + 1, device=logs.device).double()
-            result = levels * source.scale.double() / logs.double().exp()  # (J, K)
-            found = _safety(result, result.abs(), target)
-            safety = torch.minimum(safety, found.amin(1, keepdim=True))
+        borders = torch.arange(target.low, target.high, device=logs.device).double() + 0.5
+        for reading in readings:
+            unit = reading.source.scale.double() * reading.unit
+            threshold = borders * logs.double().exp() / unit  # (J, K)
+            distance = (threshold - threshold.round()).abs()
+            # The errors of a sum in floats grow like a random walk over its terms.
+            largest = max(-reading.source.low, reading.source.high)
+            spread = math.sqrt(reading.terms) * largest if reading.terms > 1 else 0.0
+            doubt = EPSILON * (4 * (1 + threshold.abs()) + spread)
+            reached = (threshold > reading.low - 1) & (threshold < reading.high + 1)
+            least = (distance / doubt).where(reached, torch.inf).amin(1, keepdim=True)
+            safety = torch.minimum(safety, least)
         best = _first_enough(safety)
         target.log_scale.copy_(logs.gather(0, best[None])[0])
-        margins += [Margin(step.name, target.bits, _least(safety, best)) for step, _ in readings]
+        least_safe = _least(safety, best)
+        margins += [Margin(reading.step.name, target.bits, least_safe) for reading in readings]
     return margins
 
 
@@ -168,9 +218,10 @@ def _choose_scales(
     return Margin(step.name, target.bits, _least(safety, best))
 
 
-def _settle_shift(student: Student, step: Step, module: BatchNorm, target: Quantizer) -> Margin:
+def _settle_shift(
+    source: Quantizer | None, step: Step, module: BatchNorm, target: Quantizer
+) -> Margin:
     """A batch norm reads few integers: its shift moves until none of them lands on a border."""
-    source = input_quantizer(student, step.name)
     if source is None:
         return Margin(step.name, target.bits, 0.0)
     levels = torch.arange(source.low, source.high + 1, device=module.bias.device).double()

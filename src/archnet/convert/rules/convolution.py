@@ -14,7 +14,7 @@ from archnet.ops import Pad, Permute, Reshape
 
 @rule("aten.conv2d.default", "aten.conv2d.padding")
 def convolution(site: Site) -> Value:
-    """Y = W * x + b, read as a linear form; `Builder.convolve` builds it in the cheapest way.
+    """Y = W * x + b, read as a linear form.
 
     A per-channel scale and shift in front of an unpadded 1x1 convolution goes into its weights.
     In front of any other convolution it stays, because zero padding comes after it.
@@ -31,9 +31,6 @@ def convolution(site: Site) -> Value:
     if len(value.shape) == 4:
         kernel = Convolution(feature, weight, site.node.name, stride, padding, dilation, groups)
         return _of_images(site.builder, kernel, bias, site.node.shape)
-    if weight.shape[2:] == (1, 1) and padding == (0, 0):
-        # Dropping pixels is a layout move; what remains is a matrix that sums can merge with.
-        feature, stride = site.builder.windows(feature, (1, 1), stride)[0], (1, 1)
     term = Convolution(feature, weight, site.node.name, stride, padding, dilation, groups)
     return Form(site.node.shape, [term], bias)
 

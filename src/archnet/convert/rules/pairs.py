@@ -10,7 +10,7 @@ from archnet.convert.feature import Feature
 from archnet.convert.fit import balanced, curve, mixing, product, ridge, rows
 from archnet.convert.rules.base import Site
 from archnet.convert.rules.hinged import Layers
-from archnet.ops import Concat, MaxPool2x2
+from archnet.ops import Concat, MaxPool
 
 _SCORE_ERROR = 0.1  # deviation that axes left out may add to a score
 _VALUE_ERROR = 0.1  # share of the values' energy that axes left out may have
@@ -209,10 +209,8 @@ class Pairs(Layers):
         t = self.site.given(self.tagged(scores))
         below = t - t.amax(-1, keepdim=True)
         highest = self.shaped(scores, (self.queries * self.heads, self.tokens, 1))
-        count = self.tokens
-        while count > 1:
-            highest = self.builder.emit("highest", MaxPool2x2(2, (0, 1, 0, count % 2)), highest)
-            count = math.ceil(count / 2)
+        window = MaxPool(1, kernel=(self.tokens, 1))
+        highest = self.builder.emit("highest", window, highest)
         highest = self.shaped(highest, (*square[:2], 1))
         e = curve(below.flatten(), below.exp().flatten(), _EXPONENTIAL)
         pairs = [

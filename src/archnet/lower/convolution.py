@@ -1,0 +1,422 @@
+"""Convolutions of any kernel, stride, dilation and grouping (exact)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archnet.lower.draft import Draft, Parts, Weights
+from archnet.lower.registry import Result, Way, cheapest, lowering
+from archnet.ops import Convolution
+from archnet.ops.operators import Pair
+
+LARGEST_STACK = 7  # side of a kernel that is worth a stack of 3x3 convolutions
+WIDE = 4  # times as many channels in a wide lane
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A convolution without groups: ``weights`` (O, C, kh, kw)."""
+
+    weights: Weights
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+    @property
+    def kernel(self) -> Pair:
+        return (self.weights.shape[2], self.weights.shape[3])
+
+    @property
+    def extent(self) -> Pair:
+        """Rows and columns from the first tap to the last."""
+        (kh, kw), (dy, dx) = self.kernel, self.dilation
+        return (dy * (kh - 1) + 1, dx * (kw - 1) + 1)
+
+    def size(self, x: tuple[int, ...]) -> Pair:
+        """Rows and columns of the result on a map (C, H, W)."""
+        rows, columns = (
+            (n + 2 * p - e) // s + 1
+            for n, p, e, s in zip(x[1:], self.padding, self.extent, self.stride, strict=True)
+        )
+        return (rows, columns)
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "shape": self.weights.shape,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+        }
+
+
+def dense(conv: Dense, x: str, draft: Draft) -> str:
+    """A dense convolution in the way that costs least."""
+    way, _ = cheapest(_DENSE, conv, (x,), draft, in_parts=False, chosen=draft.chosen)
+    draft.notes.append(way.name)
+    result = way.build(conv, (x,), draft)
+    assert isinstance(result, str)
+    return result
+
+
+# -- dense ---------------------------------------------------------------------------------------
+
+
+def as_it_is(conv: Dense, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """One convolution."""
+    how = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+    return draft.convolution(inputs[0], conv.weights, **how)
+
+
+def within_3x3(conv: Dense, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """A window that fits into 3x3, zeros being the other taps.
+
+    Tap t of a dilated window lies at d t - p from the pixel that a window of 3x3 with margin m has
+    at m: it is its tap d t - p + m.
+    """
+    (x,), shape = inputs, draft.shapes[inputs[0]]
+    if conv.stride[0] != conv.stride[1] or conv.stride[0] > 2 or conv.kernel == (3, 3):
+        return None
+    for margin in (1, 0):
+        first = [margin - p for p in conv.padding]
+        ends = [at + e for at, e in zip(first, conv.extent, strict=True)]
+        wide = [(n + 2 * margin - 3) // conv.stride[0] + 1 for n in shape[1:]]
+        rows, columns = conv.size(shape)
+        if min(first) >= 0 and max(ends) <= 3 and wide[0] >= rows and wide[1] >= columns:
+            break
+    else:
+        return None
+    places = tuple(slice(at, end, d) for at, end, d in zip(first, ends, conv.dilation, strict=True))
+
+    def embedded(weight: Tensor) -> Tensor:
+        kernel = weight.new_zeros(*weight.shape[:2], 3, 3)
+        kernel[:, :, places[0], places[1]] = weight
+        return kernel
+
+    weights = conv.weights.changed((*conv.weights.shape[:2], 3, 3), embedded)
+    done = draft.convolution(x, weights, stride=conv.stride, padding=margin)
+    return draft.slice(draft.slice(done, 2, 0, rows), 3, 0, columns)
+
+
+def stack_of_3x3(conv: Dense, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """A kernel of up to 7x7 as 3x3 convolutions one behind the other, without any move.
+
+    The first ones are constant: they make nine copies of the map, moved by -1, 0 or 1 pixel to
+    either side, and move these once more until they are r - 1 pixels away, for a kernel of 2 r + 1.
+    The last one has the kernel's taps: tap t of an axis is its tap t - a of the copy moved by a,
+    with a of t's own sign, so that zeros around a copy are zeros around the map.
+    """
+    (x,), channels = inputs, conv.weights.shape[1]
+    radii = [k // 2 for k in conv.kernel]
+    fits = (
+        conv.dilation == (1, 1)
+        and conv.stride[0] == conv.stride[1] <= 2
+        and all(k % 2 and k <= LARGEST_STACK for k in conv.kernel)
+        and tuple(radii) == conv.padding
+        and max(radii) > 1
+    )
+    if not fits:
+        return None
+    sides = [[-1, 0, 1] if r > 1 else [0] for r in radii]
+    moves = [(a, b) for a in sides[0] for b in sides[1]]
+    for layer in range(max(radii) - 1):
+        count = channels if layer == 0 else channels * len(moves)
+
+        def shifts(layer: int = layer, count: int = count) -> Tensor:
+            kernel = torch.zeros(channels * len(moves), count, 3, 3)
+            for index, move in enumerate(moves):
+                # An axis of a smaller radius has come to its place before.
+                row, column = (
+                    step if layer < r - 1 else 0 for step, r in zip(move, radii, strict=True)
+                )
+                for channel in range(channels):
+                    to = index * channels + channel
+                    kernel[to, channel if layer == 0 else to, 1 + row, 1 + column] = 1
+            return kernel
+
+        shape = (channels * len(moves), count, 3, 3)
+        moved = draft.convolution(x, Weights.constant(shape, shifts, 1.0, draft))
+        x = draft.passed_on(moved)
+
+    def taps(weight: Tensor) -> Tensor:
+        kernel = weight.new_zeros(len(weight), len(moves), channels, 3, 3)
+        for i in range(conv.kernel[0]):
+            for j in range(conv.kernel[1]):
+                offsets = [t - r for t, r in zip((i, j), radii, strict=True)]
+                move = tuple(
+                    (o > 0) - (o < 0) if abs(o) > 1 else 0 for o in offsets
+                )  # the copy that holds it
+                left = [o - m * (r - 1) for o, m, r in zip(offsets, move, radii, strict=True)]
+                at = moves.index((move[0], move[1]))
+                kernel[:, at, :, 1 + left[0], 1 + left[1]] = weight[:, :, i, j]
+        return kernel.flatten(1, 2)
+
+    shape = (conv.weights.shape[0], channels * len(moves), 3, 3)
+    return draft.convolution(x, conv.weights.changed(shape, taps), stride=conv.stride)
+
+
+def views_and_1x1(conv: Dense, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """The window's views side by side (im2col by moves), and a matrix at every position.
+
+    Patches that do not overlap are a reshape.
+    """
+    (out, channels, kh, kw), shape = conv.weights.shape, draft.shapes[inputs[0]]
+    rows, columns = conv.size(shape)
+    if conv.kernel == (1, 1) and conv.stride == (1, 1):
+        return None
+    x = draft.pad(inputs[0], (conv.padding[0],) * 2, (conv.padding[1],) * 2)
+    if conv.stride == conv.kernel and conv.dilation == (1, 1):
+        x = draft.slice(draft.slice(x, 2, 0, rows * kh), 3, 0, columns * kw)
+        x = draft.reshape(x, (channels, rows, kh, columns, kw))
+        x = draft.permute(x, (0, 1, 3, 5, 2, 4))
+        x = draft.reshape(x, (channels * kh * kw, rows, columns))
+        matrix = conv.weights.changed(
+            (out, channels * kh * kw, 1, 1), lambda weight: weight.reshape(out, -1, 1, 1)
+        )
+    else:
+        x = draft.concat(_views(draft, x, conv), 1)
+        matrix = conv.weights.changed(
+            (out, channels * kh * kw, 1, 1),
+            lambda weight: weight.permute(0, 2, 3, 1).reshape(out, -1, 1, 1),
+        )
+    return draft.convolution(x, matrix, padding=0)
+
+
+def _views(draft: Draft, x: str, conv: Dense) -> list[str]:
+    """The kh * kw shifted views of a padded map under a window, in row-major order."""
+    size = [
+        (n - e) // s + 1
+        for n, e, s in zip(draft.shapes[x][1:], conv.extent, conv.stride, strict=True)
+    ]
+    return windows(draft, x, conv.kernel, conv.stride, conv.dilation, (size[0], size[1]))
+
+
+def windows(
+    draft: Draft, x: str, kernel: Pair, stride: Pair, dilation: Pair, size: Pair
+) -> list[str]:
+    """The shifted views of a map whose pixels lie under a window of which there are ``size``."""
+    views = []
+    for i in range(kernel[0]):
+        start = i * dilation[0]
+        rows = draft.slice(x, 2, start, start + (size[0] - 1) * stride[0] + 1, stride[0])
+        for j in range(kernel[1]):
+            start = j * dilation[1]
+            stop = start + (size[1] - 1) * stride[1] + 1
+            views.append(draft.slice(rows, 3, start, stop, stride[1]))
+    return views
+
+
+def shifted_3x3(conv: Dense, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """Taps in groups of 3x3 neighbours: one view for each, one 3x3 convolution over all views.
+
+    Of a stride above 2 every pixel is computed, and every s-th one kept.
+    """
+    (x,), shape = inputs, draft.shapes[inputs[0]]
+    plain = conv.kernel == (3, 3) and conv.padding in ((0, 0), (1, 1))
+    if plain and conv.dilation == (1, 1) and conv.stride in ((1, 1), (2, 2)):
+        return None
+    rows, columns = conv.size(shape)
+    stride = conv.stride[0] if conv.stride[0] == conv.stride[1] <= 2 else 1
+    views, tiles = shifted(draft, x, conv, stride)
+
+    def tiled(weight: Tensor) -> Tensor:
+        return torch.cat([tile(weight) for tile in tiles], 1)
+
+    out, channels = conv.weights.shape[:2]
+    weights = conv.weights.changed((out, channels * len(tiles), 3, 3), tiled)
+    done = draft.convolution(draft.concat(views, 1), weights, stride=stride, padding=0)
+    if stride != conv.stride[0] or stride != conv.stride[1]:
+        ends = [(n - 1) * s + 1 for n, s in zip((rows, columns), conv.stride, strict=True)]
+        done = draft.slice(done, 2, 0, ends[0], conv.stride[0])
+        return draft.slice(done, 3, 0, ends[1], conv.stride[1])
+    return draft.slice(draft.slice(done, 2, 0, rows), 3, 0, columns)
+
+
+def shifted(draft: Draft, x: str, conv: Dense, stride: int) -> tuple[list[str], list[Any]]:
+    """Views of a map that are moved by multiples of three pixels, and for each what takes its 3x3
+    taps of a weight.
+    """
+    (height, width), (py, px), (dy, dx) = conv.extent, conv.padding, conv.dilation
+    reach = [-(-height // 3) * 3, -(-width // 3) * 3]
+    shape = draft.shapes[x]
+    rows = (shape[1] + 2 * py - height) // stride * stride + 3
+    columns = (shape[2] + 2 * px - width) // stride * stride + 3
+    more = [
+        max(0, n + r - 3 - have)
+        for n, r, have in (
+            (rows, reach[0], shape[1] + 2 * py),
+            (columns, reach[1], shape[2] + 2 * px),
+        )
+    ]
+    wide = draft.pad(x, (py, py + more[0]), (px, px + more[1]))
+    views, tiles = [], []
+    for y in range(0, reach[0], 3):
+        if all((y + i) % dy for i in range(3)):
+            continue  # a row of tiles between the taps of a dilated window
+        across = draft.slice(wide, 2, y, y + rows)
+        for left in range(0, reach[1], 3):
+            if all((left + j) % dx for j in range(3)):
+                continue
+
+            def tile(weight: Tensor, y: int = y, left: int = left) -> Tensor:
+                spread = weight.new_zeros(*weight.shape[:2], *reach)
+                spread[:, :, :height:dy, :width:dx] = weight
+                return spread[:, :, y : y + 3, left : left + 3]
+
+            views.append(draft.slice(across, 3, left, left + columns))
+            tiles.append(tile)
+    return views, tiles
+
+
+_DENSE = [
+    Way(build.__name__.replace("_", " "), build)
+    for build in (as_it_is, within_3x3, stack_of_3x3, views_and_1x1, shifted_3x3)
+]
+
+
+# -- whole ---------------------------------------------------------------------------------------
+
+
+@lowering(Convolution)
+def natively(op: Convolution, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """The convolution itself; of copied channels the groups are brought together."""
+    if op.groups == 1 or op.copies == 1:
+        return draft.emit("", op, *inputs, name=draft.step.name)
+    return None
+
+
+@lowering(Convolution)
+def dense_layer(op: Convolution, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """A convolution without groups; zeros stand between groups where there are some."""
+    weights = Weights.of(op)
+    if op.groups > 1:
+        shape = (op.out_channels, op.in_channels, *op.kernel)
+        weights = weights.changed(shape, lambda weight: _expanded(weight, op.groups, op.copies))
+    return dense(Dense(weights, op.stride, op.padding, op.dilation), inputs[0], draft)
+
+
+def _expanded(weight: Tensor, groups: int, copies: int) -> Tensor:
+    """The weight of a grouped layer (O, c, kh, kw) over all of its channels."""
+    out, per_group = weight.shape[:2]
+    full = weight.new_zeros(groups, out // groups, groups, per_group, *weight.shape[2:])
+    every = torch.arange(groups)
+    full[every, :, every] = weight.unflatten(0, (groups, -1))
+    full = full.flatten(0, 1)  # (O, groups, per group, kh, kw)
+    if copies > 1:
+        full = full.unflatten(2, (copies, -1)).transpose(1, 2).flatten(2, 3)
+    return full.flatten(1, 2)
+
+
+@lowering(Convolution)
+def lanes(op: Convolution, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """Lanes of channels, each a dense convolution of whole groups."""
+    return grouped_lanes(Grouped.of(op), inputs[0], draft, draft.target.lanes)
+
+
+@lowering(Convolution)
+def wide_lanes(op: Convolution, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """Fewer and wider lanes, where launches cost more than multiplications."""
+    return grouped_lanes(Grouped.of(op), inputs[0], draft, WIDE * draft.target.lanes)
+
+
+@lowering(Convolution)
+def shifted_lanes(op: Convolution, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """Views moved by multiples of three pixels once for all lanes, a dense 3x3 in each."""
+    return grouped_shifted_lanes(Grouped.of(op), inputs[0], draft)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A convolution with groups: ``weights`` (O, C / groups, kh, kw)."""
+
+    weights: Weights
+    groups: int
+    copies: int
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+    @classmethod
+    def of(cls, op: Convolution) -> "Grouped":
+        return cls(Weights.of(op), op.groups, op.copies, op.stride, op.padding, op.dilation)
+
+    def lane(self, first: int, count: int) -> Dense:
+        """Some groups as one dense convolution."""
+        out, per_group = self.weights.shape[0] // self.groups, self.weights.shape[1]
+        rows = self.weights.rows(first * out, (first + count) * out)
+        shape = (count * out, count * per_group, *self.weights.shape[2:])
+        weights = rows.changed(shape, lambda weight: _expanded(weight, count, self.copies))
+        return Dense(weights, self.stride, self.padding, self.dilation)
+
+    def together(self, lane: int) -> int:
+        """How many groups are in a lane of so many channels."""
+        widest = max(self.weights.shape[0] // self.groups, self.weights.shape[1] // self.copies)
+        return max(1, lane // widest)
+
+
+def _lane_inputs(conv: Grouped, x: str, draft: Draft, together: int) -> list[str]:
+    """What each lane reads of a map: its channels, of every copy."""
+    channels = conv.groups * conv.weights.shape[1]
+    copies = draft.split(x, 1, channels // conv.copies) if conv.copies > 1 else [x]
+    size = together * conv.weights.shape[1] // conv.copies
+    return [
+        draft.concat(list(pieces), 1)
+        for pieces in zip(*(draft.split(copy, 1, size) for copy in copies), strict=True)
+    ]
+
+
+def grouped_lanes(conv: Grouped, x: str, draft: Draft, lane: int) -> Result:
+    """Lanes of at most so many channels."""
+    together = conv.together(lane)
+    if conv.groups == 1 or together >= conv.groups:
+        return None
+    inputs = _lane_inputs(conv, x, draft, together)
+    names = [
+        dense(conv.lane(first, min(together, conv.groups - first)), part, draft)
+        for first, part in zip(range(0, conv.groups, together), inputs, strict=True)
+    ]
+    return Parts(tuple(names), 1)
+
+
+def grouped_shifted_lanes(conv: Grouped, x: str, draft: Draft) -> Result:
+    """Lanes of 3x3 convolutions over views that are shared by all of them."""
+    together = conv.together(draft.target.lanes)
+    kernel, stride = conv.weights.shape[2:], conv.stride
+    square = stride[0] == stride[1] <= 2
+    if conv.groups == 1 or max(kernel) <= 3 or not square or conv.copies > 1:
+        return None
+    channels = conv.groups * conv.weights.shape[1]
+    whole = Dense(
+        Weights.constant((1, channels, *kernel), lambda: torch.zeros(()), 1.0, draft),
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+    )
+    rows, columns = whole.size(draft.shapes[x])
+    views, tiles = shifted(draft, x, whole, stride[0])
+    parted = [_lane_inputs(conv, view, draft, together) for view in views]
+    names = []
+    for index, first in enumerate(range(0, conv.groups, together)):
+        lane = conv.lane(first, min(together, conv.groups - first))
+        out, width = lane.weights.shape[:2]
+
+        def tiled(weight: Tensor) -> Tensor:
+            return torch.cat([tile(weight) for tile in tiles], 1)
+
+        weights = lane.weights.changed((out, width * len(tiles), 3, 3), tiled)
+        joined = draft.concat([parts[index] for parts in parted], 1)
+        done = draft.convolution(joined, weights, stride=stride, padding=0)
+        names.append(draft.slice(draft.slice(done, 2, 0, rows), 3, 0, columns))
+    return Parts(tuple(names), 1)
+
+
+def pointwise(weights: Weights, x: str, draft: Draft) -> str:
+    """A matrix (O, C) at every position of a map."""
+    matrix = weights.changed((*weights.shape, 1, 1), lambda weight: weight[:, :, None, None])
+    return dense(Dense(matrix), x, draft)
+
+
+def lane_of(channels: int, widest: int) -> int:
+    """The widest lane that divides the channels evenly."""
+    return max(d for d in range(1, max(1, widest) + 1) if channels % d == 0)

@@ -1,0 +1,346 @@
+"""A deployed graph in the making: what lowerings build with, and what they build."""
+
+import json
+import math
+from collections import ChainMap
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from archnet.hardware.layers import layer_of
+from archnet.hardware.target import Target
+from archnet.ops import (
+    Activation,
+    Concat,
+    Convolution,
+    FullyConnected,
+    MaxPool,
+    Operator,
+    Pad,
+    Permute,
+    Reshape,
+    Slice,
+    Step,
+    Summing,
+    WeightedOperator,
+)
+from archnet.ops.operators import split
+from archnet.quant.quantizers import BiasQuantizer, Quantizer, WeightLSQ
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """The grid of a layer's weights: ``log_scale`` is (O,) or (1,), ``source`` the quantizer of
+    what the layer reads, None where that is float.
+    """
+
+    bits: int
+    log_scale: Tensor
+    power_of_two: bool
+    source: Quantizer | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weight and bias of a layer, computed when they are asked for.
+
+    Ways are compared by what they cost before one of them is built; only its weights exist.
+
+    Attributes:
+        shape: of the weight, (O, ...).
+        numbers: gives weight and bias (O,), on their grids where they have any.
+        grid: of the weight; None where it is float.
+        trainable: False for constants.
+    """
+
+    shape: tuple[int, ...]
+    numbers: Callable[[], tuple[Tensor, Tensor]]
+    grid: WeightGrid | None
+    trainable: bool = True
+
+    @classmethod
+    def of(cls, operator: WeightedOperator) -> "Weights":
+        """Those of a whole layer, as it computes with them."""
+
+        @cache
+        def numbers() -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                weight, bias = operator.parameters_on_grid()
+            return weight.detach(), bias.detach()
+
+        quantizer, biases = operator.weight_quantizer, operator.bias_quantizer
+        grid = None
+        if isinstance(quantizer, Quantizer):
+            source = biases.source if isinstance(biases, BiasQuantizer) else None
+            grid = WeightGrid(
+                quantizer.bits, quantizer.log_scale.detach(), quantizer.power_of_two, source
+            )
+        return cls(tuple(operator.weight.shape), numbers, grid, operator.trainable)
+
+    @classmethod
+    def constant(
+        cls, shape: tuple[int, ...], ones: Callable[[], Tensor], factor: float, draft: "Draft"
+    ) -> "Weights":
+        """Zeros and ones times a factor, for a layer on what the whole operator reads."""
+        number, unit, is_exact = split(factor)
+
+        def numbers() -> tuple[Tensor, Tensor]:
+            weight = ones().to(draft.device, torch.float32) * number * unit
+            return weight, torch.zeros(shape[0], device=draft.device)
+
+        grid = None
+        if draft.quantizer is not None:
+            log_scale = torch.tensor([math.log(unit)], device=draft.device)
+            grid = WeightGrid(max(2, number.bit_length() + 1), log_scale, is_exact, draft.quantizer)
+        return cls(shape, numbers, grid, trainable=False)
+
+    def changed(self, shape: tuple[int, ...], work: Callable[[Tensor], Tensor]) -> "Weights":
+        """The same outputs, their weights in another arrangement, with zeros or without some."""
+
+        def numbers() -> tuple[Tensor, Tensor]:
+            weight, bias = self.numbers()
+            return work(weight), bias
+
+        return replace(self, shape=shape, numbers=numbers)
+
+    def rows(self, first: int, last: int) -> "Weights":
+        """Some of the outputs."""
+
+        def numbers() -> tuple[Tensor, Tensor]:
+            weight, bias = self.numbers()
+            return weight[first:last], bias[first:last]
+
+        grid = self.grid
+        if grid is not None and grid.log_scale.numel() > 1:
+            grid = replace(grid, log_scale=grid.log_scale[first:last])
+        return replace(self, shape=(last - first, *self.shape[1:]), numbers=numbers, grid=grid)
+
+    def install(self, module: WeightedOperator) -> None:
+        """Give a layer these weights, its grid and that of its bias."""
+        weight, bias = self.numbers()
+        module.weight = nn.Parameter(weight.float().reshape(self.shape).contiguous(), False)
+        module.bias = nn.Parameter(bias.float().contiguous(), False)
+        if self.grid is None:
+            return
+        bits = self.grid.bits
+        if bits == 1 and bool((weight == 0).any()):
+            bits = 2  # one bit has no zero
+        quantizer = WeightLSQ(bits, self.grid.log_scale.numel(), self.grid.power_of_two)
+        quantizer.log_scale = nn.Parameter(self.grid.log_scale.clone(), False)
+        module.weight_quantizer = quantizer
+        if self.grid.source is not None:
+            module.bias_quantizer = BiasQuantizer(quantizer, self.grid.source)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A result in pieces that lie side by side along an axis (the batch is axis 0)."""
+
+    names: tuple[str, ...]
+    axis: int
+
+
+@dataclass
+class Draft:
+    """Deployed steps. Values are known by name; shapes have no batch, axes count it as 0.
+
+    Attributes:
+        target: what it is for.
+        device: of weights.
+        shapes: of every value.
+        step: the whole step at work.
+        quantizer: of what it reads; None where that is float.
+        is_dry: whether layers are made for their cost alone, without weights.
+        whole: the whole step that each deployed step belongs to.
+        notes: in which ways parts of an operator were written.
+        chosen: by operator and sizes, the way that was found cheapest.
+        known: by operator and sizes, the shape of what it gives.
+        reserved: names of the whole student's values.
+    """
+
+    target: Target
+    device: torch.device
+    shapes: MutableMapping[str, tuple[int, ...]]
+    step: Step = field(default_factory=lambda: Step("", ()))
+    quantizer: Quantizer | None = None
+    is_dry: bool = False
+    steps: list[Step] = field(default_factory=list)
+    modules: dict[str, Operator] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    chosen: dict[str, int] = field(default_factory=dict)
+    known: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    reserved: set[str] = field(default_factory=set)
+
+    def trial(self) -> "Draft":
+        """An empty draft beside this one, without weights."""
+        return replace(
+            self,
+            shapes=ChainMap({}, self.shapes),
+            is_dry=True,
+            steps=[],
+            modules={},
+            whole={},
+            notes=[],
+        )
+
+    def emit(self, kind: str, module: Operator, *inputs: str, name: str = "") -> str:
+        """Add a step, and give the name of its value: ``name``, or one with ``kind`` in it."""
+        count, stem = 1, f"{self.step.name}_{kind}"
+        while not name:
+            wanted = stem if count == 1 else f"{stem}{count}"
+            name = "" if wanted in self.shapes or wanted in self.reserved else wanted
+            count += 1
+        self.shapes[name] = self._shape(module, [self.shapes[item] for item in inputs])
+        self.steps.append(Step(name, inputs, self.step.origin))
+        self.modules[name] = module
+        self.whole[name] = self.step.name
+        return name
+
+    def named(self, value: str, name: str) -> str:
+        """Give a value that an operator's steps end with the name of the whole one, if it is free:
+        moves of nothing hand on a value that has a name already.
+        """
+        is_last = bool(self.steps) and value == self.steps[-1].name
+        if not is_last or self.whole[value] != self.step.name or name in self.shapes:
+            return value
+        self.steps[-1] = replace(self.steps[-1], name=name)
+        self.modules[name] = self.modules.pop(value)
+        self.shapes[name] = self.shapes.pop(value)
+        self.whole[name] = self.whole.pop(value)
+        return name
+
+    def _shape(self, module: Operator, read: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape of what an operator gives, computed on the meta device once for each kind."""
+        if isinstance(module, Activation):
+            return read[0]
+        key = f"{type(module).__name__} {json.dumps(module.spec())} {list(read)}"
+        if key not in self.known:
+            with torch.device("meta"), torch.no_grad():
+                bare = type(module)(**module.spec())
+                result = bare(*(torch.empty(1, *shape) for shape in read))
+            self.known[key] = tuple(result.shape[1:])
+        return self.known[key]
+
+    # -- layers ----------------------------------------------------------------------------------
+
+    def convolution(self, x: str, weights: Weights, **how: Any) -> str:
+        """A convolution; ``how`` as in `archnet.ops.Convolution`, without channels and kernel."""
+        out, per_group, *kernel = weights.shape
+        groups = how.get("groups", 1)
+        return self._layer(
+            "conv",
+            lambda: Convolution(
+                per_group * groups, out, kernel, trainable=weights.trainable, **how
+            ),
+            x,
+            weights,
+        )
+
+    def fully_connected(self, x: str, weights: Weights) -> str:
+        """A fully connected layer on the last axis."""
+        out, features = weights.shape
+        return self._layer(
+            "fc", lambda: FullyConnected(features, out, weights.trainable), x, weights
+        )
+
+    def _layer(
+        self, kind: str, make: Callable[[], WeightedOperator], x: str, weights: Weights
+    ) -> str:
+        with torch.device("meta"):
+            module = make()
+        if not self.is_dry:
+            weights.install(module)
+        return self.emit(kind, module, x)
+
+    def passed_on(self, name: str) -> str:
+        """Values that a constant layer has copied, on the grid of what the operator reads."""
+        if self.quantizer is None:
+            return name
+        place = Activation()
+        place.quantizer = self.quantizer
+        return self.emit("grid", place, name)
+
+    # -- moves -----------------------------------------------------------------------------------
+
+    def slice(self, x: str, axis: int, start: int, stop: int, step: int = 1) -> str:
+        if (start, step) == (0, 1) and stop >= self.shapes[x][axis - 1]:
+            return x
+        return self.emit("slice", Slice(axis, start, stop, step), x)
+
+    def split(self, x: str, axis: int, size: int) -> list[str]:
+        """Pieces of ``size`` along an axis, the last one what is left."""
+        whole = self.shapes[x][axis - 1]
+        return [self.slice(x, axis, at, min(at + size, whole)) for at in range(0, whole, size)]
+
+    def reshape(self, x: str, shape: tuple[int, ...]) -> str:
+        return x if self.shapes[x] == shape else self.emit("reshape", Reshape(shape), x)
+
+    def permute(self, x: str, order: tuple[int, ...]) -> str:
+        return x if order == tuple(range(len(order))) else self.emit("order", Permute(order), x)
+
+    def pad(self, x: str, rows: tuple[int, int], columns: tuple[int, int]) -> str:
+        """Zeros around a map."""
+        if not any((*rows, *columns)):
+            return x
+        return self.emit("pad", Pad(((0, 0), rows, columns)), x)
+
+    def concat(self, names: Sequence[str], axis: int) -> str:
+        return names[0] if len(names) == 1 else self.emit("concat", Concat(axis), *names)
+
+    def maxpool(self, x: str, stride: int, padding: tuple[int, int, int, int]) -> str:
+        return self.emit("pool", MaxPool(stride, padding), x)
+
+    # -- costs -----------------------------------------------------------------------------------
+
+    @property
+    def cycles(self) -> float:
+        """What the steps cost by the target's own figures (`hardware.costs`)."""
+        costs, total = self.target.costs, 0.0
+        parted: set[tuple[str, int]] = set()
+        for step in self.steps:
+            module, shape = self.modules[step.name], self.shapes[step.name]
+            count = math.prod(shape)
+            if isinstance(module, Activation):
+                continue
+            total += costs.launch
+            if isinstance(module, WeightedOperator):
+                total += costs.mac * count * math.prod(module.weight.shape[1:])
+            elif isinstance(module, Slice):
+                total += costs.moved * count
+                place = (step.inputs[0], module.axis)
+                if not _is_of_channels(module, self.shapes[step.inputs[0]]):
+                    total += costs.turn
+                elif place in parted:
+                    total -= costs.launch  # one split has all of them
+                parted.add(place)
+            elif isinstance(module, Permute | Pad):
+                total += costs.moved * count + costs.turn
+            elif isinstance(module, Reshape):
+                total += costs.moved * count
+            elif isinstance(module, Summing | MaxPool | Concat):
+                total += costs.joined * sum(math.prod(self.shapes[n]) for n in step.inputs)
+        return total
+
+    @property
+    def misfit(self) -> str:
+        """The first reason for which the target does not run the steps; "" where it does."""
+        for step in self.steps:
+            read = [self.shapes[name] for name in step.inputs]
+            module = self.modules[step.name]
+            layer = layer_of(module, read, weights=False)
+            reason = self.target.judge(layer)[1] if layer is not None else ""
+            if not reason and isinstance(module, FullyConnected) and len(read[0]) > 1:
+                reason = "" if self.target.fc_per_position else "a layer at every position"
+            if reason:
+                return reason
+        return ""
+
+
+def _is_of_channels(cut: Slice, shape: tuple[int, ...]) -> bool:
+    """Whether a slice parts channels, as one split does: the first axis of a map, or the last."""
+    return cut.step == 1 and cut.axis == (1 if len(shape) == 3 else len(shape))

@@ -1,0 +1,167 @@
+"""Lowering: every whole operator of a student, written with what its target runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from archnet.hardware.cost import Cost, student_cost
+from archnet.hardware.target import Target
+from archnet.lower.draft import Draft, Parts
+from archnet.lower.registry import WAYS, Result, Way, cheapest
+from archnet.ops import Activation, LayoutMove, Operator, Step, Student
+from archnet.quant.attach import input_quantizers
+from archnet.quant.quantizers import Quantizer
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A student as its target runs it.
+
+    Attributes:
+        student: of deployed operators. Quantizers are those of the whole one, shared with it.
+        whole: the whole step that each deployed step belongs to.
+        ways: how a whole step was written, where the target has several ways or not itself.
+        values: the deployed value that each value of the whole student is, where there is one: a
+            result that is rounded before its parts are joined has none before the rounding.
+    """
+
+    student: Student
+    whole: Mapping[str, str]
+    ways: Mapping[str, str]
+    values: Mapping[str, str]
+
+
+def lower(student: Student, target: Any = None, *, weights: bool = True) -> Lowered:
+    """Write a student with what a target runs, each operator in the way that costs least there.
+
+    What the deployed graph computes is what the student computes: equal in floats but for the
+    order of sums, equal to the bit in integers.
+
+    Args:
+        student: float or quantized; it stays as it is, and shares its quantizers and those
+            operators that stay as they are.
+        target: a name or description; None: that which the student was made for.
+        weights: False: layers that are written in another way are on the meta device, which is
+            enough to count what they cost.
+    """
+    target = target_of(student) if target is None else Target.of(target)
+    return _Lowering(student, target, weights).run()
+
+
+def deployed(student: Student, target: Any = None) -> Student:
+    """The student of `lower` alone."""
+    return lower(student, target).student
+
+
+def deployed_cost(student: Student, target: Any = None) -> Cost[int]:
+    """What a student costs as its target runs it (`archnet.hardware.student_cost`)."""
+    return student_cost(lower(student, target, weights=False).student)
+
+
+def target_of(student: Student) -> Target:
+    """The target that a student was made for; arch5 where it does not say."""
+    fields = student.graph.target
+    return Target.described(fields) if fields else Target.named("arch5")
+
+
+class _Lowering:
+    """One walk along the student."""
+
+    def __init__(self, student: Student, target: Target, weights: bool) -> None:
+        self.student, self.target = student, target
+        self.readers = student.consumers()
+        self.quantizers = input_quantizers(student)
+        graph = student.graph
+        device = next((p.device for p in student.parameters()), torch.device("cpu"))
+        shapes = {name: graph.shapes[name] for name in graph.inputs}
+        self.draft = Draft(target, device, shapes, is_dry=not weights)
+        # Names of the student's own values are kept for these.
+        self.draft.reserved.update(step.name for step in graph.steps)
+        self.values = {name: name for name in graph.inputs}
+        self.ways: dict[str, str] = {}
+        self.done: set[str] = set()
+
+    def run(self) -> Lowered:
+        graph, draft = self.student.graph, self.draft
+        for step in graph.steps:
+            if step.name not in self.done:
+                self._step(step)
+        changed = replace(
+            graph,
+            output=self.values[graph.output],
+            steps=draft.steps,
+            shapes=dict(draft.shapes),
+            taps=[],
+            target={},
+        )
+        student = Student(changed, draft.modules).eval()
+        return Lowered(student, draft.whole, self.ways, self.values)
+
+    def _step(self, step: Step) -> None:
+        operator, draft = self.student.operator(step.name), self.draft
+        inputs = tuple(self.values[name] for name in step.inputs)
+        draft.step, draft.quantizer, draft.notes = step, self.quantizers[step.name], []
+        ways = WAYS.get(type(operator))
+        if ways is None:
+            self.values[step.name] = draft.emit("", operator, *inputs, name=step.name)
+            return
+        chain = self._rounding(step)
+        way, _ = cheapest(
+            ways,
+            operator,
+            inputs,
+            draft,
+            in_parts=chain is not None or draft.quantizer is None,
+            chosen=draft.chosen,
+        )
+        result = way.build(operator, inputs, draft)
+        if result is None:  # the target runs the operator in no way: it is written as it is
+            result = draft.emit("", operator, *inputs, name=step.name)
+        self._note(step, operator, way, result)
+        if isinstance(result, str):
+            self.values[step.name] = draft.named(result, step.name)
+        elif chain is None or draft.quantizer is None:
+            joined = draft.concat(result.names, result.axis)
+            self.values[step.name] = draft.named(joined, step.name)
+        else:
+            self._round_parts(result, chain)
+
+    def _note(self, step: Step, operator: Operator, way: Way, result: Result) -> None:
+        if self.draft.modules.get(step.name) is not operator:
+            notes = list(dict.fromkeys(self.draft.notes))
+            self.ways[step.name] = ", ".join([way.name, *notes])
+
+    def _rounding(self, step: Step) -> list[Step] | None:
+        """The moves behind a step and the activation that rounds its result; None where others
+        read it, or nothing rounds it.
+        """
+        found, name = list[Step](), step.name
+        kept = {self.student.graph.output}
+        while name not in kept and len(readers := self.readers.get(name, [])) == 1:
+            (reader,) = readers
+            found.append(reader)
+            module = self.student.operator(reader.name)
+            if isinstance(module, Activation):
+                return found if isinstance(module.quantizer, Quantizer) else None
+            if not isinstance(module, LayoutMove):
+                return None
+            name = reader.name
+        return None
+
+    def _round_parts(self, parts: Parts, chain: list[Step]) -> None:
+        """Round each part right behind its layer, then join them and make the moves."""
+        *moves, end = chain
+        activation, draft = self.student.operator(end.name), self.draft
+        assert isinstance(activation, Activation)
+        rounded = []
+        for part in parts.names:
+            place = Activation(activation.low, activation.high)
+            place.quantizer = activation.quantizer
+            rounded.append(draft.emit("act", place, part))
+        name = draft.concat(rounded, parts.axis)
+        for move in moves:
+            name = draft.emit("move", self.student.operator(move.name), name)
+        self.values[end.name] = draft.named(name, end.name)
+        self.done.update(step.name for step in chain)

@@ -1,0 +1,281 @@
+"""Lowering: every way of writing a whole operator computes the same integers."""
+
+import copy
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from archnet.convert import convert
+from archnet.deploy import audit, to_integers, to_onnx
+from archnet.hardware import Target
+from archnet.lower import check_layers, deployed, lower, registry, target_of
+from archnet.ops import (
+    Add,
+    AveragePool,
+    Convolution,
+    FullyConnected,
+    MaxPool,
+    Mean,
+    Operator,
+    Student,
+)
+from archnet.quant import copy_values, pack, quantize, settle, unpack
+
+WIDTHS = ((8, 8), (4, 4), (2, 4), (1, 2))
+# Everything that a student is made of.
+WHOLE = ("conv", "depthwise_conv", "maxpool", "averagepool", "mean", "reduce_sum", "add")
+
+
+def native(lacks: tuple[str, ...] = ()) -> Target:
+    """A target that runs whole operators as they are, but for some."""
+    arch5 = Target.named("arch5")
+    own = tuple(name for name in WHOLE if name not in lacks)
+    return replace(arch5, name="native", operators=(*arch5.operators, *own))
+
+
+class Body(nn.Module):
+    """A layer in the middle of a network of a few channels, on maps of 9x9."""
+
+    def __init__(self, layer: nn.Module, channels: int = 6) -> None:
+        super().__init__()
+        self.stem, self.layer = nn.Conv2d(3, channels, 3, 1, 1), layer
+        self.head = nn.LazyLinear(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(torch.relu(self.layer(x)).flatten(1))
+
+
+class Residual(nn.Module):
+    def __init__(self, terms: int = 2, relu: bool = True) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList(nn.Conv2d(6, 6, 3, 1, 1) for _ in range(terms - 1))
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        for path in self.paths:
+            y = path(x)
+            x = x + (torch.relu(y) if self.relu else y)
+        return x
+
+
+class Averaged(nn.Module):
+    def __init__(self, axes: tuple[int, ...], total: bool = False) -> None:
+        super().__init__()
+        self.axes, self.total = axes, total
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(self.axes) if self.total else x.mean(self.axes)
+
+
+class Tokens(nn.Module):
+    """Layers on tokens and an addition of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        return x + self.second(torch.relu(self.first(x)))
+
+
+class Peak(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.amax((2, 3))
+
+
+def conv(*args: object, **how: object) -> nn.Module:
+    return nn.Conv2d(6, 6, *args, **how)  # type: ignore[arg-type]
+
+
+KINDS = {
+    "3x3": lambda: conv(3, 1, 1),
+    "3x3 unpadded": lambda: conv(3),
+    "3x3 stride 2": lambda: conv(3, 2, 1),
+    "3x3 stride 3": lambda: conv(3, 3, 1),
+    "3x3 padding 2": lambda: conv(3, 1, 2),
+    "3x3 dilated": lambda: conv(3, 1, 2, 2),
+    "1x1": lambda: conv(1),
+    "1x1 stride 2": lambda: conv(1, 2),
+    "2x2": lambda: conv(2, 2),
+    "1x3": lambda: conv((1, 3), 1, (0, 1)),
+    "5x5": lambda: conv(5, 1, 2),
+    "7x7 stride 2": lambda: conv(7, 2, 3),
+    "4x4": lambda: conv(4, 1, 1),
+    "7x3": lambda: conv((7, 3), 1, (3, 1)),
+    "patches": lambda: conv(3, 3),
+    "depthwise": lambda: conv(3, 1, 1, groups=6),
+    "depthwise 5x5": lambda: conv(5, 2, 2, groups=6),
+    "two groups": lambda: conv(3, 2, 1, groups=2),
+    "wider groups": lambda: nn.Conv2d(6, 12, 3, 1, 1, groups=3),
+    "addition": Residual,
+    "three terms, signed": lambda: Residual(3, relu=False),
+    "max 3x3": lambda: nn.MaxPool2d(3, 2, 1),
+    "max 2x2 stride 3": lambda: nn.MaxPool2d(2, 3),
+    "max 3x2": lambda: nn.MaxPool2d((3, 2), 1, (1, 0)),
+    "max dilated": lambda: nn.MaxPool2d(2, 1, dilation=3),
+    "max ceil": lambda: nn.MaxPool2d(2, 2, ceil_mode=True),
+    "peak": Peak,
+    "average 2x2": lambda: nn.AvgPool2d(2),
+    "average 3x3": lambda: nn.AvgPool2d(3, 1, 1),
+    "average 5x5": lambda: nn.AvgPool2d(5, 1, 2),
+    "average, uneven": lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    "mean": lambda: Averaged((2, 3)),
+    "mean of rows": lambda: Averaged((2,)),
+    "sum of channels": lambda: Averaged((1,), total=True),
+    "tokens": Tokens,
+}
+
+
+def teacher_of(kind: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(sum(map(ord, kind)))
+    images = torch.randn(4, 3, 9, 9)
+    network = Body(KINDS[kind]())
+    with torch.no_grad():
+        network(images)
+    return network.eval(), images
+
+
+def quantized(kind: str, widths: tuple[int, int], **options: object) -> tuple[Student, Tensor]:
+    network, images = teacher_of(kind)
+    student = convert(network, images, native())
+    quantize(student, *widths, [images], **options)  # type: ignore[arg-type]
+    settle(student)
+    return student, images
+
+
+def integers(student: Student, images: Tensor, target: Target | str, kind: str) -> np.ndarray:
+    model = to_integers(student, kind, target=target)  # type: ignore[arg-type]
+    return model.run(images.numpy())[model.output] * model.output_unit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_target_computes_the_same_integers(kind):
+    """Those of whole operators; of the five; of the five read literally."""
+    for widths in WIDTHS:
+        student, images = quantized(kind, widths)
+        whole = integers(student, images, native(), "multiplier")
+        for target in (native(("add", "depthwise_conv")), "arch5", "arch5_conv"):
+            assert np.array_equal(whole, integers(student, images, target, "multiplier")), target
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_that_are_powers_of_two_stay_so(kind):
+    student, images = quantized(kind, (4, 4), power_of_two=True)
+    whole = integers(student, images, native(), "power_of_two")
+    assert np.array_equal(whole, integers(student, images, "arch5", "power_of_two"))
+
+
+@pytest.mark.parametrize("operator", [Convolution, FullyConnected, Add, AveragePool, Mean, MaxPool])
+def test_every_way_alone_computes_the_same(operator, monkeypatch):
+    """Whatever a target's costs choose; in floats and in integers."""
+    used: Counter[str] = Counter()
+    everything = replace(native(), complete=False, lanes=1, merge_lanes=2)
+    for kind in KINDS:
+        network, images = teacher_of(kind)
+        floating = convert(network, images, everything)
+        if not any(type(module) is operator for module in floating.operators.values()):
+            continue
+        student = copy.deepcopy(floating)
+        settle(quantize(student, 2, 4, [images]))
+        whole = integers(student, images, everything, "multiplier")
+        for way in registry.WAYS[operator]:
+            with monkeypatch.context() as patch:
+                patch.setitem(registry.WAYS, operator, [way])
+                with torch.no_grad():
+                    found, expected = lower(floating, everything).student(images), floating(images)
+                assert torch.allclose(found, expected, atol=1e-5), (kind, way.name)
+                same = np.array_equal(whole, integers(student, images, everything, "multiplier"))
+                assert same, (kind, way.name)
+                used[way.name] += way.name in " ".join(lower(floating, everything).ways.values())
+    assert all(used[way.name] for way in registry.WAYS[operator][1:]), used
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "two groups", "7x7 stride 2", "addition"])
+def test_copies_of_values_are_lowered(kind):
+    network, images = teacher_of(kind)
+    student = convert(network, images, native())
+    learned = copy_values(student, 2, 2, 4, [images])
+    settle(quantize(student, 2, 4, [images], learned=learned))
+    whole = integers(student, images, native(("depthwise_conv",)), "multiplier")
+    assert np.array_equal(whole, integers(student, images, "arch5", "multiplier"))
+    with torch.no_grad():
+        scores = student(images).numpy()
+    assert np.allclose(scores, whole, atol=1e-3 * np.abs(scores).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_lowered_is_pure(kind):
+    network, images = teacher_of(kind)
+    for target in ("arch5", "arch5_conv", "arch5_pointwise"):
+        student = convert(network, images, target)
+        check_layers(student, Target.named(target))
+        assert audit(student, target).violations == (), target
+        with torch.no_grad():
+            assert torch.allclose(deployed(student)(images), network(images), atol=1e-4)
+
+
+def test_a_target_keeps_what_it_runs():
+    """Additions, depthwise layers, large kernels and pools stay where a chip has them."""
+    network, images = teacher_of("depthwise")
+    for kind, operator in (
+        ("depthwise 5x5", "Conv"),
+        ("addition", "Add"),
+        ("average 3x3", "AveragePool"),
+        ("mean", "ReduceMean"),
+        ("max 3x3", "MaxPool"),
+        ("7x7 stride 2", "Conv"),
+    ):
+        network, images = teacher_of(kind)
+        kept = to_onnx(convert(network, images, "rk3588"))
+        moves = {"Slice", "Split", "Transpose", "Pad", "Concat"}
+        found = Counter(node.op_type for node in kept.graph.node)
+        assert found[operator], kind
+        assert not moves & set(found), kind
+        pure = Counter(node.op_type for node in to_onnx(convert(network, images)).graph.node)
+        assert pure != found, kind
+
+
+def test_costs_choose_the_way():
+    """Wide lanes where launches are dear, narrow ones where multiplications are."""
+    network = Body(nn.Conv2d(64, 64, 3, 1, 1, groups=64), 64)
+    images = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        network(images)
+    student = convert(network.eval(), images)
+    arch5 = Target.named("arch5")
+    ways = []
+    for launch, mac in ((1e6, 1e-6), (1.0, 1.0)):
+        costs = replace(arch5.costs, launch=launch, mac=mac)
+        ways.append(set(lower(student, replace(arch5, costs=costs)).ways.values()))
+    assert any("dense layer" in way for way in ways[0])
+    assert any(way.startswith("lanes") for way in ways[1])
+
+
+def test_a_student_knows_its_target():
+    network, images = teacher_of("addition")
+    student = convert(network, images, "rk3588")
+    assert target_of(unpack(pack(student))) == Target.named("rk3588")
+    assert target_of(convert(network, images)) == Target.named("arch5")
+    bare = copy.deepcopy(student)
+    bare.graph.target = {}
+    assert target_of(bare) == Target.named("arch5")
+
+
+def test_rows_say_whose_steps_are():
+    network, images = teacher_of("depthwise")
+    student = convert(network, images)
+    lowered = lower(student)
+    names = {step.name for step in student.graph.steps}
+    assert {lowered.whole[step.name] for step in lowered.student.graph.steps} <= names
+    assert set(lowered.values) <= names | set(student.graph.inputs)
+    modules: list[Operator] = [
+        lowered.student.operator(s.name) for s in lowered.student.graph.steps
+    ]
+    shared = [module for module in modules if any(module is m for m in student.operators.values())]
+    assert len(shared) < len(modules)

@@ -14,7 +14,8 @@ import torch
 from record import append
 
 import archnet
-from archnet.hardware import student_cost, teacher_cost
+from archnet.hardware import teacher_cost
+from archnet.lower import deployed_cost
 from archnet.teachers import member, random_network
 
 TEACHERS = ("resnet18", "resnet50", "mobilenet_v2")
@@ -31,9 +32,9 @@ def measure(name: str, hardware: str, seed: int) -> dict[str, Any]:
     with torch.no_grad():
         expected = teacher(images)
         error = (student(images) - expected).norm() / expected.norm()
-    after_float = student_cost(student)
+    after_float = deployed_cost(student)
     archnet.quantize(student, WEIGHT_BITS, ACT_BITS, calibration=[images])
-    after = student_cost(student)
+    after = deployed_cost(student)
     return {
         "task": f"random images {IMAGE_SIZE}x{IMAGE_SIZE}",
         "teacher": name,

@@ -25,7 +25,7 @@ from torch import nn
 import archnet
 from archnet import pipeline
 from archnet.deploy.latency import export_teacher, latencies, without_quantizers
-from archnet.hardware import student_cost
+from archnet.lower import deployed_cost
 from archnet.ops import Student
 from archnet.pipeline import Run
 from archnet.runs import RunFolder
@@ -78,7 +78,7 @@ def students(options: argparse.Namespace) -> Iterator[tuple[Run, Student, dict[s
             else calibrated(this, options.widths)
         )
         for weight_bits, act_bits, student in found:
-            cost = student_cost(student)
+            cost = deployed_cost(student)
             chosen = "--as-trained" if options.as_trained else f"--widths W{weight_bits}A{act_bits}"
             yield (
                 this,

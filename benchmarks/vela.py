@@ -36,7 +36,8 @@ from archnet.deploy.tflite import (
 )
 from archnet.deploy.vela import ACCELERATOR, ACCELERATORS, VelaReport, compile_vela
 from archnet.errors import ArchnetError
-from archnet.hardware import student_cost, teacher_cost
+from archnet.hardware import teacher_cost
+from archnet.lower import deployed_cost
 from archnet.pipeline import Run
 
 WIDTHS = ("W8A8", "W4A4", "W2A4")
@@ -224,7 +225,7 @@ def main() -> None:
             teachers[run] = teacher_report(this, options.accelerator)
             print(f"{about['task']} teacher", teachers[run][0], flush=True)
         before, macs = teachers[run]
-        after = compile_vela(to_tflite(to_integers(student)), options.accelerator)
+        after = compile_vela(to_tflite(to_integers(student, target="arch5")), options.accelerator)
         figures = {key: getattr(after, key) for key in SHOWN}
         print(f"{about['task']} W{about['weight_bits']}A{about['act_bits']}", figures, flush=True)
         if options.dry_run:
@@ -236,7 +237,7 @@ def main() -> None:
                 "metric": "inferences a second, estimated (teacher int8)",
                 "teacher_value": round(before.inferences_per_second, 1),
                 "student_value": round(after.inferences_per_second, 1),
-                "macs_ratio": round(student_cost(student).macs / macs, 4),
+                "macs_ratio": round(deployed_cost(student).macs / macs, 4),
                 "versions": f"{versions()}; {after.versions}",
                 "command": f"{about['command']} --accelerator {options.accelerator}",
                 **figures,

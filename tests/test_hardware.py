@@ -28,7 +28,7 @@ from archnet.hardware import (
     student_cost,
     teacher_cost,
 )
-from archnet.lower import TargetError, check_layers, check_memory
+from archnet.lower import TargetError, check_layers, check_memory, deployed
 from archnet.ops import (
     Activation,
     BatchNorm,
@@ -168,7 +168,6 @@ def test_a_student_of_the_five_operators_fits_every_target(name):
     ("limits", "message"),
     [
         ({"conv": {"channels": 8}}, "step conv, from 'stem.conv' in the teacher: 16 channels"),
-        ({"conv": {"padded_stride": 1}}, "step conv, from 'stem.conv'.*stride 2x2 with padding"),
         ({"maxpool": {"kernel": 1}}, "step pool, from 'stem.pool'.*kernel 2x2"),
         ({"fully_connected": {"channels": 63}}, "step fc, from 'head'.*64 channels.*rk3588 holds"),
     ],
@@ -177,6 +176,17 @@ def test_a_layer_beyond_a_limit_is_named(limits, message):
     limits = {name: LimitsConfig(**limit) for name, limit in limits.items()}
     with pytest.raises(TargetError, match=message):
         check_layers(residual_student(), replace(Target.named("rk3588"), limits=limits))
+
+
+def test_what_is_beyond_a_limit_is_written_in_another_way():
+    """Padding that goes before a convolution, of a chip that takes no such stride with it."""
+    limits = {"conv": LimitsConfig(padded_stride=1)}
+    target = replace(Target.named("rk3588"), limits=limits)
+    check_layers(residual_student(), target)
+    kinds = {
+        type(module).__name__ for module in deployed(residual_student(), target).operators.values()
+    }
+    assert "Pad" in kinds
 
 
 def test_an_operator_that_the_target_lacks_is_named():
@@ -480,7 +490,7 @@ def test_the_five_operators_are_pure(name):
 
 
 VIOLATIONS = {
-    "1x1": ([node("Conv", "x", "w")], {"w": weight(6, 4, 1, 1)}, "conv1x1 is not"),
+    "1x1, grouped": ([node("Conv", "x", "w", group=2)], {"w": weight(6, 2, 1, 1)}, "conv1x1 is"),
     "5x5": ([node("Conv", "x", "w")], {"w": weight(6, 4, 5, 5)}, "kernel 5x5"),
     "grouped": ([node("Conv", "x", "w", group=2)], {"w": weight(6, 2, 3, 3)}, "2 groups"),
     "dilated": (
@@ -532,6 +542,10 @@ def test_everything_else_is_a_violation_that_names_the_node(name):
 def test_other_targets_allow_more_or_less():
     pointwise = model([node("Conv", "x", "w")], w=weight(6, 4, 1, 1))
     assert audit(pointwise, "arch5_pointwise").pure
+    # A fully connected layer at every position of a map is the same layer.
+    assert audit(pointwise, "arch5").pure
+    (violation,) = audit(pointwise, "arch5_conv").violations
+    assert "conv1x1 is not an operator of arch5_conv" in violation.reason
     attention = model([node("MatMul", "x", "y", output="h"), node("Softmax", "h")])
     assert audit(attention, "arch5_matmul").pure
     nodes, constants = ALLOWED["gemm"]

@@ -529,7 +529,7 @@ def test_what_no_trained_layer_multiplies_keeps_8_bits():
         student = convert(network, images)
         quantize(student, 4, 4, calibration=[images], sum_bits=sum_bits)
         assert sum(isinstance(module, BatchNorm) for module in student.operators.values()) == 3
-        sums = {"conv2d_fc_grid", "hardswish_act", "hardswish_act2", "hardswish_act3"}
+        sums = {"conv2d_conv_grid", "hardswish_act", "hardswish_act2", "hardswish_act3"}
         found = {name: module.quantizer.bits for name, module in activations(student).items()}
         assert {found[name] for name in sums} == {sum_bits}
         assert found["hardswish_fc_grid"] == 8  # the last layer's input

@@ -180,7 +180,8 @@ def test_qdq_takes_the_narrowest_type(bits, weights, activations):
     model = to_onnx(student_of(bits, bits, **widths), "qdq")
     onnx.checker.check_model(model, full_check=True)
     assert (model.opset_import[0].version, model.ir_version) == (25, 13)
-    assert types(model, ".weight") == weights
+    # Additions are constants of 2 bits.
+    assert types(model, ".weight") == weights | {"INT2"}
     assert types(model, ".bias") == {"INT32"}
     # Signed grids take the signed type of the same width.
     assert {name.removeprefix("U") for name in types(model, "_act.zero")} == weights
@@ -223,7 +224,7 @@ def test_qonnx_files_hold_quant_nodes_of_the_widths():
     quants = [node for node in model.graph.node if node.op_type == "Quant"]
     stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     assert {node.domain for node in quants} == {"qonnx.custom_op.general"}
-    assert {float(stored[node.input[3]]) for node in quants} == {3, 6, 8, 32}
+    assert {float(stored[node.input[3]]) for node in quants} == {2, 3, 6, 8, 32}
 
 
 # Differences --------------------------------------------------------------------------------
@@ -310,7 +311,10 @@ def test_a_float_student_is_not_verified():
 
 @pytest.mark.parametrize(
     ("opset", "bits", "message"),
-    [(21, 2, r"_fc\.weight: its 2 bits need int2, which opset=21 lacks"), (13, 4, "opset=21")],
+    [
+        (21, 2, r"conv2d_1_conv\.weight: its 2 bits need int2, which opset=21 lacks"),
+        (13, 4, "opset=21"),
+    ],
 )
 def test_an_opset_without_the_type_names_the_layer(opset, bits, message):
     with pytest.raises(ExportError, match=message):

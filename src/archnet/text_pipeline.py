@@ -27,7 +27,8 @@ from archnet.config import Config
 from archnet.convert import convert_translator, fit_norms, stepwise
 from archnet.deploy import OnnxTranslator, changed, export_translator
 from archnet.distill import distill_text
-from archnet.hardware import student_cost, teacher_cost
+from archnet.hardware import teacher_cost
+from archnet.lower import deployed_cost
 from archnet.ops import Student, TokenEmbedding
 from archnet.progress import Lines, in_terminal
 from archnet.quant import Quantizer
@@ -469,7 +470,7 @@ def _cost(this: TextRun, student: Student) -> dict[str, Any]:
     are look-ups, as nothing.
     """
     tokens = torch.full((1, EXAMPLE), 5)
-    before, after = teacher_cost(this.teacher, (tokens, tokens)), student_cost(student)
+    before, after = teacher_cost(this.teacher, (tokens, tokens)), deployed_cost(student)
     return {
         "macs": {"teacher": before.macs, "student": after.macs},
         "bops": {

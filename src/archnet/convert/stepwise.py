@@ -51,6 +51,7 @@ def _encoder(student: Student, steps: list[Step], memory: tuple[str, ...]) -> St
         steps=kept,
         shapes={"source": student.graph.shapes["source"]},
         indices=["source"],
+        target=student.graph.target,
     )
     return _made(student, graph, {})
 
@@ -98,6 +99,7 @@ def _decoder(
         steps=rewritten,
         shapes=inputs,
         indices=["target", "position"],
+        target=student.graph.target,
     )
     return _made(student, graph, made), states
 

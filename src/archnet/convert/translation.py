@@ -5,9 +5,9 @@ goes through the teacher's layers instead, which are the same for every Transfor
 `archnet.teachers.Transformer` describes. What each part becomes:
 
 - token table and positions: one fully connected layer on two one-hots, exact.
-- x + f(x): concatenation and a fully connected layer [I, I], exact.
-- layer norm: batch norm, whose statistics are fitted (`fit_norms`) and folded into the layer
-  before it (post-norm) or those after it (pre-norm). Approximate.
+- x + f(x): an addition, exact.
+- layer norm: batch norm, whose statistics are fitted (`fit_norms`); in front of layers (pre-norm)
+  it folds into them, behind an addition (post-norm) it stays. Approximate.
 - attention, where the target has matmul and softmax: kept, 1/sqrt(d) folded, exact.
 - attention, where it has not: among the tokens of one sentence a window of neighbours (`Window`,
   causal in the decoder) and two fully connected layers; from target to source a relation,
@@ -27,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from archnet.convert.builder import ConversionError
+from archnet.hardware import Target
 from archnet.ops import (
     Activation,
-    Concat,
+    Add,
+    BatchNorm,
     FullyConnected,
     History,
     MatMul,
@@ -37,6 +39,7 @@ from archnet.ops import (
     NodeReport,
     Operator,
     PairFullyConnected,
+    Permute,
     Softmax,
     SourcePool,
     SplitHeads,
@@ -69,13 +72,12 @@ class Norm:
     Args:
         path: of the norm's module in the teacher.
         value: what it reads, in the student.
-        readers: fully connected layers into which it folds; empty: into the layer that makes
-            ``value``.
+        readers: fully connected layers into which it folds, or the batch norm that it is.
     """
 
     path: str
     value: str
-    readers: tuple[str, ...] = ()
+    readers: tuple[str, ...]
 
 
 @dataclass
@@ -111,13 +113,15 @@ class _Builder:
     def relu(self, name: str, x: str, origin: str) -> str:
         return self.add(name, Activation(low=0.0), x, origin=origin)
 
-    def sum(self, name: str, x: str, y: str, dim: int, origin: str) -> str:
-        """X + y, exactly: [I, I] behind a concatenation."""
-        joined = self.add(f"{name}_concat", Concat(2), x, y, origin=origin)
-        module = FullyConnected(2 * dim, dim)
+    def norm(self, name: str, x: str, dim: int, path: str, origin: str) -> str:
+        """A batch norm of every channel of (B, T, C), still to be fitted."""
+        module = BatchNorm(dim)
         with torch.no_grad():
-            module.weight.copy_(torch.eye(dim).repeat(1, 2))
-        return self.add(name, module, joined, origin=origin)
+            module.running_var.fill_(1 - module.eps)
+        first = self.add(f"{name}_first", Permute((0, 2, 1)), x, origin=origin)
+        normed = self.add(name, module, first, origin=origin)
+        self.norms.append(Norm(path, x, (name,)))
+        return self.add(f"{name}_last", Permute((0, 2, 1)), normed, origin=origin)
 
     def tap(self, path: str, value: str) -> None:
         self.taps.append(Tap(path, path, value))
@@ -164,6 +168,7 @@ def convert_translator(
         taps=builder.taps,
         report=builder.report,
         indices=["source", "target", "pad"],
+        target=Target.of(hardware).description(),
     )
     student = Student(graph, builder.modules).eval()
     student.measure()
@@ -216,9 +221,9 @@ class _Translator:
             if layer.pre:
                 self._pending(norm, x)
             result = build(name, place, x)
-            x = self.builder.sum(f"{name}_sum", x, result, self.dim, place)
+            x = self.builder.add(f"{name}_sum", Add(), x, result, origin=place)
             if not layer.pre:
-                self.builder.norms.append(Norm(norm, x))
+                x = self.builder.norm(f"{name}_norm", x, self.dim, norm, place)
                 self._report(norm, "layer_norm", "batch norm", False)
             self.builder.tap(f"{place}_result", x)
         return x
@@ -364,15 +369,13 @@ def fit_norms(
 
 
 def _fold(student: Student, norm: Norm, scale_D: Tensor, shift_D: Tensor) -> None:
-    """W (s x + t) + b = (W s) x + (W t + b) in the layers behind; s (W x + b) + t in the one
-    before.
-    """
-    for name in norm.readers or (norm.value,):
+    """W (s x + t) + b = (W s) x + (W t + b) in the layers behind; s and t of a batch norm."""
+    for name in norm.readers:
         layer = student.operator(name)
+        if isinstance(layer, BatchNorm):
+            layer.weight.copy_(scale_D)
+            layer.bias.copy_(shift_D)
+            continue
         assert isinstance(layer, WeightedOperator)
-        if norm.readers:
-            layer.bias.add_(layer.weight @ shift_D)
-            layer.weight.mul_(scale_D)
-        else:
-            layer.weight.mul_(scale_D[:, None])
-            layer.bias.mul_(scale_D).add_(shift_D)
+        layer.bias.add_(layer.weight @ shift_D)
+        layer.weight.mul_(scale_D)

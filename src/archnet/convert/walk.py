@@ -218,6 +218,15 @@ def _build(
     student.drop_unread()  # slices of a split whose results nobody wants
     narrow(student)
     lowered = lower(student, target, weights=False)
+    if Target.of(target).complete:
+        by_name = {node.name: node for node in graph.nodes}
+        for name, reason in lowered.misfits.items():
+            raise error_at(
+                by_name[builder.owners[name]],
+                f"needs an operator that {Target.of(target).name} does not run ({reason}), and no "
+                "way of writing it with what runs there is known: change its window, or take "
+                "another target",
+            )
     macs: Counter[str] = Counter()
     for cost in student_cost(lowered.student).steps:
         macs[builder.owners[lowered.whole[cost.name]]] += cost.macs

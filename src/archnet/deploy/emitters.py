@@ -66,7 +66,9 @@ def parameters(writer: Writer, name: str, op: WeightedOperator) -> tuple[str, st
     else:
         assert isinstance(weights, Quantizer)
         integers = weights.integers(op.weight)
-        weight = writer.weight(f"{name}.weight", integers, weights.scale, weights.bits)
+        weight = writer.weight(
+            f"{name}.weight", integers, weights.scale, weights.bits, is_constant=not op.trainable
+        )
     if biases is None:
         bias = writer.constant(f"{name}.bias", op.bias.detach().cpu(), np.float32)
     else:

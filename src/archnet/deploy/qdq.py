@@ -26,8 +26,13 @@ class QdqWriter(Writer):
 
     form = "qdq"
 
-    def weight(self, name: str, integers: Tensor, scale: Tensor, bits: int) -> str:
-        found = self._type(f"{name}: its {bits} bits", max(bits, 2), signed=True)
+    def weight(
+        self, name: str, integers: Tensor, scale: Tensor, bits: int, *, is_constant: bool = False
+    ) -> str:
+        width = max(bits, 2)
+        if is_constant:  # any type that this opset has
+            width = max(width, min(w for w, *_, opset in _TYPES if opset <= self.opset))
+        found = self._type(f"{name}: its {bits} bits", width, signed=True)
         if found is None:
             raise ExportError(f"{name}: its {bits} bits fit no type of form={self.form}: 8 at most")
         return self.scaled(name, integers, scale, found[0], bits)

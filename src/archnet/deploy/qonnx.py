@@ -16,7 +16,9 @@ class QonnxWriter(Writer):
     form = "qonnx"
     domain = "qonnx.custom_op.general"
 
-    def weight(self, name: str, integers: Tensor, scale: Tensor, bits: int) -> str:
+    def weight(
+        self, name: str, integers: Tensor, scale: Tensor, bits: int, *, is_constant: bool = False
+    ) -> str:
         return self._constant(name, integers, scale, bits)
 
     def bias(self, name: str, integers: Tensor, scale: Tensor) -> str:

@@ -26,6 +26,7 @@ from archnet.deploy.emitters import emit, emits, parameters
 from archnet.deploy.runtime import load_session
 from archnet.deploy.writer import ExportError, Grid, Value, Writer, positive
 from archnet.files import atomic
+from archnet.lower import lower
 from archnet.ops import (
     Activation,
     FullyConnected,
@@ -192,11 +193,11 @@ def export_translator(parts: Stepwise, folder: str | os.PathLike[str], form: str
 
 
 def _encoder(parts: Stepwise, form: str) -> tuple[onnx.ModelProto, dict[str, Value]]:
-    student, writer = parts.encoder, SentenceWriter(OPSET)
-    writer.form = form
+    lowered, writer = lower(parts.encoder), SentenceWriter(OPSET)
+    student, writer.form = lowered.student, form
     values = {"source": Value("source", "source", (-1, -1, _width(student)))}
     _emit(student, writer, values, free=True)
-    results = {name: values[name] for name in parts.memory}
+    results = {name: values[lowered.values[name]] for name in parts.memory}
     inputs = [_declared("source", ["batch", "length", _width(student)], None)]
     outputs = [
         _declared(writer.tensor(value), _free(value.moved_shape, "length"), value.grid)
@@ -209,17 +210,18 @@ def _decoder(parts: Stepwise, form: str, memory: Mapping[str, Value]) -> onnx.Mo
     student, writer = parts.decoder, SentenceWriter(OPSET)
     writer.form = form
     length = _fixed_length(student)
-    shapes = dict(student.graph.shapes)
     if length is not None:
         # The relation has one column for each source position, so their number is fixed.
         student = _at_length(student, parts.memory, length)
-        shapes = student.graph.shapes
+    lowered = lower(student)
+    student = lowered.student
+    shapes = dict(student.graph.shapes)
     values = {"target": Value("target", "target", (-1, 1, _width(student)))}
     inputs = [_declared("target", ["batch", 1, _width(student)], None)]
     states: dict[str, Any] = {}
     on_grid = grids(student)
     for name in (*parts.memory, *parts.states):
-        result = parts.states.get(name)
+        result = lowered.values.get(parts.states.get(name, ""))
         grid = memory[name].grid if name in memory else _state_grid(student, name, result, on_grid)
         sizes: list[Any] = ["batch", *shapes[name]]
         if len(sizes) == 4:
@@ -230,7 +232,8 @@ def _decoder(parts: Stepwise, form: str, memory: Mapping[str, Value]) -> onnx.Mo
     _emit(student, writer, values, free=False)
     scores = values[student.graph.output]
     outputs = [_declared(writer.floating(scores), ["batch", 1, scores.moved_shape[-1]], None)]
-    for name, result in parts.states.items():
+    for name, state in parts.states.items():
+        result = lowered.values[state]
         value = values[result]
         sizes = ["batch", *shapes[result]]
         if len(sizes) == 4:

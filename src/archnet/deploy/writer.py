@@ -177,8 +177,13 @@ class Writer:
         scale = self.constant(f"{grid.name}.scale", grid.scale, np.float32)
         return scale, self.constant(f"{grid.name}.zero", grid.zero, np.uint8)
 
-    def weight(self, name: str, integers: Tensor, scale: Tensor, bits: int) -> str:
-        """A constant float tensor: ``integers`` (O, ...) of ``bits`` times ``scale``."""
+    def weight(
+        self, name: str, integers: Tensor, scale: Tensor, bits: int, *, is_constant: bool = False
+    ) -> str:
+        """A constant float tensor: ``integers`` (O, ...) of ``bits`` times ``scale``.
+
+        Of a layer that ``is_constant``, such as the ones of an addition, nobody has chosen bits.
+        """
         return self.scaled(name, integers, scale, np.int8, bits)
 
     def bias(self, name: str, integers: Tensor, scale: Tensor) -> str:

@@ -153,7 +153,7 @@ def student_cost(student: Student) -> Cost[int]:
         bops=sum(row.bops for row in rows),
         parameters=sum(row.parameters for row in rows),
         weight_bytes=sum(row.weight_bytes for row in rows),
-        activation_bytes=max(row.live_bytes for row in rows),
+        activation_bytes=max((row.live_bytes for row in rows), default=0),
         steps=tuple(rows),
     )
 

@@ -138,15 +138,15 @@ class Target:
         if self.fc_per_position and layer.kind == "conv" and not _misfit("conv1x1", layer):
             found = self._judged(layer)
             dense = replace(layer, kind="fully_connected", kernel=(), stride=(), dilation=())
-            return found if not found[1] else self._as(dense, layer) or found
+            if found[0] in self.operators or dense.kind not in self.operators:
+                return found
+            if _exceeds(layer.channels, self.max_channels):
+                return (
+                    dense.kind,
+                    f"{layer.channels} channels; {self.name} holds {self.max_channels}",
+                )
+            return self._judged(dense)
         return self._judged(layer)
-
-    def _as(self, other: Layer, layer: Layer) -> tuple[str, str] | None:
-        """What another reading of a layer is judged, with this one's limits of width."""
-        form, reason = self._judged(other)
-        if not reason and _exceeds(layer.channels, self.max_channels):
-            reason = f"{layer.channels} channels; {self.name} holds {self.max_channels}"
-        return (form, reason) if form in self.operators else None
 
     def _judged(self, layer: Layer) -> tuple[str, str]:
         forms = FORMS.get(layer.kind, (layer.kind,))

@@ -155,6 +155,7 @@ class Draft:
         step: the whole step at work.
         quantizer: of what it reads; None where that is float.
         is_dry: whether layers are made for their cost alone, without weights.
+        is_free: whether positions are those of a sentence, whose number no reshape may name.
         whole: the whole step that each deployed step belongs to.
         notes: in which ways parts of an operator were written.
         chosen: by operator and sizes, the way that was found cheapest.
@@ -168,6 +169,7 @@ class Draft:
     step: Step = field(default_factory=lambda: Step("", ()))
     quantizer: Quantizer | None = None
     is_dry: bool = False
+    is_free: bool = False
     steps: list[Step] = field(default_factory=list)
     modules: dict[str, Operator] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
@@ -188,14 +190,22 @@ class Draft:
             notes=[],
         )
 
-    def emit(self, kind: str, module: Operator, *inputs: str, name: str = "") -> str:
+    def emit(
+        self,
+        kind: str,
+        module: Operator,
+        *inputs: str,
+        name: str = "",
+        shape: tuple[int, ...] | None = None,
+    ) -> str:
         """Add a step, and give the name of its value: ``name``, or one with ``kind`` in it."""
         count, stem = 1, f"{self.step.name}_{kind}"
         while not name:
             wanted = stem if count == 1 else f"{stem}{count}"
             name = "" if wanted in self.shapes or wanted in self.reserved else wanted
             count += 1
-        self.shapes[name] = self._shape(module, [self.shapes[item] for item in inputs])
+        read = [self.shapes[item] for item in inputs]
+        self.shapes[name] = self._shape(module, read) if shape is None else shape
         self.steps.append(Step(name, inputs, self.step.origin))
         self.modules[name] = module
         self.whole[name] = self.step.name

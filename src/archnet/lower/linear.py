@@ -38,7 +38,7 @@ def _on_a_map(op: Matrix, inputs: tuple[str, ...], draft: Draft) -> Result:
     """A convolution on a map whose channels are what the layer reads."""
     (x,), shape = inputs, draft.shapes[inputs[0]]
     rank = len(shape) + 1
-    if rank == 2:
+    if rank == 2 or draft.is_free:
         return None
     tall = draft.permute(x, (0, rank - 1, *range(1, rank - 1)))
     if rank != 4:

@@ -25,12 +25,15 @@ class Lowered:
         ways: how a whole step was written, where the target has several ways or not itself.
         values: the deployed value that each value of the whole student is, where there is one: a
             result that is rounded before its parts are joined has none before the rounding.
+        misfits: of whole steps that the target runs in no way, why it does not run them as they
+            are, which is how they are written.
     """
 
     student: Student
     whole: Mapping[str, str]
     ways: Mapping[str, str]
     values: Mapping[str, str]
+    misfits: Mapping[str, str]
 
 
 def lower(student: Student, target: Any = None, *, weights: bool = True) -> Lowered:
@@ -76,11 +79,12 @@ class _Lowering:
         graph = student.graph
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
         shapes = {name: graph.shapes[name] for name in graph.inputs}
-        self.draft = Draft(target, device, shapes, is_dry=not weights)
+        self.draft = Draft(target, device, shapes, is_dry=not weights, is_free=bool(graph.indices))
         # Names of the student's own values are kept for these.
         self.draft.reserved.update(step.name for step in graph.steps)
         self.values = {name: name for name in graph.inputs}
         self.ways: dict[str, str] = {}
+        self.misfits: dict[str, str] = {}
         self.done: set[str] = set()
 
     def run(self) -> Lowered:
@@ -97,7 +101,7 @@ class _Lowering:
             target={},
         )
         student = Student(changed, draft.modules).eval()
-        return Lowered(student, draft.whole, self.ways, self.values)
+        return Lowered(student, draft.whole, self.ways, self.values, self.misfits)
 
     def _step(self, step: Step) -> None:
         operator, draft = self.student.operator(step.name), self.draft
@@ -105,10 +109,11 @@ class _Lowering:
         draft.step, draft.quantizer, draft.notes = step, self.quantizers[step.name], []
         ways = WAYS.get(type(operator))
         if ways is None:
-            self.values[step.name] = draft.emit("", operator, *inputs, name=step.name)
+            shape = self.student.graph.shapes[step.name]
+            self.values[step.name] = draft.emit("", operator, *inputs, name=step.name, shape=shape)
             return
         chain = self._rounding(step)
-        way, _ = cheapest(
+        way, fits = cheapest(
             ways,
             operator,
             inputs,
@@ -116,8 +121,11 @@ class _Lowering:
             in_parts=chain is not None or draft.quantizer is None,
             chosen=draft.chosen,
         )
-        result = way.build(operator, inputs, draft)
-        if result is None:  # the target runs the operator in no way: it is written as it is
+        result = way.build(operator, inputs, draft) if fits else None
+        if result is None:
+            trial = draft.trial()
+            trial.emit("", operator, *inputs)
+            self.misfits[step.name] = trial.misfit or "a sum that it has no operator for"
             result = draft.emit("", operator, *inputs, name=step.name)
         self._note(step, operator, way, result)
         if isinstance(result, str):

@@ -47,7 +47,7 @@ def concat_and_lanes(op: Add, inputs: tuple[str, ...], draft: Draft) -> Result:
     """The same in lanes of channels, which all have one small layer."""
     shape = draft.shapes[inputs[0]]
     lane = _merge_lane(draft, shape[-1], len(inputs))
-    if lane == shape[-1]:
+    if lane == shape[-1] or draft.is_free:
         return None
     lanes = (*shape[:-1], shape[-1] // lane, lane)
     joined = draft.concat([draft.reshape(name, lanes) for name in inputs], len(lanes))

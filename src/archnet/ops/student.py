@@ -185,6 +185,12 @@ class Student(nn.Module):
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> "Student":
         """Rebuild the architecture that ``spec()`` described (weights are not in it)."""
+        unknown = {step["operator"] for step in spec["steps"]} - set(OPERATORS)
+        if unknown:
+            raise ArchnetError(
+                f"it has {', '.join(sorted(unknown))}, which is no operator of this version: a "
+                "student of another version of archnet, such as 0.1, has to be made again"
+            )
         modules = {
             step["name"]: OPERATORS[step["operator"]](**step["arguments"]) for step in spec["steps"]
         }

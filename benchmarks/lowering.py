@@ -41,6 +41,7 @@ MOVES = (
 )
 POOLS = ("AveragePool", "GlobalAveragePool", "ReduceMean", "MaxPool")
 SMALL = 64  # of the pictures, where a network takes them
+OWN_SIZE = ("ViT", "DeiT", "Swin", "MaxViT", "Inception", "EfficientFormer", "VGG")
 
 
 def operators(model: onnx.ModelProto) -> list[str]:
@@ -99,10 +100,9 @@ def measure(name: str, hardware: str, size: int, seed: int) -> dict[str, Any]:
 
 
 def size_of(name: str) -> int:
-    """Small pictures where a network takes them, to see what does not depend on their size."""
-    takes_any = member(name).family not in ("ViT", "DeiT", "Swin", "MaxViT", "Inception")
-    fits = takes_any and member(name).family != "EfficientFormer"
-    return min(SMALL, member(name).size) if fits else member(name).size
+    """Small pictures where a network, and the export of its teacher, takes them."""
+    found = member(name)
+    return found.size if found.family in OWN_SIZE else min(SMALL, found.size)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Rows of a matrix whose results are thrown away are not computed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -20,8 +20,10 @@ def narrow(student: Student) -> None:
     graph = student.graph
     added: dict[str, Operator] = {}
     instead: dict[str, str] = {}  # of every slice that goes, what its readers read
+    readers, by_name = student.consumers(), {step.name: step for step in graph.steps}
+    kept = {graph.output, *(tap.value for tap in student.taps)}
     for cut in [step for step in graph.steps if isinstance(student.operator(step.name), Slice)]:
-        chain = _chain(student, cut)
+        chain = _chain(student, cut, readers, by_name, kept)
         smaller = chain and _narrowed(student, *chain, cut)
         if chain and smaller:
             layer, moves = chain
@@ -38,11 +40,14 @@ def narrow(student: Student) -> None:
         student.rewire(steps, added=added, output=output, taps=taps)
 
 
-def _chain(student: Student, cut: Step) -> tuple[Step, list[Step]] | None:
+def _chain(
+    student: Student,
+    cut: Step,
+    readers: Mapping[str, Sequence[Step]],
+    by_name: Mapping[str, Step],
+    kept: Set[str],
+) -> tuple[Step, list[Step]] | None:
     """The layer in front of a slice and the moves between them; None where there is none."""
-    readers, kept = student.consumers(), {student.graph.output}
-    kept |= {tap.value for tap in student.taps}
-    by_name = {step.name: step for step in student.graph.steps}
     moves: list[Step] = []
     current = cut
     while True:

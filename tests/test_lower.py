@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from archnet.convert import convert
-from archnet.deploy import audit, to_integers, to_onnx
+from archnet.deploy import audit, to_integers, to_onnx, verify
 from archnet.hardware import Target
 from archnet.lower import check_layers, deployed, lower, registry, target_of
 from archnet.ops import (
@@ -279,3 +279,67 @@ def test_rows_say_whose_steps_are():
     ]
     shared = [module for module in modules if any(module is m for m in student.operators.values())]
     assert len(shared) < len(modules)
+
+
+# -- what a target computes by itself ------------------------------------------------------------
+
+
+class Attends(nn.Module):
+    """A block of a Transformer, with a gate behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(6), nn.Linear(6, 18), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(tokens)).unflatten(2, (3, 2, 3)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        tokens = tokens + self.out(mixed.transpose(1, 2).flatten(2))
+        return tokens * torch.sigmoid(tokens)
+
+
+class Excited(nn.Module):
+    """Squeeze-and-excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(6, 3, 1), nn.Conv2d(3, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        squeezed = nn.functional.silu(self.down(x.mean((2, 3), keepdim=True)))
+        return x * torch.sigmoid(self.up(squeezed))
+
+
+NATIVES = {
+    "gelu": lambda: nn.Sequential(conv(1), nn.GELU()),
+    "hardswish": lambda: nn.Sequential(conv(1), nn.Hardswish()),
+    "silu": lambda: nn.Sequential(conv(1), nn.SiLU()),
+    "tanh": lambda: nn.Sequential(conv(1), nn.Tanh()),
+    "attention": Attends,
+    "gate": Excited,
+}
+
+
+@pytest.mark.parametrize("kind", NATIVES)
+def test_what_a_target_computes_by_itself_stays(kind):
+    """Exact in floats; in integers its meaning is that of PyTorch and of the file."""
+    torch.manual_seed(0)
+    images = torch.randn(16, 3, 9, 9)
+    network = Body(NATIVES[kind]())
+    with torch.no_grad():
+        network(images)
+        expected = network.eval()(images)
+    student = convert(network, images, "rk3588")
+    assert all(row.exact for row in student.report)
+    with torch.no_grad():
+        assert torch.allclose(student(images), expected, atol=1e-5)
+    assert audit(student, "rk3588").violations == ()
+    settle(quantize(student, 8, 8, [images]))
+    checks = verify(student, images.numpy(), ["qcdq"])
+    # A function of float32 may end on the other side of a border, now and then.
+    assert all(check.bit_equal > 0.6 for check in checks), checks
+    unit = to_integers(student).output_unit
+    assert all(check.max_steps * unit.max() < 0.1 * expected.abs().max() for check in checks)
+    changed = convert(network, images, "arch5", calibration=images)
+    assert not all(row.exact for row in changed.report)

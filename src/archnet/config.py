@@ -404,6 +404,9 @@ class HardwareConfig:
     max_channels: int | None = _number(None, 1)  # widest map a convolution takes; null: no limit
     lanes: int = _number(16, 1)  # channels a slice of a depthwise convolution, one dense 3x3 each
     merge_lanes: int = _number(64, 1)  # channels a slice where additions are merged by slices
+    # Whether functions, norms and products of features that it lists stay as they are; false where
+    # its tool reads files that archnet writes of the five operators alone (tflite).
+    keeps_functions: bool = True
     # Widths the target computes with.
     weight_bits: list[int] = _numbers(1, *range(1, 9), 32, high=64)
     act_bits: list[int] = _numbers(1, *range(1, 9), 32, high=64)

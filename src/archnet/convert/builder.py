@@ -17,6 +17,7 @@ from archnet.ops import (
     BatchNorm,
     Concat,
     FullyConnected,
+    Function,
     Operator,
     Pad,
     Permute,
@@ -25,6 +26,7 @@ from archnet.ops import (
     Step,
     StudentGraph,
 )
+from archnet.ops.native import FUNCTIONS
 
 
 def _move(axis: int, to: int, rank: int) -> tuple[int, ...]:
@@ -49,6 +51,10 @@ class TargetLimits(Protocol):
     def lanes(self) -> int: ...
     @property
     def merge_lanes(self) -> int: ...
+    @property
+    def operators(self) -> Sequence[str]: ...
+    @property
+    def keeps_functions(self) -> bool: ...
 
 
 class Builder:
@@ -172,6 +178,18 @@ class Builder:
         if feature.parts is not None and not (feature.first or feature.last):
             return self.concat([self.activation(part, low, high) for part in feature.parts])
         return self._on_either_layout(feature, "act", Activation(low, high))
+
+    def keeps(self, *operators: str) -> bool:
+        """Whether functions, norms or products stay as they are: the target has all of these."""
+        return self.target.keeps_functions and set(operators) <= set(self.target.operators)
+
+    def function(self, feature: Feature, kind: str) -> Feature | None:
+        """A function of single numbers as the target's own operator; None where it has none."""
+        whole = kind in FUNCTIONS and self.keeps(kind)
+        parts = kind == "gelu" and self.keeps("erf", "mul", "add", "div")
+        if not whole and not parts:
+            return None
+        return self._on_either_layout(feature, kind, Function(kind, not whole))
 
     def layout(self, feature: Feature, kind: str, move: Operator, axis: int = 0) -> Feature:
         """A layout move on the value in the order of its shape; ``axis`` is the result's."""

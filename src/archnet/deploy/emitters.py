@@ -23,13 +23,18 @@ from archnet.ops import (
     Concat,
     Convolution,
     FullyConnected,
+    Function,
+    LayerNorm,
+    MatMul,
     MaxPool,
     Mean,
+    Multiply,
     Operator,
     Pad,
     Permute,
     Reshape,
     Slice,
+    Softmax,
     WeightedOperator,
 )
 from archnet.quant import BiasQuantizer, Quantizer
@@ -125,6 +130,92 @@ def _batch_norm(
     ]
     writer.node("BatchNormalization", [writer.floating(x), *constants], name, epsilon=op.eps)
     return Value(name, name, shape)
+
+
+@emits(MatMul)
+def _product(
+    writer: Writer, name: str, op: MatMul, shape: tuple[int, ...], x: Value, y: Value
+) -> Value:
+    rank = len(shape)
+    order = (*range(rank - 2), rank - 1, rank - 2)
+    right = y.transposed(order, f"{name}.right") if op.transposed else y
+    factors = [writer.floating(x), writer.floating(right)]
+    if op.factor == 1:
+        writer.node("MatMul", factors, name)
+    else:
+        product = writer.node("MatMul", factors, f"{name}.product")
+        factor = writer.constant(f"{name}.factor", op.factor, np.float32)
+        writer.node("Mul", [product, factor], name)
+    return Value(name, name, shape)
+
+
+@emits(Softmax)
+def _softmax(writer: Writer, name: str, op: Softmax, shape: tuple[int, ...], x: Value) -> Value:
+    writer.node("Softmax", [writer.floating(x)], name, axis=-1)
+    return Value(name, name, shape)
+
+
+@emits(Multiply)
+def _multiply(
+    writer: Writer, name: str, op: Multiply, shape: tuple[int, ...], x: Value, y: Value
+) -> Value:
+    writer.node("Mul", [writer.floating(x), writer.floating(y)], name)
+    return Value(name, name, shape)
+
+
+@emits(LayerNorm)
+def _layer_norm(
+    writer: Writer, name: str, op: LayerNorm, shape: tuple[int, ...], x: Value
+) -> Value:
+    if writer.opset < 17:
+        raise ExportError(f"step {name}: a layer norm needs opset=17 or more")
+    constants = [
+        writer.constant(f"{name}.{key}", tensor.detach().cpu(), np.float32)
+        for key, tensor in (("weight", op.weight), ("bias", op.bias))
+    ]
+    inputs = [writer.floating(x), *constants]
+    writer.node("LayerNormalization", inputs, name, axis=-1, epsilon=op.eps)
+    return Value(name, name, shape)
+
+
+# ONNX's operators for functions, and the first opset that has each.
+_FUNCTIONS = {
+    "gelu": ("Gelu", 20),
+    "hardswish": ("HardSwish", 14),
+    "sigmoid": ("Sigmoid", 13),
+    "tanh": ("Tanh", 13),
+    "elu": ("Elu", 13),
+    "softplus": ("Softplus", 13),
+    "mish": ("Mish", 18),
+    "erf": ("Erf", 13),
+    "exp": ("Exp", 13),
+    "log": ("Log", 13),
+    "sqrt": ("Sqrt", 13),
+    "sin": ("Sin", 13),
+    "cos": ("Cos", 13),
+}
+
+
+@emits(Function)
+def _function(writer: Writer, name: str, op: Function, shape: tuple[int, ...], x: Value) -> Value:
+    # Element by element, so it goes before the moves that are still to be made.
+    tensor = name if not x.moves else f"{name}.flat"
+    source, (kind, opset) = writer.dequantized(x.tensor, x.grid), _FUNCTIONS[op.kind]
+    if op.kind == "gelu" and (op.parts or writer.opset < opset):
+        numbers = {"root": math.sqrt(2), "one": 1.0, "half": 0.5}
+        root, one, half = (
+            writer.constant(f"{name}.{key}", value, np.float32) for key, value in numbers.items()
+        )
+        scaled = writer.node("Div", [source, root], f"{name}.scaled")
+        erf = writer.node("Erf", [scaled], f"{name}.erf")
+        above = writer.node("Add", [erf, one], f"{name}.above")
+        twice = writer.node("Mul", [source, above], f"{name}.twice")
+        writer.node("Mul", [twice, half], tensor)
+    elif writer.opset < opset:
+        raise ExportError(f"step {name}: {kind} needs opset={opset} or more")
+    else:
+        writer.node(kind, [source], tensor)
+    return Value(name, tensor, x.shape, None, x.moves)
 
 
 @emits(MaxPool)

@@ -8,6 +8,7 @@ rounding is half to even, as it is in torch, NumPy and ONNX.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from torch import Tensor
 from archnet.deploy.writer import ExportError
 from archnet.lower import lower
 from archnet.ops import (
+    NATIVE,
     Activation,
     Add,
     AveragePool,
@@ -337,6 +339,7 @@ class _Integers:
         self.grids: dict[str, IntegerGrid] = {}
         self.aliases: dict[str, str] = {}
         self.pending: dict[str, _Pending] = {}
+        self.real: set[str] = set()  # values in real numbers
 
     def model(self) -> IntegerModel:
         graph = self.student.graph
@@ -364,6 +367,8 @@ class _Integers:
             self.pending[step.name] = _Pending(self._affine(step, operator, source), [])
         elif isinstance(operator, Summing):
             self.pending[step.name] = _Pending(self._sum(step, operator), [])
+        elif isinstance(operator, NATIVE):
+            self.pending[step.name] = _Pending(self._native(step, operator), [])
         elif isinstance(operator, Activation):
             self._activation(step, operator, source)
         elif isinstance(operator, LayoutMove) and source in self.pending:
@@ -410,6 +415,20 @@ class _Integers:
             raise ExportError(f"step {step.name} adds integers of different scales: {sources}")
         unit = np.array([split(operator.factor)[1] * scales.pop()])
         return IntegerStep(step.name, sources, operator, step.origin, unit=unit)
+
+    def _native(self, step: Step, operator: Operator) -> IntegerStep:
+        """What the target computes in its own arithmetic: its meaning, in real numbers.
+
+        A softmax reads the scores of a product as they are.
+        """
+        sources = tuple(map(self._now, step.inputs))
+        for source in sources:
+            if source in self.pending and isinstance(self.pending[source].step.operator, NATIVE):
+                self._settle(self.pending.pop(source), None)
+                self.real.add(source)
+            elif source not in self.real:
+                self._grid(source, step)
+        return IntegerStep(step.name, sources, operator, step.origin, unit=np.ones(1))
 
     def _activation(self, step: Step, operator: Activation, source: str) -> None:
         quantizer = operator.quantizer
@@ -470,12 +489,18 @@ class _Integers:
                 slope = step.unit / self.grids[step.inputs[0]].scale
                 shift = _float64(norm.bias) - _float64(norm.running_mean) * slope
                 offset["offset"] = shift / grid.scale
+            if isinstance(step.operator, NATIVE):
+                self._append(pending, grid)
+                return
             scale = step.unit / grid.scale
             requantization = self._requantization(step.name, scale, grid, **offset)
             step = replace(step, requantization=requantization)
         elif isinstance(step.operator, BatchNorm):
             raise ExportError(f"step {step.name}: a batch norm cannot be the network's result")
-        for part in (step, *pending.moves):
+        self._append(_Pending(step, pending.moves), grid)
+
+    def _append(self, pending: _Pending, grid: IntegerGrid | None) -> None:
+        for part in (pending.step, *pending.moves):
             self.steps.append(part)
             if grid is not None:
                 self.grids[part.name] = grid
@@ -529,6 +554,8 @@ def square(step: IntegerStep) -> tuple[int, int]:
 def execute(step: IntegerStep, inputs: Sequence[NDArray[Any]], model: IntegerModel) -> NDArray[Any]:
     """One step of the golden model."""
     x, operator = inputs[0], step.operator
+    if isinstance(operator, NATIVE):
+        return _in_real_numbers(step, operator, inputs, model)
     if isinstance(operator, Activation) and step.requantization is None:
         grid = model.grids[step.name]
         level = np.rint(x / np.float32(grid.scale))
@@ -556,6 +583,22 @@ def execute(step: IntegerStep, inputs: Sequence[NDArray[Any]], model: IntegerMod
     if step.requantization is not None:
         x = step.requantization(x, step.axis)
     return np.ascontiguousarray(x)
+
+
+def _in_real_numbers(
+    step: IntegerStep, operator: Operator, inputs: Sequence[NDArray[Any]], model: IntegerModel
+) -> NDArray[Any]:
+    """Dequantized, computed in float64, and rounded half to even where the result has a grid."""
+    values = [
+        torch.from_numpy(x * model.grids[name].scale if name in model.grids else x).double()
+        for name, x in zip(step.inputs, inputs, strict=True)
+    ]
+    with torch.no_grad():
+        result = np.asarray(copy.deepcopy(operator).double()(*values).numpy())
+    if step.name not in model.grids:
+        return result
+    grid = model.grids[step.name]
+    return np.clip(np.rint(result / grid.scale), grid.low, grid.high).astype(np.int32)
 
 
 def _windows(x: Integers, kernel: Pair, stride: Pair, dilation: Pair = (1, 1)) -> NDArray[np.int32]:

@@ -30,10 +30,8 @@ from archnet.lower import lower
 from archnet.ops import (
     Activation,
     FullyConnected,
-    MatMul,
     MergeHeads,
     PairFullyConnected,
-    Softmax,
     SourcePool,
     SplitHeads,
     Stepwise,
@@ -108,21 +106,6 @@ def _merge_heads(
     joined = writer.constant(f"{name}.shape", [0, 0, shape[-1]], np.int64)
     writer.node("Reshape", [parts, joined], name)
     return Value(name, name, shape, x.grid)
-
-
-@emits(MatMul)
-def _product(
-    writer: Writer, name: str, op: MatMul, shape: tuple[int, ...], x: Value, y: Value
-) -> Value:
-    right = y.transposed((0, 1, 3, 2), f"{name}.right") if op.transposed else y
-    writer.node("MatMul", [writer.floating(x), writer.floating(right)], name)
-    return Value(name, name, shape)
-
-
-@emits(Softmax)
-def _softmax(writer: Writer, name: str, op: Softmax, shape: tuple[int, ...], x: Value) -> Value:
-    writer.node("Softmax", [writer.floating(x)], name, axis=-1)
-    return Value(name, name, shape)
 
 
 @emits(PairFullyConnected)

@@ -20,6 +20,7 @@ from archnet.ops import (
     Activation,
     BatchNorm,
     Concat,
+    LayerNorm,
     MatMul,
     MaxPooling,
     Student,
@@ -130,7 +131,7 @@ def student_cost(student: Student) -> Cost[int]:
             products = (Product(math.prod(shapes[step.name]) // filters, depth, filters),)
             macs, weight_bits = products[0].macs, bits[step.inputs[1]]
             read_bits = bits[step.inputs[0]]
-        elif isinstance(module, BatchNorm):
+        elif isinstance(module, BatchNorm | LayerNorm):
             parameters = 2 * module.channels
             weight_bytes = _bytes(parameters, FLOAT_BITS)
         rows.append(

@@ -11,9 +11,12 @@ from archnet.ops import (
     Concat,
     Convolution,
     FullyConnected,
+    Function,
+    LayerNorm,
     MatMul,
     MaxPool,
     Mean,
+    Multiply,
     Operator,
     Softmax,
     WeightedOperator,
@@ -24,6 +27,8 @@ _KINDS: dict[type[Operator], str] = {
     Add: "add",
     BatchNorm: "batchnorm",
     Concat: "concat",
+    LayerNorm: "layernorm",
+    Multiply: "mul",
     MatMul: "matmul",
     Softmax: "softmax",
 }
@@ -62,6 +67,8 @@ def layer_of(
         )
     if isinstance(module, Mean):
         return Layer("reduce_sum" if module.factor == 1 else "mean")
+    if isinstance(module, Function):
+        return Layer("erf" if module.parts else module.kind)
     for operator, kind in _KINDS.items():
         if isinstance(module, operator):
             if isinstance(module, WeightedOperator):

@@ -69,6 +69,7 @@ class Target:
     max_channels: int | None
     lanes: int
     merge_lanes: int
+    keeps_functions: bool
     weight_bits: tuple[int, ...]
     act_bits: tuple[int, ...]
     width_pairs: tuple[str, ...]

@@ -2,6 +2,7 @@
 
 from archnet.ops.graph import NodeReport, Refinement, Step, StudentGraph, Tap
 from archnet.ops.layout import LayoutMove, Pad, Permute, Reshape, Slice
+from archnet.ops.native import NATIVE, Function, LayerNorm, Multiply
 from archnet.ops.operators import (
     Activation,
     Add,
@@ -32,6 +33,7 @@ from archnet.ops.stepwise import Stepwise
 from archnet.ops.student import Student
 
 __all__ = [
+    "NATIVE",
     "Activation",
     "Add",
     "AveragePool",
@@ -39,13 +41,16 @@ __all__ = [
     "Concat",
     "Convolution",
     "FullyConnected",
+    "Function",
     "History",
+    "LayerNorm",
     "LayoutMove",
     "MatMul",
     "MaxPool",
     "MaxPooling",
     "Mean",
     "MergeHeads",
+    "Multiply",
     "NodeReport",
     "Operator",
     "Pad",

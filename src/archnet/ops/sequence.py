@@ -109,21 +109,24 @@ class History(LayoutMove):
 
 
 class MatMul(Operator):
-    """A product of two activations: (B, H, T, D) and (B, H, D, S), or (B, H, S, D) transposed."""
+    """A product of two activations times a number: (B, ..., T, D) and (B, ..., D, S), or
+    (B, ..., S, D) transposed.
+    """
 
-    def __init__(self, transposed: bool = False) -> None:
+    def __init__(self, transposed: bool = False, factor: float = 1.0) -> None:
         super().__init__()
-        self.transposed = transposed
+        self.transposed, self.factor = transposed, factor
 
     def spec(self) -> dict[str, Any]:
-        return {"transposed": self.transposed}
+        return {"transposed": self.transposed, "factor": self.factor}
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return x @ (y.transpose(-1, -2) if self.transposed else y)
+        product = x @ (y.transpose(-1, -2) if self.transposed else y)
+        return product if self.factor == 1 else product * self.factor
 
 
 class Softmax(Operator):
-    """Along the last axis of scores (B, H, T, S); ``causal`` keeps position t from later ones."""
+    """Along the last axis of scores (B, ..., T, S); ``causal`` keeps position t from later ones."""
 
     def __init__(self, causal: bool = False) -> None:
         super().__init__()

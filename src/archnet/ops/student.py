@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from archnet.errors import ArchnetError
-from archnet.ops import layout, operators, sequence
+from archnet.ops import layout, native, operators, sequence
 from archnet.ops.graph import NodeReport, Refinement, Step, StudentGraph, Tap
 from archnet.ops.operators import Operator
 from archnet.ops.plan import Piece, plan
@@ -30,6 +30,9 @@ OPERATORS: dict[str, type[Operator]] = {
         layout.Reshape,
         layout.Slice,
         layout.Pad,
+        native.Function,
+        native.LayerNorm,
+        native.Multiply,
         sequence.TokenEmbedding,
         sequence.Window,
         sequence.SplitHeads,

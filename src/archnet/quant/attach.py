@@ -7,6 +7,7 @@ from typing import Any
 
 from archnet.errors import ArchnetError
 from archnet.ops import (
+    NATIVE,
     Activation,
     Add,
     BatchNorm,
@@ -29,7 +30,7 @@ from archnet.quant.quantizers import (
     Quantizer,
 )
 
-COMPUTING = WeightedOperator | BatchNorm | MatMul | Softmax | Summing  # whose results are rounded
+COMPUTING = WeightedOperator | BatchNorm | Summing | NATIVE  # whose results are rounded
 
 
 class QuantizationError(ArchnetError):

@@ -23,6 +23,8 @@ from archnet.convert.rules.base import (
     scaled_to_fit,
     stretched,
 )
+from archnet.ops import Multiply
+from archnet.ops.native import FUNCTIONS
 
 
 @rule("aten.relu.default")
@@ -214,10 +216,34 @@ def smooth_activation(site: Site) -> Value:
     one small layer that is the same for every lane of channels (`fit.curve`). A teacher whose
     values stay near zero, where these functions are nearly a line, needs it; it is taken where it
     leaves less than `_WORTH` of the compact form's error, and a budget does not forbid it.
+
+    A target that has an operator for it keeps it (exact).
     """
+    kept = _kept(site)
+    if kept is not None:
+        return kept
     shape = _CURVES[stem(site.node.operator)]
     shape = replace(shape, low=shape.low * float(site.node.arguments.get("alpha", 1.0)))
     return _curved(site, site.form(site.subject), site.wanted(), shape)
+
+
+def _kept(site: Site) -> Value | None:
+    """The function as the target's own operator; a SiLU as x sigmoid(x). None where it has none."""
+    kind, given = stem(site.node.operator), site.node.arguments
+    if given.get("approximate", "none") != "none" or any(
+        float(given.get(name, 1.0)) != 1.0 for name in ("alpha", "beta", "scale", "input_scale")
+    ):
+        return None
+    builder = site.builder
+    if kind == "silu" and builder.keeps("sigmoid", "mul"):
+        x = site.feature(site.subject)
+        gate = builder.function(x, "sigmoid")
+        assert gate is not None
+        name = builder.emit("product", Multiply(), builder.first(x), builder.first(gate))
+        return Feature(x.shape, first=name, axis=x.axis)
+    if kind not in FUNCTIONS or not (builder.keeps(kind) or kind == "gelu"):
+        return None
+    return builder.function(site.feature(site.subject), kind)
 
 
 @rule(
@@ -285,6 +311,9 @@ def pointwise(site: Site) -> Value:
 
     Both are right where calibration inputs lead, and as far off as they like elsewhere.
     """
+    kept = _kept(site)
+    if kept is not None:
+        return kept
     count, form = site.approximation.hinges, site.form(site.subject)
     if count and not site.is_compact:
         x, wanted = (rows(y, form.axis) for y in (site.given(form), site.wanted()))

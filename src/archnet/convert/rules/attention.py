@@ -20,6 +20,7 @@ from archnet.convert.rules.base import (
     spread_to,
 )
 from archnet.convert.rules.pairs import Pairs
+from archnet.ops import MatMul, Softmax
 
 _LOWEST = -16.0  # what a mask adds to scores of pairs that have no part
 
@@ -43,11 +44,17 @@ def attention(site: Site) -> Value:
 
     Learned queries, or keys and values, are the same for all inputs, and become values of the
     student that are.
+
+    A target that multiplies features and has a softmax keeps attention without a mask (exact).
     """
     site.require_batch_ahead(2)
     if site.node.arguments.get("dropout_p"):
         raise site.error("drops weights in eval mode as well: pass dropout_p=0.0 there")
     form = site.approximation.attention
+    if form != "mixing" and site.builder.keeps("matmul", "softmax"):
+        kept = _kept(site)
+        if kept is not None:
+            return kept
     if form == "mixing" or site.is_compact:
         return mixed(site, site.feature("value"))
     features = [site.feature(name) for name in ("query", "key", "value")]
@@ -56,6 +63,27 @@ def attention(site: Site) -> Value:
     if form == "pairs" and site.builder.target.fc_per_position:
         return _in_pairs(site, *features)
     return _in_context(site, *features)
+
+
+def _kept(site: Site) -> Feature | None:
+    """Two products and a softmax; None where something is added to the scores, or heads are shared
+    or scaled by numbers of their own.
+    """
+    given, builder = site.node.arguments, site.builder
+    masked = given.get("is_causal") or any(
+        given.get(name) is not None for name in ("attn_mask", "bias")
+    )
+    query, key, value = (site.feature(name) for name in ("query", "key", "value"))
+    scale = given.get("scale")
+    scale = torch.as_tensor(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    if masked or scale.numel() != 1 or not alike or key.shape[-2] != value.shape[-2]:
+        return None
+    scores = MatMul(transposed=True, factor=float(scale))
+    name = builder.emit("scores", scores, builder.first(query), builder.first(key))
+    name = builder.emit("weights", Softmax(), name)
+    name = builder.emit("mixed", MatMul(), name, builder.first(value))
+    return Feature(site.node.shape, first=name, axis=len(site.node.shape))
 
 
 def _names(item: Ref | Tensor) -> tuple[str, ...]:

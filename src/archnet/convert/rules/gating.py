@@ -12,6 +12,7 @@ from archnet.convert.feature import Carry, Feature, Form, Value
 from archnet.convert.fit import Hinges, product, regression, relative_error, rows
 from archnet.convert.rules.base import Alternative, Site, scaled_to_fit, stretched
 from archnet.convert.rules.hinged import Layers
+from archnet.ops import Multiply
 
 
 def gate(site: Site) -> Value:
@@ -24,8 +25,15 @@ def gate(site: Site) -> Value:
     through whatever matrix follows at one position, and is spread over the map afterwards.
 
     Compact, of squeeze-and-excitation alone: a x + c; ``s``, and all that only it needs, leaves
-    the student.
+    the student. A target that multiplies features keeps the product (exact).
     """
+    if site.builder.keeps("mul"):
+        builder = site.builder
+        factors = [builder.build(site.value(name)) for name in ("self", "other")]
+        if all(len(factor.shape) == len(site.node.shape) for factor in factors):
+            axis = next((f.axis for f in factors if f.shape == site.node.shape), 0)
+            name = builder.emit("product", Multiply(), *map(builder.first, factors))
+            return Feature(site.node.shape, first=name, axis=axis)
     if site.is_compact:
         (name,) = site.approximation.compact[site.node.name]
         value = site.values[name]

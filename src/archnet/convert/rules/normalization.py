@@ -19,7 +19,7 @@ from archnet.convert.rules.base import (
     scaled_to_fit,
 )
 from archnet.convert.rules.pooling import summed
-from archnet.ops import Activation, Concat, Reshape
+from archnet.ops import Activation, Concat, LayerNorm, Reshape
 
 
 @rule("aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default")
@@ -58,12 +58,14 @@ def layer_norm(site: Site) -> Value:
     |x - mean|, and the quotient of two numbers nearly a sum of hinges in both (`fit.TokenNorm`);
     scale and shift follow by least squares. An RMS norm (Zhang & Sennrich 2019, arXiv 1910.07467)
     is the same without the mean. It is taken where it leaves less than `_WORTH` of the compact
-    form's error, and a budget does not forbid it.
+    form's error, and a budget does not forbid it. A target that has the operator keeps it (exact).
     """
     site.require_batch_ahead(len(site.argument("normalized_shape")))
     if len(site.argument("normalized_shape")) != 1:
         return _over_several_axes(site)
     value = site.tagged("input", len(site.node.shape))
+    if site.builder.keeps("layernorm") and "layer" in site.node.operator:
+        return _kept(site, site.builder.build(value))
     count, builder = site.approximation.norm_hinges, site.builder
     if not count or site.is_compact or not builder.target.fc_per_position:
         return scaled_to_fit(site, value)
@@ -81,6 +83,18 @@ def layer_norm(site: Site) -> Value:
 
 
 _WORTH = 0.85
+
+
+def _kept(site: Site, x: Feature) -> Feature:
+    """The norm as the target's own operator, channels last."""
+    builder = site.builder
+    module = LayerNorm(x.channels, float(site.argument("eps")))
+    with torch.no_grad():
+        for name, parameter in (("weight", module.weight), ("bias", module.bias)):
+            given = site.fixed(name)
+            if given is not None:
+                parameter.copy_(given)
+    return builder.from_last(x.shape, x.axis, builder.emit("norm", module, builder.last(x)))
 
 
 def _normalised(site: Site, wanted: Tensor) -> Tensor:

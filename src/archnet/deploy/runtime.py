@@ -17,7 +17,7 @@ from torch import Tensor
 from archnet.deploy.qonnx import QonnxWriter
 from archnet.deploy.writer import ExportError
 from archnet.errors import printable
-from archnet.hardware.onnx_file import drop_trailing_names, load
+from archnet.hardware.onnx_file import AuditError, drop_trailing_names, load
 from archnet.ops import Student
 
 
@@ -40,7 +40,7 @@ def load_session(
     kernels on its integers and find none for 2 and 4 bits.
 
     Args:
-        model: the ONNX file, or its content.
+        model: the ONNX file, or the content of one that was loaded before.
         threads: of one operator; 0 leaves the choice to the runtime.
 
     Raises:
@@ -55,8 +55,8 @@ def load_session(
     # The default kernels on AVX2 add pairs of products in 16 bits, where 8-bit weights saturate.
     options.add_session_config_entry("session.x64quantprecision", "1")
     try:
-        # What it does not survive ends here.
-        content = load(onnx.load_from_string(model) if isinstance(model, bytes) else model)
+        # What it does not survive ends here; content in memory is of a file that was checked.
+        content = onnx.load_from_string(model) if isinstance(model, bytes) else load(model)
         source = model if isinstance(model, bytes) else os.fspath(model)
         if drop_trailing_names(content):
             # An optional input named "" at the end is left out; its optimizers read it.
@@ -236,11 +236,11 @@ def _runner(
 
 
 def _load(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """A model as it stands in its file, without data beside it."""
+    """A model as it stands in its file, checked, without data beside it."""
     try:
-        return onnx.load(path, format="protobuf", load_external_data=False)
-    except Exception as error:  # The exceptions of protobuf have no common base.
-        raise ExportError(f"cannot read {printable(path)}: {_first_line(error)}") from error
+        return load(path)
+    except AuditError as error:
+        raise ExportError(str(error)) from error
 
 
 def changed(expected: NDArray[Any], found: NDArray[Any]) -> NDArray[np.bool_]:

@@ -123,7 +123,7 @@ def prepare(place: Path, whole: bool) -> Path:
         (place / "shared").symlink_to(shared)
     else:
         _data(place / "shared" / "data")
-    _photos(place / "imagenet", 120)
+    _photos(place / "imagenet", 30)
     _photos(copy / "photos", 60)
     package = copy / "package"
     package.mkdir()

@@ -11,7 +11,6 @@ folder (at least 10 s), die, or run code that the folder holds. A row goes to
 
 import argparse
 import contextlib
-import csv
 import json
 import os
 import pickle
@@ -25,24 +24,10 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
-from record import CONF, RESULTS, versions
+from record import CONF, append_robustness
 
-COLUMNS = (
-    "date",
-    "what",
-    "count",
-    "tracebacks",
-    "hangs",
-    "crashes",
-    "executed",
-    "seconds",
-    "versions",
-    "seed",
-    "command",
-)
 SHORTEST = 10.0  # seconds that a command may always take
 TIMES = 10  # as many times as with the whole folder
 COMMANDS = ("report", "export", "evaluate", "cost", "verify", "resume")
@@ -485,28 +470,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(dict(verdicts), "codes", dict(Counter(case.code for case in found)))
     if options.only:
         return
-    row = {
-        "date": f"{datetime.now():%Y-%m-%d}",
-        "what": f"damaged run folders and caches, {len(COMMANDS)} commands each",
-        "count": options.count,
-        "tracebacks": verdicts["traceback"],
-        "hangs": verdicts["hang"],
-        "crashes": verdicts["crash"],
-        "executed": verdicts["executed"],
-        "seconds": round(time.monotonic() - began),
-        "versions": versions(),
-        "seed": options.seed,
-        "command": f"python benchmarks/fuzz_folders.py --count {options.count} "
-        f"--seed {options.seed}",
-    }
-    path = RESULTS / "robustness.csv"
-    is_new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-    print(path, row)
+    path = append_robustness(
+        f"damaged run folders and caches, {len(COMMANDS)} commands each",
+        options.count,
+        {
+            "tracebacks": verdicts["traceback"],
+            "hangs": verdicts["hang"],
+            "crashes": verdicts["crash"],
+            "executed": verdicts["executed"],
+        },
+        time.monotonic() - began,
+        f"python benchmarks/fuzz_folders.py --count {options.count} --seed {options.seed}",
+        options.seed,
+    )
+    print(path)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ Every file follows from the seed and its number: ``--first 17 --count 1 --keep f
 
 import argparse
 import contextlib
-import csv
 import io
 import multiprocessing
 import os
@@ -29,8 +28,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import version
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,6 +38,7 @@ import onnx
 import torch
 from google.protobuf.message import Error as ProtobufError
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
+from record import append_robustness
 from torch import nn
 
 import archnet
@@ -52,7 +50,6 @@ from archnet.ops import Student
 SECONDS = 10.0  # of the processor, for one reader on one file
 WAITING = 120.0  # on the clock, which other work may slow down
 MEMORY = 4 * 2**30  # bytes that a worker may take beside what it has when it starts
-RESULTS = Path(__file__).parent / "results" / "robustness.csv"
 KINDS = ("traceback", "hang", "crash", "memory", "executed", "output")
 
 
@@ -829,27 +826,19 @@ class _Worker:
 def record(summary: Summary, seed: int) -> None:
     """Add a row to ``results/robustness.csv``."""
     counts = summary.counts()
-    row = {
-        "date": date.today().isoformat(),
-        "what": "mutated ONNX files through audit, cost, parity and the commands",
-        "count": summary.count,
-        "tracebacks": counts["traceback"],
-        "hangs": counts["hang"],
-        "crashes": counts["crash"] + counts["memory"],
-        "executed": counts["executed"],
-        "seconds": round(summary.seconds),
-        "versions": "; ".join(
-            f"{name} {version(name)}" for name in ("archnet", "onnx", "onnxruntime", "torch")
-        ),
-        "seed": seed,
-        "command": f"python benchmarks/fuzz_onnx.py --count {summary.count} --seed {seed}",
-    }
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    append_robustness(
+        "mutated ONNX files through audit, cost, parity and the commands",
+        summary.count,
+        {
+            "tracebacks": counts["traceback"],
+            "hangs": counts["hang"],
+            "crashes": counts["crash"] + counts["memory"],
+            "executed": counts["executed"],
+        },
+        summary.seconds,
+        f"python benchmarks/fuzz_onnx.py --count {summary.count} --seed {seed}",
+        seed,
+    )
 
 
 def main() -> int:

@@ -1,11 +1,11 @@
 """Random command lines: each composes, or ends in one line, and none runs code or hangs.
 
-    python benchmarks/fuzz_overrides.py --count 2000 --seed 0
+    python benchmarks/fuzz_overrides.py --count 2000 --seed 0 --record
 
 draws overrides (every key and group, with and without prefixes; values of other types, out of
 range, not finite, quoted, nested, interpolated, swept) and gives them to `archnet.compose.check`.
 A finding is printed with the command line that leads to it; the exit code is 1 if there is any.
-The drawing depends on the seed alone.
+The drawing depends on the seed alone. ``--record`` adds a row to ``results/robustness.csv``.
 """
 
 import argparse
@@ -13,11 +13,14 @@ import random
 import shlex
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from record import append_robustness
 
 from archnet.compose import check
 from archnet.config import Config, keys
@@ -26,6 +29,7 @@ from archnet.errors import ConfigError
 CONF = Path(__file__).resolve().parents[1] / "conf"
 # Of processor time, so that a busy machine makes no finding.
 LONGEST = 10.0
+FINDINGS = ("traceback", "hang", "executed")
 DEFAULTS = dict(keys(Config()))
 KEYS = list(DEFAULTS)
 GROUPS = {path.name: [file.stem for file in path.glob("*.yaml")] for path in sorted(CONF.iterdir())
@@ -136,7 +140,7 @@ def outcome(arguments: list[str]) -> tuple[str, str]:
     """What a command line ends in.
 
     Returns:
-        ``config``, ``error`` or ``finding``, and what was said.
+        ``config``, ``error`` or one of `FINDINGS`, and what was said.
     """
     said, kind = "", "config"
     with _watched() as ran:
@@ -146,13 +150,15 @@ def outcome(arguments: list[str]) -> tuple[str, str]:
         except ConfigError as error:
             said, kind = str(error), "error"
             if not said or len(said.splitlines()) != 1:
-                kind = "finding"
+                kind = "traceback"
+        except Hang:
+            kind = "hang"
         except BaseException as error:  # whatever it is, it is the finding
             if isinstance(error, KeyboardInterrupt):
                 raise
-            said, kind = f"{type(error).__name__}: {error}", "finding"
+            said, kind = f"{type(error).__name__}: {error}", "traceback"
         if ran:
-            said, kind = f"ran {ran}", "finding"
+            said, kind = f"ran {ran}", "executed"
     return kind, said
 
 
@@ -162,17 +168,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", action="store_true", help="print every line, not only findings")
+    parser.add_argument("--record", action="store_true")
     options = parser.parse_args(arguments)
     counts: Counter[str] = Counter()
+    began = time.monotonic()
     for index in range(options.count):
         drawn = words(options.seed, index)
         kind, said = outcome(drawn)
         counts[kind] += 1
-        if options.show or kind == "finding":
+        if options.show or kind in FINDINGS:
             line = ascii(" ".join(shlex.quote(word[:100]) for word in drawn))
             print(f"{kind} {index}: {line}: {ascii(said)[:300]}", flush=True)
-    print(", ".join(f"{counts[kind]} {kind}s" for kind in ("config", "error", "finding")))
-    return 1 if counts["finding"] else 0
+    print(", ".join(f"{kind}: {counts[kind]}" for kind in ("config", "error", *FINDINGS)))
+    if options.record:
+        append_robustness(
+            "random command lines of train.py",
+            options.count,
+            {
+                "tracebacks": counts["traceback"],
+                "hangs": counts["hang"],
+                "crashes": 0,  # it would end this process
+                "executed": counts["executed"],
+            },
+            time.monotonic() - began,
+            f"python benchmarks/fuzz_overrides.py --count {options.count} --seed {options.seed}",
+            options.seed,
+        )
+    return 1 if any(counts[kind] for kind in FINDINGS) else 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Runs the commands of the README and of docs/ as written, one after another, in a copy.
 
-    python benchmarks/readme_commands.py            # training shortened, in minutes
-    python benchmarks/readme_commands.py --whole    # as written, in hours
+    python benchmarks/readme_commands.py --record    # training shortened, in minutes
+    python benchmarks/readme_commands.py --whole     # as written, in hours
 
 Every line of every bash block is run by bash in a temporary copy of the repository, with what it
 names put in place: photos and a network of one's own, a run folder of the name that the README
 gives its example, data beside the repository (small ones are made up where there are none).
 `SHORT` is what the short form adds to a training command, and each line that is printed says so.
-Then the sweep must have left three different students. The exit code is 1 if anything failed.
+Then the sweep must have left three different students. The exit code is 1 if anything failed;
+`--record` adds a row to `results/robustness.csv`.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from record import append_robustness
 
 ROOT = Path(__file__).resolve().parents[1]
 # Added to training commands: next to no work. A resumed run has the keys of its folder.
@@ -121,12 +123,13 @@ def prepare(place: Path, whole: bool) -> Path:
         (place / "shared").symlink_to(shared)
     else:
         _data(place / "shared" / "data")
-    _photos(place / "imagenet", 120)
+    _photos(place / "imagenet", 30)
     _photos(copy / "photos", 60)
     package = copy / "package"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "module.py").write_text(NETWORK)
+    for module in (package / "module.py", copy / "mynet.py"):
+        module.write_text(NETWORK)
     save = "import torch, package.module as p; torch.save(p.make().state_dict(), 'weights.pt')"
     subprocess.run([sys.executable, "-c", save], cwd=copy, check=True)
     return copy
@@ -211,8 +214,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--whole", action="store_true", help="as written, nothing shortened")
     parser.add_argument("--only", default="", help="pattern of those to run, beside the first")
+    parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    faults = []
+    faults: list[str] = []
+    count, started = 0, time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         copy = prepare(Path(place), options.whole)
         for index, command in enumerate(commands()):
@@ -222,6 +227,7 @@ def main() -> int:
             if why:
                 print(f"skipped, {why}: {command}", flush=True)
                 continue
+            count += 1
             added = [] if options.whole else shortened(command)
             before = set((copy / "outputs").glob("*/*/metrics.json"))
             began = time.monotonic()
@@ -238,6 +244,16 @@ def main() -> int:
             name_example(copy)
     for fault in faults:
         print(f"FAULT {fault}")
+    print(f"{count} commands, {len(faults)} faults, {time.monotonic() - started:.0f} s")
+    if options.record:
+        tracebacks = sum("Traceback" in fault for fault in faults)
+        append_robustness(
+            "commands of the README and of docs/, " + ("whole" if options.whole else "shortened"),
+            count,
+            {"tracebacks": tracebacks, "crashes": len(faults) - tracebacks},
+            time.monotonic() - started,
+            " ".join(["python benchmarks/readme_commands.py", *(["--whole"] * options.whole)]),
+        )
     return 1 if faults else 0
 
 

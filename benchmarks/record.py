@@ -50,6 +50,19 @@ COLUMNS = (
     "versions",
     "command",
 )
+ROBUSTNESS = (
+    "date",
+    "what",
+    "count",
+    "tracebacks",
+    "hangs",
+    "crashes",
+    "executed",
+    "seconds",
+    "versions",
+    "seed",
+    "command",
+)
 _PACKAGES = ("archnet", "torch", "torchvision", "lightning", "onnx", "onnxruntime")
 # Keys that say where a run leaves its files, not what it computes.
 # Not the name: convert.student finds a run by it.
@@ -79,6 +92,45 @@ def append(name: str, row: Mapping[str, Any]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     part.replace(path)
+    return path
+
+
+def append_robustness(
+    what: str,
+    count: int,
+    found: Mapping[str, int],
+    seconds: float,
+    command: str,
+    seed: int | None = None,
+) -> Path:
+    """Add a row to ``robustness.csv``: what was tried, and how often it ended as nothing should.
+
+    Args:
+        what: was tried.
+        count: of it.
+        found: how many ended in ``tracebacks``, ``hangs`` or ``crashes``, or ``executed`` code;
+            what a driver does not look for is left out, and its cell stays empty.
+        seconds: on the clock.
+        command: that tries it again.
+        seed: of whatever was drawn; None: nothing was.
+    """
+    path = RESULTS / "robustness.csv"
+    row = {
+        "date": f"{datetime.now():%Y-%m-%d}",
+        "what": what,
+        "count": count,
+        **found,
+        "seconds": round(seconds),
+        "versions": versions(),
+        "seed": "" if seed is None else seed,
+        "command": command,
+    }
+    is_new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, ROBUSTNESS, restval="", lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
     return path
 
 

@@ -196,7 +196,7 @@ def test_weights_take_their_width():
 def test_the_header_needs_no_float_requantization():
     net = chain((3, 6, 6), Convolution(3, 4), Activation(0), Convolution(4, 2))
     quantize(net, 4, 4, [torch.randn(4, 3, 6, 6)])
-    with pytest.raises(ExportError, match="requantizes in float: lower it with"):
+    with pytest.raises(ExportError, match="requantizes in float: to_integers takes"):
         to_c(to_integers(net, "float"))
 
 

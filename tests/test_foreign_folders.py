@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,7 +25,7 @@ import yaml
 from archnet import files, origin, pipeline
 from archnet.cli import main
 from archnet.compose import compose
-from archnet.config import Config
+from archnet.config import Config, require_kinds
 from archnet.distill.cache import FeatureCache
 from archnet.errors import ArchnetError, ConfigError
 from archnet.run_teacher import runs_code
@@ -204,6 +206,48 @@ def test_yaml_of_any_kind_is_one_line(text: str, make_config: Make) -> None:
     with pytest.raises(RunError, match=r"config\.yaml") as caught:
         RunFolder.open(folder.path).config()
     assert "\n" not in str(caught.value)
+
+
+WRONG = {
+    "number": ("seed", "quant.bits", "trainer.devices", "distill.optimizer.lr", "quant.budget"),
+    "truth": ("trust", "teacher.train", "quant.free_ends", "logger.wandb.enabled"),
+    "list": ("quant.widths", "teacher.fit.restarts", "hardware.operators", "convert.taps"),
+    "mapping": ("hardware.limits", "teacher.kwargs", "hardware.sources"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("number", [True, "3", [3], {"a": 3}, "-1"]),
+        ("truth", [-1, 1, 0, 1.0, "1", "yes", [True]]),
+        ("list", [True, 3, "3", {"a": 3}, [[2]], [{"a": 2}], [True]]),
+        ("mapping", [True, 3, [3], "3"]),
+    ],
+)
+def test_a_stored_value_of_another_type_names_its_key(
+    kind: str, values: list[object], make_config: Make
+) -> None:
+    """Conversion would take true for 1, and -1 for true."""
+    folder = RunFolder.create(make_config())
+    whole = yaml.safe_load((folder.path / "config.yaml").read_text())
+    for key, value in product(WRONG[kind], values):
+        tree = deepcopy(whole)
+        put(tree, key, value)
+        with pytest.raises(ConfigError, match=rf"^{key} .* given"):
+            require_kinds(tree)
+    edit(folder, lambda tree: put(tree, WRONG[kind][0], values[0]))
+    said = rf"config\.yaml cannot be read: {WRONG[kind][0]} takes .* given"
+    with pytest.raises(RunError, match=said) as caught:
+        RunFolder.open(folder.path).config()
+    assert "\n" not in str(caught.value)
+
+
+def put(tree: dict, key: str, value: object) -> None:
+    *groups, name = key.split(".")
+    for group in groups:
+        tree = tree[group]
+    tree[name] = value
 
 
 class Touch:

@@ -20,7 +20,7 @@ import archnet
 from archnet.cli import main
 from archnet.compose import compose
 from archnet.config import ONNX_OPERATORS, OPERATORS
-from archnet.deploy import ExportError, parity
+from archnet.deploy import ExportError, load_session, parity
 from archnet.errors import ConfigError, printable
 from archnet.hardware import AuditError, Target, audit, onnx_cost
 from archnet.hardware.onnx_file import MAX_NODES
@@ -91,6 +91,16 @@ def pool(**attributes):
     return model(node("MaxPool", "x", **attributes))
 
 
+def called_with(parts):
+    """A function whose Split takes its number of parts from the call."""
+    split = helper.make_node("Split", ["a"], ["c", "d"], axis=1)
+    split.attribute.append(onnx.AttributeProto(name="num_outputs", type=2, ref_attr_name="parts"))
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("local", 1)]
+    halves = helper.make_function("local", "f", ["a"], ["c"], [split], opsets, ["parts"])
+    outer = helper.make_node("f", ["x"], ["out"], domain="local", parts=parts)
+    return model(outer, functions=[halves])
+
+
 RELU = node("Relu", "x")
 BROKEN = {
     "weight of one axis": (lambda: conv(3), "Conv out: .*axes of pixels"),
@@ -130,6 +140,40 @@ BROKEN = {
         ),
         "tensor w holds 1 of 216 numbers",
     ),
+    "parts that no output takes": (
+        lambda: model(helper.make_node("Split", ["x"], ["out", "b"], num_outputs=1)),
+        "Split out.*num_outputs 1 and 2 outputs",
+    ),
+    "more parts than outputs": (
+        lambda: model(helper.make_node("Split", ["x"], ["out", "b"], num_outputs=2**40)),
+        "num_outputs 1099511627776 and 2",
+    ),
+    "an output of Split without a name": (
+        lambda: model(helper.make_node("Split", ["x"], ["out", ""], num_outputs=2)),
+        "output 1 of Split out",
+    ),
+    "an addend without a name": (
+        lambda: model(node("Sum", "x", "", "x")),
+        "input 1 of Sum out has no name",
+    ),
+    "axis beyond all": (
+        lambda: model(node("LayerNormalization", "x", "w", axis=2**31), w=weight(8)),
+        "LayerNormalization out has axis 2147483648",
+    ),
+    "axis below all": (lambda: model(node("Softmax", "x", axis=-(2**63))), "Softmax out has axis"),
+    "an order beyond all": (
+        lambda: model(node("Transpose", "x", perm=[0, 1, 2, 2**62])),
+        "Transpose out has perm 4611686018427387904",
+    ),
+    "batch below zero": (
+        lambda: model(node("GatherND", "x", "i", batch_dims=-5), i=np.zeros((1, 4), np.int64)),
+        "GatherND out has batch_dims -5",
+    ),
+    "an equation that has no end": (
+        lambda: model(node("Einsum", "x", equation=b"\xff\xfe")),
+        "Einsum out has equation",
+    ),
+    "attributes of a call": (lambda: called_with(1), "num_outputs 1 and 2 outputs"),
     "no nodes": (lambda: without(model(RELU), "node"), "no nodes"),
     "no outputs": (lambda: without(model(RELU), "output"), "no outputs"),
     "cycle": (
@@ -167,6 +211,36 @@ def test_what_cannot_be_is_one_line_that_says_what(name, reader, tmp_path):
             READERS[reader](source)
         assert "\n" not in str(caught.value)
         assert (str(path) if source is path else "the model") in str(caught.value)
+
+
+def test_attributes_of_a_call_are_known_once_it_is_inlined():
+    assert "Split" in audit(called_with(2)).moves
+    window = helper.make_node("MaxPool", ["a"], ["c"])
+    window.attribute.append(onnx.AttributeProto(name="kernel_shape", type=7, ref_attr_name="k"))
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("local", 1)]
+    pooled = helper.make_function("local", "f", ["a"], ["c"], [window], opsets, ["k"])
+    outer = helper.make_node("f", ["x"], ["out"], domain="local", k=[2, 2])
+    assert audit(model(outer, functions=[pooled])).counts
+
+
+@pytest.mark.parametrize("operator", ["LayerNormalization", "RMSNormalization"])
+@pytest.mark.parametrize("axis", [-64, -5, -4, -1, 0, 3, 4, 7, 63])
+def test_an_axis_beyond_its_input_does_not_reach_native_code(operator, axis):
+    """The native inference would write beside its memory, which is often seen much later."""
+    file = model(node(operator, "x", "w", axis=axis), node("Relu", "out", output="y"), output="y")
+    file.opset_import[0].version = 23
+    file.graph.initializer.append(numpy_helper.from_array(weight(8), "w"))
+    calls = []
+    original = onnx.shape_inference.infer_node_outputs
+
+    def watched(schema, given, *rest):
+        calls.append(given.op_type)
+        return original(schema, given, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx.shape_inference, "infer_node_outputs", watched)
+        audit(file)
+    assert (operator in calls) == (-4 <= axis < 4)
 
 
 def test_more_nodes_than_are_read_are_refused_before_they_are_made():
@@ -532,6 +606,30 @@ def test_parity_of_another_file_is_one_line(student, tmp_path):
         parity(student, path, images)
     with pytest.raises(ExportError, match="absent"):
         parity(student, tmp_path / "absent.onnx", images)
+
+
+@pytest.mark.parametrize("beside_it", [False, True])
+def test_a_name_left_out_at_the_end_is_run(student, tmp_path, beside_it):
+    """ONNX allows it; optimizers of the runtime read what is not there."""
+    path = tmp_path / "net.onnx"
+    file = model(
+        node("LayerNormalization", "x", "w", "", axis=-1), shape=("N", 3, 6, 6), w=weight(6)
+    )
+    onnx.save(file, path, save_as_external_data=beside_it, location="w.bin", size_threshold=0)
+    with pytest.raises(ExportError, match=r"net\.onnx gives \(3, 3, 6, 6\)"):
+        parity(student, path, torch.randn(3, 3, 6, 6))
+
+
+@pytest.mark.parametrize(
+    "name", ["parts that no output takes", "batch below zero", "axis below all"]
+)
+def test_what_the_runtime_does_not_survive_never_reaches_it(student, tmp_path, name):
+    make, reason = BROKEN[name]
+    path = tmp_path / "net.onnx"
+    onnx.save(make(), path)
+    for run in (load_session, lambda path: parity(student, path, torch.randn(3, 4, 8, 8))):
+        with pytest.raises(ExportError, match=f"net.onnx.*{reason}"):
+            run(path)
 
 
 # Mutations ------------------------------------------------------------------------------------

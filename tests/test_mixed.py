@@ -2,11 +2,14 @@
 
 import copy
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from scipy.optimize import milp
 from torch import nn
 
 from archnet import pipeline, report
@@ -105,6 +108,31 @@ def test_a_limit_of_exactly_the_narrowest_widths() -> None:
     assert solve(losses, terms, {}, 4e9) == {"a": 2, "b": 2}
     with pytest.raises(QuantizationError, match="the narrowest widths cost more"):
         solve(losses, terms, {}, 3.9e9)
+
+
+def test_the_solver_stops_at_a_number_of_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not by the clock: a busy machine makes the same choice."""
+    generator = torch.Generator().manual_seed(1)
+    names = [f"{kind}{index}" for index in range(24) for kind in "wa"]
+    losses = {
+        name: dict(zip((2, 4, 8), torch.rand(3, generator=generator).tolist(), strict=True))
+        for name in names
+    }
+    terms = [Term(3.0 + index % 5, (f"w{index}", f"a{index // 2}")) for index in range(24)]
+    limit = cost_of(terms, dict.fromkeys(names, 4))
+    solver = sys.modules["archnet.quant.allocate"]
+    given = []
+
+    def watched(*arguments: Any, options: dict[str, float], **others: Any) -> Any:
+        given.append(set(options))
+        return milp(*arguments, options=options, **others)
+
+    monkeypatch.setattr(solver, "milp", watched)
+    monkeypatch.setattr(solver, "NODES", 1)
+    first, second = (solve(losses, terms, {}, limit) for _ in range(2))
+    assert first == second
+    assert cost_of(terms, first) <= limit
+    assert all(options == {"node_limit", "mip_rel_gap"} for options in given)
 
 
 # Costs --------------------------------------------------------------------------------------

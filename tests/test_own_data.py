@@ -3,11 +3,14 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +39,7 @@ from archnet.tasks.images import (
 )
 from archnet.tasks.sources import Files, from_root
 from archnet.teachers import TeacherError, from_factory
-from archnet.teachers.preprocessing import preprocessing_of
+from archnet.teachers.preprocessing import class_names_of, preprocessing_of
 from conftest import CONF
 
 Make = Callable[..., Config]
@@ -381,6 +384,46 @@ def test_a_teacher_that_guesses_is_said(case: str) -> None:
     labels = torch.randint(0, 10, (500,))
     found = run_look._trouble(answer(labels), labels, 12 if case == "never" else 10, ("a", "b"))
     assert found is None if message is None else message in str(found)
+
+
+NAMES = {
+    "the same": (["cat", "dog", "tree_frog"], ["Cat", "dog ", "tree frog"], None),
+    "another order": (["cat", "dog", "eel"], ["dog", "cat", "eel"], "2 of 3 classes .* class 0 is"),
+    "one of two words": (
+        ["cat", "hound", "eel"],
+        ["cat", "eel", "dog"],
+        "1 of 3 .* class 2 is eel",
+    ),
+    "another number": (["cat", "dog"], ["background", "cat", "dog"], "2 classes and it names 3"),
+    "words and numbers": (["n01440764", "n01443537"], ["tench", "goldfish"], None),
+    "not known": (["cat", "dog"], [], None),
+    "unnamed data": ([], ["cat", "dog"], None),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_names_of_classes_in_another_order_are_said(case: str) -> None:
+    ours, theirs, message = NAMES[case]
+    found = run_look._named_otherwise(ours, theirs)
+    assert found is None if message is None else re.search(message, str(found))
+
+
+def test_names_of_classes_come_with_the_weights() -> None:
+    def names(network: object = None, **options: Any) -> tuple[str, ...]:
+        config = TeacherConfig(**options)
+        return class_names_of(config, cast(Any, network))
+
+    words = ("tench", "goldfish", "great white shark")
+    assert names(name="resnet18", source="torchvision", weights="published")[:3] == words
+    file = "somewhere/resnet18-f37072fd.pth"
+    assert names(name="resnet18", source="torchvision", weights=file)[:3] == words
+    for weights in (None, "mine.pt"):
+        assert names(name="resnet18", source="torchvision", weights=weights) == ()
+    of_transformers = SimpleNamespace(config=SimpleNamespace(id2label={0: "cat", 1: "dog"}))
+    assert names(of_transformers, source="custom") == ("cat", "dog")
+    of_timm = SimpleNamespace(pretrained_cfg={"label_names": ["cat", "dog"]})
+    assert names(of_timm, source="timm") == ("cat", "dog")
+    assert names(torch.nn.Identity(), source="custom") == ()
 
 
 def test_nine_of_ten_alike_are_no_success() -> None:

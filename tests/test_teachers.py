@@ -73,6 +73,23 @@ def test_teachers_of_older_caches_are_found(make_config):
         assert teacher_folder(asked.task, asked.teacher, 0).name == name
 
 
+@pytest.mark.parametrize("end", ["argmax", "round", "detach"])
+def test_what_has_no_gradient_is_not_trained(tmp_path, end):
+    model = load_teacher(config(), **DIGITS)
+    score = model.forward
+    ends = {
+        "argmax": lambda x: score(x).argmax(1),
+        "round": lambda x: (score(x) > 0).float(),
+        "detach": lambda x: score(x).detach(),
+    }
+    model.forward = ends[end]
+    task = digits_task()
+    teacher = TeacherConfig(name="digits", source="archnet", cache_dir=str(tmp_path), train=True)
+    with pytest.raises(TeacherError, match="digits: its result has no gradient"):
+        train_teacher(model, ClassificationData(task, 0), teacher, seed=0, progress=False)
+    assert not list(tmp_path.rglob("*"))
+
+
 # Networks -----------------------------------------------------------------------------------
 
 
@@ -211,6 +228,20 @@ def test_a_damaged_file_is_named(tmp_path, name):
     torch.save(state, file) if name.endswith("pt") else save_file(state, file)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(TeacherError, match=name):
+        read_weights(file)
+
+
+@pytest.mark.parametrize("nest", [False, True])
+def test_a_flipped_bit_of_a_weight_is_found(tmp_path, nest):
+    """Torch itself does not look at the checksums that it writes."""
+    file = tmp_path / "weights.pt"
+    state = {"head.weight": torch.full((5, 7), 0.3)}
+    torch.save({"state_dict": state} if nest else state, file)
+    content = bytearray(file.read_bytes())
+    content[content.index(state["head.weight"].numpy().tobytes()) + 9] ^= 1
+    file.write_bytes(content)
+    assert torch.load(file, weights_only=True)
+    with pytest.raises(TeacherError, match=r"weights\.pt is damaged: .* another checksum"):
         read_weights(file)
 
 

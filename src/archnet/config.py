@@ -632,6 +632,36 @@ def keys(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{item.name}", value
 
 
+def require_kinds(tree: Any, node: type = Config, prefix: str = "") -> None:
+    """Check that what a file holds has the types of the keys, before it is converted to them.
+
+    A conversion would take `true` for 1 and -1 for `true`. Keys that there are not are left alone.
+
+    Args:
+        tree: plain mappings, lists and values.
+        node: the dataclass whose keys they are.
+        prefix: of its keys.
+
+    Raises:
+        ConfigError: names the first key of another type.
+    """
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{prefix.rstrip('.')} is a group of keys, and is given {_shown(tree)}")
+    for item in fields(node):
+        if item.name not in tree:
+            continue
+        key, value = f"{prefix}{item.name}", tree[item.name]
+        if isinstance(item.type, type) and is_dataclass(item.type):
+            require_kinds(value, item.type, f"{key}.")
+        else:
+            _require_kind(key, value, item.type)
+
+
+def _shown(value: Any) -> str:
+    """What a message shows of a value of another type."""
+    return type(value).__name__ if isinstance(value, dict | list) else f"{value!r}"[:80]
+
+
 def validate(config: Config) -> None:
     """Check the values that types alone cannot.
 
@@ -828,15 +858,16 @@ def _validate(node: Any, prefix: str) -> None:
 
 
 def _require_kind(key: str, value: Any, kind: Any) -> None:
-    """Refuse a value that an interpolation took from a key of another kind."""
+    """Refuse a value of another kind, as a file or an interpolation may give it."""
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     containers = [get_origin(each) or each for each in kinds]
     # A whole number is a number.
     allowed = (*containers, int) if float in containers else tuple(containers)
     members = next((get_args(each) for each in kinds if get_args(each)), ())
-    if not isinstance(value, allowed):
+    # Python counts bool among the integers.
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in containers):
         wanted = kind.__name__ if isinstance(kind, type) and not members else kind
-        raise ConfigError(f"{key} takes {wanted}, and is given {type(value).__name__}")
+        raise ConfigError(f"{key} takes {wanted}, and is given {_shown(value)}")
     if list in containers:
         for member in value if isinstance(value, list) else ():
             _require_kind(key, member, members[0])

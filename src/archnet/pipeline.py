@@ -54,6 +54,7 @@ from archnet.run_teacher import run_teacher
 from archnet.runs import RunError, RunFolder, read_json, write_json
 from archnet.tasks import ClassificationData, check_data
 from archnet.teachers import load_teacher, require_marian
+from archnet.teachers.preprocessing import class_names_of
 
 _log = logging.getLogger(__name__)
 
@@ -241,7 +242,8 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
     finished = {}
 
     def look_at_teacher() -> dict[str, Any]:
-        return look(config, this.data, this.captured().scores(), this.device)
+        names = class_names_of(config.teacher, this.teacher)
+        return look(config, this.data, this.captured().scores(), this.device, names)
 
     def prepare() -> dict[str, Any]:
         student, widths = _convert(this)

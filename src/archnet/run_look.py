@@ -2,6 +2,8 @@
 
 import logging
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from archnet.config import Config
+from archnet.errors import printable
 from archnet.tasks import ClassificationData
 
 _log = logging.getLogger(__name__)
@@ -20,19 +23,28 @@ _PER_CLASS = 10
 
 
 def look(
-    config: Config, data: ClassificationData, teacher: nn.Module, device: torch.device
+    config: Config,
+    data: ClassificationData,
+    teacher: nn.Module,
+    device: torch.device,
+    names: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Measure the teacher on validation images and say so; warn where it is near chance.
+    """Measure the teacher on validation images and say so.
+
+    A warning says where it is near chance, or its classes are named otherwise than the data's.
 
     Args:
         config: of the run.
         data: the task.
         teacher: gives class scores, (B, K); in eval mode.
         device: where it runs.
+        names: of the teacher's classes in the order of its scores; empty: not known.
 
     Returns:
         ``accuracy`` in points, None without labels, and how many ``images`` of which ``split``.
     """
+    if difference := _named_otherwise(data.class_names, names):
+        _log.warning("teacher %s: %s", config.teacher.name, difference)
     most = min(MOST_IMAGES, config.trainer.limit_eval or MOST_IMAGES)
     split, loader = data.look_loader()
     teacher = teacher.to(device)
@@ -101,6 +113,34 @@ def _trouble(
         "it was trained on images made otherwise, its weights are not trained, or its classes "
         f"stand in another order than the data's ({order})"
     )
+
+
+def _named_otherwise(ours: Sequence[str], theirs: Sequence[str]) -> str | None:
+    """How the names of a teacher's classes contradict those of the data, if they do.
+
+    Names of two vocabularies, such as words and WordNet numbers, say nothing of each other.
+    """
+    if not ours or not theirs:
+        return None
+    if len(ours) != len(theirs):
+        return f"the data name {len(ours):,} classes and it names {len(theirs):,}"
+    data, teacher = ([_plain(name) for name in names] for names in (ours, theirs))
+    shared = set(data) & set(teacher)
+    if 2 * len(shared) < len(data):
+        return None
+    moved = [i for i, name in enumerate(data) if name in shared and teacher[i] != name]
+    if not moved:
+        return None
+    first = moved[0]
+    return (
+        f"{len(moved):,} of {len(ours):,} classes stand elsewhere than in the data: class {first} "
+        f"is {printable(ours[first], 60)} there, and {printable(theirs[first], 60)} is what it "
+        "calls it; name the folders or labels so that their order is the teacher's"
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", " ", name).strip().casefold()
 
 
 def _often(guesses_N: Tensor) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from archnet import files, origin
 from archnet.compose import to_config
-from archnet.config import Config, keys
+from archnet.config import Config, keys, require_kinds
 from archnet.errors import ArchnetError, ConfigError
 
 _log = logging.getLogger(__name__)
@@ -221,6 +221,7 @@ class RunFolder:
     def _read_config(self) -> Config:
         try:
             stored = _plain_yaml(self._place)
+            require_kinds(OmegaConf.to_container(stored))
             tree = OmegaConf.merge(OmegaConf.structured(Config), stored)
             assert isinstance(tree, DictConfig)
             return to_config(tree)

@@ -339,7 +339,7 @@ class _Header:
         if scale.kind == "float":
             raise ExportError(
                 "the c form computes in integers alone, and this model requantizes in float: "
-                'convert it with requantization="multiplier" or "power_of_two"'
+                'to_integers takes requantization="multiplier" or "power_of_two"'
             )
         multiplier, shift, offset = scale.multiplier, scale.shift, scale.shifted_offset
         if np.abs(multiplier).max(initial=0) >= 2**31:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from archnet.deploy.qonnx import QonnxWriter
 from archnet.deploy.writer import ExportError
 from archnet.errors import printable
-from archnet.hardware.onnx_file import check_amount
+from archnet.hardware.onnx_file import AuditError, drop_trailing_names, load
 from archnet.ops import Student
 
 
@@ -39,7 +40,7 @@ def load_session(
     kernels on its integers and find none for 2 and 4 bits.
 
     Args:
-        model: the ONNX file, or its content.
+        model: the ONNX file, or the content of one that was loaded before.
         threads: of one operator; 0 leaves the choice to the runtime.
 
     Raises:
@@ -54,25 +55,30 @@ def load_session(
     # The default kernels on AVX2 add pairs of products in 16 bits, where 8-bit weights saturate.
     options.add_session_config_entry("session.x64quantprecision", "1")
     try:
-        if isinstance(model, bytes):
-            content = onnx.load_from_string(model)
-        else:
-            content = onnx.load(model, format="protobuf", load_external_data=False)
-        check_amount(content, name)  # It would inline functions for as long as it takes.
+        # What it does not survive ends here; content in memory is of a file that was checked.
+        content = onnx.load_from_string(model) if isinstance(model, bytes) else load(model)
+        source = model if isinstance(model, bytes) else os.fspath(model)
+        if drop_trailing_names(content):
+            # An optional input named "" at the end is left out; its optimizers read it.
+            source = content.SerializeToString()
+            folder = "session.model_external_initializers_file_folder_path"
+            if not isinstance(model, bytes):
+                options.add_session_config_entry(folder, os.fspath(Path(model).parent))
         without = []
         if any((item.key, item.value) == ("form", "qdq") for item in content.metadata_props):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
             # It looks at every QuantizeLinear behind a Clip, and stops at 2 bits.
             without = ["ClipQuantRewrite"]
         return onnxruntime.InferenceSession(
-            model if isinstance(model, bytes) else os.fspath(model),
+            source,
             options,
             providers=["CPUExecutionProvider"],
             disabled_optimizers=without,
             enable_fallback=0,  # It would print, and try the same provider again.
         )
-    except Exception as error:  # The exceptions of protobuf and the runtime have no common base.
-        raise ExportError(f"ONNX Runtime cannot load {name}: {_first_line(error)}") from error
+    except Exception as error:  # The exceptions of the runtime have no base of their own.
+        reason = _first_line(error).removeprefix(f"{name} is no valid ONNX model: ")
+        raise ExportError(f"ONNX Runtime cannot load {name}: {reason}") from error
 
 
 def run_session(
@@ -230,11 +236,11 @@ def _runner(
 
 
 def _load(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """A model as it stands in its file, without data beside it."""
+    """A model as it stands in its file, checked, without data beside it."""
     try:
-        return onnx.load(path, format="protobuf", load_external_data=False)
-    except Exception as error:  # The exceptions of protobuf have no common base.
-        raise ExportError(f"cannot read {printable(path)}: {_first_line(error)}") from error
+        return load(path)
+    except AuditError as error:
+        raise ExportError(str(error)) from error
 
 
 def changed(expected: NDArray[Any], found: NDArray[Any]) -> NDArray[np.bool_]:

@@ -13,12 +13,12 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from archnet.checkpoints import Checkpoints, resumable
 from archnet.distill.cache import CachedPairs, FeatureCache
 from archnet.distill.schedule import DistillError, Period, plan
 from archnet.distill.training import ArchDistillation, DistillOptions
 from archnet.ops import Student, Tap, WeightedOperator
 from archnet.progress import progress_lines
-from archnet.tensors import Checkpoints, resumable
 
 
 class TrainerOptions(Protocol):

@@ -6,6 +6,7 @@ looked at here, before code that trusts them meets them.
 
 import math
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ _PACKED_BITS: dict[int, int] = {
     TensorProto.FLOAT4E2M1: 4,
 }
 _STANDARD = ("", "ai.onnx")
+# Attributes that count axes; far more axes than any tensor has overflow the native code.
+_AXES = ("axis", "axes", "perm", "batch_axis", "time_axis", "batch_dims")
+MAX_AXES = 64
 _WINDOWED = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool")
 
 
@@ -64,7 +68,11 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
             _check(model, name, path.parent)
             # By path, so that a file of any size can be checked.
             onnx.checker.check_model(os.fspath(path))
-        return inliner.inline_local_functions(model) if model.functions else model
+        if model.functions:
+            model = inliner.inline_local_functions(model)
+            # Attributes that a function takes from its call have their values now.
+            _check_nodes(model, name)
+        return model
     except AuditError:
         raise
     except OSError as error:
@@ -114,9 +122,7 @@ def _check(model: onnx.ModelProto, name: str, folder: Path | None) -> None:
             refuse(name, "a name in it is no UTF-8")
     check_amount(model, name)
     for container in _containers(model):
-        ranks: dict[str, int] = {}
         if isinstance(container, onnx.GraphProto):
-            ranks = {item.name: len(item.dims) for item in container.initializer}
             _check_values((*container.input, *container.output, *container.value_info), name)
             for item in container.initializer:
                 _check_tensor(item, name, folder)
@@ -129,8 +135,32 @@ def _check(model: onnx.ModelProto, name: str, folder: Path | None) -> None:
                     _check_tensor(tensor, name, folder)
                 if item.name in _TYPE_ATTRIBUTES and item.type == AttributeProto.INT:
                     _check_type(item.i, f"{item.name} of {shown(node)}", name)
-            if node.domain in _STANDARD and node.op_type in _WINDOWED:
+    _check_nodes(model, name)
+
+
+def _check_nodes(model: onnx.ModelProto, name: str) -> None:
+    """Refuse nodes with which native code would hang or leave its memory."""
+    versions = {item.domain.removeprefix("ai.onnx"): item.version for item in model.opset_import}
+    schemas: dict[str, onnx.defs.OpSchema | None] = {}
+    for container in _containers(model):
+        tensors = container.initializer if isinstance(container, onnx.GraphProto) else ()
+        ranks = {item.name: len(item.dims) for item in tensors}
+        for node in container.node:
+            if node.domain not in _STANDARD:
+                continue
+            if node.op_type not in schemas:
+                schemas[node.op_type] = _schema(node.op_type, versions.get("", 1))
+            _check_left_out(node, schemas[node.op_type], name)
+            _check_attributes(node, name)
+            if node.op_type in _WINDOWED:
                 _check_window(node, [ranks.get(item) for item in node.input], name)
+
+
+def _schema(operator: str, version: int) -> onnx.defs.OpSchema | None:
+    try:
+        return onnx.defs.get_schema(operator, version)
+    except onnx.defs.SchemaError:
+        return None  # The checker says so.
 
 
 def _texts(container: Container) -> Iterator[object]:
@@ -164,6 +194,17 @@ def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         if item.HasField("g"):
             yield item.g
         yield from item.graphs
+
+
+def drop_trailing_names(model: onnx.ModelProto) -> bool:
+    """Take empty names off the end of inputs, which mean nothing; whether there were any."""
+    found = False
+    for container in _containers(model):
+        for node in container.node:
+            while node.input and not node.input[-1]:
+                node.input.pop()
+                found = True
+    return found
 
 
 def check_amount(model: onnx.ModelProto, name: str) -> None:
@@ -300,9 +341,49 @@ def _check_external(tensor: TensorProto, where: str, needed: int, name: str, fol
         raise AuditError(f"{name}: the data of {where} is cut off: {printable(path)}")
 
 
+def _check_left_out(node: onnx.NodeProto, schema: onnx.defs.OpSchema | None, name: str) -> None:
+    """Refuse an empty name among values of any number, each of which must be there.
+
+    ONNX's checker looks at those of a fixed number.
+    """
+    if schema is None:
+        return
+    for what, names, stated in (
+        ("input", node.input, schema.inputs),
+        ("output", node.output, schema.outputs),
+    ):
+        if stated and stated[-1].option == onnx.defs.OpSchema.FormalParameterOption.Variadic:
+            for index in range(len(stated) - 1, len(names)):
+                if not names[index]:
+                    refuse(name, f"{what} {index} of {shown(node)} has no name")
+
+
+def _check_attributes(node: onnx.NodeProto, name: str) -> None:
+    """Refuse attributes that fit no input."""
+    # What a function takes from its call is not known here.
+    stated = {item.name: item for item in node.attribute if not item.ref_attr_name}
+    for key in _AXES:
+        if key not in stated:
+            continue
+        axes = (stated[key].i, *stated[key].ints)
+        lowest = 0 if key == "batch_dims" else -MAX_AXES
+        for axis in axes:
+            if not lowest <= axis < MAX_AXES:
+                refuse(name, f"{shown(node)} has {key} {axis}")
+    if node.op_type == "Split" and "num_outputs" in stated:
+        count = stated["num_outputs"].i
+        if count != len(node.output):
+            refuse(name, f"{shown(node)} has num_outputs {count} and {len(node.output)} outputs")
+    if node.op_type == "Einsum" and "equation" in stated:
+        text = stated["equation"].s
+        # The inference never ends at a sign that it does not know.
+        if re.fullmatch(rb"[A-Za-z,. ]*(->[A-Za-z. ]*)?", text) is None:
+            refuse(name, f"{shown(node)} has equation {printable(text.decode(errors='replace'))!r}")
+
+
 def _check_window(node: onnx.NodeProto, ranks: Sequence[int | None], name: str) -> None:
     """Refuse a convolution or a pooling that no input makes valid; ONNX's checker looks at none."""
-    stated = {item.name: item for item in node.attribute}
+    stated = {item.name: item for item in node.attribute if not item.ref_attr_name}
     axes = {rank - 2 for rank in ranks[:2] if rank is not None}
     if "group" in stated and stated["group"].i < 1:
         refuse(name, f"{shown(node)} has {stated['group'].i} groups")

@@ -26,7 +26,9 @@ from archnet.quant.widths import FLOAT, end_names, uniform_widths, weighted, wid
 
 BudgetOf = Literal["bops", "bytes"]
 WIDTHS = (2, 3, 4, 6, 8)
-SECONDS = 60.0  # after which the solver gives the best choice that it has found
+# Of the solver's tree, after which it gives the best choice that it has found; students take some
+# tens. A limit on time would make the choice depend on the machine.
+NODES = 2000
 SLACK = 2e-6  # of a budget, relative: the solver takes a constraint for met within 1e-6
 
 
@@ -198,7 +200,7 @@ def solve(
     With x[u, b] = 1 where u has b bits: minimize sum loss[u, b] x[u, b] under sum_b x[u, b] = 1
     and cost <= limit. A term of two widths is bilinear; it is linear in z[b, c] = x[u, b] x[v, c],
     which sum_c z[b, c] = x[u, b] and sum_b z[b, c] = x[v, c] with z >= 0 force once x is integer.
-    Solved by HiGHS (`scipy.optimize.milp`), to optimality or for `SECONDS`.
+    Solved by HiGHS (`scipy.optimize.milp`), to optimality or for `NODES`.
 
     Args:
         losses: of every width on offer, by name.
@@ -210,7 +212,7 @@ def solve(
         The chosen width by name.
 
     Raises:
-        QuantizationError: the narrowest widths cost more, or the solver found nothing in time.
+        QuantizationError: the narrowest widths cost more, or the solver found nothing.
     """
     narrowest = {name: min(table) for name, table in losses.items()}
     if cost_of(terms, {**fixed, **narrowest}) > limit:
@@ -265,11 +267,11 @@ def solve(
         constraints=LinearConstraint(
             matrix.tocsr(), np.append(sides, -np.inf), np.append(sides, 1 - SLACK)
         ),
-        options={"time_limit": SECONDS, "mip_rel_gap": 1e-6},
+        options={"node_limit": NODES, "mip_rel_gap": 1e-6},
     )
     if result.x is None:
         if result.status == 2:  # within the slack of the limit there is nothing but these
             return narrowest
-        raise QuantizationError(f"no widths found in {SECONDS:g} s: {result.message}")
+        raise QuantizationError(f"no widths found in {NODES:,} nodes: {result.message}")
     taken = result.x[: len(chosen)] > 0.5
     return dict(pair for pair, one in zip(chosen, taken, strict=True) if one)

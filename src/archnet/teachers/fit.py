@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from archnet.checkpoints import Checkpoints, resumable
 from archnet.files import atomic, remove, remove_leftovers
 from archnet.progress import progress_lines
 from archnet.teachers.load import TeacherError, TeacherSource, fill, read_weights
-from archnet.tensors import Checkpoints, resumable
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +141,8 @@ def train_teacher(
         checkpoint_every: steps between checkpoints.
 
     Raises:
-        TeacherError: the loss is no longer finite, or training was interrupted.
+        TeacherError: nothing of the network can learn, the loss is no longer finite, or training
+            was interrupted.
     """
     folder = teacher_folder(data.config, config, seed)
     remove_leftovers(folder)
@@ -166,6 +167,8 @@ def train_teacher(
             checkpoint_every=checkpoint_every,
         )
     data.setup()
+    if data.config.kind != "translation":
+        _require_gradient(model, data.labelled()[0][0][None], config.name)
     model.train().requires_grad_(True)
     kind = _TranslationTraining if data.config.kind == "translation" else _ClassifierTraining
     learner = kind(model, data, config.fit, seed)
@@ -210,6 +213,18 @@ def train_teacher(
     if trainer.is_global_zero:
         _keep(model, folder, learner, time.monotonic() - began)
     return model
+
+
+def _require_gradient(model: nn.Module, images: Tensor, name: str) -> None:
+    """Refuse a network whose answer tells no weight where to go."""
+    with torch.enable_grad():
+        result = model.eval().requires_grad_(True)(images)
+    if not result.requires_grad:
+        raise TeacherError(
+            f"teacher.train=true cannot train {name}: its result has no gradient, as behind an "
+            "argmax; let it end with the scores of the classes, or train it elsewhere and set "
+            "teacher.train=false"
+        )
 
 
 def teacher_folder(task: Any, teacher: Any, seed: int) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from archnet.capture import CaptureError, answer, capture, only_result, unwrap
 from archnet.errors import ArchnetError
 from archnet.teachers.nets import NETS
 from archnet.teachers.transformer import Transformer
+from archnet.tensors import DamagedError, read_tensors
 
 # Keys under which training scripts nest the state dict, and prefixes that wrappers add to its
 # names.
@@ -296,15 +296,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise TeacherError(f"teacher.weights={path} is not a file")
     try:
-        content = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except pickle.UnpicklingError as error:
+        content = load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
+    except DamagedError as error:
         raise TeacherError(
-            f"teacher.weights={path} is damaged or holds more than tensors, "
-            "and pickled code is never executed: save model.state_dict(), best as .safetensors"
+            f"teacher.weights={error}: save model.state_dict(), best as .safetensors"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise TeacherError(

@@ -1,4 +1,4 @@
-"""What a teacher's weights state of the images they were trained on."""
+"""What a teacher's weights state of the images and the classes they were trained on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from archnet.teachers.load import TeacherError, TeacherSource, from_factory, import_timm
 
@@ -50,7 +52,29 @@ def preprocessing_of(config: TeacherSource) -> Preprocessing | None:
     return None
 
 
-def _of_torchvision(config: TeacherSource) -> Preprocessing | None:
+def class_names_of(config: TeacherSource, network: nn.Module) -> tuple[str, ...]:
+    """The names of a teacher's classes in the order of its scores; empty where nothing states them.
+
+    torchvision states those of its own weights; a network may carry them as `config.id2label`, as
+    transformers have it, or in a `pretrained_cfg` of timm.
+
+    Args:
+        config: of the teacher.
+        network: the teacher.
+    """
+    if config.source == "torchvision":
+        _, found = _torchvision_weights(config)
+        return tuple(found.meta.get("categories", ())) if found is not None else ()
+    by_number = getattr(getattr(network, "config", None), "id2label", None)
+    if isinstance(by_number, Mapping) and set(by_number) == set(range(len(by_number))):
+        return tuple(str(by_number[number]) for number in range(len(by_number)))
+    cfg = getattr(network, "pretrained_cfg", None)
+    names = cfg.get("label_names") if isinstance(cfg, Mapping) else None
+    return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+
+
+def _torchvision_weights(config: TeacherSource) -> tuple[Any, Any]:
+    """All weights that torchvision has for a network, and the teacher's, if they are among them."""
     from torchvision import models
 
     try:
@@ -61,10 +85,13 @@ def _of_torchvision(config: TeacherSource) -> Preprocessing | None:
         ) from error
     if config.weights == "published":
         name = str(config.kwargs.get("weights", "DEFAULT")).rpartition(".")[2]
-        found = known.__members__.get(name)
-    else:
-        file = Path(config.weights or "").name
-        found = next((w for w in known if Path(w.url).name == file), None)
+        return known, known.__members__.get(name)
+    file = Path(config.weights or "").name
+    return known, next((w for w in known if Path(w.url).name == file), None)
+
+
+def _of_torchvision(config: TeacherSource) -> Preprocessing | None:
+    known, found = _torchvision_weights(config)
     weights = found or known.DEFAULT
     preset = weights.transforms()
     return Preprocessing(

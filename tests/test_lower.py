@@ -343,3 +343,16 @@ def test_what_a_target_computes_by_itself_stays(kind):
     assert all(check.max_steps * unit.max() < 0.1 * expected.abs().max() for check in checks)
     changed = convert(network, images, "arch5", calibration=images)
     assert not all(row.exact for row in changed.report)
+
+
+def test_a_pool_over_a_large_map_needs_memory_for_the_map_alone():
+    """No unit matrix is pushed through it, and no way of writing it has a view for each pixel."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1)
+    )
+    images = torch.randn(1, 3, 256, 256)
+    for target in ("arch5", "arch5_conv"):
+        lowered = lower(convert(network.eval(), images, target, calibration=images))
+        assert len(lowered.student.graph.steps) < 60
+        largest = max(p.numel() for p in lowered.student.parameters())
+        assert largest <= 128 * 128 * 16

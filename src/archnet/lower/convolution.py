@@ -1,5 +1,6 @@
 """Convolutions of any kernel, stride, dilation and grouping (exact)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from archnet.ops.operators import Pair
 
 LARGEST_STACK = 7  # side of a kernel that is worth a stack of 3x3 convolutions
 WIDE = 4  # times as many channels in a wide lane
+MOST_VIEWS = 256  # of a map beside each other; a window of 31x31 has 121 of three pixels
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def views_and_1x1(conv: Dense, inputs: tuple[str, ...], draft: Draft) -> Result:
     """
     (out, channels, kh, kw), shape = conv.weights.shape, draft.shapes[inputs[0]]
     rows, columns = conv.size(shape)
-    if conv.kernel == (1, 1) and conv.stride == (1, 1):
+    if conv.kernel == conv.stride == (1, 1) or kh * kw > MOST_VIEWS:
         return None
     x = draft.pad(inputs[0], (conv.padding[0],) * 2, (conv.padding[1],) * 2)
     if conv.stride == conv.kernel and conv.dilation == (1, 1):
@@ -215,6 +217,8 @@ def shifted_3x3(conv: Dense, inputs: tuple[str, ...], draft: Draft) -> Result:
     (x,), shape = inputs, draft.shapes[inputs[0]]
     plain = conv.kernel == (3, 3) and conv.padding in ((0, 0), (1, 1))
     if plain and conv.dilation == (1, 1) and conv.stride in ((1, 1), (2, 2)):
+        return None
+    if math.prod(-(-side // 3) for side in conv.extent) > MOST_VIEWS:
         return None
     rows, columns = conv.size(shape)
     stride = conv.stride[0] if conv.stride[0] == conv.stride[1] <= 2 else 1
@@ -385,6 +389,8 @@ def grouped_shifted_lanes(conv: Grouped, x: str, draft: Draft) -> Result:
     kernel, stride = conv.weights.shape[2:], conv.stride
     square = stride[0] == stride[1] <= 2
     if conv.groups == 1 or max(kernel) <= 3 or not square or conv.copies > 1:
+        return None
+    if math.prod(-(-side // 3) for side in kernel) > MOST_VIEWS:
         return None
     channels = conv.groups * conv.weights.shape[1]
     whole = Dense(

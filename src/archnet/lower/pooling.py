@@ -2,7 +2,7 @@
 
 import math
 
-from archnet.lower.convolution import windows
+from archnet.lower.convolution import MOST_VIEWS, windows
 from archnet.lower.draft import Draft
 from archnet.lower.registry import Result, lowering
 from archnet.ops import MaxPool
@@ -64,6 +64,8 @@ def rows_of_values(op: MaxPool, inputs: tuple[str, ...], draft: Draft) -> Result
 
     Instead of padding stands what lies at the border, which is in each such window already.
     """
+    if math.prod(op.kernel) > MOST_VIEWS:
+        return None
     x, (left, right, top, bottom) = inputs[0], op.padding
     channels, *before = draft.shapes[x]
     size = [

@@ -1,20 +1,23 @@
-"""What Rockchip's compiler says of networks and of their students, after its own INT8 quantization.
+r"""What Rockchip's compiler says of networks and of their students, after its own INT8 quantization.
 
     python benchmarks/rknn.py resnet18 --python $RKNN/bin/python
 
-The compiler wants an environment of its own, whose Python the option names:
+The compiler wants an environment of its own, whose Python the option names; its torch may be
+that of archnet's:
 
-    python3.11 -m venv $RKNN && $RKNN/bin/pip install --no-deps rknn-toolkit2==2.5.0
-    $RKNN/bin/pip install torch "numpy<2" protobuf==4.25.4 ruamel.yaml psutil tqdm scipy \
-        onnx==1.18.0 onnxruntime==1.22.1 flatbuffers fast-histogram ml_dtypes \
-        opencv-python-headless==4.11.0.86
+    python3.11 -m venv $RKNN && $RKNN/bin/pip install --no-deps rknn-toolkit2==2.5.0 "numpy<2" \
+        protobuf==4.25.4 onnx==1.18.0 onnxruntime==1.22.1 opencv-python-headless==4.11.0.86 \
+        scipy ruamel.yaml psutil tqdm flatbuffers fast-histogram ml_dtypes typing_extensions \
+        coloredlogs humanfriendly packaging
+    python -c "import torch; print(torch.__path__[0] + '/..')" > \
+        $RKNN/lib/python3.11/site-packages/torch.pth
 
 Weights and pictures are random. Batch norms have the statistics of the pictures, scores a mean of
-zero: random networks give one class to all pictures otherwise. The teacher's file is torch's
-own export, a student's is the float one, both for one picture. A row of the compiler's table is an
-operator on the chip, several of the file fused. It charges no cycles for what it leaves to the
-CPU, nor for what multiplies nothing, so that ``read_kb``, what all rows read (weights, too),
-stands beside them.
+zero: random networks give one class to all pictures otherwise. The teacher's file is torch's own
+export, a student's is the float one, both for one picture. A row of the compiler's table is an
+operator on the chip, several of the file fused. It charges no cycles for what it leaves to the CPU,
+nor for what multiplies nothing, so that ``read_kb``, what all rows read (weights, too), stands
+beside them.
 
 ``changed`` counts pictures whose class differs between the compiler's simulator and the float
 teacher, ``changed_own`` between the simulator and the float file, ``answers`` how many classes

@@ -1,4 +1,4 @@
-r"""What Rockchip's compiler says of networks and of their students, after its own INT8 quantization.
+r"""What Rockchip's compiler says of networks and their students, after its own INT8 quantization.
 
     python benchmarks/rknn.py resnet18 --python $RKNN/bin/python
 

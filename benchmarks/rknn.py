@@ -12,16 +12,15 @@ that of archnet's:
     python -c "import torch; print(torch.__path__[0] + '/..')" > \
         $RKNN/lib/python3.11/site-packages/torch.pth
 
-Weights and pictures are random. Batch norms have the statistics of the pictures, scores a mean of
-zero: random networks give one class to all pictures otherwise. The teacher's file is torch's own
-export, a student's is the float one, both for one picture. A row of the compiler's table is an
-operator on the chip, several of the file fused. It charges no cycles for what it leaves to the CPU,
-nor for what multiplies nothing, so that ``read_kb``, what all rows read (weights, too), stands
-beside them.
+Weights and pictures are random. The teacher's file is torch's own export, a student's is the float
+one, both for one picture. A row of the compiler's table is an operator on the chip, several of the
+file fused. It charges no cycles for what it leaves to the CPU, nor for what multiplies nothing, so
+that ``read_kb``, what all rows read (weights, too), stands beside them.
 
 ``changed`` counts pictures whose class differs between the compiler's simulator and the float
 teacher, ``changed_own`` between the simulator and the float file, ``answers`` how many classes
-the float teacher gives to these pictures; ``distance`` is the root mean square between the scores
+the float teacher gives to these pictures: where it is one, as of many deep networks with random
+weights, ``changed`` says nothing. ``distance`` is the root mean square between the scores
 of the simulator and those of the float file, over that of the latter.
 """
 
@@ -226,25 +225,6 @@ def scores_of(network: nn.Module, pictures: Tensor) -> Tensor:
         return torch.cat([network(part).flatten(1) for part in pictures.split(10)])
 
 
-def settled(network: nn.Module, pictures: Tensor) -> nn.Module:
-    """The network with batch norms of these pictures' statistics, as a trained one has, and a last
-    bias that makes each score zero on average.
-    """
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average
-        norm.train()
-    with torch.no_grad():
-        network(pictures)
-    for norm in norms:
-        norm.eval()
-    *_, last = (module for module in network.modules() if isinstance(module, nn.Linear))
-    mean = scores_of(network, pictures).mean(0)
-    last.bias = nn.Parameter((0 if last.bias is None else last.bias.detach()) - mean, False)
-    return network
-
-
 def measure(name: str, options: argparse.Namespace) -> None:
     """Add the rows of one network: its own and that of each student."""
     member, side, classes = network_named(name)
@@ -252,7 +232,6 @@ def measure(name: str, options: argparse.Namespace) -> None:
     images = torch.randn(CALIBRATION + PICTURES, 3, side, side, generator=generator)
     calibration, pictures = images.split([CALIBRATION, PICTURES])
     network = random_network(member, num_classes=classes, seed=options.seed)
-    network = settled(network, calibration)
     teacher = scores_of(network, pictures)
     teacher_cycles = 0
     for hardware in (TEACHER, *options.hardware):

@@ -27,6 +27,7 @@ of the simulator and those of the float file, over that of the latter.
 import argparse
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,7 +63,7 @@ OWN = 32, 10  # side of the pictures and classes of archnet's own teachers
 SHOWN = 4  # rows that cost most
 ROW = re.compile(
     r"\] (?P<number>\d+)\s+(?P<operator>\S+)\s+\S+\s+(?P<target>\S+)\s+(?P<reads>\S+)\s+"
-    r"(?P<writes>\S+)\s+(?P<ddr>\d+)/(?P<npu>\d+)/(?P<cycles>\d+)\s+(?P<kb>\d+)\s+(?P<name>\S+)"
+    r"\S+\s+\d+/\d+/(?P<cycles>\d+)\s+(?P<kb>\d+)\s"  # of memory, of the array, in all
 )
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
@@ -244,7 +245,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
             "act_bits": 8,
             "seed": options.seed,
             "command": f"python benchmarks/rknn.py {name}{more} --platform {options.platform} "
-            f"--seed {options.seed} --python $RKNN/bin/python",
+            f"--seed {options.seed} --timeout {options.timeout} --python $RKNN/bin/python",
             "platform": options.platform,
             "answers": len(teacher.argmax(1).unique()),
         }
@@ -291,6 +292,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights and pictures")
     parser.add_argument("--timeout", type=int, default=900, help="seconds for one file")
     options = parser.parse_args()
+    python = shutil.which(options.python)
+    if python is None:
+        parser.error(f"--python {options.python}: there is no such program")
+    options.python = str(Path(python).absolute())
+    try:
+        for name in options.networks:
+            network_named(name)
+    except ArchnetError as error:
+        parser.error(str(error))
     if len(options.networks) == 1:
         torch.set_num_threads(1)
         measure(options.networks[0], options)

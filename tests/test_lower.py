@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from archnet.convert import convert
 from archnet.deploy import audit, to_integers, to_onnx, verify
 from archnet.hardware import Target
-from archnet.lower import check_layers, deployed, lower, registry, target_of
+from archnet.lower import check_layers, convolution, deployed, lower, registry, target_of
 from archnet.ops import (
     Add,
     AveragePool,
@@ -106,6 +106,7 @@ KINDS = {
     "1x3": lambda: conv((1, 3), 1, (0, 1)),
     "5x5": lambda: conv(5, 1, 2),
     "7x7 stride 2": lambda: conv(7, 2, 3),
+    "5x7 stride 2": lambda: conv((5, 7), 2, (2, 3)),
     "4x4": lambda: conv(4, 1, 1),
     "7x3": lambda: conv((7, 3), 1, (3, 1)),
     "patches": lambda: conv(3, 3),
@@ -194,6 +195,19 @@ def test_every_way_alone_computes_the_same(operator, monkeypatch):
                 assert same, (kind, way.name)
                 used[way.name] += way.name in " ".join(lower(floating, everything).ways.values())
     assert all(used[way.name] for way in registry.WAYS[operator][1:]), used
+
+
+@pytest.mark.parametrize("way", convolution._DENSE[1:], ids=lambda way: way.name)
+def test_every_way_of_a_dense_convolution_computes_the_same(way, monkeypatch):
+    """Beside the convolution itself, of a target that has 3x3 alone."""
+    target, used = native(("conv", "depthwise_conv")), 0
+    monkeypatch.setattr(convolution, "_DENSE", [convolution._DENSE[0], way])
+    for kind in ("3x3 padding 2", "1x1 stride 2", "2x2", "5x5", "7x7 stride 2", "7x3", "patches"):
+        student, images = quantized(kind, (2, 4))
+        used += way.name in " ".join(lower(student, target).ways.values())
+        whole = integers(student, images, native(), "multiplier")
+        assert np.array_equal(whole, integers(student, images, target, "multiplier")), kind
+    assert used
 
 
 @pytest.mark.parametrize("kind", ["depthwise", "two groups", "7x7 stride 2", "addition"])

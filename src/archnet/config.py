@@ -403,7 +403,7 @@ class HardwareConfig:
     fc_per_position: bool = True  # a fully connected layer at every position is cheap here
     max_channels: int | None = _number(None, 1)  # widest map a convolution takes; null: no limit
     lanes: int = _number(16, 1)  # channels a slice of a depthwise convolution, one dense 3x3 each
-    merge_lanes: int = _number(64, 1)  # channels a slice where additions are merged by slices
+    merge_lanes: int = _number(128, 1)  # channels a slice where additions are merged by slices
     # Whether functions, norms and products of features that it lists stay as they are; false where
     # its tool reads files that archnet writes of the five operators alone (tflite).
     keeps_functions: bool = True

@@ -128,7 +128,13 @@ class Writer:
         self.nodes[-1].metadata_props.add(key=WIDTH_KEY, value=str(bits))
 
     def constant(self, name: str, values: Any, dtype: Any) -> str:
-        self.constants[name] = numpy_helper.from_array(np.asarray(values, dtype), name)
+        array = np.asarray(values, dtype)
+        if array.dtype == np.int64:
+            # Rockchip's compiler looks for a Pad's pads among the numbers, not in raw bytes.
+            tensor = helper.make_tensor(name, TensorProto.INT64, array.shape, array.flatten())
+        else:
+            tensor = numpy_helper.from_array(array, name)
+        self.constants[name] = tensor
         return name
 
     def integers(self, name: str, values: Tensor, dtype: Any) -> str:

@@ -158,6 +158,47 @@ def stack_of_3x3(conv: Dense, inputs: tuple[str, ...], draft: Draft) -> Result:
     return draft.convolution(x, conv.weights.changed(shape, taps), stride=conv.stride)
 
 
+def stride_first(conv: Dense, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """A kernel of up to 7x7 with stride 2 as two 3x3 convolutions, the first with the stride.
+
+    The first one is constant: its nine outputs a channel are the pixels at 2 i + a, with a from -1
+    to 1. Tap u of the second one reads them at i + u, which is 2 i + (2 u + a): offsets from -3 to
+    3. Where i + u lies outside, so does 2 (i + u) + a for the a of u's own sign, which it is read
+    with.
+    """
+    (x,), channels = inputs, conv.weights.shape[1]
+    radii = [k // 2 for k in conv.kernel]
+    odd = all(k % 2 and k <= LARGEST_STACK for k in conv.kernel) and max(radii) > 1
+    fits = odd and conv.dilation == (1, 1) and tuple(radii) == conv.padding
+    if not fits or conv.stride != (2, 2):
+        return None
+    phases = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
+
+    def picks() -> Tensor:
+        kernel = torch.zeros(len(phases), channels, channels, 3, 3)
+        every = torch.arange(channels)
+        for index, (a, b) in enumerate(phases):
+            kernel[index, every, every, 1 + a, 1 + b] = 1
+        return kernel.flatten(0, 1)
+
+    many = channels * len(phases)
+    picked = Weights.constant((many, channels, 3, 3), picks, 1.0, draft)
+    x = draft.passed_on(draft.convolution(x, picked, stride=2))
+
+    def taps(weight: Tensor) -> Tensor:
+        kernel = weight.new_zeros(len(weight), len(phases), channels, 3, 3)
+        for i in range(conv.kernel[0]):
+            for j in range(conv.kernel[1]):
+                offsets = [t - r for t, r in zip((i, j), radii, strict=True)]
+                tap = [(o > 0) - (o < 0) if abs(o) > 1 else 0 for o in offsets]
+                phase = (offsets[0] - 2 * tap[0], offsets[1] - 2 * tap[1])
+                at = phases.index(phase)
+                kernel[:, at, :, 1 + tap[0], 1 + tap[1]] = weight[:, :, i, j]
+        return kernel.flatten(1, 2)
+
+    return draft.convolution(x, conv.weights.changed((conv.weights.shape[0], many, 3, 3), taps))
+
+
 def views_and_1x1(conv: Dense, inputs: tuple[str, ...], draft: Draft) -> Result:
     """The window's views side by side (im2col by moves), and a matrix at every position.
 
@@ -275,7 +316,7 @@ def shifted(draft: Draft, x: str, conv: Dense, stride: int) -> tuple[list[str], 
 
 _DENSE = [
     Way(build.__name__.replace("_", " "), build)
-    for build in (as_it_is, within_3x3, stack_of_3x3, views_and_1x1, shifted_3x3)
+    for build in (as_it_is, within_3x3, stack_of_3x3, stride_first, views_and_1x1, shifted_3x3)
 ]
 
 

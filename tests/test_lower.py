@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from archnet.convert import convert
-from archnet.deploy import audit, to_integers, to_onnx, verify
+from archnet.deploy import audit, export, to_integers, to_onnx, verify
+from archnet.errors import ArchnetError
 from archnet.hardware import Target
 from archnet.lower import check_layers, convolution, deployed, lower, registry, target_of
 from archnet.ops import (
@@ -336,7 +337,7 @@ NATIVES = {
 
 
 @pytest.mark.parametrize("kind", NATIVES)
-def test_what_a_target_computes_by_itself_stays(kind):
+def test_what_a_target_computes_by_itself_stays(kind, tmp_path):
     """Exact in floats; in integers its meaning is that of PyTorch and of the file."""
     torch.manual_seed(0)
     images = torch.randn(16, 3, 9, 9)
@@ -355,6 +356,9 @@ def test_what_a_target_computes_by_itself_stays(kind):
     assert all(check.bit_equal > 0.6 for check in checks), checks
     unit = to_integers(student).output_unit
     assert all(check.max_steps * unit.max() < 0.1 * expected.abs().max() for check in checks)
+    for form in ("c", "tflite"):
+        with pytest.raises(ArchnetError, match=r"hardware\.keeps_functions=false"):
+            export(student, tmp_path / "net", form=form)
     changed = convert(network, images, "arch5", calibration=images)
     assert not all(row.exact for row in changed.report)
 

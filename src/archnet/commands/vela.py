@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from archnet import pipeline
-    from archnet.deploy import to_integers
+    from archnet.deploy.export import of_five
     from archnet.deploy.tflite import to_tflite
     from archnet.deploy.vela import ACCELERATOR, check_accelerator, compile_vela
     from archnet.report.table import plain_console
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     accelerator = check_accelerator(options.accelerator or ACCELERATOR)
     folder = open_folder(options)
     pipeline.require_classifier(folder)
-    model = to_integers(pipeline.load_student(folder), target="arch5")
+    model = of_five(pipeline.load_student(folder), "tflite")
     report = compile_vela(to_tflite(model), accelerator)
     table = Table(title=f"{report.accelerator}, {report.memory}", title_justify="left")
     table.add_column("")

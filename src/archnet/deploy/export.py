@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from archnet.deploy.emitters import emit, emit_split
-from archnet.deploy.integer import to_integers
+from archnet.deploy.integer import IntegerModel, to_integers
 from archnet.deploy.qdq import QdqWriter
 from archnet.deploy.qonnx import QonnxWriter
 from archnet.deploy.runtime import compile_openvino
 from archnet.deploy.writer import ExportError, Value, Writer
 from archnet.files import atomic
-from archnet.hardware import Audit
+from archnet.hardware import Audit, Target
 from archnet.hardware import audit as audit_file
-from archnet.lower import deployed
+from archnet.lower import TargetError, check_layers, deployed
 from archnet.ops import Activation, Slice, Student, WeightedOperator
 
 
@@ -48,13 +48,29 @@ class Form:
 def _c_header(student: Student) -> bytes:
     from archnet.deploy.c_header import to_c
 
-    return to_c(to_integers(student, target="arch5")).encode()
+    return to_c(of_five(student, "c")).encode()
 
 
 def _tflite(student: Student) -> bytes:
     from archnet.deploy.tflite import to_tflite
 
-    return to_tflite(to_integers(student, target="arch5"))
+    return to_tflite(of_five(student, "tflite"))
+
+
+def of_five(student: Student, form: str) -> IntegerModel:
+    """The integers of a student lowered for arch5, whose operators a form is written of.
+
+    Raises:
+        ExportError: the student has functions that its own target computes by itself.
+    """
+    try:
+        check_layers(student, Target.named("arch5"))
+    except TargetError as error:
+        raise ExportError(
+            f"form={form} is written of five operators: {error}; convert with "
+            "hardware.keeps_functions=false"
+        ) from error
+    return to_integers(student, target="arch5")
 
 
 def _openvino(student: Student) -> bytes:

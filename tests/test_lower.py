@@ -158,7 +158,7 @@ def integers(student: Student, images: Tensor, target: Target | str, kind: str) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_target_computes_the_same_integers(kind):
-    """Those of whole operators, of the five, of the five read literally; half of the widths each."""
+    """Those of whole operators, of the five, of the five read literally; half the widths each."""
     for widths in WIDTHS[list(KINDS).index(kind) % 2 :: 2]:
         student, images = quantized(kind, widths)
         whole = integers(student, images, native(), "multiplier")

@@ -58,6 +58,7 @@ def moves(found: list[str]) -> tuple[int, int]:
 def file_of(network: torch.nn.Module, images: torch.Tensor) -> onnx.ModelProto:
     """A network as torch exports it."""
     buffer = io.BytesIO()
+    torch.backends.mha.set_fastpath_enabled(False)  # which ONNX has no operator for
     torch.onnx.export(network, (images,), buffer, opset_version=17, dynamo=False)
     return onnx.load_from_string(buffer.getvalue())
 

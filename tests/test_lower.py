@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from archnet.convert import convert
+from archnet.convert import Approximation, convert
 from archnet.deploy import audit, export, to_integers, to_onnx, verify
 from archnet.errors import ArchnetError
 from archnet.hardware import Target
@@ -315,6 +315,20 @@ class Attends(nn.Module):
         return tokens * torch.sigmoid(tokens)
 
 
+class Windowed(nn.Module):
+    """Attention with a bias for every pair, which no target keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.bias = nn.Linear(6, 18), nn.Parameter(torch.randn(81, 81))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).unflatten(2, (3, 2, 3)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, self.bias)
+        return mixed.transpose(1, 2).flatten(2)
+
+
 class Excited(nn.Module):
     """Squeeze-and-excitation."""
 
@@ -362,6 +376,17 @@ def test_what_a_target_computes_by_itself_stays(kind, tmp_path):
             export(student, tmp_path / "net", form=form)
     changed = convert(network, images, "arch5", calibration=images)
     assert not all(row.exact for row in changed.report)
+
+
+def test_what_a_target_does_not_keep_is_fitted():
+    torch.manual_seed(0)
+    images, network = torch.randn(16, 3, 9, 9), Body(Windowed())
+    with torch.no_grad():
+        network(images)
+    for budget in (None, 30.0):  # under which every form is built compact as well
+        form = Approximation(max_macs=budget)
+        student = convert(network.eval(), images, "rk3588", calibration=images, approximation=form)
+        assert not all(row.exact for row in student.report)
 
 
 def test_a_pool_over_a_large_map_needs_memory_for_the_map_alone():

@@ -73,11 +73,13 @@ def _kept(site: Site) -> Feature | None:
     masked = given.get("is_causal") or any(
         given.get(name) is not None for name in ("attn_mask", "bias")
     )
+    if masked or site.is_compact:
+        return None
     query, key, value = (site.feature(name) for name in ("query", "key", "value"))
     scale = given.get("scale")
     scale = torch.as_tensor(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
-    if masked or scale.numel() != 1 or not alike or key.shape[-2] != value.shape[-2]:
+    if scale.numel() != 1 or not alike or key.shape[-2] != value.shape[-2]:
         return None
     scores = MatMul(transposed=True, factor=float(scale))
     name = builder.emit("scores", scores, builder.first(query), builder.first(key))

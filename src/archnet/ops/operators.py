@@ -10,6 +10,7 @@ student is rebuilt from plain data and never from pickled code. Quantizers hang 
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -211,7 +212,7 @@ class MaxPool(MaxPooling):
         return F.max_pool2d(x, self.kernel, self.stride, 0, self.dilation)
 
 
-class Summing(Operator):
+class Summing(Operator, ABC):
     """A sum of values of one grid times a number that is the same for all: constants, no weights.
 
     In integers it is the sum of the integers, which is then requantized; ``factor`` is part of
@@ -220,9 +221,9 @@ class Summing(Operator):
 
     factor: float = 1.0
 
+    @abstractmethod
     def terms(self, read: Sequence[Sequence[int]]) -> int:
         """How many values each result is the sum of; ``read`` are shapes for one sample."""
-        raise NotImplementedError
 
     def to_power_of_two(self) -> None:
         """Round the factor to a multiple below 2^7 of a power of two, for chips that requantize by

@@ -199,7 +199,7 @@ def test_the_config_of_an_older_run_composes(tmp_path: Path) -> None:
     folder.write_config(compose(CONF, []))
     path = tmp_path / "config.yaml"
     tree = yaml.safe_load(path.read_text())
-    kept = ("name", "operators", "fc_per_position", "max_channels", "lanes", "merge_lanes")
+    kept = ("name", "operators", "fc_per_position", "max_channels", "lanes")
     kept += ("weight_bits", "act_bits", "requantization", "accumulator_bits", "source")
     tree["hardware"] = {key: tree["hardware"][key] for key in kept}
     path.write_text(yaml.safe_dump(tree))

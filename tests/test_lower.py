@@ -177,7 +177,7 @@ def test_scales_that_are_powers_of_two_stay_so(kind):
 def test_every_way_alone_computes_the_same(operator, monkeypatch):
     """Whatever a target's costs choose; in floats and in integers."""
     used: Counter[str] = Counter()
-    everything = replace(native(), complete=False, lanes=1, merge_lanes=2)
+    everything = replace(native(), complete=False, lanes=1)
     # Every network ends in a fully connected layer, which is written in one way alone.
     for kind in ["tokens", "mean"] if operator is FullyConnected else KINDS:
         network, images = teacher_of(kind)

@@ -374,14 +374,18 @@ class LimitsConfig:
 class CostsConfig:
     """What work costs on a target, in cycles: by it the cheapest of several ways is taken.
 
-    The defaults are fitted to what the compiler of Rockchip's RK3588 (rknn-toolkit2 2.5.0, INT8)
-    says of ResNet-18 in several forms; ``turn`` is an assumption. Other chips differ in sizes more
-    than in the order of things.
+    The form and all defaults but two are what the compiler of Rockchip's RK3588 (rknn-toolkit2
+    2.5.0, INT8) says of itself: 144 rows of its tables for ResNets, MobileNetV2, a DenseNet and a
+    ViT follow from them exactly (`archnet.hardware.estimate`). It charges neither ``launch`` nor
+    ``turn``: both are assumptions, of a microsecond and of ten.
     """
 
-    mac: float = _number(0.004, 0)  # a multiplication with its addition, in a full array
-    moved: float = _number(0.15, 0)  # a value that a layout move copies
-    joined: float = _number(0.02, 0)  # a value that a concatenation, addition or pooling reads
+    mac: float = _number(1 / 1024, 0)  # a multiplication with its addition, in a full array
+    depthwise: float = _number(1 / 64, 0)  # the same in a layer that has a group a channel
+    pixels: int = _number(16, 1)  # positions are rounded up to a multiple of it
+    channels: int = _number(32, 1)  # so are channels
+    depth: int = _number(128, 1)  # products of an output, below which it costs no less
+    byte: float = _number(0.0426, 0)  # a byte that is read or written
     launch: float = _number(1000.0, 0)  # an operator, whatever its size
     # A move that is more than a copy of whole channels (a slice over pixels, a transposition, a
     # pad), which compilers leave to the CPU.
@@ -403,7 +407,6 @@ class HardwareConfig:
     fc_per_position: bool = True  # a fully connected layer at every position is cheap here
     max_channels: int | None = _number(None, 1)  # widest map a convolution takes; null: no limit
     lanes: int = _number(16, 1)  # channels a slice of a depthwise convolution, one dense 3x3 each
-    merge_lanes: int = _number(128, 1)  # channels a slice where additions are merged by slices
     # Whether functions, norms and products of features that it lists stay as they are; false where
     # its tool reads files that archnet writes of the five operators alone (tflite).
     keeps_functions: bool = True

@@ -68,7 +68,6 @@ class Target:
     fc_per_position: bool
     max_channels: int | None
     lanes: int
-    merge_lanes: int
     keeps_functions: bool
     weight_bits: tuple[int, ...]
     act_bits: tuple[int, ...]

@@ -1,7 +1,8 @@
 """Convolutions of any kernel, stride, dilation and grouping (exact)."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from archnet.ops import Convolution
 from archnet.ops.operators import Pair
 
 LARGEST_STACK = 7  # side of a kernel that is worth a stack of 3x3 convolutions
-WIDE = 4  # times as many channels in a wide lane
 MOST_VIEWS = 256  # of a map beside each other; a window of 31x31 has 121 of three pixels
 
 
@@ -36,6 +36,13 @@ class Dense:
         (kh, kw), (dy, dx) = self.kernel, self.dilation
         return (dy * (kh - 1) + 1, dx * (kw - 1) + 1)
 
+    def on(self, x: tuple[int, ...]) -> "Dense":
+        """The same without the outer taps that meet nothing but padding on a map (C, H, W)."""
+        weights, padding = without_idle_taps(
+            self.weights, x, self.stride, self.padding, self.dilation
+        )
+        return replace(self, weights=weights, padding=padding)
+
     def size(self, x: tuple[int, ...]) -> Pair:
         """Rows and columns of the result on a map (C, H, W)."""
         rows, columns = (
@@ -53,8 +60,32 @@ class Dense:
         }
 
 
+def without_idle_taps(
+    weights: Weights, x: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair
+) -> tuple[Weights, Pair]:
+    """A kernel without as many taps on either side as never reach a map (C, H, W), and its padding.
+
+    Tap t of output i reads pixel s i + d t - p.
+    """
+    idle = []
+    for n, k, s, p, d in zip(x[1:], weights.shape[2:], stride, padding, dilation, strict=True):
+        last = (n + 2 * p - d * (k - 1) - 1) // s * s
+        reaches = [d * t - p < n and d * t - p + last >= 0 for t in range(k)]
+        lead, trail = reaches.index(True), reaches[::-1].index(True)
+        idle.append(min(lead, trail, p // d))
+    if not any(idle):
+        return weights, padding
+    (top, left), (kh, kw) = idle, weights.shape[2:]
+    shape = (*weights.shape[:2], kh - 2 * top, kw - 2 * left)
+    cut = weights.changed(
+        shape, lambda weight: weight[:, :, top : kh - top, left : kw - left].contiguous()
+    )
+    return cut, (padding[0] - dilation[0] * top, padding[1] - dilation[1] * left)
+
+
 def dense(conv: Dense, x: str, draft: Draft) -> str:
     """A dense convolution in the way that costs least."""
+    conv = conv.on(draft.shapes[x])
     way, _ = cheapest(_DENSE, conv, (x,), draft, in_parts=False, chosen=draft.chosen)
     draft.notes.append(way.name)
     result = way.build(conv, (x,), draft)
@@ -355,20 +386,16 @@ def _expanded(weight: Tensor, groups: int, copies: int) -> Tensor:
 
 @lowering(Convolution)
 def lanes(op: Convolution, inputs: tuple[str, ...], draft: Draft) -> Result:
-    """Lanes of channels, each a dense convolution of whole groups."""
-    return grouped_lanes(Grouped.of(op), inputs[0], draft, draft.target.lanes)
-
-
-@lowering(Convolution)
-def wide_lanes(op: Convolution, inputs: tuple[str, ...], draft: Draft) -> Result:
-    """Fewer and wider lanes, where launches cost more than multiplications."""
-    return grouped_lanes(Grouped.of(op), inputs[0], draft, WIDE * draft.target.lanes)
+    """Lanes of channels, each a dense convolution of whole groups: fewer and wider ones where
+    launches cost more than multiplications.
+    """
+    return grouped_lanes(Grouped.of(op, draft.shapes[inputs[0]]), inputs[0], draft)
 
 
 @lowering(Convolution)
 def shifted_lanes(op: Convolution, inputs: tuple[str, ...], draft: Draft) -> Result:
     """Views moved by multiples of three pixels once for all lanes, a dense 3x3 in each."""
-    return grouped_shifted_lanes(Grouped.of(op), inputs[0], draft)
+    return grouped_shifted_lanes(Grouped.of(op, draft.shapes[inputs[0]]), inputs[0], draft)
 
 
 @dataclass(frozen=True)
@@ -383,8 +410,20 @@ class Grouped:
     dilation: Pair
 
     @classmethod
-    def of(cls, op: Convolution) -> "Grouped":
-        return cls(Weights.of(op), op.groups, op.copies, op.stride, op.padding, op.dilation)
+    def of(cls, op: Convolution, x: tuple[int, ...]) -> "Grouped":
+        """A layer on a map (C, H, W), without the taps that never reach it."""
+        weights, padding = without_idle_taps(Weights.of(op), x, op.stride, op.padding, op.dilation)
+        return cls(weights, op.groups, op.copies, op.stride, padding, op.dilation)
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "shape": self.weights.shape,
+            "groups": self.groups,
+            "copies": self.copies,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+        }
 
     def lane(self, first: int, count: int) -> Dense:
         """Some groups as one dense convolution."""
@@ -411,10 +450,42 @@ def _lane_inputs(conv: Grouped, x: str, draft: Draft, together: int) -> list[str
     ]
 
 
-def grouped_lanes(conv: Grouped, x: str, draft: Draft, lane: int) -> Result:
+def grouped_lanes(conv: Grouped, x: str, draft: Draft) -> Result:
+    """Lanes of channels, as wide as costs least."""
+    if conv.groups == 1:
+        return None
+    return in_lanes(
+        conv.groups * max(1, conv.weights.shape[1] // conv.copies),
+        lambda lane, draft: _grouped_lanes(conv, x, draft, lane),
+        draft,
+        f"lanes {conv.spec()} {draft.shapes[x]}",
+    )
+
+
+def in_lanes(
+    channels: int, build: Callable[[int, Draft], Result], draft: Draft, key: str
+) -> Result:
+    """The cheapest of several widths of lanes; ``key`` says of what, sizes included.
+
+    Tried are the target's lanes (`hardware.lanes`), twice as wide ones, and so on.
+    """
+    key = f"{key} {draft.quantizer is not None}"
+    if key not in draft.chosen:
+        found, lane = (math.inf, 0), draft.target.lanes
+        while lane < channels:
+            trial = draft.trial()
+            if build(lane, trial) is not None and not trial.misfit:
+                found = min(found, (trial.cycles, lane))
+            lane *= 2
+        draft.chosen[key] = found[1]
+    lane = draft.chosen[key]
+    return build(lane, draft) if lane else None
+
+
+def _grouped_lanes(conv: Grouped, x: str, draft: Draft, lane: int) -> Result:
     """Lanes of at most so many channels."""
     together = conv.together(lane)
-    if conv.groups == 1 or together >= conv.groups:
+    if together >= conv.groups:
         return None
     inputs = _lane_inputs(conv, x, draft, together)
     names = [
@@ -425,14 +496,23 @@ def grouped_lanes(conv: Grouped, x: str, draft: Draft, lane: int) -> Result:
 
 
 def grouped_shifted_lanes(conv: Grouped, x: str, draft: Draft) -> Result:
-    """Lanes of 3x3 convolutions over views that are shared by all of them."""
-    together = conv.together(draft.target.lanes)
+    """Lanes of 3x3 convolutions over views that all of them share, as wide as costs least."""
     kernel, stride = conv.weights.shape[2:], conv.stride
     square = stride[0] == stride[1] <= 2
     if conv.groups == 1 or max(kernel) <= 3 or not square or conv.copies > 1:
         return None
     if math.prod(-(-side // 3) for side in kernel) > MOST_VIEWS:
         return None
+    return in_lanes(
+        conv.groups * conv.weights.shape[1],
+        lambda lane, draft: _shifted_lanes(conv, x, draft, lane),
+        draft,
+        f"shifted {conv.spec()} {draft.shapes[x]}",
+    )
+
+
+def _shifted_lanes(conv: Grouped, x: str, draft: Draft, lane: int) -> Result:
+    together, kernel, stride = conv.together(lane), conv.weights.shape[2:], conv.stride
     channels = conv.groups * conv.weights.shape[1]
     whole = Dense(
         Weights.constant((1, channels, *kernel), lambda: torch.zeros(()), 1.0, draft),
@@ -445,13 +525,13 @@ def grouped_shifted_lanes(conv: Grouped, x: str, draft: Draft) -> Result:
     parted = [_lane_inputs(conv, view, draft, together) for view in views]
     names = []
     for index, first in enumerate(range(0, conv.groups, together)):
-        lane = conv.lane(first, min(together, conv.groups - first))
-        out, width = lane.weights.shape[:2]
+        part = conv.lane(first, min(together, conv.groups - first))
+        out, width = part.weights.shape[:2]
 
         def tiled(weight: Tensor) -> Tensor:
             return torch.cat([tile(weight) for tile in tiles], 1)
 
-        weights = lane.weights.changed((out, width * len(tiles), 3, 3), tiled)
+        weights = part.weights.changed((out, width * len(tiles), 3, 3), tiled)
         joined = draft.concat([parts[index] for parts in parted], 1)
         done = draft.convolution(joined, weights, stride=stride, padding=0)
         names.append(draft.slice(draft.slice(done, 2, 0, rows), 3, 0, columns))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from archnet.hardware.estimate import estimate
 from archnet.hardware.layers import layer_of
 from archnet.hardware.target import Target
 from archnet.ops import (
@@ -25,7 +26,6 @@ from archnet.ops import (
     Reshape,
     Slice,
     Step,
-    Summing,
     WeightedOperator,
 )
 from archnet.ops.operators import split
@@ -161,6 +161,7 @@ class Draft:
         chosen: by operator and sizes, the way that was found cheapest.
         known: by operator and sizes, the shape of what it gives.
         reserved: names of the whole student's values.
+        joined: of values that were concatenated, the axis and the pieces.
     """
 
     target: Target
@@ -177,12 +178,14 @@ class Draft:
     chosen: dict[str, int] = field(default_factory=dict)
     known: dict[str, tuple[int, ...]] = field(default_factory=dict)
     reserved: set[str] = field(default_factory=set)
+    joined: MutableMapping[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
 
     def trial(self) -> "Draft":
         """An empty draft beside this one, without weights."""
         return replace(
             self,
             shapes=ChainMap({}, self.shapes),
+            joined=ChainMap({}, self.joined),
             is_dry=True,
             steps=[],
             modules={},
@@ -209,6 +212,8 @@ class Draft:
         self.steps.append(Step(name, inputs, self.step.origin))
         self.modules[name] = module
         self.whole[name] = self.step.name
+        if isinstance(module, Concat):
+            self.joined[name] = module.axis, inputs
         return name
 
     def named(self, value: str, name: str) -> str:
@@ -222,6 +227,8 @@ class Draft:
         self.modules[name] = self.modules.pop(value)
         self.shapes[name] = self.shapes.pop(value)
         self.whole[name] = self.whole.pop(value)
+        if value in self.joined:
+            self.joined[name] = self.joined.pop(value)
         return name
 
     def _shape(self, module: Operator, read: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -283,8 +290,13 @@ class Draft:
         return self.emit("slice", Slice(axis, start, stop, step), x)
 
     def split(self, x: str, axis: int, size: int) -> list[str]:
-        """Pieces of ``size`` along an axis, the last one what is left."""
+        """Pieces of ``size`` along an axis, the last one what is left; those that a value was
+        joined of are found again.
+        """
         whole = self.shapes[x][axis - 1]
+        along, pieces = self.joined.get(x, (0, ()))
+        if along == axis and all(self.shapes[piece][axis - 1] == size for piece in pieces):
+            return list(pieces)
         return [self.slice(x, axis, at, min(at + size, whole)) for at in range(0, whole, size)]
 
     def reshape(self, x: str, shape: tuple[int, ...]) -> str:
@@ -309,32 +321,8 @@ class Draft:
 
     @property
     def cycles(self) -> float:
-        """What the steps cost by the target's own figures (`hardware.costs`)."""
-        costs, total = self.target.costs, 0.0
-        parted: set[tuple[str, int]] = set()
-        for step in self.steps:
-            module, shape = self.modules[step.name], self.shapes[step.name]
-            count = math.prod(shape)
-            if isinstance(module, Activation):
-                continue
-            total += costs.launch
-            if isinstance(module, WeightedOperator):
-                total += costs.mac * count * math.prod(module.weight.shape[1:])
-            elif isinstance(module, Slice):
-                total += costs.moved * count
-                place = (step.inputs[0], module.axis)
-                if not _is_of_channels(module, self.shapes[step.inputs[0]]):
-                    total += costs.turn
-                elif place in parted:
-                    total -= costs.launch  # one split has all of them
-                parted.add(place)
-            elif isinstance(module, Permute | Pad):
-                total += costs.moved * count + costs.turn
-            elif isinstance(module, Reshape):
-                total += costs.moved * count
-            elif isinstance(module, Summing | MaxPool | Concat):
-                total += costs.joined * sum(math.prod(self.shapes[n]) for n in step.inputs)
-        return total
+        """What the steps cost by the target's own figures (`archnet.hardware.estimate`)."""
+        return sum(estimate(self.steps, self.modules, self.shapes, self.target.costs).values())
 
     @property
     def misfit(self) -> str:
@@ -349,8 +337,3 @@ class Draft:
             if reason:
                 return reason
         return ""
-
-
-def _is_of_channels(cut: Slice, shape: tuple[int, ...]) -> bool:
-    """Whether a slice parts channels, as one split does: the first axis of a map, or the last."""
-    return cut.step == 1 and cut.axis == (1 if len(shape) == 3 else len(shape))

@@ -43,9 +43,8 @@ def cheapest(
     in_parts: bool,
     chosen: dict[str, int],
 ) -> tuple[Way, bool]:
-    """The way that costs least of those which the target runs, and whether it runs any.
-
-    Where it runs none, that is the first one, the operator itself.
+    """The operator itself where the target runs it, else the way that costs least of those which it
+    runs; and whether it runs any. Where it runs none, that is the first one, too.
 
     Args:
         ways: to choose from.
@@ -67,6 +66,8 @@ def cheapest(
                 continue
             if trial.cycles < found[1]:
                 found = index, trial.cycles
+            if index == 0:
+                break  # a target that has the operator keeps it
         chosen[key] = found[0]
     index = chosen[key]
     return ways[max(index, 0)], index >= 0

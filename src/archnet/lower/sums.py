@@ -5,11 +5,11 @@ import math
 import torch
 
 from archnet.lower.convolution import (
-    WIDE,
     Grouped,
     dense,
     grouped_lanes,
     grouped_shifted_lanes,
+    in_lanes,
     lane_of,
     pointwise,
 )
@@ -46,31 +46,38 @@ def concat_and_dense(op: Add, inputs: tuple[str, ...], draft: Draft) -> Result:
 def concat_and_lanes(op: Add, inputs: tuple[str, ...], draft: Draft) -> Result:
     """The same in lanes of channels, which all have one small layer."""
     shape = draft.shapes[inputs[0]]
-    lane = _merge_lane(draft, shape[-1], len(inputs))
-    if lane == shape[-1] or draft.is_free:
+    if draft.is_free:
         return None
-    lanes = (*shape[:-1], shape[-1] // lane, lane)
-    joined = draft.concat([draft.reshape(name, lanes) for name in inputs], len(lanes))
-    total = linear(_identities(draft, lane, len(inputs)), joined, draft)
-    return draft.reshape(total, shape)
+
+    def build(width: int, draft: Draft) -> Result:
+        lane = lane_of(shape[-1], width)
+        if lane == shape[-1]:
+            return None
+        lanes = (*shape[:-1], shape[-1] // lane, lane)
+        joined = draft.concat([draft.reshape(name, lanes) for name in inputs], len(lanes))
+        total = linear(_identities(draft, lane, len(inputs)), joined, draft)
+        return draft.reshape(total, shape)
+
+    return in_lanes(shape[-1], build, draft, f"join {len(inputs)} {shape}")
 
 
 @lowering(Add)
 def split_and_lanes(op: Add, inputs: tuple[str, ...], draft: Draft) -> Result:
     """On a map: a layer for each lane of channels."""
     shape = draft.shapes[inputs[0]]
-    lane = _merge_lane(draft, shape[0], len(inputs))
-    if len(shape) != 3 or lane == shape[0]:
+    if len(shape) != 3:
         return None
-    parts = zip(*(draft.split(name, 1, lane) for name in inputs), strict=True)
-    identities = _identities(draft, lane, len(inputs))
-    names = [pointwise(identities, draft.concat(part, 1), draft) for part in parts]
-    return Parts(tuple(names), 1)
 
+    def build(width: int, draft: Draft) -> Result:
+        lane = lane_of(shape[0], width)
+        if lane == shape[0]:
+            return None
+        parts = zip(*(draft.split(name, 1, lane) for name in inputs), strict=True)
+        identities = _identities(draft, lane, len(inputs))
+        names = [pointwise(identities, draft.concat(part, 1), draft) for part in parts]
+        return Parts(tuple(names), 1)
 
-def _merge_lane(draft: Draft, channels: int, terms: int) -> int:
-    widest, limit = draft.target.merge_lanes, draft.target.max_channels
-    return lane_of(channels, widest if limit is None else min(widest, limit // terms))
+    return in_lanes(shape[0], build, draft, f"split {len(inputs)} {shape}")
 
 
 def _identities(draft: Draft, channels: int, terms: int) -> Weights:
@@ -119,14 +126,7 @@ def dense_layer(op: AveragePool, inputs: tuple[str, ...], draft: Draft) -> Resul
 def lanes(op: AveragePool, inputs: tuple[str, ...], draft: Draft) -> Result:
     """The same in lanes of channels."""
     conv = _depthwise(op, draft, draft.shapes[inputs[0]][0])
-    return grouped_lanes(conv, inputs[0], draft, draft.target.lanes)
-
-
-@lowering(AveragePool)
-def wide_lanes(op: AveragePool, inputs: tuple[str, ...], draft: Draft) -> Result:
-    """The same in wide lanes."""
-    conv = _depthwise(op, draft, draft.shapes[inputs[0]][0])
-    return grouped_lanes(conv, inputs[0], draft, WIDE * draft.target.lanes)
+    return grouped_lanes(conv, inputs[0], draft)
 
 
 @lowering(AveragePool)

@@ -22,6 +22,7 @@ from archnet.ops import (
     Pad,
     Permute,
     Reshape,
+    Segments,
     Slice,
     Step,
     StudentGraph,
@@ -239,6 +240,48 @@ class Builder:
             names = [self.first(part) for part in parts]
             feature.first = self.emit("concat", Concat(feature.axis), *names)
 
+    def on_first_axis(self, feature: Feature, work: Callable[[Feature], Feature]) -> Feature:
+        """A value whose channels are on the first axis while ``work`` is done on it."""
+        rank = len(feature.shape) + 1
+        there, back = _move(feature.axis, 1, rank), _move(1, feature.axis, rank)
+        moved = self.build(self.permuted(feature, there))
+        return self.build(self.permuted(work(moved), back))
+
+    def segments(
+        self,
+        feature: Feature,
+        lines: Sequence[tuple[float, float, float]],
+        signs: Sequence[float],
+        bias: float,
+    ) -> Feature:
+        """The sum of segments min(max(a x + b, 0), h), the same for all channels, and a bias.
+
+        ``lines`` are (a, b, h), ``signs`` 1 or -1.
+        """
+        channels, count = feature.channels, len(lines)
+        module = Segments(channels, [h if math.isfinite(h) else None for _, _, h in lines])
+        merge = ops.Convolution(
+            count * channels, channels, 1, 1, 0, groups=channels, copies=count, trainable=False
+        )
+        with torch.no_grad():
+            for index, (slope, start, _) in enumerate(lines):
+                module.weight[index].fill_(slope)
+                module.bias[index].fill_(start)
+            merge.weight.copy_(
+                torch.tensor(list(signs))[None, :, None, None].expand(channels, -1, 1, 1)
+            )
+            merge.bias.fill_(bias)
+
+        def work(x: Feature) -> Feature:
+            shape = x.shape
+            if len(shape) != 3:
+                x = self.layout(x, "map", Reshape((shape[0], math.prod(shape[1:]), 1)), 1)
+            name = self.emit("merge", merge, self.emit("segments", module, self.first(x)))
+            name = name if len(shape) == 3 else self.emit("shape", Reshape(shape), name)
+            return Feature(shape, first=name, axis=1)
+
+        return self.on_first_axis(feature, work)
+
     def batchnorm(self, feature: Feature, scale: Tensor, bias: Tensor) -> Feature:
         """Scale * x + bias per channel, as a batch norm with neutral statistics.
 
@@ -250,10 +293,7 @@ class Builder:
             module.weight.copy_(scale.expand(feature.channels))
             module.bias.copy_(bias.expand(feature.channels))
             module.running_var.fill_(1 - module.eps)
-        rank = len(feature.shape) + 1
-        there, back = _move(feature.axis, 1, rank), _move(1, feature.axis, rank)
-        moved = self.build(self.permuted(feature, there))
-        return self.build(self.permuted(self.layout(moved, "bn", module, 1), back))
+        return self.on_first_axis(feature, lambda x: self.layout(x, "bn", module, 1))
 
     def element_affine(self, feature: Feature, scale: Tensor, bias: Tensor) -> Feature:
         """Scale * x + bias with a value of their own for every element: (*shape) tensors.
@@ -429,23 +469,16 @@ class Builder:
 
     # -- sums ----------------------------------------------------------------------------------
 
-    def add(
-        self, features: Sequence[Feature], scales: Sequence[float] = (), bias: float = 0.0
-    ) -> Feature:
-        """The sum of features; with ``scales``, one number for each, and a ``bias``, any weighted
-        sum (both exact).
-        """
-        if len(features) == 1 and not scales:
+    def add(self, features: Sequence[Feature]) -> Feature:
+        """The sum of features (exact)."""
+        if len(features) == 1:
             return features[0]
         limit = self.target.max_channels
         if limit is not None and limit < len(features):
             # What joins them, where the target has no addition, would be wider than it takes.
             if limit < 2:
                 raise ConversionError("hardware.max_channels=1 leaves no room for an addition")
-            first = self.add(features[:2], scales[:2])
-            return self.add([first, *features[2:]], scales and [1.0, *scales[2:]], bias)
-        if scales:
-            return self._weighted_sum(features, scales, bias)
+            return self.add([self.add(features[:2]), *features[2:]])
         for feature in features:
             self._join(feature)
         shape, axis = features[0].shape, features[0].axis
@@ -454,32 +487,6 @@ class Builder:
                 shape, last=self.emit("add", Add(), *map(self.last, features)), axis=axis
             )
         return Feature(shape, first=self.emit("add", Add(), *map(self.first, features)), axis=axis)
-
-    def _weighted_sum(
-        self, features: Sequence[Feature], scales: Sequence[float], bias: float
-    ) -> Feature:
-        """Concatenation and a constant layer [s_1 I, s_2 I, ...], the same for every lane of
-        ``target.lanes`` channels.
-        """
-        channels, axis, limit = features[0].channels, features[0].axis, self.target.max_channels
-        widest = (
-            self.target.lanes if limit is None else min(self.target.lanes, limit // len(scales))
-        )
-        lane = max(d for d in range(1, widest + 1) if channels % d == 0)
-        eye = torch.cat([f * torch.eye(lane, dtype=torch.float64) for f in scales], 1)
-        offset = torch.full((lane,), bias, dtype=torch.float64)
-        names = [self.last(f) for f in features]
-        positions = self.graph.shapes[names[0]][:-1]
-        if lane != channels:
-            lanes = (*positions, channels // lane, lane)
-            names = [self.emit("lanes", Reshape(lanes), name) for name in names]
-        joined = names[0]
-        if len(names) > 1:
-            joined = self.emit("concat", Concat(len(self.graph.shapes[names[0]])), *names)
-        total = self.fully_connected(joined, eye, offset, trainable=False)
-        if lane != channels:
-            total = self.emit("join", Reshape((*positions, channels)), total)
-        return self.from_last(features[0].shape, axis, total)
 
     def build(self, value: Value) -> Feature:
         """Turn a linear form into operators; a feature is given back as it is.

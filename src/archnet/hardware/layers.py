@@ -18,6 +18,7 @@ from archnet.ops import (
     Mean,
     Multiply,
     Operator,
+    Segments,
     Softmax,
     WeightedOperator,
 )
@@ -26,6 +27,7 @@ _KINDS: dict[type[Operator], str] = {
     FullyConnected: "fully_connected",
     Add: "add",
     BatchNorm: "batchnorm",
+    Segments: "batchnorm",
     Concat: "concat",
     LayerNorm: "layernorm",
     Multiply: "mul",

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from archnet.lower.draft import Draft, Parts, Weights
 from archnet.lower.registry import Result, Way, cheapest, lowering
-from archnet.ops import Convolution
+from archnet.ops import Convolution, Operator
 from archnet.ops.operators import Pair
+from archnet.quant.quantizers import Quantizer
 
 LARGEST_STACK = 7  # side of a kernel that is worth a stack of 3x3 convolutions
 MOST_VIEWS = 256  # of a map beside each other; a window of 31x31 has 121 of three pixels
@@ -393,6 +394,28 @@ def lanes(op: Convolution, inputs: tuple[str, ...], draft: Draft) -> Result:
 
 
 @lowering(Convolution)
+def channels_as_pixels(op: Convolution, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """Where every channel has the same few weights over its copies: one layer to one channel, over
+    all pixels of all channels.
+    """
+    single = op.groups == op.out_channels == op.in_channels // op.copies
+    if not single or op.kernel != (1, 1) or op.stride != (1, 1) or op.padding != (0, 0):
+        return None
+    if not is_shared(op):
+        return None
+    row = Weights.of(op).rows(0, 1)
+    row = row.changed((1, op.copies), lambda weight: weight.flatten(1))
+    return over_channels(row, inputs[0], draft)
+
+
+def over_channels(row: Weights, x: str, draft: Draft) -> str:
+    """A layer (1, n) over n maps of as many channels each, one behind the other."""
+    count, (channels, height, width) = row.shape[1], draft.shapes[x]
+    tall = draft.reshape(x, (count, channels // count * height, width))
+    return draft.reshape(pointwise(row, tall, draft), (channels // count, height, width))
+
+
+@lowering(Convolution)
 def shifted_lanes(op: Convolution, inputs: tuple[str, ...], draft: Draft) -> Result:
     """Views moved by multiples of three pixels once for all lanes, a dense 3x3 in each."""
     return grouped_shifted_lanes(Grouped.of(op, draft.shapes[inputs[0]]), inputs[0], draft)
@@ -542,6 +565,16 @@ def pointwise(weights: Weights, x: str, draft: Draft) -> str:
     """A matrix (O, C) at every position of a map."""
     matrix = weights.changed((*weights.shape, 1, 1), lambda weight: weight[:, :, None, None])
     return dense(Dense(matrix), x, draft)
+
+
+def is_shared(op: Operator) -> bool:
+    """Whether a constant layer has the same weights and the same grid for every output."""
+    if not isinstance(op, Convolution) or op.trainable:
+        return False
+    numbers = [op.weight, op.bias]
+    if isinstance(op.weight_quantizer, Quantizer):
+        numbers.append(op.weight_quantizer.log_scale)
+    return all(bool((tensor == tensor[:1]).all()) for tensor in numbers)
 
 
 def lane_of(channels: int, widest: int) -> int:

@@ -138,10 +138,22 @@ class Weights:
 
 @dataclass(frozen=True)
 class Parts:
-    """A result in pieces that lie side by side along an axis (the batch is axis 0)."""
+    """A result in pieces that lie side by side along an axis (the batch is axis 0).
+
+    ``highest`` are upper bounds of the pieces, whose lower one is then 0; without them they have
+    none.
+    """
 
     names: tuple[str, ...]
     axis: int
+    highest: tuple[float, ...] = ()
+
+    @property
+    def bounds(self) -> Sequence[tuple[float, float]]:
+        """The lowest and the highest value of each piece."""
+        if self.highest:
+            return [(0.0, high) for high in self.highest]
+        return [(-math.inf, math.inf)] * len(self.names)
 
 
 @dataclass

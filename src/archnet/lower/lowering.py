@@ -1,5 +1,6 @@
 """Lowering: every whole operator of a student, written with what its target runs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 
 from archnet.hardware.cost import Cost, student_cost
 from archnet.hardware.target import Target
+from archnet.lower import convolution
 from archnet.lower.draft import Draft, Parts
 from archnet.lower.registry import WAYS, Result, Way, cheapest
 from archnet.ops import Activation, LayoutMove, Operator, Step, Student
@@ -120,6 +122,7 @@ class _Lowering:
             draft,
             in_parts=chain is not None or draft.quantizer is None,
             chosen=draft.chosen,
+            known=str(convolution.is_shared(operator)),
         )
         result = way.build(operator, inputs, draft) if fits else None
         if result is None:
@@ -131,7 +134,9 @@ class _Lowering:
         if isinstance(result, str):
             self.values[step.name] = draft.named(result, step.name)
         elif chain is None or draft.quantizer is None:
-            joined = draft.concat(result.names, result.axis)
+            pieces = zip(result.names, result.bounds, strict=True)
+            names = [self._clipped(name, *bounds) for name, bounds in pieces]
+            joined = draft.concat(names, result.axis)
             self.values[step.name] = draft.named(joined, step.name)
         else:
             self._round_parts(result, chain)
@@ -158,14 +163,19 @@ class _Lowering:
             name = reader.name
         return None
 
+    def _clipped(self, name: str, low: float, high: float) -> str:
+        if (low, high) == (-math.inf, math.inf):
+            return name
+        return self.draft.emit("act", Activation(low, high), name)
+
     def _round_parts(self, parts: Parts, chain: list[Step]) -> None:
         """Round each part right behind its layer, then join them and make the moves."""
         *moves, end = chain
         activation, draft = self.student.operator(end.name), self.draft
         assert isinstance(activation, Activation)
         rounded = []
-        for part in parts.names:
-            place = Activation(activation.low, activation.high)
+        for part, (low, high) in zip(parts.names, parts.bounds, strict=True):
+            place = Activation(max(low, activation.low), min(high, activation.high))
             place.quantizer = activation.quantizer
             rounded.append(draft.emit("act", place, part))
         name = draft.concat(rounded, parts.axis)

@@ -42,6 +42,7 @@ def cheapest(
     *,
     in_parts: bool,
     chosen: dict[str, int],
+    known: str = "",
 ) -> tuple[Way, bool]:
     """The operator itself where the target runs it, else the way that costs least of those which it
     runs; and whether it runs any. Where it runs none, that is the first one, too.
@@ -53,10 +54,12 @@ def cheapest(
         draft: they stand in; nothing is added to it.
         in_parts: whether a result in parts will do.
         chosen: what was chosen before for equal operators.
+        known: what else of the operator a way asks for.
     """
     read = [draft.shapes[name] for name in inputs]
     quantized = draft.quantizer is not None
-    key = f"{type(operator).__name__} {json.dumps(operator.spec())} {read} {in_parts} {quantized}"
+    kind = f"{type(operator).__name__} {json.dumps(operator.spec())} {known}"
+    key = f"{kind} {read} {in_parts} {quantized}"
     if key not in chosen:
         found = -1, float("inf")
         for index, way in enumerate(ways):

@@ -11,6 +11,7 @@ from archnet.lower.convolution import (
     grouped_shifted_lanes,
     in_lanes,
     lane_of,
+    over_channels,
     pointwise,
 )
 from archnet.lower.draft import Draft, Parts, Weights
@@ -40,6 +41,16 @@ def concat_and_dense(op: Add, inputs: tuple[str, ...], draft: Draft) -> Result:
         return pointwise(_identities(draft, shape[0], len(inputs)), draft.concat(inputs, 1), draft)
     joined = draft.concat(inputs, len(shape))
     return linear(_identities(draft, shape[-1], len(inputs)), joined, draft)
+
+
+@lowering(Add)
+def channels_as_pixels(op: Add, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """On a map: one layer from n channels to one, over all pixels of all channels."""
+    if len(draft.shapes[inputs[0]]) != 3:
+        return None
+    count = len(inputs)
+    ones = Weights.constant((1, count), lambda: torch.ones(1, count), 1.0, draft)
+    return over_channels(ones, draft.concat(inputs, 1), draft)
 
 
 @lowering(Add)

@@ -15,6 +15,7 @@ from archnet.ops.operators import (
     MaxPooling,
     Mean,
     Operator,
+    Segments,
     Summing,
     WeightedOperator,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "Permute",
     "Refinement",
     "Reshape",
+    "Segments",
     "Slice",
     "Softmax",
     "SourcePool",

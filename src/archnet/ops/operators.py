@@ -175,6 +175,41 @@ class BatchNorm(Operator):
         )
 
 
+class Segments(Operator):
+    """Rising lines of every channel between two bounds, side by side: (B, C, ...) -> (B, K C, ...).
+
+    Channel k C + c is min(max(weight[k, c] x_c + bias[k, c], 0), heights[k]). Added up, with signs,
+    they are any piecewise-linear function; each is rounded to the grid of the sum.
+
+    Args:
+        channels: C.
+        heights: of the K segments; None where one has no end.
+    """
+
+    highest: Tensor
+
+    def __init__(self, channels: int, heights: Sequence[float | None]) -> None:
+        super().__init__()
+        self.channels = channels
+        self.heights = [math.inf if height is None else float(height) for height in heights]
+        self.weight = nn.Parameter(torch.ones(len(self.heights), channels))
+        self.bias = nn.Parameter(torch.zeros(len(self.heights), channels))
+        self.register_buffer("highest", torch.tensor(self.heights)[:, None], persistent=False)
+
+    def spec(self) -> dict[str, Any]:
+        # Infinity is not JSON.
+        ends = [height if math.isfinite(height) else None for height in self.heights]
+        return {"channels": self.channels, "heights": ends}
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, highest = (
+            constant.reshape(*constant.shape, *[1] * (x.dim() - 2))
+            for constant in (self.weight, self.bias, self.highest)
+        )
+        lines = torch.addcmul(bias, x.unsqueeze(1), weight)
+        return lines.clamp_min(0).minimum(highest).flatten(1, 2)
+
+
 class MaxPooling(Operator):
     """A maximum over some values: the result lies on the grid of what it reads."""
 

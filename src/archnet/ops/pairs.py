@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from archnet.ops.graph import Step
-from archnet.ops.layout import LayoutMove, Reshape
-from archnet.ops.operators import Activation, Concat, FullyConnected, MaxPooling
-from archnet.ops.piece import Piece
+from archnet.ops.layout import Reshape
+from archnet.ops.operators import Activation, Concat, FullyConnected
+from archnet.ops.piece import Piece, place_of
 from archnet.ops.tables import added
 
 _PART = 2**17  # sums taken at a time on a CPU
@@ -305,7 +305,7 @@ def _found(
         sources = chain[-1].inputs
     if any(shapes[name][-1] != 1 for name in sources):
         return None
-    places = [_place(name, by_name, operators) for name in sources]
+    places = [place_of(name, by_name, operators) for name in sources]
     known = tuple(name for name in places if name is not None)
     return _Hinges(
         tuple(reversed(chain)),
@@ -321,16 +321,3 @@ def _found(
 
 def _is_constant(module: nn.Module) -> bool:
     return isinstance(module, FullyConnected) and not module.trainable
-
-
-def _place(name: str, by_name: Mapping[str, Step], operators: nn.ModuleDict) -> str | None:
-    """The activation whose values arrive, only moved, at ``name``."""
-    while name in by_name:
-        step = by_name[name]
-        module = operators[name]
-        if isinstance(module, Activation):
-            return name
-        if not isinstance(module, LayoutMove | MaxPooling | Concat) or len(set(step.inputs)) > 1:
-            return None
-        (name,) = set(step.inputs)
-    return None

@@ -24,13 +24,13 @@ def plan(
     - Hinges of a sum that are added up (attention by pairs of tokens) are one function of the sum,
       computed at once (`archnet.ops.pairs`): there are too many of them to exist for every pair.
       Copies along an axis are views.
-    - What becomes of single numbers between two grids (an activation by hinges, a norm) is looked
-      up in a table (`archnet.ops.tables`).
+    - What segments make of single numbers between two grids (a smooth activation) is looked up in a
+      table (`archnet.ops.tables`).
     - Slices that part a whole axis are one split, whose gradient is one concatenation; every slice
       alone would fill a whole tensor with zeros.
     """
     bent: dict[str, Piece] = {
-        **functions_of_levels(steps, operators, shapes),
+        **functions_of_levels(steps, operators),
         **hinges_of_sums(steps, operators, shapes),
     }
     needed, chosen = set(targets), []

@@ -20,6 +20,7 @@ OPERATORS: dict[str, type[Operator]] = {
         operators.Convolution,
         operators.FullyConnected,
         operators.BatchNorm,
+        operators.Segments,
         operators.MaxPool,
         operators.Add,
         operators.AveragePool,

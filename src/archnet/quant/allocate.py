@@ -12,7 +12,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_array
 from torch import Tensor
 
-from archnet.ops import BatchNorm, MatMul, Student
+from archnet.ops import BatchNorm, MatMul, Segments, Student
 from archnet.quant.attach import (
     QuantizationError,
     describe,
@@ -177,8 +177,8 @@ def packed_bytes(student: Student) -> list[Term]:
     """
     terms = []
     for step in student.graph.steps:
-        if isinstance(module := student.operator(step.name), BatchNorm):
-            terms.append(Term(4 * 2 * module.channels))
+        if isinstance(module := student.operator(step.name), BatchNorm | Segments):
+            terms.append(Term(4 * (module.weight.numel() + module.bias.numel())))
     for name, module in weighted(student).items():
         terms += [Term(module.weight.numel() / 8, (name,)), Term(4 * module.bias.numel())]
     return terms

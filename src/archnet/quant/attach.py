@@ -17,6 +17,7 @@ from archnet.ops import (
     MaxPooling,
     Operator,
     PairFullyConnected,
+    Segments,
     Softmax,
     Step,
     Student,
@@ -30,7 +31,7 @@ from archnet.quant.quantizers import (
     Quantizer,
 )
 
-COMPUTING = WeightedOperator | BatchNorm | Summing | NATIVE  # whose results are rounded
+COMPUTING = WeightedOperator | BatchNorm | Segments | Summing | NATIVE  # whose results are rounded
 
 
 class QuantizationError(ArchnetError):

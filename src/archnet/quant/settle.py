@@ -16,7 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from archnet.ops import Activation, BatchNorm, Step, Student, Summing, WeightedOperator
+from archnet.ops import (
+    Activation,
+    BatchNorm,
+    Segments,
+    Step,
+    Student,
+    Summing,
+    WeightedOperator,
+)
 from archnet.ops.operators import split
 from archnet.quant.attach import input_quantizers
 from archnet.quant.quantizers import ActivationLSQ, BiasQuantizer, Quantizer, WeightDoReFa
@@ -66,7 +74,7 @@ def settle(student: Student) -> list[Margin]:
             margin: Margin | None
             if isinstance(module, WeightedOperator):
                 margin = _settle_weights(step, module, target)
-            elif isinstance(module, BatchNorm) and target is not None:
+            elif isinstance(module, BatchNorm | Segments) and target is not None:
                 margin = _settle_shift(sources[step.name], step, module, target)
             else:
                 continue
@@ -219,16 +227,20 @@ def _choose_scales(
 
 
 def _settle_shift(
-    source: Quantizer | None, step: Step, module: BatchNorm, target: Quantizer
+    source: Quantizer | None, step: Step, module: BatchNorm | Segments, target: Quantizer
 ) -> Margin:
-    """A batch norm reads few integers: its shift moves until none of them lands on a border."""
+    """Lines of every channel read few integers: each shift moves until none lands on a border."""
     if source is None:
         return Margin(step.name, target.bits, 0.0)
     levels = torch.arange(source.low, source.high + 1, device=module.bias.device).double()
-    slope = module.weight.double() / (module.running_var.double() + module.eps).sqrt()
+    slope, mean = module.weight.double().flatten(), torch.zeros(1).to(levels)
+    if isinstance(module, BatchNorm):
+        slope = slope / (module.running_var.double() + module.eps).sqrt()
+        mean = module.running_mean.double()
     unit = target.scale.double()
-    centred = (levels * source.scale.double())[:, None] - module.running_mean.double()  # (K, C)
-    shifts = _offsets(module.bias.device)[:, None] * unit + module.bias.double()  # (J, C)
+    centred = (levels * source.scale.double())[:, None] - mean  # (K, C)
+    bias = module.bias.double().flatten()
+    shifts = _offsets(module.bias.device)[:, None] * unit + bias  # (J, C)
     found = []
     for shift in shifts:
         result = (centred * slope + shift) / unit
@@ -236,7 +248,7 @@ def _settle_shift(
         found.append(_safety(result, largest, target).amin(0))
     safety = torch.stack(found)
     best = _first_enough(safety)
-    module.bias.copy_(shifts.gather(0, best[None])[0])
+    module.bias.copy_(shifts.gather(0, best[None])[0].reshape(module.bias.shape))
     return Margin(step.name, target.bits, _least(safety, best))
 
 

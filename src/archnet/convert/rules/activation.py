@@ -212,8 +212,7 @@ def smooth_activation(site: Site) -> Value:
     Compact: Y nearly min(max(a x + b, low), high), the best a and b for every channel. The line
     goes into the layer in front, so that it costs what a ReLU costs.
 
-    Faithful: Y nearly sum_j a_j max(x - t_j, 0) + c, a batch norm and a clip for every segment and
-    one small layer that is the same for every lane of channels (`fit.curve`). A teacher whose
+    Faithful: Y nearly sum_j a_j max(x - t_j, 0) + c, in segments (`fit.curve`). A teacher whose
     values stay near zero, where these functions are nearly a line, needs it; it is taken where it
     leaves less than `_WORTH` of the compact form's error, and a budget does not forbid it.
 
@@ -332,20 +331,18 @@ def _piecewise(builder: Builder, x: Feature, hinges: Hinges) -> Value:
 
     Hinges have ranges and weights that nearly cancel, and their rounding does not. A ramp is one
     segment: s_j is its slope (the sum of the weights so far), h_j = s_j (t_{j+1} - t_j) what it
-    adds. Slopes go into the batch norms, so that the layer which adds the ramps has ones in it,
-    exact at any width, and the grid that they share is as fine as one of the sum.
+    adds. The layer which adds the ramps has ones in it, exact at any width, and the grid that they
+    share is as fine as one of the sum.
     """
     knots, order = hinges.knots.sort()
     starts, slopes = knots.tolist(), hinges.weights[order].cumsum(0).tolist()
-    one = torch.ones(1, dtype=torch.float64)
-    ramps, signs = [], []
+    lines, signs = [], []
     for start, end, slope in zip(starts, [*starts[1:], math.inf], slopes, strict=True):
         if abs(slope) < _FLAT * max(map(abs, slopes)):
             continue
-        line = builder.batchnorm(x, abs(slope) * one, -abs(slope) * start * one)
-        ramps.append(builder.activation(line, 0.0, abs(slope) * (end - start)))
+        lines.append((abs(slope), -abs(slope) * start, abs(slope) * (end - start)))
         signs.append(math.copysign(1.0, slope))
-    return builder.add(ramps, signs, hinges.offset)
+    return builder.segments(x, lines, signs, hinges.offset)
 
 
 @rule(

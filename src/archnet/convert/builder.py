@@ -529,4 +529,3 @@ class Builder:
                 parts.append(self.batchnorm(carry.feature, scale, bias))
                 bias = torch.zeros_like(bias)
         return self.add(parts)
-

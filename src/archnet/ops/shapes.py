@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ def result_shape(module: Operator, read: Sequence[tuple[int, ...]]) -> tuple[int
 
 # A pass on the meta device takes milliseconds, and a student has thousands of alike steps.
 @lru_cache(maxsize=2**14)
-def _computed(kind: type[Operator], described: str) -> tuple[int, ...]:
+def _computed(kind: Any, described: str) -> tuple[int, ...]:
     arguments, read = json.loads(described)
     with torch.device("meta"), torch.no_grad():
         result = kind(**arguments)(*(torch.empty(1, *shape) for shape in read))

@@ -25,7 +25,7 @@ class Built:
 
     Attributes:
         student: it.
-        form: what was asked for.
+        form: what it has; asked for again, no faithful form is judged anew.
         alternatives: by teacher node, what could have been built in a compact form instead.
         exact: the teacher's nodes that depend on no approximation.
     """
@@ -55,14 +55,7 @@ def within_budget(
         ConversionError: the compact forms alone cost more than the budget.
     """
     faithful = build(form)
-    idle = {
-        name: item.reads
-        for name, item in faithful.alternatives.items()
-        if form.min_gain and item.faithful > (1 - form.min_gain) * item.compact
-    }
-    if idle:
-        form = replace(form, compact={**form.compact, **idle})
-        faithful = build(form)
+    form = faithful.form
     if form.max_macs is None or not faithful.alternatives:
         _require(faithful.student, form)
         return faithful

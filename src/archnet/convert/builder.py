@@ -28,6 +28,7 @@ from archnet.ops import (
     StudentGraph,
 )
 from archnet.ops.native import FUNCTIONS
+from archnet.ops.shapes import result_shape
 
 
 def _move(axis: int, to: int, rank: int) -> tuple[int, ...]:
@@ -59,8 +60,8 @@ class TargetLimits(Protocol):
 class Builder:
     """Adds steps to a student.
 
-    Methods take and give `Feature` handles. ``owner`` is the teacher node at work, and ``owners``
-    tells whose a step is.
+    Methods take and give `Feature` handles. ``owner`` is the teacher node at work, ``owners``
+    tells whose a step is, and ``numbers`` which one it is in the order of steps.
     """
 
     def __init__(self, target: TargetLimits) -> None:
@@ -69,7 +70,9 @@ class Builder:
         self.modules: dict[str, Operator] = {}
         self.owner = ""
         self.owners: dict[str, str] = {}
+        self.numbers: dict[str, int] = {}
         self.paths: dict[str, str] = {}
+        self._named: dict[str, int] = {}  # by owner and kind, the last number in a name
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -80,16 +83,15 @@ class Builder:
 
     def emit(self, kind: str, module: Operator, *inputs: str) -> str:
         """Add one step and give the name of its value."""
-        name = f"{self.owner}_{kind}"
-        count = 1
-        while name in self.modules:
+        stem = f"{self.owner}_{kind}"
+        count = self._named.get(stem, 0)
+        name = ""
+        while not name or name in self.modules:
             count += 1
-            name = f"{self.owner}_{kind}{count}"
-        ghosts = [torch.empty(1, *self.graph.shapes[i], device="meta") for i in inputs]
-        # Weights do not matter for the shape, so a float operator can run on ghosts.
-        with torch.no_grad():
-            shape = tuple(_shape_of(module, ghosts)[1:])
-        self.graph.shapes[name] = shape
+            name = stem if count == 1 else f"{stem}{count}"
+        self._named[stem] = count
+        self.graph.shapes[name] = result_shape(module, [self.graph.shapes[i] for i in inputs])
+        self.numbers[name] = len(self.graph.steps)
         self.graph.steps.append(Step(name, tuple(inputs), self.paths.get(self.owner, "")))
         self.modules[name] = module
         self.owners[name] = self.owner
@@ -97,10 +99,7 @@ class Builder:
 
     def step(self, name: str) -> Step:
         """The step that computes a named value."""
-        for step in reversed(self.graph.steps):
-            if step.name == name:
-                return step
-        raise KeyError(name)
+        return self.graph.steps[self.numbers[name]]
 
     def first(self, feature: Feature) -> str:
         """The value in the order of the feature's shape."""
@@ -535,15 +534,3 @@ class Builder:
                 parts.append(self.batchnorm(carry.feature, scale, bias))
                 bias = torch.zeros_like(bias)
         return self.add(parts)
-
-
-def _shape_of(module: Operator, ghosts: list[Tensor]) -> torch.Size:
-    """The shape of an operator's result, computed on the meta device."""
-    if isinstance(module, Activation):
-        return ghosts[0].shape  # clamp takes 20 ms there, and a student has hundreds
-    state = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-    }
-    result = torch.func.functional_call(module, state, tuple(ghosts))
-    return result.shape

@@ -170,7 +170,7 @@ class Calibration:
             if top not in self._student and top not in steps:
                 steps[top] = self._builder.step(top)
                 stack += steps[top].inputs
-        return [step for step in self._builder.graph.steps if step.name in steps]
+        return sorted(steps.values(), key=lambda step: self._builder.numbers[step.name])
 
 
 def _features(value: Value) -> list[Feature]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 _ROWS = 1024  # of each channel, enough to place two numbers
 _SAMPLES = 2**16  # that a curve is fitted to
 _LEVEL = 1 / 255  # of 8 bits, over the largest value
+_CACHED = 2**17  # numbers that a core's cache holds beside others as many
 
 
 def regression(inputs: Sequence[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,15 +57,22 @@ def clipped_line(
         (C,) slopes and (C,) offsets, float64.
     """
     step = math.ceil(x.shape[1] / _ROWS)
-    x, wanted = x[:, ::step], wanted[:, ::step]
+    x, wanted = (part[:, ::step].contiguous() for part in (x, wanted))
     best = torch.full((len(x),), math.inf)
     slope, offset = torch.ones(len(x)), torch.zeros(len(x))
-    for a in slopes:
-        for b in offsets:
-            error = ((a * x + b).clamp(low, high) - wanted).square().sum(1)
-            better = error < best
-            best = torch.where(better, error, best)
-            slope, offset = slope.masked_fill(better, a), offset.masked_fill(better, b)
+    some = max(1, _CACHED // x.shape[1])
+    for start in range(0, len(x), some):
+        part = slice(start, start + some)
+        line, y = (torch.empty_like(x[part]) for _ in range(2))
+        for a in slopes:
+            torch.mul(x[part], a, out=line)
+            for b in offsets:
+                torch.add(line, b, out=y).clamp_(low, high).sub_(wanted[part])
+                error = torch.linalg.vector_norm(y, dim=1)
+                better = error < best[part]
+                best[part] = torch.where(better, error, best[part])
+                slope[part] = slope[part].masked_fill(better, a)
+                offset[part] = offset[part].masked_fill(better, b)
     return slope.double(), offset.double()
 
 
@@ -80,11 +89,15 @@ def ridge(x: Tensor, wanted: Tensor, prior: Tensor, share: float) -> Tensor:
         W (O, I), float64.
     """
     x, wanted, prior = x.double(), wanted.double(), prior.double()
-    gram = x @ x.T
-    damping = share * gram.diagonal().mean() + 1e-12
-    cross = (wanted - prior @ x) @ x.T
-    eye = torch.eye(len(x), dtype=torch.float64)
-    return prior + torch.linalg.solve(gram + damping * eye, cross, left=False)
+    damping = share * x.square().sum(1).mean() + 1e-12
+    rest = wanted - prior @ x
+    # R X' (X X' + lambda I)^-1 = R (X' X + lambda I)^-1 X': the smaller matrix is solved for.
+    fewer_samples = x.shape[1] < len(x)
+    gram = x.T @ x if fewer_samples else x @ x.T
+    gram.diagonal().add_(damping)
+    if fewer_samples:
+        return prior + torch.linalg.solve(gram, rest, left=False) @ x.T
+    return prior + torch.linalg.solve(gram, rest @ x.T, left=False)
 
 
 def mixing(values: Tensor, wanted: Tensor, share: float = 1e-2) -> Tensor:
@@ -230,9 +243,9 @@ class TokenNorm:
         return result
 
 
-def _odd_hinge(z: Tensor, s: Tensor, v: float, t: float) -> Tensor:
+def _odd_hinge(z: Tensor, s: Tensor, v: float, t: float | Tensor) -> Tensor:
     reach = v * s - t
-    return (z + reach).clamp(min=0) - (reach - z).clamp(min=0)
+    return (z + reach).clamp_(min=0).sub_((reach - z).clamp_(min=0))
 
 
 _SLIGHT = 0.25  # slope, over the largest weight of a hinge, that is better none
@@ -267,7 +280,10 @@ def token_norm(x: Tensor, wanted: Tensor, count: int, centred: bool = True) -> T
     picks = torch.randperm(z.numel(), generator=torch.Generator().manual_seed(0))[: 2**13]
     z, s, y = (part.flatten()[picks] for part in (z / unit, s / unit, wanted))
     grid = [(float(v), t) for v in _REACHES for t in _KNOTS]
-    basis = torch.stack([z, *(_odd_hinge(z, s, v, t) for v, t in grid)])
+    basis = torch.empty(1 + len(grid), len(z), dtype=torch.float64)
+    basis[0], knots = z, torch.tensor(_KNOTS, dtype=torch.float64)[:, None]
+    for block, v in zip(basis[1:].split(len(knots)), _REACHES, strict=True):
+        block.copy_(_odd_hinge(z, s, float(v), knots))
     chosen, solution = _pursuit(basis, y, count + 1, [0])
     if count and bool(solution[0].abs() < _SLIGHT * solution[1:].abs().max()):
         # The magnitudes would share a grid with hinges many times as large.
@@ -295,19 +311,33 @@ def _pursuit(
     Returns:
         The rows, and what each is multiplied by.
     """
-    gram, cross = basis @ basis.T, basis @ wanted
+    cross, energy = basis @ wanted, torch.linalg.vector_norm(basis, dim=1).square()
     # What rounding a row to 8 bits adds: rows whose weights nearly cancel would add too much.
-    added = basis.shape[1] * (basis.abs().amax(1) * _LEVEL).square() / 12
-    gram = gram + torch.diag(added + 1e-12)
+    largest = torch.maximum(basis.amax(1), -basis.amin(1))
+    added = basis.shape[1] * (largest * _LEVEL).square() / 12
     ridge = 1e-9 * added.max() + 1e-18  # also where no row ever moves
+    energy += added + 1e-12
+
+    @cache
+    def products(row: int) -> Tensor:
+        """Of one row with all rows: that row of the Gram matrix."""
+        found = basis @ basis[row]
+        found[row] = energy[row]
+        return found
 
     def best_beside(others: list[int]) -> tuple[int, float]:
-        """The row that explains most of the energy beside the others, and how much all do."""
-        # Every choice at once: its least squares.
-        index = torch.tensor([[*others, j] for j in range(len(basis))])
-        part = gram[index[:, :, None], index[:, None, :]]
-        part = part + ridge * torch.eye(index.shape[1], dtype=torch.float64)
-        explained = (torch.linalg.solve(part, cross[index]) * cross[index]).sum(1)
+        """The row that explains most of the energy beside the others, and how much all do.
+
+        What a row adds to the others is by the Schur complement of their Gram matrix.
+        """
+        explained = cross.square() / (energy + ridge)
+        if others:
+            gram = torch.stack([products(row) for row in others])
+            among = gram[:, others] + ridge * torch.eye(len(others), dtype=torch.float64)
+            solved = torch.linalg.solve(among, torch.cat([cross[others, None], gram], 1))
+            rest = cross - solved[:, 0] @ gram
+            left = energy + ridge - (gram * solved[:, 1:]).sum(0)
+            explained = cross[others] @ solved[:, 0] + rest.square() / left
         # A row beside itself has no least squares; it is not looked at.
         explained[others] = -math.inf
         found = int(explained.argmax())
@@ -324,7 +354,8 @@ def _pursuit(
             row, explained = best_beside([*chosen[:place], *chosen[place + 1 :]])
             if row != chosen[place] and explained > most * (1 + 1e-6):
                 chosen[place], most, improved = row, explained, True
-    return chosen, torch.linalg.solve(gram[chosen][:, chosen], cross[chosen])
+    gram = torch.stack([products(row)[chosen] for row in chosen])
+    return chosen, torch.linalg.solve(gram, cross[chosen])
 
 
 @dataclass(frozen=True)
@@ -369,10 +400,10 @@ def curve(x: Tensor, wanted: Tensor, count: int, *, side: int = 1, offset: bool 
         x, wanted = x[picks], wanted[picks]
     x, wanted = x.double(), wanted.double()
     knots = _spaced(x)
-    basis = torch.stack([(side * (x - t)).clamp_min(0) for t in knots])
-    if offset:
-        basis = torch.cat([torch.ones_like(x)[None], basis])
     first = int(offset)
+    basis = torch.ones(first + len(knots), len(x), dtype=torch.float64)
+    for row, t in zip(basis[first:], knots.tolist(), strict=True):
+        torch.sub(x, t, out=row).mul_(side).clamp_min_(0)
     chosen, found = _pursuit(basis, wanted, count + first, range(first))
     places = knots[torch.tensor(chosen[first:]) - first]
     sides = torch.full_like(places, side)
@@ -411,10 +442,10 @@ def _spaced(x: Tensor) -> Tensor:
     order, half each way.
     """
     x = x[:: math.ceil(len(x) / 2**18)]
-    low, high = x.quantile(1e-3), x.quantile(1 - 1e-4)
-    shares = torch.tensor([*(k / 16 for k in range(1, 16)), 0.97, 0.98, 0.99, 0.995], dtype=x.dtype)
+    shares = [*(k / 16 for k in range(1, 16)), 0.97, 0.98, 0.99, 0.995]
+    low, high, *found = x.quantile(torch.tensor([1e-3, 1 - 1e-4, *shares], dtype=x.dtype)).split(1)
     even = low + (high - low) * torch.arange(16, dtype=x.dtype) / 16
-    return torch.cat([even, x.quantile(shares)]).sort().values
+    return torch.cat([even, *found]).sort().values
 
 
 def balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:

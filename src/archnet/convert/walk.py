@@ -122,47 +122,43 @@ def _build(
 
     ``graph`` has one node for each attention, ``written`` is as the teacher has it. With ``check``
     a node that should be exact and is not ends the walk.
+
+    A faithful form that saves less than ``form.min_gain`` is taken out where it stands, before what
+    follows is fitted, and so is what only it reads.
     """
-    live = {node.name: _reads(node, form) for node in _live(graph, lambda n: _reads(n, form))}
-    for path, node in tap_nodes:
-        if node.name not in live:
-            raise ConversionError(
-                f"convert.taps names '{path}', whose value the student does without: it stands in "
-                "front of an attention, or nobody reads it"
-            )
-    read = {node.name for node in _live(written, TeacherNode.refs)}
-    operators = {node.name: node.operator for node in written.nodes}
+    live = _needed(graph, form, tap_nodes)
     builder = Builder(target)
     fitting = None if inputs is None else Calibration(graph, inputs, builder)
     builder.paths = {node.name: node.path for node in graph.nodes}
     values: dict[str, Values] = {
         name: builder.input(name, shape) for name, shape in graph.inputs.items()
     }
-    batches, report = graph.batches(), list[NodeReport]()
+    batches, rows = graph.batches(), dict[str, NodeReport]()
     alternatives: dict[str, Alternative] = {}
     fitted: dict[str, Feature] = {}
     unspoilt = set(graph.inputs)
-    before = _macs(written)
-    uses = Counter(name for names in live.values() for name in names)
-    uses[graph.output] += 1
+    before, operators = _macs(written), {node.name: node.operator for node in written.nodes}
+    uses = _uses(graph, live)
+    built_once: set[str] = set()
     tapped = {node.name for _, node in tap_nodes}
     last_reader = {name: reader for reader, names in live.items() for name in names}
     last_reader[graph.output] = ""
     for node in graph.nodes:
         if node.name not in live:
-            exact = node.name not in read
-            rule = "unread" if exact else "left out"
-            operator = operators[node.name]
-            report.append(NodeReport(node.path, operator, rule, exact, before[node.name], 0))
             continue
         builder.owner = node.name
         site = Site(node, values, builder, batches, fitting, form)
         value = RULES[node.operator].applied(site)
+        if site.alternative is not None and site.alternative.saves_less_than(form.min_gain):
+            form = replace(form, compact={**form.compact, node.name: site.alternative.reads})
+            site = Site(node, values, builder, batches, fitting, form)
+            value = RULES[node.operator].applied(site)
         if isinstance(value, Form):
             value.owner = value.owner or node.name
         if isinstance(value, Form) and (uses[node.name] > 1 or node.name in tapped):
             # Read once, a form folds into its reader; read twice, it would be computed twice.
             value = builder.build(value)
+            built_once.update({node.name} - tapped)
         if isinstance(value, Feature) and node.name in tapped:
             # All that follows reads the tap itself, so that a block can start from it.
             value = Feature(value.shape, first=builder.first(value), axis=value.axis)
@@ -184,7 +180,7 @@ def _build(
             fitted[node.name] = value
         if site.alternative is not None:
             alternatives[node.name] = site.alternative
-        row = NodeReport(
+        rows[node.name] = NodeReport(
             node.path,
             operators[node.name],
             RULES[node.operator].name,
@@ -193,13 +189,18 @@ def _build(
             0,
             error,
         )
-        report.append(row)
         # Forms hold weights in float64: one that nobody reads again is let go.
         for name in set(live[node.name]):
             if last_reader[name] == node.name and name not in tapped:
                 values.pop(name, None)
         if fitting is not None:
             fitting.keep([v for found in values.values() for v in _each(found)])
+    form = replace(form, min_gain=0.0)  # all are judged
+    live = _needed(graph, form, tap_nodes)
+    now = _uses(graph, live)
+    if any(now[name] == 1 for name in built_once):
+        # Its reader would be one layer with it, had the other one not been taken out since.
+        return _build(written, graph, target, tap_nodes, inputs, form, inner_taps, check=check)
     builder.owner = graph.output
     if not batches[graph.output].plain:
         raise ConversionError(
@@ -211,6 +212,8 @@ def _build(
     builder.graph.taps = [
         Tap(path or node.name, node.name, _name_of(values[node.name])) for path, node in tap_nodes
     ]
+    fitted = {name: fitted[name] for name in fitted if name in live}
+    alternatives = {name: alternatives[name] for name in alternatives if name in live}
     if inner_taps:
         builder.graph.taps += _inner_taps(graph, fitted, {path for path, _ in tap_nodes})
     builder.graph.target = Target.of(target).description()
@@ -230,11 +233,41 @@ def _build(
     macs: Counter[str] = Counter()
     for cost in student_cost(lowered.student).steps:
         macs[builder.owners[lowered.whole[cost.name]]] += cost.macs
-    student.graph.report = [
-        replace(row, macs_after=macs[node.name])
-        for row, node in zip(report, graph.nodes, strict=True)
-    ]
+    read = {node.name for node in _live(written, TeacherNode.refs)}
+    for node in graph.nodes:
+        if node.name in live:
+            row = replace(rows[node.name], macs_after=macs[node.name])
+        else:
+            exact = node.name not in read
+            rule = "unread" if exact else "left out"
+            row = NodeReport(node.path, operators[node.name], rule, exact, before[node.name], 0)
+        student.graph.report.append(row)
     return Built(student, form, alternatives, unspoilt)
+
+
+def _needed(
+    graph: TeacherGraph, form: Approximation, tap_nodes: Sequence[tuple[str, TeacherNode]]
+) -> dict[str, list[str]]:
+    """The nodes that the student has, in forward order, each with the values that it reads.
+
+    Raises:
+        ConversionError: a tap stands at one that it does without.
+    """
+    live = {node.name: _reads(node, form) for node in _live(graph, lambda n: _reads(n, form))}
+    for path, node in tap_nodes:
+        if node.name not in live:
+            raise ConversionError(
+                f"convert.taps names '{path}', whose value the student does without: it stands in "
+                "front of an attention, or nobody reads it"
+            )
+    return live
+
+
+def _uses(graph: TeacherGraph, live: Mapping[str, Sequence[str]]) -> Counter[str]:
+    """How often each value is read; the result of the network counts as a reader."""
+    uses = Counter(name for names in live.values() for name in names)
+    uses[graph.output] += 1
+    return uses
 
 
 def _check(node: TeacherNode, value: Values, graph: TeacherGraph, fitting: Calibration) -> None:

@@ -1,6 +1,5 @@
 """A deployed graph in the making: what lowerings build with, and what they build."""
 
-import json
 import math
 from collections import ChainMap
 from collections.abc import Callable, MutableMapping, Sequence
@@ -29,6 +28,7 @@ from archnet.ops import (
     WeightedOperator,
 )
 from archnet.ops.operators import split
+from archnet.ops.shapes import result_shape
 from archnet.quant.quantizers import BiasQuantizer, Quantizer, WeightLSQ
 
 
@@ -171,7 +171,6 @@ class Draft:
         whole: the whole step that each deployed step belongs to.
         notes: in which ways parts of an operator were written.
         chosen: by operator and sizes, the way that was found cheapest.
-        known: by operator and sizes, the shape of what it gives.
         reserved: names of the whole student's values.
         joined: of values that were concatenated, the axis and the pieces.
     """
@@ -188,7 +187,6 @@ class Draft:
     whole: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     chosen: dict[str, int] = field(default_factory=dict)
-    known: dict[str, tuple[int, ...]] = field(default_factory=dict)
     reserved: set[str] = field(default_factory=set)
     joined: MutableMapping[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
 
@@ -220,7 +218,7 @@ class Draft:
             name = "" if wanted in self.shapes or wanted in self.reserved else wanted
             count += 1
         read = [self.shapes[item] for item in inputs]
-        self.shapes[name] = self._shape(module, read) if shape is None else shape
+        self.shapes[name] = result_shape(module, read) if shape is None else shape
         self.steps.append(Step(name, inputs, self.step.origin))
         self.modules[name] = module
         self.whole[name] = self.step.name
@@ -242,18 +240,6 @@ class Draft:
         if value in self.joined:
             self.joined[name] = self.joined.pop(value)
         return name
-
-    def _shape(self, module: Operator, read: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """The shape of what an operator gives, computed on the meta device once for each kind."""
-        if isinstance(module, Activation):
-            return read[0]
-        key = f"{type(module).__name__} {json.dumps(module.spec())} {list(read)}"
-        if key not in self.known:
-            with torch.device("meta"), torch.no_grad():
-                bare = type(module)(**module.spec())
-                result = bare(*(torch.empty(1, *shape) for shape in read))
-            self.known[key] = tuple(result.shape[1:])
-        return self.known[key]
 
     # -- layers ----------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """The student: a list of steps, each one operator applied to named values."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +12,7 @@ from archnet.ops import layout, native, operators, sequence
 from archnet.ops.graph import NodeReport, Refinement, Step, StudentGraph, Tap
 from archnet.ops.operators import Operator
 from archnet.ops.plan import Piece, plan
+from archnet.ops.shapes import result_shape
 
 OPERATORS: dict[str, type[Operator]] = {
     cls.__name__: cls
@@ -162,20 +162,14 @@ class Student(nn.Module):
             self.rewire(steps)
 
     def measure(self) -> None:
-        """Fill ``graph.shapes`` by running one sample of zeros without touching the weights."""
-        # On the meta device nothing is computed: only shapes flow.
-        ghost = copy.deepcopy(self.operators).to("meta")
-        values = {
-            name: torch.empty(1, *self.graph.shapes[name], device="meta")
-            for name in self.graph.inputs
-        }
-        with torch.no_grad():
-            for step in self.graph.steps:
-                inputs = [values[name] for name in step.inputs]
-                # An activation keeps the shape, and on this device a clamp takes 20 ms.
-                is_activation = isinstance(ghost[step.name], operators.Activation)
-                values[step.name] = inputs[0] if is_activation else ghost[step.name](*inputs)
-        self.graph.shapes = {name: tuple(value.shape[1:]) for name, value in values.items()}
+        """Fill ``graph.shapes`` from the shapes of the inputs; nothing is computed."""
+        graph = self.graph
+        ghosts = {n: torch.empty(1, *graph.shapes[n], device="meta") for n in graph.inputs}
+        shapes = {name: tuple(ghost.shape[1:]) for name, ghost in ghosts.items()}
+        for step in graph.steps:
+            read = [shapes[name] for name in step.inputs]
+            shapes[step.name] = result_shape(self.operator(step.name), read)
+        graph.shapes = shapes
 
     def spec(self) -> dict[str, Any]:
         """The architecture as plain data; with ``state_dict()`` it is the whole student."""

@@ -69,6 +69,10 @@ class Alternative:
     compact: float
     faithful: float
 
+    def saves_less_than(self, share: float) -> bool:
+        """Whether the faithful form saves less than a share of the compact one's error."""
+        return bool(share) and self.faithful > (1 - share) * self.compact
+
 
 @dataclass
 class Site:

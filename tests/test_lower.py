@@ -16,6 +16,7 @@ from archnet.hardware import Target
 from archnet.lower import check_layers, convolution, deployed, lower, registry, target_of
 from archnet.ops import (
     Add,
+    AddConstant,
     AveragePool,
     Convolution,
     FullyConnected,
@@ -85,6 +86,29 @@ class Tokens(nn.Module):
         return x + self.second(torch.relu(self.first(x)))
 
 
+class Table(nn.Module):
+    """A constant of its own for every element, or along axes of more than one entry."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table
+
+
+class ClassToken(nn.Module):
+    """A learned token in front of the others, and a table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.table = (nn.Parameter(torch.randn(1, n, 6)) for n in (1, 82))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return torch.cat([self.token.expand(x.shape[0], -1, -1), tokens], 1) + self.table
+
+
 class Peak(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.amax((2, 3))
@@ -131,7 +155,12 @@ KINDS = {
     "mean of rows": lambda: Averaged((2,)),
     "sum of channels": lambda: Averaged((1,), total=True),
     "tokens": Tokens,
+    "table": lambda: Table(6, 9, 9),
+    "table of rows and columns": lambda: Table(1, 9, 9),
+    "table of tokens": lambda: nn.Sequential(Tokens(), Table(81, 6)),
+    "class token": ClassToken,
 }
+TABLES = ("table", "table of rows and columns", "table of tokens", "class token")
 
 
 def teacher_of(kind: str) -> tuple[nn.Module, Tensor]:
@@ -173,13 +202,16 @@ def test_scales_that_are_powers_of_two_stay_so(kind):
     assert np.array_equal(whole, integers(student, images, "arch5", "power_of_two"))
 
 
-@pytest.mark.parametrize("operator", [Convolution, FullyConnected, Add, AveragePool, Mean, MaxPool])
+@pytest.mark.parametrize(
+    "operator", [Convolution, FullyConnected, Add, AddConstant, AveragePool, Mean, MaxPool]
+)
 def test_every_way_alone_computes_the_same(operator, monkeypatch):
     """Whatever a target's costs choose; in floats and in integers."""
     used: Counter[str] = Counter()
     everything = replace(native(), complete=False, lanes=1, merge_lanes=2)
     # Every network ends in a fully connected layer, which is written in one way alone.
-    for kind in ["tokens", "mean"] if operator is FullyConnected else KINDS:
+    few = {FullyConnected: ("tokens", "mean"), AddConstant: TABLES}
+    for kind in few.get(operator, KINDS):
         network, images = teacher_of(kind)
         floating = convert(network, images, everything)
         if not any(type(module) is operator for module in floating.operators.values()):
@@ -315,18 +347,28 @@ class Attends(nn.Module):
         return tokens * torch.sigmoid(tokens)
 
 
-class Windowed(nn.Module):
-    """Attention with a bias for every pair, which no target keeps."""
+class Weighed(nn.Module):
+    """Attention whose scores (heads 2, windows 3) have a scale and a constant, as networks write
+    it: by PyTorch's operator, or by products and a softmax.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, constant: Tensor | None, scale: Tensor, causal: bool = False) -> None:
         super().__init__()
-        self.qkv, self.bias = nn.Linear(6, 18), nn.Parameter(torch.randn(81, 81))
+        self.qkv = nn.Linear(6, 18)
+        self.constant = None if constant is None else nn.Parameter(constant)
+        self.scale, self.causal = nn.Parameter(scale), causal
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens).unflatten(2, (3, 2, 3)).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, self.bias)
-        return mixed.transpose(1, 2).flatten(2)
+        windows = x.flatten(2).transpose(1, 2).unflatten(1, (3, 27))
+        q, k, v = self.qkv(windows).unflatten(3, (3, 2, 3)).permute(3, 0, 1, 4, 2, 5)
+        if self.causal:
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            scores = (q * 0.5) @ k.transpose(-1, -2) * self.scale
+            if self.constant is not None:
+                scores = scores + self.constant
+            mixed = scores.softmax(-1) @ v
+        return mixed.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 class Excited(nn.Module):
@@ -341,6 +383,16 @@ class Excited(nn.Module):
         return x * torch.sigmoid(self.up(squeezed))
 
 
+ONE, BY_HEAD = torch.ones(1), torch.tensor([0.5, 2.0])[:, None, None]
+MASK = torch.randn(3, 1, 27, 27).gt(0) * -100.0
+WEIGHED = {
+    "attention with a bias": lambda: Weighed(torch.randn(2, 27, 27), ONE),
+    "attention with a mask": lambda: Weighed(MASK, ONE),
+    "attention, both": lambda: Weighed(MASK + torch.randn(2, 27, 27), ONE),
+    "attention, scaled by head": lambda: Weighed(None, BY_HEAD),
+    "attention, biased and scaled": lambda: Weighed(torch.randn(27, 27), BY_HEAD),
+    "causal attention": lambda: Weighed(None, ONE, causal=True),
+}
 NATIVES = {
     "gelu": lambda: nn.Sequential(conv(1), nn.GELU()),
     "hardswish": lambda: nn.Sequential(conv(1), nn.Hardswish()),
@@ -348,6 +400,7 @@ NATIVES = {
     "tanh": lambda: nn.Sequential(conv(1), nn.Tanh()),
     "attention": Attends,
     "gate": Excited,
+    **WEIGHED,
 }
 
 
@@ -378,14 +431,33 @@ def test_what_a_target_computes_by_itself_stays(kind, tmp_path):
     assert not all(row.exact for row in changed.report)
 
 
+@pytest.mark.parametrize("kind", WEIGHED)
+def test_attention_that_stays_has_no_moves_of_its_own(kind):
+    """Its constant is an addition, its scale a product."""
+    torch.manual_seed(0)
+    images, network = torch.randn(16, 3, 9, 9), Body(WEIGHED[kind]())
+    with torch.no_grad():
+        network(images)
+    found = Counter(
+        n.op_type for n in to_onnx(convert(network.eval(), images, "rk3588")).graph.node
+    )
+    assert found["MatMul"] == 2
+    assert found["Softmax"] == 1
+    assert found["Mul"] == 1
+    assert found["Add"] == ("scaled by head" not in kind)
+    assert not found["BatchNormalization"]
+
+
 def test_what_a_target_does_not_keep_is_fitted():
     torch.manual_seed(0)
-    images, network = torch.randn(16, 3, 9, 9), Body(Windowed())
+    rk3588 = Target.named("rk3588")
+    target = replace(rk3588, operators=tuple(name for name in rk3588.operators if name != "add"))
+    images, network = torch.randn(16, 3, 9, 9), Body(WEIGHED["attention with a bias"]())
     with torch.no_grad():
         network(images)
     for budget in (None, 30.0):  # under which every form is built compact as well
         form = Approximation(max_macs=budget)
-        student = convert(network.eval(), images, "rk3588", calibration=images, approximation=form)
+        student = convert(network.eval(), images, target, calibration=images, approximation=form)
         assert not all(row.exact for row in student.report)
 
 

@@ -14,6 +14,7 @@ from archnet.errors import ArchnetError
 from archnet.ops import (
     Activation,
     Add,
+    AddConstant,
     BatchNorm,
     Concat,
     FullyConnected,
@@ -260,11 +261,21 @@ class Builder:
     def element_affine(self, feature: Feature, scale: Tensor, bias: Tensor) -> Feature:
         """Scale * x + bias with a value of their own for every element: (*shape) tensors.
 
-        Flattened, every element is a channel of a batch norm: so a table of positions is added.
+        Flattened, every element is a channel of a batch norm.
         """
         flat = self.layout(feature, "flat", Reshape((math.prod(feature.shape),)))
         normed = self.batchnorm(flat, scale.flatten(), bias.flatten())
         return self.layout(normed, "shape", Reshape(feature.shape), feature.axis)
+
+    def add_constant(self, feature: Feature, constant: Tensor) -> Feature:
+        """The sum of a value and a constant of its shape (a table of positions)."""
+        for axis in range(constant.dim()):
+            if bool((constant == constant.narrow(axis, 0, 1)).all()):
+                constant = constant.narrow(axis, 0, 1)
+        module = AddConstant(constant.shape)
+        with torch.no_grad():
+            module.bias.copy_(constant)
+        return self.layout(feature, "constant", module, feature.axis)
 
     def constant(self, tensor: Tensor) -> Feature:
         """A value that is the same for all inputs: zeros, which padding makes, and a shift."""
@@ -274,9 +285,7 @@ class Builder:
             one = self.slice(one, axis, 0, 1)
         row = self.layout(one, "one", Reshape((1,)))
         zeros = self.slice(self.layout(row, "zeros", Pad(((0, count),))), 1, 1, count + 1)
-        ones = torch.ones(1, dtype=torch.float64)
-        shifted = self.batchnorm(zeros, ones, tensor.flatten())
-        return self.layout(shifted, "shape", Reshape(tuple(tensor.shape)))
+        return self.add_constant(self.layout(zeros, "shape", Reshape(tuple(tensor.shape))), tensor)
 
     # -- fully connected layers ----------------------------------------------------------------
 

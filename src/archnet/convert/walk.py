@@ -232,9 +232,25 @@ def _build(
         macs[builder.owners[lowered.whole[cost.name]]] += cost.macs
     student.graph.report = [
         replace(row, macs_after=macs[node.name])
-        for row, node in zip(report, graph.nodes, strict=True)
+        for row, node in zip(_with_fused(report, written), graph.nodes, strict=True)
     ]
     return Built(student, form, alternatives, unspoilt)
+
+
+def _with_fused(report: Sequence[NodeReport], written: TeacherGraph) -> list[NodeReport]:
+    """The rows of all nodes; one that was left out is exact where all that read it are: they were
+    read as one (scores and softmax of an attention that stays).
+    """
+    readers: dict[str, list[str]] = {}
+    for node in written.nodes:
+        for name in node.refs():
+            readers.setdefault(name, []).append(node.name)
+    rows = dict(zip((node.name for node in written.nodes), report, strict=True))
+    for name, row in reversed(rows.items()):
+        found = [rows[reader] for reader in readers.get(name, []) if rows[reader].rule != "unread"]
+        if row.rule == "left out" and all(reader.exact for reader in found):
+            rows[name] = replace(row, rule="fused", exact=True)
+    return list(rows.values())
 
 
 def _check(node: TeacherNode, value: Values, graph: TeacherGraph, fitting: Calibration) -> None:

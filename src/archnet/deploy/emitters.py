@@ -18,6 +18,7 @@ from archnet.deploy.writer import ExportError, Grid, Value, Writer
 from archnet.ops import (
     Activation,
     Add,
+    AddConstant,
     AveragePool,
     BatchNorm,
     Concat,
@@ -144,7 +145,7 @@ def _product(
         writer.node("MatMul", factors, name)
     else:
         product = writer.node("MatMul", factors, f"{name}.product")
-        factor = writer.constant(f"{name}.factor", op.factor, np.float32)
+        factor = writer.constant(f"{name}.factor", op.factors(), np.float32)
         writer.node("Mul", [product, factor], name)
     return Value(name, name, shape)
 
@@ -242,6 +243,15 @@ def _add(writer: Writer, name: str, op: Add, shape: tuple[int, ...], *xs: Value)
         is_last = index == len(others) - 1
         output = name if is_last else f"{name}.{index}"
         first = writer.node("Add", [first, other], output)
+    return Value(name, name, shape)
+
+
+@emits(AddConstant)
+def _add_constant(
+    writer: Writer, name: str, op: AddConstant, shape: tuple[int, ...], x: Value
+) -> Value:
+    constant = writer.constant(f"{name}.constant", op.bias.detach().cpu()[None], np.float32)
+    writer.node("Add", [writer.floating(x), constant], name)
     return Value(name, name, shape)
 
 

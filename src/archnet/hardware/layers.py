@@ -6,6 +6,7 @@ from typing import Any
 from archnet.hardware.target import Layer
 from archnet.ops import (
     Add,
+    AddConstant,
     AveragePool,
     BatchNorm,
     Concat,
@@ -25,6 +26,7 @@ from archnet.ops import (
 _KINDS: dict[type[Operator], str] = {
     FullyConnected: "fully_connected",
     Add: "add",
+    AddConstant: "add",
     BatchNorm: "batchnorm",
     Concat: "concat",
     LayerNorm: "layernorm",

@@ -6,6 +6,7 @@ from archnet.ops.native import NATIVE, Function, LayerNorm, Multiply
 from archnet.ops.operators import (
     Activation,
     Add,
+    AddConstant,
     AveragePool,
     BatchNorm,
     Concat,
@@ -36,6 +37,7 @@ __all__ = [
     "NATIVE",
     "Activation",
     "Add",
+    "AddConstant",
     "AveragePool",
     "BatchNorm",
     "Concat",

@@ -175,6 +175,27 @@ class BatchNorm(Operator):
         )
 
 
+class AddConstant(Operator):
+    """y = x + c with a trained constant c: (B, *shape) -> the same.
+
+    ``shape`` is that of the constant for one sample: one entry along an axis serves all of it (a
+    mask has that over windows and heads alike). On a grid it is an offset of what is rounded, as a
+    batch norm's shift is. What it adds to real numbers, the scores that a softmax reads, stays
+    real.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(int(size) for size in shape)
+        self.bias = nn.Parameter(torch.zeros(self.shape))
+
+    def spec(self) -> dict[str, Any]:
+        return {"shape": list(self.shape)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
 class MaxPooling(Operator):
     """A maximum over some values: the result lies on the grid of what it reads."""
 

@@ -10,6 +10,7 @@ from archnet.ops import (
     NATIVE,
     Activation,
     Add,
+    AddConstant,
     BatchNorm,
     Concat,
     LayoutMove,
@@ -30,7 +31,9 @@ from archnet.quant.quantizers import (
     Quantizer,
 )
 
-COMPUTING = WeightedOperator | BatchNorm | Summing | NATIVE  # whose results are rounded
+COMPUTING = (
+    WeightedOperator | AddConstant | BatchNorm | Summing | NATIVE
+)  # whose results are rounded
 
 
 class QuantizationError(ArchnetError):
@@ -42,7 +45,8 @@ def insert_activations(student: Student, fine_sums: bool = False) -> None:
 
     Where a ReLU or clip follows (through layout moves that nobody else reads), that is the place;
     elsewhere an activation without bounds is inserted. The network's result gets none: the chip
-    gives its accumulators; nor does what a softmax reads.
+    gives its accumulators; nor does what a softmax reads, constants that are added to a product
+    on the way to it included.
 
     Args:
         student: float.
@@ -50,6 +54,7 @@ def insert_activations(student: Student, fine_sums: bool = False) -> None:
             share.
     """
     consumers, graph = student.consumers(), student.graph
+    operators = {step.name: student.operator(step.name) for step in graph.steps}
 
     def has_place(name: str) -> bool:
         readers = consumers.get(name, [])
@@ -60,7 +65,13 @@ def insert_activations(student: Student, fine_sums: bool = False) -> None:
         module = student.operator(readers[0].name)
         if isinstance(module, LayoutMove):
             return has_place(readers[0].name)
+        if isinstance(module, AddConstant):
+            return isinstance(operators.get(name), MatMul) and are_scores(readers[0].name)
         return isinstance(module, Activation | Softmax)
+
+    def are_scores(name: str) -> bool:
+        readers = consumers.get(name, [])
+        return len(readers) == 1 and isinstance(operators[readers[0].name], Softmax)
 
     renamed: dict[str, str] = {}
     added: dict[str, Activation] = {}

@@ -5,7 +5,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from archnet.ops import Activation, BatchNorm, LayoutMove, Step, Student, WeightedOperator
+from archnet.ops import (
+    Activation,
+    AddConstant,
+    BatchNorm,
+    LayoutMove,
+    Step,
+    Student,
+    WeightedOperator,
+)
 from archnet.quant.quantizers import ActivationLSQ, Quantizer
 
 CHANNEL_SHARE = 1 / 8  # of a step that counts as one for a scale that moves a channel of weights
@@ -60,7 +68,7 @@ def grid_steps(student: Student) -> dict[str, Tensor]:
             quantizer, weight = module.weight_quantizer, module.weight.detach()
             share = (quantizer.integers(weight) != 0).float().mean()
             sizes[f"{path}.weight"] = (quantizer.along(weight) * share.sqrt()).detach()
-        if isinstance(module, WeightedOperator | BatchNorm) and target is not None:
+        if isinstance(module, WeightedOperator | AddConstant | BatchNorm) and target is not None:
             sizes[f"{path}.bias"] = target.scale.detach().reshape(())
     for name, quantizer in student.named_modules():
         if isinstance(quantizer, Quantizer):

@@ -1,15 +1,20 @@
 """Lowering: every way of writing a whole operator computes the same integers."""
 
 import copy
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from archnet.convert import Approximation, convert
+from archnet.convert.builder import cut_before
 from archnet.deploy import audit, export, to_integers, to_onnx, verify
 from archnet.errors import ArchnetError
 from archnet.hardware import Target
@@ -23,6 +28,8 @@ from archnet.ops import (
     MaxPool,
     Mean,
     Operator,
+    Permute,
+    Reshape,
     Student,
 )
 from archnet.quant import copy_values, pack, quantize, settle, unpack
@@ -441,11 +448,86 @@ def test_attention_that_stays_has_no_moves_of_its_own(kind):
     found = Counter(
         n.op_type for n in to_onnx(convert(network.eval(), images, "rk3588")).graph.node
     )
-    assert found["MatMul"] == 2
+    assert found["MatMul"] == 2 + 1  # and the layer in front
     assert found["Softmax"] == 1
     assert found["Mul"] == 1
-    assert found["Add"] == ("scaled by head" not in kind)
+    assert found["Add"] == ("scaled by head" not in kind) + 1
     assert not found["BatchNormalization"]
+
+
+def by_stack(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.unflatten(2, (3, 2, 3)).permute(2, 0, 3, 1, 4))
+
+
+def by_heads(x: Tensor) -> tuple[Tensor, ...]:
+    parted = x.view(x.shape[0], 81, 2, 9).transpose(1, 2).chunk(3, -1)
+    return parted[0], parted[1], parted[2]
+
+
+def by_chunks(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(part.unflatten(2, (2, 3)).transpose(1, 2) for part in x.chunk(3, 2))
+
+
+def by_slices(x: Tensor) -> tuple[Tensor, ...]:
+    turned = x.transpose(1, 2).unflatten(1, (3, 6))
+    return tuple(turned[:, i].unflatten(1, (2, 3)).transpose(2, 3) for i in range(3))
+
+
+class Parted(nn.Module):
+    """Attention whose queries, keys and values are parts of one layer's result."""
+
+    def __init__(self, parts: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.qkv, self.parts = nn.Linear(6, 18), parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.parts(self.qkv(x.flatten(2).transpose(1, 2)))
+        return nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "splits"), [(by_stack, 1), (by_heads, 0), (by_chunks, 1), (by_slices, 1)]
+)
+def test_parts_of_a_layer_are_taken_right_behind_it(parts, splits):
+    """Where they are channels side by side; no move stands between the layer and its split."""
+    torch.manual_seed(0)
+    images, network = torch.randn(2, 3, 9, 9), Body(Parted(parts))
+    with torch.no_grad():
+        network(images)
+        student = convert(network.eval(), images, "rk3588")
+        assert torch.allclose(student(images), network(images), atol=1e-5)
+    nodes = to_onnx(student).graph.node
+    behind = {node.output[0]: node.op_type for node in nodes}
+    found = [behind[node.input[0]] for node in nodes if node.op_type == "Split"]
+    assert found.count("Add") == splits, found
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_a_cut_behind_a_move_is_one_in_front_of_it(data):
+    """Of any reshape or permutation, or it is said to be none."""
+    shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4)))
+    x = torch.arange(math.prod(shape)).reshape(1, *shape)
+    if data.draw(st.booleans()):
+        order = data.draw(st.permutations(range(1, len(shape) + 1)))
+        move: Permute | Reshape = Permute((0, *order))
+    else:
+        whole = tuple(data.draw(st.permutations(shape)))
+        merged = data.draw(st.integers(1, len(whole)))
+        move = Reshape((math.prod(whole[:merged]), *whole[merged:]))
+    wanted = move(x)
+    axis = data.draw(st.integers(1, wanted.dim() - 1))
+    start = data.draw(st.integers(0, wanted.shape[axis] - 1))
+    stop = data.draw(st.integers(start + 1, wanted.shape[axis]))
+    wanted = wanted.narrow(axis, start, stop - start)
+    before = cut_before(move, (axis, start, stop), shape)
+    if before is not None:
+        first, *ends = before
+        numbers = x.narrow(first, ends[0], ends[1] - ends[0])
+        again = numbers.permute(move.order) if isinstance(move, Permute) else numbers
+        assert torch.equal(again.reshape(wanted.shape), wanted)
+    else:
+        assert isinstance(move, Reshape)
 
 
 def test_what_a_target_does_not_keep_is_fitted():

@@ -37,6 +37,34 @@ def _move(axis: int, to: int, rank: int) -> tuple[int, ...]:
     return tuple(order)
 
 
+Cut = tuple[int, int, int]  # an axis, and the first and last entry (exclusive) taken of it
+
+
+def cut_before(move: Permute | Reshape, cut: Cut, shape: tuple[int, ...]) -> Cut | None:
+    """The cut of what a move reads, of ``shape``, that becomes a cut of its result; None where it
+    is none along one axis.
+    """
+    axis, start, stop = cut
+    if isinstance(move, Permute):
+        return move.order[axis], start, stop
+    block = math.prod(move.shape[axis - 1 :])
+    inner = math.prod(move.shape[axis:])
+    for other, size in enumerate(shape, 1):
+        step = math.prod(shape[other:])
+        ends = (start * inner, stop * inner)
+        if size > 1 and size * step == block and not any(end % step for end in ends):
+            return other, ends[0] // step, ends[1] // step
+    return None
+
+
+def _narrowed(move: Permute | Reshape, cut: Cut) -> Operator:
+    """A move that gives a cut of what it gave."""
+    if isinstance(move, Permute):
+        return move
+    axis, start, stop = cut
+    return Reshape((*move.shape[: axis - 1], stop - start, *move.shape[axis:]))
+
+
 class ConversionError(ArchnetError):
     """The teacher cannot be converted for this target."""
 
@@ -72,6 +100,7 @@ class Builder:
         self.owner = ""
         self.owners: dict[str, str] = {}
         self.paths: dict[str, str] = {}
+        self.kept: set[str] = set()  # values that all that follows has to read (taps)
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -202,6 +231,28 @@ class Builder:
         if (start, stop, step) == (0, feature.shape[axis - 1], 1):
             return feature
         return self.layout(feature, "slice", Slice(axis, start, stop, step), feature.axis)
+
+    def part(self, feature: Feature, axis: int, start: int, stop: int) -> Feature:
+        """``x[start:stop]`` along an axis, as `slice` gives it; of a layer's channels (its queries,
+        or keys) it is taken right behind the layer, in front of the moves.
+        """
+        if (start, stop) == (0, feature.shape[axis - 1]):
+            return feature
+        name, moves, cut = self.first(feature), list[Operator](), (axis, start, stop)
+        while isinstance(move := self.modules.get(name), Permute | Reshape):
+            source = self.step(name).inputs[0]
+            before = cut_before(move, cut, self.graph.shapes[source])
+            if name in self.kept or before is None:
+                break
+            moves.append(_narrowed(move, cut))
+            name, cut = source, before
+        channels = len(self.graph.shapes[name]) if isinstance(move, FullyConnected) else 1
+        if not isinstance(move, FullyConnected | ops.Convolution) or cut[0] != channels:
+            return self.slice(feature, axis, start, stop)
+        name = self.emit("part", Slice(*cut), name)
+        for moved in reversed(moves):
+            name = self.emit("part", moved, name)
+        return Feature(self.graph.shapes[name], first=name, axis=feature.axis)
 
     def reshape(self, feature: Feature, shape: tuple[int, ...]) -> Feature:
         """The same values in another shape; channels that stay an axis of their own stay so."""

@@ -166,6 +166,7 @@ def _build(
         if isinstance(value, Feature) and node.name in tapped:
             # All that follows reads the tap itself, so that a block can start from it.
             value = Feature(value.shape, first=builder.first(value), axis=value.axis)
+            builder.kept.add(builder.first(value))
         if not isinstance(value, list) and value.shape != node.shape:
             raise ConversionError(
                 f"{node.operator} {node.place} gives {node.shape} in the teacher, {value.shape} in "

@@ -106,8 +106,17 @@ def _convolution(
 def _fully_connected(
     writer: Writer, name: str, op: FullyConnected, shape: tuple[int, ...], x: Value
 ) -> Value:
-    # At every position it is a Gemm on (positions, features): runtimes have integer kernels that
-    # take the bias for a Gemm, and none for a MatMul.
+    if len(shape) > 2 and op.weight_quantizer is None:
+        # Compilers know it so, as torch writes it; a Gemm would want rows, and reshapes around it.
+        weight, bias = (
+            writer.constant(f"{name}.{key}", tensor.detach().cpu(), np.float32)
+            for key, tensor in (("weight", op.weight.t()), ("bias", op.bias))
+        )
+        product = writer.node("MatMul", [writer.floating(x), weight], f"{name}.product")
+        writer.node("Add", [product, bias], name)
+        return Value(name, name, shape)
+    # Quantized, it is a Gemm on (positions, features): runtimes have integer kernels that take the
+    # bias for a Gemm, and none for a MatMul.
     rows = x.reshaped((-1, op.in_features), f"{name}.rows")
     tensor = name if len(shape) == 2 else f"{name}.flat"
     inputs = [writer.floating(rows), *parameters(writer, name, op)]

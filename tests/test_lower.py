@@ -1,28 +1,36 @@
 """Lowering: every way of writing a whole operator computes the same integers."""
 
 import copy
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archnet.convert import Approximation, convert
+from archnet.convert.builder import cut_before
 from archnet.deploy import audit, export, to_integers, to_onnx, verify
 from archnet.errors import ArchnetError
 from archnet.hardware import Target
 from archnet.lower import check_layers, convolution, deployed, lower, registry, target_of
 from archnet.ops import (
     Add,
+    AddConstant,
     AveragePool,
     Convolution,
     FullyConnected,
     MaxPool,
     Mean,
     Operator,
+    Permute,
+    Reshape,
     Segments,
     Student,
 )
@@ -101,6 +109,29 @@ class Smooth(nn.Module):
         return F.silu(4 * self.layer(x))
 
 
+class Table(nn.Module):
+    """A constant of its own for every element, or along axes of more than one entry."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table
+
+
+class ClassToken(nn.Module):
+    """A learned token in front of the others, and a table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.table = (nn.Parameter(torch.randn(1, n, 6)) for n in (1, 82))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return torch.cat([self.token.expand(x.shape[0], -1, -1), tokens], 1) + self.table
+
+
 class Peak(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.amax((2, 3))
@@ -149,7 +180,12 @@ KINDS = {
     "smooth": Smooth,
     "smooth on tokens": lambda: Smooth(tokens=True),
     "tokens": Tokens,
+    "table": lambda: Table(6, 9, 9),
+    "table of rows and columns": lambda: Table(1, 9, 9),
+    "table of tokens": lambda: nn.Sequential(Tokens(), Table(81, 6)),
+    "class token": ClassToken,
 }
+TABLES = ("table", "table of rows and columns", "table of tokens", "class token")
 
 
 def teacher_of(kind: str) -> tuple[nn.Module, Tensor]:
@@ -199,7 +235,8 @@ def test_every_way_alone_computes_the_same(operator, monkeypatch):
     used: Counter[str] = Counter()
     everything = replace(native(), complete=False, lanes=1)
     # Every network ends in a fully connected layer, which is written in one way alone.
-    for kind in ["tokens", "mean"] if operator is FullyConnected else KINDS:
+    few = {FullyConnected: ("tokens", "mean"), AddConstant: TABLES}
+    for kind in few.get(operator, KINDS):
         network, images = teacher_of(kind)
         floating = convert(network, images, everything)
         if not any(type(module) is operator for module in floating.operators.values()):
@@ -335,18 +372,28 @@ class Attends(nn.Module):
         return tokens * torch.sigmoid(tokens)
 
 
-class Windowed(nn.Module):
-    """Attention with a bias for every pair, which no target keeps."""
+class Weighed(nn.Module):
+    """Attention whose scores (heads 2, windows 3) have a scale and a constant, as networks write
+    it: by PyTorch's operator, or by products and a softmax.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, constant: Tensor | None, scale: Tensor, causal: bool = False) -> None:
         super().__init__()
-        self.qkv, self.bias = nn.Linear(6, 18), nn.Parameter(torch.randn(81, 81))
+        self.qkv = nn.Linear(6, 18)
+        self.constant = None if constant is None else nn.Parameter(constant)
+        self.scale, self.causal = nn.Parameter(scale), causal
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens).unflatten(2, (3, 2, 3)).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, self.bias)
-        return mixed.transpose(1, 2).flatten(2)
+        windows = x.flatten(2).transpose(1, 2).unflatten(1, (3, 27))
+        q, k, v = self.qkv(windows).unflatten(3, (3, 2, 3)).permute(3, 0, 1, 4, 2, 5)
+        if self.causal:
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            scores = (q * 0.5) @ k.transpose(-1, -2) * self.scale
+            if self.constant is not None:
+                scores = scores + self.constant
+            mixed = scores.softmax(-1) @ v
+        return mixed.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 class Excited(nn.Module):
@@ -361,6 +408,16 @@ class Excited(nn.Module):
         return x * torch.sigmoid(self.up(squeezed))
 
 
+ONE, BY_HEAD = torch.ones(1), torch.tensor([0.5, 2.0])[:, None, None]
+MASK = torch.randn(3, 1, 27, 27).gt(0) * -100.0
+WEIGHED = {
+    "attention with a bias": lambda: Weighed(torch.randn(2, 27, 27), ONE),
+    "attention with a mask": lambda: Weighed(MASK, ONE),
+    "attention, both": lambda: Weighed(MASK + torch.randn(2, 27, 27), ONE),
+    "attention, scaled by head": lambda: Weighed(None, BY_HEAD),
+    "attention, biased and scaled": lambda: Weighed(torch.randn(27, 27), BY_HEAD),
+    "causal attention": lambda: Weighed(None, ONE, causal=True),
+}
 NATIVES = {
     "gelu": lambda: nn.Sequential(conv(1), nn.GELU()),
     "hardswish": lambda: nn.Sequential(conv(1), nn.Hardswish()),
@@ -368,6 +425,7 @@ NATIVES = {
     "tanh": lambda: nn.Sequential(conv(1), nn.Tanh()),
     "attention": Attends,
     "gate": Excited,
+    **WEIGHED,
 }
 
 
@@ -398,14 +456,108 @@ def test_what_a_target_computes_by_itself_stays(kind, tmp_path):
     assert not all(row.exact for row in changed.report)
 
 
+@pytest.mark.parametrize("kind", WEIGHED)
+def test_attention_that_stays_has_no_moves_of_its_own(kind):
+    """Its constant is an addition, its scale a product."""
+    torch.manual_seed(0)
+    images, network = torch.randn(16, 3, 9, 9), Body(WEIGHED[kind]())
+    with torch.no_grad():
+        network(images)
+    found = Counter(
+        n.op_type for n in to_onnx(convert(network.eval(), images, "rk3588")).graph.node
+    )
+    assert found["MatMul"] == 2 + 1  # and the layer in front
+    assert found["Softmax"] == 1
+    assert found["Mul"] == 1
+    assert found["Add"] == ("scaled by head" not in kind) + 1
+    assert not found["BatchNormalization"]
+
+
+def by_stack(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.unflatten(2, (3, 2, 3)).permute(2, 0, 3, 1, 4))
+
+
+def by_heads(x: Tensor) -> tuple[Tensor, ...]:
+    parted = x.view(x.shape[0], 81, 2, 9).transpose(1, 2).chunk(3, -1)
+    return parted[0], parted[1], parted[2]
+
+
+def by_chunks(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(part.unflatten(2, (2, 3)).transpose(1, 2) for part in x.chunk(3, 2))
+
+
+def by_slices(x: Tensor) -> tuple[Tensor, ...]:
+    turned = x.transpose(1, 2).unflatten(1, (3, 6))
+    return tuple(turned[:, i].unflatten(1, (2, 3)).transpose(2, 3) for i in range(3))
+
+
+class Parted(nn.Module):
+    """Attention whose queries, keys and values are parts of one layer's result."""
+
+    def __init__(self, parts: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.qkv, self.parts = nn.Linear(6, 18), parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.parts(self.qkv(x.flatten(2).transpose(1, 2)))
+        return nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "splits"), [(by_stack, 1), (by_heads, 0), (by_chunks, 1), (by_slices, 1)]
+)
+def test_parts_of_a_layer_are_taken_right_behind_it(parts, splits):
+    """Where they are channels side by side; no move stands between the layer and its split."""
+    torch.manual_seed(0)
+    images, network = torch.randn(2, 3, 9, 9), Body(Parted(parts))
+    with torch.no_grad():
+        network(images)
+        student = convert(network.eval(), images, "rk3588")
+        assert torch.allclose(student(images), network(images), atol=1e-5)
+    nodes = to_onnx(student).graph.node
+    behind = {node.output[0]: node.op_type for node in nodes}
+    found = [behind[node.input[0]] for node in nodes if node.op_type == "Split"]
+    assert found.count("Add") == splits, found
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_a_cut_behind_a_move_is_one_in_front_of_it(data):
+    """Of any reshape or permutation, or it is said to be none."""
+    shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4)))
+    x = torch.arange(math.prod(shape)).reshape(1, *shape)
+    if data.draw(st.booleans()):
+        order = data.draw(st.permutations(range(1, len(shape) + 1)))
+        move: Permute | Reshape = Permute((0, *order))
+    else:
+        whole = tuple(data.draw(st.permutations(shape)))
+        merged = data.draw(st.integers(1, len(whole)))
+        move = Reshape((math.prod(whole[:merged]), *whole[merged:]))
+    wanted = move(x)
+    axis = data.draw(st.integers(1, wanted.dim() - 1))
+    start = data.draw(st.integers(0, wanted.shape[axis] - 1))
+    stop = data.draw(st.integers(start + 1, wanted.shape[axis]))
+    wanted = wanted.narrow(axis, start, stop - start)
+    before = cut_before(move, (axis, start, stop), shape)
+    if before is not None:
+        first, *ends = before
+        numbers = x.narrow(first, ends[0], ends[1] - ends[0])
+        again = numbers.permute(move.order) if isinstance(move, Permute) else numbers
+        assert torch.equal(again.reshape(wanted.shape), wanted)
+    else:
+        assert isinstance(move, Reshape)
+
+
 def test_what_a_target_does_not_keep_is_fitted():
     torch.manual_seed(0)
-    images, network = torch.randn(16, 3, 9, 9), Body(Windowed())
+    rk3588 = Target.named("rk3588")
+    target = replace(rk3588, operators=tuple(name for name in rk3588.operators if name != "add"))
+    images, network = torch.randn(16, 3, 9, 9), Body(WEIGHED["attention with a bias"]())
     with torch.no_grad():
         network(images)
     for budget in (None, 30.0):  # under which every form is built compact as well
         form = Approximation(max_macs=budget)
-        student = convert(network.eval(), images, "rk3588", calibration=images, approximation=form)
+        student = convert(network.eval(), images, target, calibration=images, approximation=form)
         assert not all(row.exact for row in student.report)
 
 

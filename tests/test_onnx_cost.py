@@ -562,18 +562,16 @@ STUDENTS = {
 
 
 def layers(cost):
-    return {
-        step.name.removesuffix(".flat"): (
-            step.macs,
-            step.bops,
-            step.weight_bits,
-            step.activation_bits,
-            step.parameters,
-            step.products,
-        )
-        for step in cost.steps
-        if step.macs
-    }
+    """What multiplies, by step; the bias behind a MatMul is a node of its own."""
+    others = {step.name: step.parameters for step in cost.steps if not step.macs}
+    found = {}
+    for step in cost.steps:
+        if step.macs:
+            name = step.name.removesuffix(".flat").removesuffix(".product")
+            parameters = step.parameters + others.get(name, 0)
+            widths = (step.weight_bits, step.activation_bits)
+            found[name] = (step.macs, step.bops, *widths, parameters, step.products)
+    return found
 
 
 @settings(deadline=None, max_examples=12)

@@ -14,6 +14,7 @@ from archnet.errors import ArchnetError
 from archnet.ops import (
     Activation,
     Add,
+    AddConstant,
     BatchNorm,
     Concat,
     FullyConnected,
@@ -36,6 +37,34 @@ def _move(axis: int, to: int, rank: int) -> tuple[int, ...]:
     order = [other for other in range(rank) if other != axis]
     order.insert(to, axis)
     return tuple(order)
+
+
+Cut = tuple[int, int, int]  # an axis, and the first and last entry (exclusive) taken of it
+
+
+def cut_before(move: Permute | Reshape, cut: Cut, shape: tuple[int, ...]) -> Cut | None:
+    """The cut of what a move reads, of ``shape``, that becomes a cut of its result; None where it
+    is none along one axis.
+    """
+    axis, start, stop = cut
+    if isinstance(move, Permute):
+        return move.order[axis], start, stop
+    block = math.prod(move.shape[axis - 1 :])
+    inner = math.prod(move.shape[axis:])
+    for other, size in enumerate(shape, 1):
+        step = math.prod(shape[other:])
+        ends = (start * inner, stop * inner)
+        if size > 1 and size * step == block and not any(end % step for end in ends):
+            return other, ends[0] // step, ends[1] // step
+    return None
+
+
+def _narrowed(move: Permute | Reshape, cut: Cut) -> Operator:
+    """A move that gives a cut of what it gave."""
+    if isinstance(move, Permute):
+        return move
+    axis, start, stop = cut
+    return Reshape((*move.shape[: axis - 1], stop - start, *move.shape[axis:]))
 
 
 class ConversionError(ArchnetError):
@@ -73,6 +102,7 @@ class Builder:
         self.numbers: dict[str, int] = {}
         self.paths: dict[str, str] = {}
         self._named: dict[str, int] = {}  # by owner and kind, the last number in a name
+        self.kept: set[str] = set()  # values that all that follows has to read (taps)
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -200,6 +230,28 @@ class Builder:
             return feature
         return self.layout(feature, "slice", Slice(axis, start, stop, step), feature.axis)
 
+    def part(self, feature: Feature, axis: int, start: int, stop: int) -> Feature:
+        """``x[start:stop]`` along an axis, as `slice` gives it; of a layer's channels (its queries,
+        or keys) it is taken right behind the layer, in front of the moves.
+        """
+        if (start, stop) == (0, feature.shape[axis - 1]):
+            return feature
+        name, moves, cut = self.first(feature), list[Operator](), (axis, start, stop)
+        while isinstance(move := self.modules.get(name), Permute | Reshape):
+            source = self.step(name).inputs[0]
+            before = cut_before(move, cut, self.graph.shapes[source])
+            if name in self.kept or before is None:
+                break
+            moves.append(_narrowed(move, cut))
+            name, cut = source, before
+        channels = len(self.graph.shapes[name]) if isinstance(move, FullyConnected) else 1
+        if not isinstance(move, FullyConnected | ops.Convolution) or cut[0] != channels:
+            return self.slice(feature, axis, start, stop)
+        name = self.emit("part", Slice(*cut), name)
+        for moved in reversed(moves):
+            name = self.emit("part", moved, name)
+        return Feature(self.graph.shapes[name], first=name, axis=feature.axis)
+
     def reshape(self, feature: Feature, shape: tuple[int, ...]) -> Feature:
         """The same values in another shape; channels that stay an axis of their own stay so."""
         if shape == feature.shape:
@@ -297,11 +349,21 @@ class Builder:
     def element_affine(self, feature: Feature, scale: Tensor, bias: Tensor) -> Feature:
         """Scale * x + bias with a value of their own for every element: (*shape) tensors.
 
-        Flattened, every element is a channel of a batch norm: so a table of positions is added.
+        Flattened, every element is a channel of a batch norm.
         """
         flat = self.layout(feature, "flat", Reshape((math.prod(feature.shape),)))
         normed = self.batchnorm(flat, scale.flatten(), bias.flatten())
         return self.layout(normed, "shape", Reshape(feature.shape), feature.axis)
+
+    def add_constant(self, feature: Feature, constant: Tensor) -> Feature:
+        """The sum of a value and a constant of its shape (a table of positions)."""
+        for axis in range(constant.dim()):
+            if bool((constant == constant.narrow(axis, 0, 1)).all()):
+                constant = constant.narrow(axis, 0, 1)
+        module = AddConstant(constant.shape)
+        with torch.no_grad():
+            module.bias.copy_(constant)
+        return self.layout(feature, "constant", module, feature.axis)
 
     def constant(self, tensor: Tensor) -> Feature:
         """A value that is the same for all inputs: zeros, which padding makes, and a shift."""
@@ -311,9 +373,7 @@ class Builder:
             one = self.slice(one, axis, 0, 1)
         row = self.layout(one, "one", Reshape((1,)))
         zeros = self.slice(self.layout(row, "zeros", Pad(((0, count),))), 1, 1, count + 1)
-        ones = torch.ones(1, dtype=torch.float64)
-        shifted = self.batchnorm(zeros, ones, tensor.flatten())
-        return self.layout(shifted, "shape", Reshape(tuple(tensor.shape)))
+        return self.add_constant(self.layout(zeros, "shape", Reshape(tuple(tensor.shape))), tensor)
 
     # -- fully connected layers ----------------------------------------------------------------
 

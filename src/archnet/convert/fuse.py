@@ -144,12 +144,33 @@ def _scores(name: str, by_name: Mapping[str, TeacherNode]) -> _Scores | None:
     if pair is None:
         return None
     query, key = pair
+    query, scale = _unscaled(query, by_name)
     if not isinstance(key, Ref):
-        return _Scores(query, key.mT)
+        return _Scores(query, key.mT, scale)
     turned = by_name.get(key.name)
     if turned is None or not _turns_last(turned):
         return None
-    return _Scores(query, Ref(turned.refs()[0]))
+    key, factor = _unscaled(Ref(turned.refs()[0]), by_name)
+    return _Scores(query, key, scale * factor)
+
+
+def _unscaled(
+    factor: Ref | Tensor, by_name: Mapping[str, TeacherNode]
+) -> tuple[Ref | Tensor, Tensor]:
+    """What is multiplied by one number before it is turned into scores, and that number: (1,)."""
+    scale = torch.ones(1, dtype=torch.float64)
+    while isinstance(factor, Ref) and (node := by_name.get(factor.name)) is not None:
+        number = node.arguments.get("other")
+        if stem(node.operator) not in ("mul", "div") or isinstance(number, Ref):
+            break
+        if not isinstance(node.arguments["self"], Ref):
+            break
+        value = torch.as_tensor(number, dtype=torch.float64)
+        if value.numel() != 1:
+            break
+        scale = scale * (value if stem(node.operator) == "mul" else 1 / value).reshape(1)
+        factor = node.arguments["self"]
+    return factor, scale
 
 
 def _by_head(node: TeacherNode, factor: Tensor | float) -> Tensor | None:

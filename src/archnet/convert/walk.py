@@ -162,6 +162,7 @@ def _build(
         if isinstance(value, Feature) and node.name in tapped:
             # All that follows reads the tap itself, so that a block can start from it.
             value = Feature(value.shape, first=builder.first(value), axis=value.axis)
+            builder.kept.add(builder.first(value))
         if not isinstance(value, list) and value.shape != node.shape:
             raise ConversionError(
                 f"{node.operator} {node.place} gives {node.shape} in the teacher, {value.shape} in "
@@ -234,6 +235,7 @@ def _build(
     for cost in student_cost(lowered.student).steps:
         macs[builder.owners[lowered.whole[cost.name]]] += cost.macs
     read = {node.name for node in _live(written, TeacherNode.refs)}
+    report = []
     for node in graph.nodes:
         if node.name in live:
             row = replace(rows[node.name], macs_after=macs[node.name])
@@ -241,8 +243,25 @@ def _build(
             exact = node.name not in read
             rule = "unread" if exact else "left out"
             row = NodeReport(node.path, operators[node.name], rule, exact, before[node.name], 0)
-        student.graph.report.append(row)
+        report.append(row)
+    student.graph.report = _with_fused(report, written)
     return Built(student, form, alternatives, unspoilt)
+
+
+def _with_fused(report: Sequence[NodeReport], written: TeacherGraph) -> list[NodeReport]:
+    """The rows of all nodes; one that was left out is exact where all that read it are: they were
+    read as one (scores and softmax of an attention that stays).
+    """
+    readers: dict[str, list[str]] = {}
+    for node in written.nodes:
+        for name in node.refs():
+            readers.setdefault(name, []).append(node.name)
+    rows = dict(zip((node.name for node in written.nodes), report, strict=True))
+    for name, row in reversed(rows.items()):
+        found = [rows[reader] for reader in readers.get(name, []) if rows[reader].rule != "unread"]
+        if row.rule == "left out" and all(reader.exact for reader in found):
+            rows[name] = replace(row, rule="fused", exact=True)
+    return list(rows.values())
 
 
 def _needed(

@@ -18,6 +18,7 @@ from archnet.deploy.writer import ExportError, Grid, Value, Writer
 from archnet.ops import (
     Activation,
     Add,
+    AddConstant,
     AveragePool,
     BatchNorm,
     Concat,
@@ -105,8 +106,17 @@ def _convolution(
 def _fully_connected(
     writer: Writer, name: str, op: FullyConnected, shape: tuple[int, ...], x: Value
 ) -> Value:
-    # At every position it is a Gemm on (positions, features): runtimes have integer kernels that
-    # take the bias for a Gemm, and none for a MatMul.
+    if len(shape) > 2 and op.weight_quantizer is None:
+        # Compilers know it so, as torch writes it; a Gemm would want rows, and reshapes around it.
+        weight, bias = (
+            writer.constant(f"{name}.{key}", tensor.detach().cpu(), np.float32)
+            for key, tensor in (("weight", op.weight.t()), ("bias", op.bias))
+        )
+        product = writer.node("MatMul", [writer.floating(x), weight], f"{name}.product")
+        writer.node("Add", [product, bias], name)
+        return Value(name, name, shape)
+    # Quantized, it is a Gemm on (positions, features): runtimes have integer kernels that take the
+    # bias for a Gemm, and none for a MatMul.
     rows = x.reshaped((-1, op.in_features), f"{name}.rows")
     tensor = name if len(shape) == 2 else f"{name}.flat"
     inputs = [writer.floating(rows), *parameters(writer, name, op)]
@@ -144,7 +154,7 @@ def _product(
         writer.node("MatMul", factors, name)
     else:
         product = writer.node("MatMul", factors, f"{name}.product")
-        factor = writer.constant(f"{name}.factor", op.factor, np.float32)
+        factor = writer.constant(f"{name}.factor", op.factors(), np.float32)
         writer.node("Mul", [product, factor], name)
     return Value(name, name, shape)
 
@@ -242,6 +252,15 @@ def _add(writer: Writer, name: str, op: Add, shape: tuple[int, ...], *xs: Value)
         is_last = index == len(others) - 1
         output = name if is_last else f"{name}.{index}"
         first = writer.node("Add", [first, other], output)
+    return Value(name, name, shape)
+
+
+@emits(AddConstant)
+def _add_constant(
+    writer: Writer, name: str, op: AddConstant, shape: tuple[int, ...], x: Value
+) -> Value:
+    constant = writer.constant(f"{name}.constant", op.bias.detach().cpu()[None], np.float32)
+    writer.node("Add", [writer.floating(x), constant], name)
     return Value(name, name, shape)
 
 

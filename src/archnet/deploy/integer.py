@@ -26,6 +26,7 @@ from archnet.ops import (
     NATIVE,
     Activation,
     Add,
+    AddConstant,
     AveragePool,
     BatchNorm,
     Concat,
@@ -70,7 +71,8 @@ class Requantization:
         kind: see above.
         scale: (C,) or (1,), float64: value of an accumulator unit over the step of the grid.
         low, high: integer bounds.
-        offset: (C,) float64, in steps of the grid; zeros but for batch norms.
+        offset: float64, in steps of the grid: (C,), or (1, ...) with an axis for each of the
+            accumulators'; zeros but for batch norms and added constants.
 
     Example (scale 0.3, low 0, high 15): 11 becomes round(3.3) = 3, -4 becomes 0.
     """
@@ -83,7 +85,7 @@ class Requantization:
 
     @property
     def shift(self) -> NDArray[np.int64]:
-        """(C,) right shifts, 0 to 62, for which multiplier and offset fit."""
+        """Right shifts, 0 to 62, for which multiplier and offset fit, of the shape of both."""
         exponent = np.frexp(self.scale)[1].astype(np.int64)
         most = np.int64(1 if self.kind == "power_of_two" else MULTIPLIER_BITS) - exponent
         # A norm whose slope is next to nothing: its shift is all there is of it.
@@ -92,12 +94,12 @@ class Requantization:
 
     @property
     def multiplier(self) -> NDArray[np.int64]:
-        """(C,) signed integers below 2^31 in size."""
+        """Signed integers below 2^31 in size, as many as there are shifts."""
         return np.rint(np.ldexp(self.scale, self.shift.astype(np.int32))).astype(np.int64)
 
     @property
     def shifted_offset(self) -> NDArray[np.int64]:
-        """(C,) what is added before the shift."""
+        """What is added before the shift, of its shape."""
         shifted = np.ldexp(self.offset, self.shift.astype(np.int32))
         most = 2.0**OFFSET_BITS  # beyond it the result is an end of the grid
         return np.rint(np.clip(shifted, -most, most)).astype(np.int64)
@@ -106,6 +108,8 @@ class Requantization:
         """Integers of the grid; the channels of ``accumulator`` lie along ``axis``."""
 
         def along(constant: NDArray[Any]) -> NDArray[Any]:
+            if constant.ndim > 1:
+                return constant
             shape = [1] * accumulator.ndim
             shape[axis] = constant.size
             return constant.reshape(shape)
@@ -365,9 +369,13 @@ class _Integers:
             self.pending[step.name] = _Pending(self._weighted(step, operator, source), [])
         elif isinstance(operator, BatchNorm):
             self.pending[step.name] = _Pending(self._affine(step, operator, source), [])
+        elif isinstance(operator, AddConstant) and not self._is_real(source):
+            unit = np.array([self._grid(source, step).scale])
+            offset = IntegerStep(step.name, (source,), operator, step.origin, unit=unit)
+            self.pending[step.name] = _Pending(offset, [])
         elif isinstance(operator, Summing):
             self.pending[step.name] = _Pending(self._sum(step, operator), [])
-        elif isinstance(operator, NATIVE):
+        elif isinstance(operator, NATIVE | AddConstant):
             self.pending[step.name] = _Pending(self._native(step, operator), [])
         elif isinstance(operator, Activation):
             self._activation(step, operator, source)
@@ -419,16 +427,21 @@ class _Integers:
     def _native(self, step: Step, operator: Operator) -> IntegerStep:
         """What the target computes in its own arithmetic: its meaning, in real numbers.
 
-        A softmax reads the scores of a product as they are.
+        A softmax reads the scores of a product as they are, and what is added to them.
         """
         sources = tuple(map(self._now, step.inputs))
         for source in sources:
-            if source in self.pending and isinstance(self.pending[source].step.operator, NATIVE):
+            if self._is_real(source):
                 self._settle(self.pending.pop(source), None)
                 self.real.add(source)
             elif source not in self.real:
                 self._grid(source, step)
         return IntegerStep(step.name, sources, operator, step.origin, unit=np.ones(1))
+
+    def _is_real(self, source: str) -> bool:
+        """Whether a value is computed in real numbers and not rounded yet."""
+        before = self.pending.get(source)
+        return before is not None and isinstance(before.step.operator, NATIVE | AddConstant)
 
     def _activation(self, step: Step, operator: Activation, source: str) -> None:
         quantizer = operator.quantizer
@@ -489,7 +502,9 @@ class _Integers:
                 slope = step.unit / self.grids[step.inputs[0]].scale
                 shift = _float64(norm.bias) - _float64(norm.running_mean) * slope
                 offset["offset"] = shift / grid.scale
-            if isinstance(step.operator, NATIVE):
+            elif isinstance(step.operator, AddConstant):
+                offset["offset"] = _float64(step.operator.bias)[None] / grid.scale
+            if isinstance(step.operator, NATIVE) or step.inputs[0] in self.real:
                 self._append(pending, grid)
                 return
             scale = step.unit / grid.scale
@@ -497,6 +512,8 @@ class _Integers:
             step = replace(step, requantization=requantization)
         elif isinstance(step.operator, BatchNorm):
             raise ExportError(f"step {step.name}: a batch norm cannot be the network's result")
+        elif isinstance(step.operator, AddConstant):
+            step = replace(step, unit=np.ones(1))  # it adds real numbers
         self._append(_Pending(step, pending.moves), grid)
 
     def _append(self, pending: _Pending, grid: IntegerGrid | None) -> None:
@@ -554,7 +571,8 @@ def square(step: IntegerStep) -> tuple[int, int]:
 def execute(step: IntegerStep, inputs: Sequence[NDArray[Any]], model: IntegerModel) -> NDArray[Any]:
     """One step of the golden model."""
     x, operator = inputs[0], step.operator
-    if isinstance(operator, NATIVE):
+    is_real = isinstance(operator, AddConstant) and step.requantization is None
+    if isinstance(operator, NATIVE) or is_real:
         return _in_real_numbers(step, operator, inputs, model)
     if isinstance(operator, Activation) and step.requantization is None:
         grid = model.grids[step.name]

@@ -89,9 +89,35 @@ class Value:
         moves = (
             self.moves[:-1] if self.moves and isinstance(self.moves[-1], Reshape) else self.moves
         )
-        if replace(self, moves=moves).moved_shape != shape:
+        before = replace(self, moves=moves)
+        if (shorter := before._without_units(shape, name)) is not None:
+            return shorter
+        if before.moved_shape != shape:
             moves = (*moves, Reshape(shape))
         return replace(self, name=name, moves=moves)
+
+    def _without_units(self, shape: tuple[int, ...], name: str) -> "Value | None":
+        """The value in a shape that lacks axes of one entry: where they were made by a reshape in
+        front of a transposition, that makes them no more.
+        """
+        if len(self.moves) < 2:
+            return None
+        made, turn = self.moves[-2:]
+        if not isinstance(made, Reshape) or not isinstance(turn, Transpose):
+            return None
+        kept, places = list(shape), list[int]()
+        for place, size in zip(turn.order, self.moved_shape, strict=True):
+            if kept and kept[0] == size:
+                kept.pop(0)
+                places.append(place)
+            elif size != 1:
+                return None
+        if kept or len(shape) == len(turn.order):
+            return None
+        ranks = sorted(places)
+        source = replace(self, moves=self.moves[:-2])
+        source = source.reshaped(tuple(made.shape[place] for place in ranks), name)
+        return source.transposed(tuple(ranks.index(place) for place in places), name)
 
 
 class Writer:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from archnet.ops import (
     Activation,
+    AddConstant,
     BatchNorm,
     Concat,
     LayerNorm,
@@ -104,7 +105,8 @@ def student_cost(student: Student) -> Cost[int]:
     """The cost of a student from its shapes and the quantizers on its operators.
 
     Batch norms, activations, pooling and moves do no MACs. Weights are packed at their width, a
-    bias takes 32 bits, a batch norm a 32-bit scale and shift per channel. For the peak of the
+    bias takes 32 bits, a batch norm a 32-bit scale and shift per channel, a constant
+    that is added 32 bits a number. For the peak of the
     activations an operator, the activation behind it and a reshape share one buffer (that is how
     integer kernels run them), every other step writes a buffer of its own, packed at its width.
     """
@@ -133,6 +135,9 @@ def student_cost(student: Student) -> Cost[int]:
             read_bits = bits[step.inputs[0]]
         elif isinstance(module, BatchNorm | LayerNorm):
             parameters = 2 * module.channels
+            weight_bytes = _bytes(parameters, FLOAT_BITS)
+        elif isinstance(module, AddConstant):
+            parameters = module.bias.numel()
             weight_bytes = _bytes(parameters, FLOAT_BITS)
         rows.append(
             StepCost(

@@ -6,6 +6,7 @@ from typing import Any
 from archnet.hardware.target import Layer
 from archnet.ops import (
     Add,
+    AddConstant,
     AveragePool,
     BatchNorm,
     Concat,
@@ -26,6 +27,7 @@ from archnet.ops import (
 _KINDS: dict[type[Operator], str] = {
     FullyConnected: "fully_connected",
     Add: "add",
+    AddConstant: "add",
     BatchNorm: "batchnorm",
     Segments: "batchnorm",
     Concat: "concat",

@@ -1,4 +1,4 @@
-"""Additions, average pooling and means: constants times a number (exact)."""
+"""Additions, of constants too, average pooling and means (exact)."""
 
 import math
 
@@ -17,7 +17,7 @@ from archnet.lower.convolution import (
 from archnet.lower.draft import Draft, Parts, Weights
 from archnet.lower.linear import linear
 from archnet.lower.registry import Result, lowering
-from archnet.ops import Add, AveragePool, Mean
+from archnet.ops import Add, AddConstant, AveragePool, BatchNorm, Mean
 
 # -- additions -----------------------------------------------------------------------------------
 
@@ -94,6 +94,28 @@ def split_and_lanes(op: Add, inputs: tuple[str, ...], draft: Draft) -> Result:
 def _identities(draft: Draft, channels: int, terms: int) -> Weights:
     shape = (channels, channels * terms)
     return Weights.constant(shape, lambda: torch.eye(channels).repeat(1, terms), 1.0, draft)
+
+
+# -- constants -----------------------------------------------------------------------------------
+
+
+@lowering(AddConstant)
+def added_natively(op: AddConstant, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """The target's own addition, of a constant."""
+    return draft.emit("", op, *inputs, name=draft.step.name)
+
+
+@lowering(AddConstant)
+def norm_of_elements(op: AddConstant, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """Flattened, every element is a channel of a batch norm, which multiplies by one."""
+    shape = draft.shapes[inputs[0]]
+    count = math.prod(shape)
+    with torch.device("meta" if draft.is_dry else draft.device):
+        norm = BatchNorm(count, eps=0.0)
+    if not draft.is_dry:
+        norm.bias.data.copy_(op.bias.expand(shape).flatten())
+    flat = draft.reshape(inputs[0], (count,))
+    return draft.reshape(draft.emit("norm", norm, flat), shape)
 
 
 # -- average pooling -----------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from archnet.ops.graph import NodeReport, Refinement, Step, StudentGraph, Tap
 from archnet.ops.layout import LayoutMove, Pad, Permute, Reshape, Slice
 from archnet.ops.native import NATIVE, Function, LayerNorm, Multiply
 from archnet.ops.operators import (
+    AFFINE,
     Activation,
     Add,
+    AddConstant,
     AveragePool,
     BatchNorm,
     Concat,
@@ -34,9 +36,11 @@ from archnet.ops.stepwise import Stepwise
 from archnet.ops.student import Student
 
 __all__ = [
+    "AFFINE",
     "NATIVE",
     "Activation",
     "Add",
+    "AddConstant",
     "AveragePool",
     "BatchNorm",
     "Concat",

@@ -210,6 +210,31 @@ class Segments(Operator):
         return lines.clamp_min(0).minimum(highest).flatten(1, 2)
 
 
+class AddConstant(Operator):
+    """y = x + c with a trained constant c: (B, *shape) -> the same.
+
+    ``shape`` is that of the constant for one sample: one entry along an axis serves all of it (a
+    mask has that over windows and heads alike). On a grid it is an offset of what is rounded, as a
+    batch norm's shift is. What it adds to real numbers, the scores that a softmax reads, stays
+    real.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(int(size) for size in shape)
+        self.bias = nn.Parameter(torch.zeros(self.shape))
+
+    def spec(self) -> dict[str, Any]:
+        return {"shape": list(self.shape)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
+# What multiplies and shifts every channel, or every element, by numbers of its own.
+AFFINE = AddConstant | BatchNorm | Segments
+
+
 class MaxPooling(Operator):
     """A maximum over some values: the result lies on the grid of what it reads."""
 

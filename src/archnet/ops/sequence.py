@@ -7,6 +7,7 @@ Padding stands only in training batches, where sentences of many lengths meet: `
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,18 +111,28 @@ class History(LayoutMove):
 
 class MatMul(Operator):
     """A product of two activations times a number: (B, ..., T, D) and (B, ..., D, S), or
-    (B, ..., S, D) transposed.
+    (B, ..., S, D) transposed. ``factor`` is one number, or one for each entry of the axis in front
+    of the matrices (heads).
     """
 
-    def __init__(self, transposed: bool = False, factor: float = 1.0) -> None:
+    def __init__(self, transposed: bool = False, factor: float | Sequence[float] = 1.0) -> None:
         super().__init__()
-        self.transposed, self.factor = transposed, factor
+        self.transposed = transposed
+        self.factor = tuple(factor) if isinstance(factor, Sequence) else factor
 
     def spec(self) -> dict[str, Any]:
-        return {"transposed": self.transposed, "factor": self.factor}
+        factor = list(self.factor) if isinstance(self.factor, tuple) else self.factor
+        return {"transposed": self.transposed, "factor": factor}
+
+    def factors(self) -> Tensor:
+        """What the product is multiplied by: (), or (heads, 1, 1)."""
+        numbers = torch.tensor(self.factor)
+        return numbers[:, None, None] if numbers.dim() else numbers
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         product = x @ (y.transpose(-1, -2) if self.transposed else y)
+        if isinstance(self.factor, tuple):
+            return product * self.factors().to(product)
         return product if self.factor == 1 else product * self.factor
 
 

@@ -19,6 +19,7 @@ OPERATORS: dict[str, type[Operator]] = {
     for cls in (
         operators.Convolution,
         operators.FullyConnected,
+        operators.AddConstant,
         operators.BatchNorm,
         operators.Segments,
         operators.MaxPool,

@@ -12,7 +12,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_array
 from torch import Tensor
 
-from archnet.ops import BatchNorm, MatMul, Segments, Student
+from archnet.ops import AFFINE, MatMul, Student
 from archnet.quant.attach import (
     QuantizationError,
     describe,
@@ -171,14 +171,14 @@ def bit_operations(student: Student, macs: Mapping[str, int]) -> list[Term]:
 
 
 def packed_bytes(student: Student) -> list[Term]:
-    """The bytes of weights, 32-bit biases and norms as a function of widths.
+    """The bytes of weights, 32-bit biases, norms and added constants as a function of widths.
 
     A layer whose weights do not fill its last byte takes up to one byte more.
     """
     terms = []
     for step in student.graph.steps:
-        if isinstance(module := student.operator(step.name), BatchNorm | Segments):
-            terms.append(Term(4 * (module.weight.numel() + module.bias.numel())))
+        if isinstance(module := student.operator(step.name), AFFINE):
+            terms.append(Term(4 * sum(numbers.numel() for numbers in module.parameters())))
     for name, module in weighted(student).items():
         terms += [Term(module.weight.numel() / 8, (name,)), Term(4 * module.bias.numel())]
     return terms

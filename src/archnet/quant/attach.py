@@ -7,17 +7,17 @@ from typing import Any
 
 from archnet.errors import ArchnetError
 from archnet.ops import (
+    AFFINE,
     NATIVE,
     Activation,
     Add,
-    BatchNorm,
+    AddConstant,
     Concat,
     LayoutMove,
     MatMul,
     MaxPooling,
     Operator,
     PairFullyConnected,
-    Segments,
     Softmax,
     Step,
     Student,
@@ -31,7 +31,7 @@ from archnet.quant.quantizers import (
     Quantizer,
 )
 
-COMPUTING = WeightedOperator | BatchNorm | Segments | Summing | NATIVE  # whose results are rounded
+COMPUTING = WeightedOperator | AFFINE | Summing | NATIVE  # whose results are rounded
 
 
 class QuantizationError(ArchnetError):
@@ -43,7 +43,8 @@ def insert_activations(student: Student, fine_sums: bool = False) -> None:
 
     Where a ReLU or clip follows (through layout moves that nobody else reads), that is the place;
     elsewhere an activation without bounds is inserted. The network's result gets none: the chip
-    gives its accumulators; nor does what a softmax reads.
+    gives its accumulators; nor does what a softmax reads, constants that are added to a product
+    on the way to it included.
 
     Args:
         student: float.
@@ -51,6 +52,7 @@ def insert_activations(student: Student, fine_sums: bool = False) -> None:
             share.
     """
     consumers, graph = student.consumers(), student.graph
+    operators = {step.name: student.operator(step.name) for step in graph.steps}
 
     def has_place(name: str) -> bool:
         readers = consumers.get(name, [])
@@ -61,7 +63,13 @@ def insert_activations(student: Student, fine_sums: bool = False) -> None:
         module = student.operator(readers[0].name)
         if isinstance(module, LayoutMove):
             return has_place(readers[0].name)
+        if isinstance(module, AddConstant):
+            return isinstance(operators.get(name), MatMul) and are_scores(readers[0].name)
         return isinstance(module, Activation | Softmax)
+
+    def are_scores(name: str) -> bool:
+        readers = consumers.get(name, [])
+        return len(readers) == 1 and isinstance(operators[readers[0].name], Softmax)
 
     renamed: dict[str, str] = {}
     added: dict[str, Activation] = {}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from archnet.ops import BatchNorm, Segments, Student, WeightedOperator
+from archnet.ops import AFFINE, Student, WeightedOperator
 from archnet.quant.attach import QuantizationError
 from archnet.quant.quantizers import (
     SCALE_FLOOR,
@@ -148,7 +148,7 @@ def require_finite(student: Student) -> None:
     """
     for step in student.graph.steps:
         module = student.operator(step.name)
-        if isinstance(module, WeightedOperator | BatchNorm | Segments):
+        if isinstance(module, WeightedOperator | AFFINE):
             for name, tensor in module.state_dict().items():
                 if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                     raise QuantizationError(
@@ -161,10 +161,7 @@ def _said(student: Student, name: str) -> str:
     by_name = {step.name: step for step in student.graph.steps}
     while name in by_name:
         step = by_name[name]
-        if (
-            isinstance(student.operator(name), WeightedOperator | BatchNorm | Segments)
-            or not step.inputs
-        ):
+        if isinstance(student.operator(name), WeightedOperator | AFFINE) or not step.inputs:
             break
         if step.inputs[0] not in by_name:
             break

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from archnet.ops import (
+    AFFINE,
     Activation,
+    AddConstant,
     BatchNorm,
     Segments,
     Step,
@@ -36,6 +38,7 @@ CANDIDATES = 513  # scales tried per channel, evenly spaced within the reach
 # threshold itself, which a multiplication or division rounds, and of the sum behind it.
 ENOUGH = 16.0
 EPSILON = 2.0**-24
+TOGETHER = 2**12  # numbers of a shift that are settled at a time: memory is that of their levels
 SAFEST = 1e6  # roundings beyond which nothing more is told
 
 
@@ -74,7 +77,7 @@ def settle(student: Student) -> list[Margin]:
             margin: Margin | None
             if isinstance(module, WeightedOperator):
                 margin = _settle_weights(step, module, target)
-            elif isinstance(module, BatchNorm | Segments) and target is not None:
+            elif isinstance(module, AFFINE) and target is not None:
                 margin = _settle_shift(sources[step.name], step, module, target)
             else:
                 continue
@@ -227,29 +230,44 @@ def _choose_scales(
 
 
 def _settle_shift(
-    source: Quantizer | None, step: Step, module: BatchNorm | Segments, target: Quantizer
+    source: Quantizer | None,
+    step: Step,
+    module: AddConstant | BatchNorm | Segments,
+    target: Quantizer,
 ) -> Margin:
-    """Lines of every channel read few integers: each shift moves until none lands on a border."""
+    """Few integers meet a batch norm's shift, or an added constant: it moves until none of them
+    lands on a border.
+    """
     if source is None:
         return Margin(step.name, target.bits, 0.0)
     levels = torch.arange(source.low, source.high + 1, device=module.bias.device).double()
-    slope, mean = module.weight.double().flatten(), torch.zeros(1).to(levels)
+    levels, unit = levels * source.scale.double(), target.scale.double()
+    bias = module.bias.flatten()
+    mean, slope = torch.zeros_like(bias).double(), torch.ones_like(bias).double()
+    if isinstance(module, Segments):
+        slope = module.weight.double().flatten()
     if isinstance(module, BatchNorm):
-        slope = slope / (module.running_var.double() + module.eps).sqrt()
         mean = module.running_mean.double()
-    unit = target.scale.double()
-    centred = (levels * source.scale.double())[:, None] - mean  # (K, C)
-    bias = module.bias.double().flatten()
-    shifts = _offsets(module.bias.device)[:, None] * unit + bias  # (J, C)
-    found = []
-    for shift in shifts:
-        result = (centred * slope + shift) / unit
-        largest = (centred * slope / unit).abs() + (shift / unit).abs()
-        found.append(_safety(result, largest, target).amin(0))
-    safety = torch.stack(found)
-    best = _first_enough(safety)
-    module.bias.copy_(shifts.gather(0, best[None])[0].reshape(module.bias.shape))
-    return Margin(step.name, target.bits, _least(safety, best))
+        slope = module.weight.double() / (module.running_var.double() + module.eps).sqrt()
+    offsets = _offsets(bias.device)[:, None] * unit
+    least = SAFEST
+    for first in range(0, len(bias), TOGETHER):
+        some = slice(first, first + TOGETHER)
+        result = (levels[:, None] - mean[some]) * slope[some]  # (K, C)
+        shifts = offsets + bias[some].double()  # (J, C)
+        safety = torch.zeros_like(shifts)
+        unsafe = torch.arange(shifts.shape[1], device=bias.device)
+        for index, shift in enumerate(shifts):
+            moved = (result[:, unsafe] + shift[unsafe]) / unit
+            largest = (result[:, unsafe] / unit).abs() + (shift[unsafe] / unit).abs()
+            safety[index, unsafe] = _safety(moved, largest, target).amin(0)
+            unsafe = unsafe[safety[index, unsafe] < ENOUGH]
+            if not len(unsafe):
+                break
+        best = _first_enough(safety)
+        bias[some] = shifts.gather(0, best[None])[0].to(bias.dtype)
+        least = min(least, _least(safety, best))
+    return Margin(step.name, target.bits, least)
 
 
 def _offsets(device: torch.device) -> Tensor:

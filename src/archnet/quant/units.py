@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from archnet.ops import (
+    AFFINE,
     Activation,
-    BatchNorm,
     LayoutMove,
-    Segments,
     Step,
     Student,
     WeightedOperator,
@@ -68,7 +67,7 @@ def grid_steps(student: Student) -> dict[str, Tensor]:
             quantizer, weight = module.weight_quantizer, module.weight.detach()
             share = (quantizer.integers(weight) != 0).float().mean()
             sizes[f"{path}.weight"] = (quantizer.along(weight) * share.sqrt()).detach()
-        if isinstance(module, WeightedOperator | BatchNorm | Segments) and target is not None:
+        if isinstance(module, WeightedOperator | AFFINE) and target is not None:
             sizes[f"{path}.bias"] = target.scale.detach().reshape(())
     for name, quantizer in student.named_modules():
         if isinstance(quantizer, Quantizer):

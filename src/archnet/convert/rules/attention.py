@@ -22,7 +22,8 @@ from archnet.convert.rules.base import (
 from archnet.convert.rules.pairs import Pairs
 from archnet.ops import MatMul, Softmax
 
-_LOWEST = -16.0  # what a mask adds to scores of pairs that have no part
+# What a mask adds to scores of pairs that have no part: in hinges, and where a softmax reads them.
+_LOWEST, _EXCLUDED = -16.0, -1e4
 
 
 def _fused(node: TeacherNode, form: Approximation) -> list[str]:
@@ -45,7 +46,8 @@ def attention(site: Site) -> Value:
     Learned queries, or keys and values, are the same for all inputs, and become values of the
     student that are.
 
-    A target that multiplies features and has a softmax keeps attention without a mask (exact).
+    A target that multiplies features and has a softmax keeps attention (exact); one with a constant
+    mask, or a bias for every pair, if it has an addition as well.
     """
     site.require_batch_ahead(2)
     if site.node.arguments.get("dropout_p"):
@@ -66,23 +68,34 @@ def attention(site: Site) -> Value:
 
 
 def _kept(site: Site) -> Feature | None:
-    """Two products and a softmax; None where something is added to the scores, or heads are shared
-    or scaled by numbers of their own.
+    """Two products, a constant between them where there is one, and a softmax; None where heads
+    are shared, a mask depends on the input, or the target does not add.
     """
     given, builder = site.node.arguments, site.builder
-    masked = given.get("is_causal") or any(
-        given.get(name) is not None for name in ("attn_mask", "bias")
-    )
-    if masked or site.is_compact:
+    if site.is_compact or isinstance(given.get("attn_mask"), Ref):
         return None
     query, key, value = (site.feature(name) for name in ("query", "key", "value"))
+    alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    if not alike or key.shape[-2] != value.shape[-2]:
+        return None
     scale = given.get("scale")
     scale = torch.as_tensor(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
-    if scale.numel() != 1 or not alike or key.shape[-2] != value.shape[-2]:
+    if scale.numel() > 1 and (len(query.shape) < 3 or scale.numel() != query.shape[-3]):
         return None
-    scores = MatMul(transposed=True, factor=float(scale))
+    mask = _mask(site, query.shape[-3] if len(query.shape) > 2 else 1, _EXCLUDED)
+    if mask is not None and not builder.keeps("add"):
+        return None
+    factor = scale.flatten().tolist() if scale.numel() > 1 else float(scale)
+    scores = MatMul(transposed=True, factor=factor)
     name = builder.emit("scores", scores, builder.first(query), builder.first(key))
+    if mask is not None:
+        shape = builder.graph.shapes[name]
+        windows = math.prod(shape) // mask[0].numel()
+        everywhere = mask.expand(windows, *mask.shape[1:]).reshape(shape)
+        axis = len(shape)
+        name = builder.first(
+            builder.add_constant(Feature(shape, first=name, axis=axis), everywhere)
+        )
     name = builder.emit("weights", Softmax(), name)
     name = builder.emit("mixed", MatMul(), name, builder.first(value))
     return Feature(site.node.shape, first=name, axis=len(site.node.shape))
@@ -183,7 +196,7 @@ def _in_pairs(site: Site, query: Feature, key: Feature, value: Feature) -> Value
     scale, heads = given.get("scale"), heads_of(site, query, key, value)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scales = torch.as_tensor(scale, dtype=torch.float64).expand(heads)
-    pairs = Pairs(site, (query, key, value), heads, _mask(site, heads), scales.tolist())
+    pairs = Pairs(site, (query, key, value), heads, _mask(site, heads, _LOWEST), scales.tolist())
     result = pairs.build()
     site.alternative = Alternative(
         _names(site.argument("value")),
@@ -193,8 +206,10 @@ def _in_pairs(site: Site, query: Feature, key: Feature, value: Feature) -> Value
     return result
 
 
-def _mask(site: Site, heads: int) -> Tensor | None:
-    """What is added to scores for all inputs, (windows or 1, heads, queries, keys)."""
+def _mask(site: Site, heads: int, lowest: float) -> Tensor | None:
+    """What is added to scores for all inputs, ``lowest`` or more: (windows or 1, heads, queries,
+    keys).
+    """
     given = site.node.arguments
     size = (site.node.shape[-2], site.feature("key").shape[-2])
     mask = given.get("attn_mask")
@@ -212,7 +227,7 @@ def _mask(site: Site, heads: int) -> Tensor | None:
         mask = mask[0]
     if mask.dim() < 3:
         mask = mask.expand(1, *size)
-    mask = mask.detach().double().cpu().clamp_min(_LOWEST)
+    mask = mask.detach().double().cpu().clamp_min(lowest)
     return mask.reshape(-1, *mask.shape[-3:]).expand(-1, heads, *size)
 
 

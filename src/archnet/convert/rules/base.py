@@ -367,6 +367,8 @@ def at_each(site: Site, value: Value, full: Tensor) -> Value:
     ]
     if len(moving) > 1:
         feature = site.builder.build(value)
+        if bool((full[0] == 1).all()):
+            return site.builder.add_constant(feature, full[1])
         return site.builder.element_affine(feature, full[0], full[1])
     (axis,) = moving or [value.axis]
     vectors = full.movedim(axis, 1).reshape(2, full.shape[axis], -1)[:, :, 0]

@@ -88,6 +88,8 @@ def slicing(site: Site) -> Value:
         raise site.error("slices the batch: a student works on one sample at a time")
     axis = site.axis(site.argument("dim"))
     bounds = slice(start, stop, step).indices(value.shape[axis - 1])
+    if bounds[2] == 1:
+        return site.builder.part(site.builder.build(value), axis, *bounds[:2])
     return site.builder.slice(site.builder.build(value), axis, *bounds)
 
 
@@ -96,9 +98,7 @@ def select(site: Site) -> Value:
     """One entry of an axis, which goes: a slice of one and another shape."""
     feature, axis = site.feature("self"), site.axis(site.argument("dim"))
     index = site.argument("index") % feature.shape[axis - 1]
-    return site.builder.reshape(
-        site.builder.slice(feature, axis, index, index + 1), site.node.shape
-    )
+    return site.builder.reshape(site.builder.part(feature, axis, index, index + 1), site.node.shape)
 
 
 @rule("aten.narrow.default")
@@ -106,7 +106,7 @@ def narrow(site: Site) -> Value:
     """So many entries of an axis, from one on."""
     feature, axis = site.feature("self"), site.axis(site.argument("dim"))
     start = site.argument("start") % feature.shape[axis - 1]
-    return site.builder.slice(feature, axis, start, start + site.argument("length"))
+    return site.builder.part(feature, axis, start, start + site.argument("length"))
 
 
 # The axis of an operator that says it by its name.
@@ -127,7 +127,7 @@ def split(site: Site) -> Values:
     axis = site.axis(_NAMED_AXES[name] if name in _NAMED_AXES else site.argument("dim"))
     feature = site.feature("self")
     bounds = [0, *_ends(site, name, feature.shape[axis - 1])]
-    return [site.builder.slice(feature, axis, *pair) for pair in itertools.pairwise(bounds)]
+    return [site.builder.part(feature, axis, *pair) for pair in itertools.pairwise(bounds)]
 
 
 def _ends(site: Site, name: str, size: int) -> list[int]:
@@ -152,7 +152,7 @@ def unbind(site: Site) -> Values:
     feature, axis = site.feature("self"), site.axis(site.argument("dim"))
     shape = (*feature.shape[: axis - 1], *feature.shape[axis:])
     return [
-        site.builder.reshape(site.builder.slice(feature, axis, i, i + 1), shape)
+        site.builder.reshape(site.builder.part(feature, axis, i, i + 1), shape)
         for i in range(feature.shape[axis - 1])
     ]
 

@@ -32,7 +32,7 @@ def addition(site: Site) -> Value:
     Built by `Builder.build`: matrices at the same positions join in one layer over the
     concatenated features, [W_a, W_b] [a; b]; whatever stays is concatenated and added by
     [I, I] [a; b]. A constant goes into the bias, one for every element (a table of positions)
-    into a batch norm over the flattened elements.
+    is an addition of its own.
     """
     first, second = site.argument("self"), site.argument("other")
     sign = -1.0 if "sub" in site.node.operator else 1.0

@@ -108,12 +108,13 @@ def _fully_connected(
 ) -> Value:
     if len(shape) > 2 and op.weight_quantizer is None:
         # Compilers know it so, as torch writes it; a Gemm would want rows, and reshapes around it.
-        weight, bias = (
-            writer.constant(f"{name}.{key}", tensor.detach().cpu(), np.float32)
-            for key, tensor in (("weight", op.weight.t()), ("bias", op.bias))
-        )
-        product = writer.node("MatMul", [writer.floating(x), weight], f"{name}.product")
-        writer.node("Add", [product, bias], name)
+        bias = op.bias.detach().cpu() if bool(op.bias.any()) else None
+        weight = writer.constant(f"{name}.weight", op.weight.t().detach().cpu(), np.float32)
+        product = name if bias is None else f"{name}.product"
+        writer.node("MatMul", [writer.floating(x), weight], product)
+        if bias is not None:
+            offset = writer.constant(f"{name}.bias", bias, np.float32)
+            writer.node("Add", [product, offset], name)
         return Value(name, name, shape)
     # Quantized, it is a Gemm on (positions, features): runtimes have integer kernels that take the
     # bias for a Gemm, and none for a MatMul.

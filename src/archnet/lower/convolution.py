@@ -398,14 +398,46 @@ def channels_as_pixels(op: Convolution, inputs: tuple[str, ...], draft: Draft) -
     """Where every channel has the same few weights over its copies: one layer to one channel, over
     all pixels of all channels.
     """
-    single = op.groups == op.out_channels == op.in_channels // op.copies
-    if not single or op.kernel != (1, 1) or op.stride != (1, 1) or op.padding != (0, 0):
-        return None
-    if not is_shared(op):
+    if not _is_sum_of_copies(op):
         return None
     row = Weights.of(op).rows(0, 1)
     row = row.changed((1, op.copies), lambda weight: weight.flatten(1))
     return over_channels(row, inputs[0], draft)
+
+
+@lowering(Convolution)
+def channels_at_the_end(op: Convolution, inputs: tuple[str, ...], draft: Draft) -> Result:
+    """The same in lanes of channels that are brought to the end, which all have one small layer."""
+    if not _is_sum_of_copies(op):
+        return None
+    (_, height, width), copies, channels = draft.shapes[inputs[0]], op.copies, op.out_channels
+
+    def build(widest: int, draft: Draft) -> Result:
+        lane = lane_of(channels, widest)
+        if lane == channels:
+            return None
+        x = draft.reshape(inputs[0], (copies, channels // lane, lane, height * width))
+        x = draft.permute(x, (0, 4, 2, 1, 3))
+        x = draft.reshape(x, (height * width, channels // lane, copies * lane))
+        weights = Weights.of(op).rows(0, lane)
+        weights = weights.changed((lane, copies * lane), lambda w: _expanded_copies(w, copies))
+        x = draft.reshape(draft.fully_connected(x, weights), (height * width, channels))
+        return draft.reshape(draft.permute(x, (0, 2, 1)), (channels, height, width))
+
+    spec = f"end {channels} {copies} {draft.shapes[inputs[0]]}"
+    return in_lanes(channels, build, draft, spec)
+
+
+def _expanded_copies(weight: Tensor, copies: int) -> Tensor:
+    """Weights (L, copies, 1, 1) of single channels as a matrix (L, copies * L)."""
+    return torch.cat([torch.diag(weight[:, copy, 0, 0]) for copy in range(copies)], 1)
+
+
+def _is_sum_of_copies(op: Convolution) -> bool:
+    """Whether every channel is the same sum of its copies."""
+    single = op.groups == op.out_channels == op.in_channels // op.copies
+    plain = op.kernel == op.stride == (1, 1) and op.padding == (0, 0)
+    return single and plain and is_shared(op)
 
 
 def over_channels(row: Weights, x: str, draft: Draft) -> str:

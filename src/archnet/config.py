@@ -470,6 +470,9 @@ class ConvertConfig:
     # attention and context paths of gates are then taken where they save most error for their
     # cost; the rest has its compact form. null: all that are worth it.
     max_macs: float | None = _number(None, 0)
+    # The same of cycles by the target's own costs (hardware.costs), as a multiple of what they give
+    # the teacher on a target that has every operator. null: no such bound.
+    max_cost: float | None = _number(None, 0)
     # Unlabelled training inputs that approximate rules are fitted to, held in memory at once.
     calibration: int = _number(256, 2)
 

@@ -373,6 +373,7 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
                 asked.gate_hinges,
                 asked.min_gain,
                 asked.max_macs,
+                asked.max_cost,
             ),
         )
     widths = run_quant(config, student, batches, learned)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from archnet.capture import Inputs, Ref, TeacherGraph, TeacherNode, capture, inputs_of, stem
 from archnet.capture.compare import difference, is_rounding
+from archnet.config import OPERATORS
 from archnet.convert.advice import no_rule, way_apart
-from archnet.convert.budget import Built, within_budget
+from archnet.convert.budget import Budget, Built, of_cycles, of_macs, within_budget
 from archnet.convert.builder import Builder, ConversionError, TargetLimits
 from archnet.convert.calibration import Calibration
 from archnet.convert.compare import compare
@@ -90,7 +91,19 @@ def convert(
 
     if start not in ("exact", "random"):
         raise ConversionError(f"convert.start={start}: choose exact or random")
-    built = within_budget(build, graph, approximation or Approximation())
+    form = approximation or Approximation()
+
+    def budgets(student: Student) -> list[Budget]:
+        found = []
+        if form.max_cost is not None:
+            whole = _everything(target)
+            native = _build(graph, fuse(graph), whole, tap_nodes, inputs, Approximation(), False)
+            found.append(of_cycles(form.max_cost, native.student))
+        if form.max_macs is not None:
+            found.append(of_macs(form.max_macs, student))
+        return found
+
+    built = within_budget(build, graph, form, budgets)
     for node in graph.head:
         _log.info("peeled %s at '%s': the student gives the scores", node.operator, node.path)
         built.student.report.append(NodeReport(node.path, node.operator, PEELED, True, 0, 0))
@@ -105,6 +118,21 @@ def convert(
 
     compare(built, graph, inputs, search)
     return built.student
+
+
+def _everything(target: TargetLimits) -> Target:
+    """A target of the same costs that has every operator: what the teacher costs there."""
+    return replace(
+        Target.of(target),
+        name="everything",
+        operators=OPERATORS,
+        lacks=(),
+        complete=False,
+        limits={},
+        max_channels=None,
+        fc_per_position=True,
+        keeps_functions=True,
+    )
 
 
 def _build(
@@ -234,11 +262,19 @@ def _build(
     macs: Counter[str] = Counter()
     for cost in student_cost(lowered.student).steps:
         macs[builder.owners[lowered.whole[cost.name]]] += cost.macs
+    cycles: dict[str, float] = {}
+    for name, count in lowered.cycles.items():
+        owner = builder.owners[lowered.whole[name]]
+        cycles[owner] = cycles.get(owner, 0.0) + count
     read = {node.name for node in _live(written, TeacherNode.refs)}
     report = []
     for node in graph.nodes:
         if node.name in live:
-            row = replace(rows[node.name], macs_after=macs[node.name])
+            row = replace(
+                rows[node.name],
+                macs_after=macs[node.name],
+                cycles=round(cycles.get(node.name, 0.0), 1),
+            )
         else:
             exact = node.name not in read
             rule = "unread" if exact else "left out"

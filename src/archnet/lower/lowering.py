@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from archnet.hardware.cost import Cost, student_cost
+from archnet.hardware.estimate import estimate
 from archnet.hardware.target import Target
 from archnet.lower import convolution
 from archnet.lower.draft import Draft, Parts
@@ -29,6 +30,7 @@ class Lowered:
             result that is rounded before its parts are joined has none before the rounding.
         misfits: of whole steps that the target runs in no way, why it does not run them as they
             are, which is how they are written.
+        cycles: of each deployed step, by the target's own costs (`archnet.hardware.estimate`).
     """
 
     student: Student
@@ -36,6 +38,7 @@ class Lowered:
     ways: Mapping[str, str]
     values: Mapping[str, str]
     misfits: Mapping[str, str]
+    cycles: Mapping[str, float]
 
 
 def lower(student: Student, target: Any = None, *, weights: bool = True) -> Lowered:
@@ -103,7 +106,8 @@ class _Lowering:
             target={},
         )
         student = Student(changed, draft.modules).eval()
-        return Lowered(student, draft.whole, self.ways, self.values, self.misfits)
+        cycles = estimate(draft.steps, draft.modules, draft.shapes, self.target.costs)
+        return Lowered(student, draft.whole, self.ways, self.values, self.misfits, cycles)
 
     def _step(self, step: Step) -> None:
         operator, draft = self.student.operator(step.name), self.draft

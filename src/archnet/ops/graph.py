@@ -36,6 +36,7 @@ class NodeReport:
 
     ``error`` of an approximation is |student - teacher| / |teacher| at its output, on the inputs
     it was fitted to, before any training; the student's own input has the errors before it.
+    ``cycles`` are the student's, by its target's own costs (`archnet.hardware.estimate`).
     """
 
     path: str
@@ -45,6 +46,7 @@ class NodeReport:
     macs_before: int
     macs_after: int
     error: float | None = None
+    cycles: float = 0.0
 
 
 @dataclass
@@ -55,7 +57,8 @@ class Refinement:
     ``compact`` and ``faithful`` are the errors |student - teacher| / |teacher| at the node's
     output; ``cost`` is what the faithful form adds, with the layers that it alone needs, and
     ``total`` the student's cost with this one and all before it, both as multiples of the
-    teacher's multiply-accumulates; ``taken`` says whether the student has the faithful form.
+    teacher's: cycles under `convert.max_cost`, else multiply-accumulates; ``taken`` says whether
+    the student has the faithful form.
     """
 
     path: str
@@ -72,7 +75,7 @@ class StudentGraph:
     """The student without its weights: plain data.
 
     ``indices`` are the inputs that hold token numbers or marks instead of features;
-    ``refinements`` are there where a budget has chosen between forms (`convert.max_macs`);
+    ``refinements`` are there where a budget has chosen between forms (`convert.max_cost`);
     ``error`` is |student - teacher| / |teacher| at the output when the student was made, in floats
     and before any training; None where they were not compared. ``target`` describes the hardware
     that it was made for (`archnet.hardware.Target.description`); empty: arch5.

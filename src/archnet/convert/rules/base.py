@@ -42,6 +42,8 @@ class Approximation:
         max_macs: most multiply-accumulates of the student, as a multiple of the teacher's: those
             nodes take their faithful form where it saves most error for its cost
             (`archnet.convert.budget`). None: all that are worth it.
+        max_cost: the same of cycles by the target's own costs (`hardware.costs`), as a multiple of
+            what they give the teacher on a target that has every operator.
         compact: nodes that take their compact form, each with the values it reads.
     """
 
@@ -52,6 +54,7 @@ class Approximation:
     gate_hinges: int = 4
     min_gain: float = 0.03
     max_macs: float | None = None
+    max_cost: float | None = None
     compact: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 

@@ -19,7 +19,8 @@ def result_shape(module: Operator, read: Sequence[tuple[int, ...]]) -> tuple[int
     """
     if isinstance(module, Activation):
         return tuple(read[0])
-    return _computed(type(module), json.dumps([module.spec(), read]))
+    kind: Any = type(module)
+    return _computed(kind, json.dumps([module.spec(), read]))
 
 
 # A pass on the meta device takes milliseconds, and a student has thousands of alike steps.

@@ -39,6 +39,7 @@ class Calibration:
         self._student: dict[str, Tensor] = {
             name: x.detach().float().cpu() for name, x in zip(graph.inputs, inputs, strict=True)
         }
+        self._has_more = False  # than when values were dropped last
         self._graph, self.inputs = graph, inputs
         self._teacher: torch.fx.Interpreter | None = None
 
@@ -95,21 +96,32 @@ class Calibration:
 
     def hold(self, feature: Feature, value: Tensor) -> None:
         """What a feature is (B, *feature.shape), where a fit has computed it: no step has to."""
+        self._has_more = True
         if feature.first is not None:
             self._student[feature.first] = value
         elif feature.last is not None:
             self._student[feature.last] = value.movedim(feature.axis, -1)
 
     def keep(self, values: list[Value]) -> None:
-        """Drop everything that is not needed for these values."""
-        wanted = set(self._graph.inputs)
-        stack = [f for v in values for f in _features(v)]
-        while stack:
-            feature = stack.pop()
-            wanted |= {feature.first or "", feature.last or ""}
-            stack += feature.parts or []
+        """Drop everything that these values are not computed from."""
+        if not self._has_more:
+            return
+        wanted, seen = set(self._graph.inputs), set[str]()
+        features = [f for v in values for f in _features(v)]
+        while features:
+            feature = features.pop()
+            names = [name for name in (feature.first, feature.last) if name is not None]
+            while names:
+                name = names.pop()
+                if name in self._student:
+                    wanted.add(name)
+                elif name not in seen:
+                    seen.add(name)
+                    names += self._builder.step(name).inputs
+            features += feature.parts or []
         for name in set(self._student) - wanted:
             del self._student[name]
+        self._has_more = False
 
     def _feature(self, feature: Feature) -> Tensor:
         if feature.first is not None:
@@ -150,6 +162,7 @@ class Calibration:
         A move is a view, mostly, and what it is of may be asked for in other pieces as well.
         """
         if name not in self._student:
+            self._has_more = True
             move = self._builder.modules[name]
             if isinstance(move, Permute | Reshape | Slice):
                 self._student[name] = move(self._step(self._builder.step(name).inputs[0]))

@@ -293,7 +293,7 @@ def _curved(site: Site, form: Form, target: Tensor, shape: Curve) -> Value:
     count = site.approximation.hinges
     if count and not site.is_compact:
         hinges = curve(x.flatten(), wanted.flatten(), count, offset=True)
-        compact = (slope[:, None] * x + offset[:, None]).clamp(shape.low, shape.high)
+        compact = (slope[:, None].to(x) * x).add_(offset[:, None]).clamp_(shape.low, shape.high)
         faithful = hinges(x)
         errors = relative_error(compact, wanted), relative_error(faithful, wanted)
         if errors[1] < _WORTH * errors[0]:

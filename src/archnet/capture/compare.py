@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from archnet.capture.functional import states
-from archnet.capture.nodes import is_assertion, module_path, named_arguments, place
+from archnet.capture.nodes import module_path, named_arguments, place
 from archnet.capture.unwrap import Call, InFloat32
 from archnet.errors import CaptureError
 
@@ -48,10 +48,11 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 def run(
     program: ExportedProgram,
     inputs: tuple[Tensor, ...],
-    nodes: Collection[str] = (),
+    nodes: Collection[str],
     peeled: Collection[str] = (),
-) -> tuple[dict[str, Tensor], Any]:
-    """The values of a program's nodes, by name, and its results; nothing else is held.
+) -> dict[str, Tensor]:
+    """The values of a program's nodes, by name; nothing else is held, and what they do not depend
+    on is not computed.
 
     Args:
         program: of which no operator writes to its inputs.
@@ -65,19 +66,24 @@ def run(
     values = [own[name] if name in own else next(given) for name in places]
     interpreter = _Watched(program.graph_module)
     interpreter.found, interpreter.peeled = dict.fromkeys(nodes), peeled
+    interpreter.needed = set()
+    for node in reversed(interpreter.graph.nodes):
+        if node.name in interpreter.found or node in interpreter.needed:
+            interpreter.needed.update([node, *node.all_input_nodes])
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         # What is drawn is drawn alike in every run.
         torch.manual_seed(0)
-        results = interpreter.run(*values)
-    return interpreter.found, results
+        interpreter.run(*values)
+    return interpreter.found
 
 
 class _Watched(torch.fx.Interpreter):
     found: dict[str, Any]
+    needed: set[Node]
     peeled: Collection[str]
 
     def run_node(self, n: Node) -> Any:
-        if is_assertion(n):
+        if n not in self.needed and n.op != "placeholder":
             return None
         value = self.env[n.all_input_nodes[0]] if n.name in self.peeled else super().run_node(n)
         if n.name in self.found:
@@ -99,7 +105,7 @@ def rounding(
         else x
         for x in inputs
     )
-    ours, theirs = (run(program, x, [node], peeled)[0][node] for x in (moved, inputs))
+    ours, theirs = (run(program, x, [node], peeled)[node] for x in (moved, inputs))
     return difference(ours, theirs)
 
 
@@ -146,7 +152,7 @@ def require_same(network: nn.Module, program: ExportedProgram, call: Call) -> No
                 f"{type(network).__name__} fails on the example: {first_line}"
             ) from failure
     names = [node.name for node in program.graph.output_node().args[0]]
-    found, _ = run(program, inputs, names)
+    found = run(program, inputs, names)
     for name, wanted in zip(names, theirs, strict=True):
         error = difference(found[name], wanted)
         if not is_rounding(error, program, inputs, name):

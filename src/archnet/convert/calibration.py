@@ -15,7 +15,7 @@ from archnet.capture import TeacherGraph, TeacherNode
 from archnet.capture.nodes import is_assertion
 from archnet.convert.builder import Builder, ConversionError
 from archnet.convert.feature import Carry, Feature, Form, Value
-from archnet.ops import Step
+from archnet.ops import Permute, Reshape, Slice, Step
 from archnet.ops.plan import plan
 
 _AT_ONCE = 2**26  # numbers in the largest value on the way to what is asked for
@@ -39,6 +39,7 @@ class Calibration:
         self._student: dict[str, Tensor] = {
             name: x.detach().float().cpu() for name, x in zip(graph.inputs, inputs, strict=True)
         }
+        self._has_more = False  # than when values were dropped last
         self._graph, self.inputs = graph, inputs
         self._teacher: torch.fx.Interpreter | None = None
 
@@ -93,16 +94,34 @@ class Calibration:
         with torch.no_grad():
             return self._form(value) if isinstance(value, Form) else self._feature(value)
 
+    def hold(self, feature: Feature, value: Tensor) -> None:
+        """What a feature is (B, *feature.shape), where a fit has computed it: no step has to."""
+        self._has_more = True
+        if feature.first is not None:
+            self._student[feature.first] = value
+        elif feature.last is not None:
+            self._student[feature.last] = value.movedim(feature.axis, -1)
+
     def keep(self, values: list[Value]) -> None:
-        """Drop everything that is not needed for these values."""
-        wanted = set(self._graph.inputs)
-        stack = [f for v in values for f in _features(v)]
-        while stack:
-            feature = stack.pop()
-            wanted |= {feature.first or "", feature.last or ""}
-            stack += feature.parts or []
+        """Drop everything that these values are not computed from."""
+        if not self._has_more:
+            return
+        wanted, seen = set(self._graph.inputs), set[str]()
+        features = [f for v in values for f in _features(v)]
+        while features:
+            feature = features.pop()
+            names = [name for name in (feature.first, feature.last) if name is not None]
+            while names:
+                name = names.pop()
+                if name in self._student:
+                    wanted.add(name)
+                elif name not in seen:
+                    seen.add(name)
+                    names += self._builder.step(name).inputs
+            features += feature.parts or []
         for name in set(self._student) - wanted:
             del self._student[name]
+        self._has_more = False
 
     def _feature(self, feature: Feature) -> Tensor:
         if feature.first is not None:
@@ -140,26 +159,35 @@ class Calibration:
         """A named value, computed from those that are there if it is not, some samples at a time.
 
         Only what is asked for is held: what lies between would be too much for all samples at once.
+        A move is a view, mostly, and what it is of may be asked for in other pieces as well.
         """
         if name not in self._student:
-            steps, shapes = self._missing(name), self._builder.graph.shapes
-            # Only looked up in, as a student's own operators are.
-            operators = cast(nn.ModuleDict, self._builder.modules)
-            pieces = plan(steps, operators, shapes, [name])
-            widest = max(math.prod(shapes[n]) for piece in pieces for n in piece.names)
-            some = max(1, min(self._count, _AT_ONCE // widest))
-            sources = {n for piece in pieces for n in piece.reads if n in self._student}
-            parts = []
-            for start in range(0, self._count, some):
-                live = {n: self._student[n][start : start + some] for n in sources}
-                for piece in pieces:
-                    live.update(zip(piece.names, piece.work(operators, live), strict=True))
-                    if name in piece.names:
-                        parts.append(live[name])
-                    for dropped in piece.dropped:
-                        del live[dropped]
-            self._student[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+            self._has_more = True
+            move = self._builder.modules[name]
+            if isinstance(move, Permute | Reshape | Slice):
+                self._student[name] = move(self._step(self._builder.step(name).inputs[0]))
+            else:
+                self._student[name] = self._computed(name)
         return self._student[name]
+
+    def _computed(self, name: str) -> Tensor:
+        steps, shapes = self._missing(name), self._builder.graph.shapes
+        # Only looked up in, as a student's own operators are.
+        operators = cast(nn.ModuleDict, self._builder.modules)
+        pieces = plan(steps, operators, shapes, [name])
+        widest = max(math.prod(shapes[n]) for piece in pieces for n in piece.names)
+        some = max(1, min(self._count, _AT_ONCE // widest))
+        sources = {n for piece in pieces for n in piece.reads if n in self._student}
+        parts = []
+        for start in range(0, self._count, some):
+            live = {n: self._student[n][start : start + some] for n in sources}
+            for piece in pieces:
+                live.update(zip(piece.names, piece.work(operators, live), strict=True))
+                if name in piece.names:
+                    parts.append(live[name])
+                for dropped in piece.dropped:
+                    del live[dropped]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _missing(self, name: str) -> list[Step]:
         """The steps that lead to a value from those that are there, in order."""

@@ -52,7 +52,7 @@ def compare(
     if is_exact:
         places.append(("", graph.output, student.graph.output))
     peeled = {node.name for node in graph.head}
-    theirs, _ = run(graph.program, inputs, [node for _, node, _ in places], peeled)
+    theirs = run(graph.program, inputs, [node for _, node, _ in places], peeled)
     ours = _values(student, inputs, [value for _, _, value in places])
     shapes = {node.name: node.shape for node in graph.nodes} | graph.inputs
     for path, node, value in places:
@@ -71,7 +71,7 @@ def compare(
         return
     if calibration is not None and not graph.fixed_batch:
         inputs = tuple(x[:FITTED].to(y) for x, y in zip(calibration, examples, strict=True))
-    theirs, _ = run(graph.program, inputs, [graph.output], peeled)
+    theirs = run(graph.program, inputs, [graph.output], peeled)
     ours = _values(student, inputs, [student.graph.output])
     student.graph.error = difference(ours[student.graph.output], theirs[graph.output])
     if not student.graph.error <= 1:

@@ -239,7 +239,7 @@ class TokenNorm:
         s = torch.cat([z.clamp(min=0), (-z).clamp(min=0)], 1) @ self.deviation.to(x)[:, None]
         result = self.slope * z
         for v, t, a in self.hinges:
-            result = result + a * _odd_hinge(z, s, v, t)
+            result += _odd_hinge(z, s, v, t).mul_(a)
         return result
 
 
@@ -378,7 +378,7 @@ class Hinges:
         total = torch.full_like(z, self.offset)
         hinges = (self.knots.tolist(), self.weights.tolist(), self.sides.tolist())
         for t, a, d in zip(*hinges, strict=True):
-            total += a * (d * (z - t)).clamp_min(0)
+            total += (z - t).mul_(d).clamp_min_(0).mul_(a)
         return total
 
 

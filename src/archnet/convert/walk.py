@@ -164,6 +164,7 @@ def _build(
     batches, rows = graph.batches(), dict[str, NodeReport]()
     alternatives: dict[str, Alternative] = {}
     fitted: dict[str, Feature] = {}
+    taps: dict[str, str] = {}
     unspoilt = set(graph.inputs)
     before, operators = _macs(written), {node.name: node.operator for node in written.nodes}
     uses = _uses(graph, live)
@@ -190,7 +191,8 @@ def _build(
         if isinstance(value, Feature) and node.name in tapped:
             # All that follows reads the tap itself, so that a block can start from it.
             value = Feature(value.shape, first=builder.first(value), axis=value.axis)
-            builder.kept.add(builder.first(value))
+            taps[node.name] = builder.first(value)
+            builder.kept.add(taps[node.name])
         if not isinstance(value, list) and value.shape != node.shape:
             raise ConversionError(
                 f"{node.operator} {node.place} gives {node.shape} in the teacher, {value.shape} in "
@@ -220,7 +222,7 @@ def _build(
         )
         # Forms hold weights in float64: one that nobody reads again is let go.
         for name in set(live[node.name]):
-            if last_reader[name] == node.name and name not in tapped:
+            if last_reader[name] == node.name:
                 values.pop(name, None)
         if fitting is not None:
             fitting.keep([v for found in values.values() for v in _each(found)])
@@ -239,7 +241,7 @@ def _build(
     (result,) = _each(values[graph.output])
     builder.graph.output = builder.first(builder.build(result))
     builder.graph.taps = [
-        Tap(path or node.name, node.name, _name_of(values[node.name])) for path, node in tap_nodes
+        Tap(path or node.name, node.name, taps[node.name]) for path, node in tap_nodes
     ]
     fitted = {name: fitted[name] for name in fitted if name in live}
     alternatives = {name: alternatives[name] for name in alternatives if name in live}
@@ -365,12 +367,6 @@ def _inner_taps(
 
 def _each(found: Values) -> list[Value]:
     return found if isinstance(found, list) else [found]
-
-
-def _name_of(value: Values) -> str:
-    assert isinstance(value, Feature)
-    assert value.first is not None
-    return value.first
 
 
 def _reads(node: TeacherNode, form: Approximation) -> list[str]:

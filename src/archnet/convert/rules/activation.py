@@ -279,7 +279,8 @@ def probabilities(site: Site) -> Value:
 
 def _curved(site: Site, form: Form, target: Tensor, shape: Curve) -> Value:
     """A smooth function of a form, as `smooth_activation` says; (B, *shape) is what it gives."""
-    x, wanted = rows(site.given(form), form.axis), rows(target, form.axis)
+    given = site.given(form)
+    x, wanted = rows(given, form.axis), rows(target, form.axis)
     slope, offset = clipped_line(
         x,
         wanted,
@@ -291,12 +292,15 @@ def _curved(site: Site, form: Form, target: Tensor, shape: Curve) -> Value:
     count = site.approximation.hinges
     if count and not site.is_compact:
         hinges = curve(x.flatten(), wanted.flatten(), count, offset=True)
-        compact = (slope[:, None] * x + offset[:, None]).clamp(shape.low, shape.high)
+        compact = (slope[:, None].to(x) * x).add_(offset[:, None]).clamp_(shape.low, shape.high)
         faithful = hinges(x)
         errors = relative_error(compact, wanted), relative_error(faithful, wanted)
         if errors[1] < _WORTH * errors[0]:
             site.alternative = Alternative(tuple(site.node.refs()), *errors)
-            return _piecewise(site.builder, site.builder.build(form), hinges)
+            result = _piecewise(site.builder, site.builder.build(form), hinges)
+            moved = given.movedim(form.axis, 0)
+            site.hold(result, faithful.reshape(moved.shape).movedim(0, form.axis))
+            return result
     line = site.builder.build(form.affine(slope, offset))
     return site.builder.activation(line, shape.low, shape.high)
 
@@ -326,7 +330,7 @@ def pointwise(site: Site) -> Value:
     return scaled_to_fit(site, form)
 
 
-def _piecewise(builder: Builder, x: Feature, hinges: Hinges) -> Value:
+def _piecewise(builder: Builder, x: Feature, hinges: Hinges) -> Feature:
     """The same function as a sum of ramps, c + sum_j +-min(max(s_j (x - t_j), 0), h_j).
 
     Hinges have ranges and weights that nearly cancel, and their rounding does not. A ramp is one

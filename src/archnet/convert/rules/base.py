@@ -196,6 +196,10 @@ class Site:
         """The student's value on the calibration inputs: (B, *shape)."""
         return self._fitting.value(value)
 
+    def hold(self, feature: Feature, value: Tensor) -> None:
+        """Say what a feature is on the calibration inputs (B, *shape), where a fit has found it."""
+        self._fitting.hold(feature, value)
+
     @property
     def is_compact(self) -> bool:
         """Whether a compact form is asked for here."""

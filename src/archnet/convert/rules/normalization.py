@@ -69,17 +69,20 @@ def layer_norm(site: Site) -> Value:
     count, builder = site.approximation.norm_hinges, site.builder
     if not count or site.is_compact or not builder.target.fc_per_position:
         return scaled_to_fit(site, value)
-    x, wanted = site.given(value).flatten(0, -2), site.wanted().flatten(0, -2)
+    given = site.given(value)
+    x, wanted = given.flatten(0, -2), site.wanted().flatten(0, -2)
     slopes, offset = regression([x.T], wanted.T)
-    compact = relative_error(x * slopes[:, 0] + offset, wanted)
+    compact = relative_error((x * slopes[:, 0].to(x)).add_(offset), wanted)
     norm = token_norm(x, _normalised(site, wanted), count, "layer" in site.node.operator)
     normed = norm(x)
     slopes, offset = regression([normed.T], wanted.T)
-    faithful = relative_error(normed * slopes[:, 0] + offset, wanted)
+    faithful = relative_error((normed * slopes[:, 0].to(normed)).add_(offset), wanted)
     if faithful >= _WORTH * compact:
         return scaled_to_fit(site, value)
     site.alternative = Alternative(tuple(site.node.refs()), compact, faithful)
-    return as_form(_token_norm(builder, builder.build(value), norm)).affine(slopes[:, 0], offset)
+    feature = _token_norm(builder, builder.build(value), norm)
+    site.hold(feature, normed.reshape(given.shape))
+    return as_form(feature).affine(slopes[:, 0], offset)
 
 
 _WORTH = 0.85

@@ -120,9 +120,11 @@ class Launches(TorchDispatchMode):
 def launches(func: Any, name: str, args: Sequence[Any]) -> int:
     """How many kernels an operator launches."""
     lists = [arg for arg in args if isinstance(arg, list) and arg and isinstance(arg[0], Tensor)]
-    if name.startswith(("_foreach_", "_fused_")) and lists:
-        first = lists[0]
-        if any(x.shape != y.shape for others in lists[1:] for x, y in zip(first, others, strict=False)):
+    if lists and name.startswith(("_foreach_", "_fused_")):
+        # An optimizer's steps are numbers beside its four lists.
+        lists = lists[:4] if name.startswith("_fused_") else lists
+        first, *others = lists
+        if any(x.shape != y.shape for other in others for x, y in zip(first, other, strict=False)):
             return len(first)  # CUDA's kernel wants like shapes
         blocks = sum(-(-tensor.numel() // CHUNK) for tensor in first)
         return max(-(-len(first) // TENSORS[min(len(lists), 5) - 1]), -(-blocks // BLOCKS))
@@ -231,9 +233,8 @@ def train(teacher: nn.Module, student: Student, data: Any, strategy: Any, steps:
         progress=False,
         progress_seconds=30,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        with suppress(_Enough):
-            distill(teacher, student, data, config.distill, trainer=trainer, folder=Path(folder))
+    with tempfile.TemporaryDirectory() as folder, suppress(_Enough):
+        distill(teacher, student, data, config.distill, trainer=trainer, folder=Path(folder))
 
 
 def counted(teacher: nn.Module, student: Student, batch: Tensor) -> dict[str, int]:

@@ -20,6 +20,7 @@ from archnet.quant import (
     BiasQuantizer,
     QuantizationError,
     Quantizer,
+    Together,
     WeightDoReFa,
     WeightLSQ,
     best_scale,
@@ -161,6 +162,52 @@ def test_gradients_are_those_of_lsq(bits, kind, seed):
     expected = log_scale.grad / math.sqrt(count * quantizer.high)
     torch.testing.assert_close(ours.grad, theirs.grad)
     torch.testing.assert_close(quantizer.log_scale.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {},
+        {"per_channel": False},
+        {"power_of_two": True},
+        {"act_power_of_two": True},
+        {"method": "dorefa"},
+        {"weight_bits": 1},
+        {"act_bits": 32, "first_bits": 32},
+    ],
+    ids=str,
+)
+def test_rounded_together_values_and_gradients_are_those_of_rounding_alone(recipe, layout):
+    made = student()
+    quantize(made, **{"weight_bits": 3, "act_bits": 4, "calibration": batches(), **recipe})
+    made.to(memory_format=layout)
+    images = batches(1)[0]
+    together = Together(made.operators.values())
+
+    def result():
+        made.zero_grad()
+        scores = made(images)
+        (scores * torch.linspace(-1, 1, scores.numel()).view_as(scores)).sum().backward()
+        return scores.detach(), {n: p.grad for n, p in made.named_parameters()}
+
+    scores, gradients = result()
+    for _ in range(2):
+        with together.ready():
+            ours, found = result()
+        assert torch.equal(ours, scores)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+    assert torch.equal(made(images), scores)
+
+
+def test_a_student_is_as_it_was_when_what_runs_together_fails():
+    made = student()
+    quantize(made, 3, 4, batches())
+    with pytest.raises(ZeroDivisionError), Together(made.operators.values()).ready():
+        raise ZeroDivisionError
+    assert not any(module.on_grid for module in weighted(made).values())
+    assert all(quantizer.entry is None for quantizer in quantizers(made).values())
 
 
 # Calibration --------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from archnet.checkpoints import Checkpoints, resumable
 from archnet.distill.cache import CachedPairs, FeatureCache
 from archnet.distill.schedule import DistillError, Period, plan
-from archnet.distill.training import ArchDistillation, DistillOptions
+from archnet.distill.training import LOG_EVERY, ArchDistillation, DistillOptions
 from archnet.ops import Student, Tap, WeightedOperator
 from archnet.progress import progress_lines
 
@@ -274,7 +274,7 @@ def fit(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=list(loggers) or False,
-        log_every_n_steps=10,
+        log_every_n_steps=LOG_EVERY,
         enable_model_summary=False,
         enable_progress_bar=trainer.progress,
         default_root_dir=folder,

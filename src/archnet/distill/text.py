@@ -129,7 +129,7 @@ class TextDistillation(ArchDistillation):
         asked, graph = self._asked(batch), self.student.graph
         targets = [self.student.taps[index].value for index in period.weights]
         targets += [graph.output] if period.logits else []
-        results = self.student.run(asked.values, targets)
+        results = self.run(asked.values, targets)
         scores = results[-1] if period.logits else None
         by_tap = dict(zip(period.weights, results, strict=False))
         return self._losses(period, asked, by_tap, scores)
@@ -143,11 +143,11 @@ class TextDistillation(ArchDistillation):
             waiting.append(index)
             if tap.path.endswith(".weights"):
                 continue  # a block's own map, computed on the way to its result
-            found = self.student.run(known, [self.student.taps[i].value for i in waiting])
+            found = self.run(known, [self.student.taps[i].value for i in waiting])
             results |= dict(zip(waiting, found, strict=True))
             waiting = []
             known |= self.enter(index, asked.features[tap.path])
-        (scores,) = self.student.run(known, [graph.output])
+        (scores,) = self.run(known, [graph.output])
         return self._losses(period, asked, results, scores)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -13,7 +13,9 @@ from archnet.distill.comparison import TapComparison, logits_loss
 from archnet.distill.schedule import DistillError, Period, period_at
 from archnet.memory import release
 from archnet.ops import Activation, Student, Tap, WeightedOperator
-from archnet.quant import grid_steps
+from archnet.quant import Together, grid_steps
+
+LOG_EVERY = 10  # steps between two that are logged
 
 
 class OptimizerOptions(Protocol):
@@ -82,6 +84,7 @@ class ArchDistillation(lightning.LightningModule):
         self._units = grid_steps(student)
         self.periods, self.options = list(periods), options
         self._zeros = _zeros(student) if options.keep_zeros else {}
+        self._together: dict[tuple[tuple[str, ...], tuple[str, ...]], Together] = {}
         self.comparisons = nn.ModuleList(self.comparison(tap) for tap in student.taps)
 
     def comparison(self, tap: Tap) -> nn.Module:
@@ -98,6 +101,15 @@ class ArchDistillation(lightning.LightningModule):
         self.teacher.to(memory_format=torch.channels_last)
         self.teacher.to(self.device)
         self._zeros = {p: places.to(self.device) for p, places in self._zeros.items()}
+
+    def run(self, values: Mapping[str, Tensor], targets: Sequence[str]) -> list[Tensor]:
+        """Targets of the student from given values, with all its parameters rounded at once."""
+        key = tuple(values), tuple(targets)
+        if key not in self._together:
+            steps = self.student.steps_between(*key)
+            self._together[key] = Together(self.student.operator(step.name) for step in steps)
+        with self._together[key].ready():
+            return self.student.run(values, targets)
 
     def teacher_features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The teacher's features at all taps and its class scores; no gradient."""
@@ -134,7 +146,8 @@ class ArchDistillation(lightning.LightningModule):
                 f"the loss at {culprit} is {total.item()} at step {self.global_step}: "
                 "lower distill.optimizer.lr or grid_lr; the last checkpoint is kept"
             )
-        self.log_dict({f"loss/{name}": value.detach() for name, value in losses.items()})
+        if (self.global_step + 1) % LOG_EVERY == 0:  # else nobody reads them
+            self.log_dict({f"loss/{name}": value.detach() for name, value in losses.items()})
         self.log("loss", total.detach(), prog_bar=True)
         return total
 
@@ -169,7 +182,7 @@ class ArchDistillation(lightning.LightningModule):
         graph = self.student.graph
         taps = [self.student.taps[index] for index in period.weights]
         targets = [tap.value for tap in taps] + ([graph.output] if period.logits else [])
-        results = self.student.run({graph.inputs[0]: images}, targets)
+        results = self.run({graph.inputs[0]: images}, targets)
         scale = 1 / max(1e-12, sum(period.weights.values()))
         losses = {
             tap.path: weight * scale * self.comparisons[index](result, features[index])
@@ -206,11 +219,11 @@ class ArchDistillation(lightning.LightningModule):
         else:
             values = self.enter(period.source, source)
         if period.logits:
-            (scores,) = self.student.run(values, [graph.output])
+            (scores,) = self.run(values, [graph.output])
             return {"logits": self._compare_scores(scores, target)}
         ((index, weight),) = period.weights.items()
         tap = self.student.taps[index]
-        (feature,) = self.student.run(values, [tap.value])
+        (feature,) = self.run(values, [tap.value])
         return {tap.path: weight * self.comparisons[index](feature, target)}
 
     def _compare_scores(
@@ -261,11 +274,13 @@ class ArchDistillation(lightning.LightningModule):
             for (rate, decay), members in groups.items()
         ]
         optimizer: torch.optim.Optimizer
+        # Fused: all parameters of a group in one pass, on every kind of device.
+        common: dict[str, Any] = {"params": settings, "lr": options.lr, "fused": True}
         if options.name == "sgd":
-            optimizer = torch.optim.SGD(settings, lr=options.lr, momentum=0.9, nesterov=True)
+            optimizer = torch.optim.SGD(**common, momentum=0.9, nesterov=True)
         else:
             kind = torch.optim.AdamW if options.name == "adamw" else torch.optim.Adam
-            optimizer = kind(settings, lr=options.lr)
+            optimizer = kind(**common)
             if sizes:
                 _move_in_units(optimizer, sizes)
         curve = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
@@ -315,8 +330,9 @@ def _move_in_units(optimizer: torch.optim.Optimizer, sizes: Mapping[nn.Parameter
     for every channel of a layer.
     """
     parameters: list[Tensor] = list(sizes)
-    factors: list[Tensor] = list(sizes.values())
     before = [torch.empty_like(parameter) for parameter in parameters]
+    # As large as their parameters: a GPU takes lists of like shapes at once.
+    factors = [torch.empty_like(p, requires_grad=False).copy_(size) for p, size in sizes.items()]
 
     def keep(*_: Any) -> None:
         # All of them: gradients are made inside the step, by the closure it is given.

@@ -47,14 +47,20 @@ class WeightedOperator(Operator):
         self.bias = nn.Parameter(torch.zeros(weight_shape[0]), requires_grad=trainable)
         self.weight_quantizer: nn.Module | None = None
         self.bias_quantizer: nn.Module | None = None
+        # Parameters that are on their grids already, by name (`archnet.quant.together`).
+        self.on_grid: dict[str, Tensor] = {}
 
     def parameters_on_grid(self) -> tuple[Tensor, Tensor]:
         """Weight and bias as the chip will use them (unchanged where nothing is quantized)."""
-        weight = (
-            self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        return (
+            self._rounded("weight", self.weight, self.weight_quantizer),
+            self._rounded("bias", self.bias, self.bias_quantizer),
         )
-        bias = self.bias if self.bias_quantizer is None else self.bias_quantizer(self.bias)
-        return weight, bias
+
+    def _rounded(self, name: str, value: Tensor, quantizer: nn.Module | None) -> Tensor:
+        if name in self.on_grid:
+            return self.on_grid[name]
+        return value if quantizer is None else quantizer(value)
 
 
 Pair = tuple[int, int]
@@ -421,7 +427,9 @@ class Activation(Operator):
             # that shares a grid with negative levels (the two sides of an addition) has to be made.
             low = -math.inf if self.low == getattr(self.quantizer, "low", None) == 0 else self.low
             if math.isfinite(low) or math.isfinite(self.high):
-                x = x.clamp(low, self.high)
+                x = x.clamp(
+                    *(bound if math.isfinite(bound) else None for bound in (low, self.high))
+                )
             return self.quantizer(x) if values is None else self.quantizer(x, values)
         if self.low == 0 and self.high == math.inf:
             return F.relu(x)

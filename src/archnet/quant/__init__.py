@@ -24,6 +24,7 @@ from archnet.quant.quantizers import (
     WeightLSQ,
 )
 from archnet.quant.settle import Margin, settle
+from archnet.quant.together import Together
 from archnet.quant.units import grid_steps
 from archnet.quant.unquantize import unquantize
 from archnet.quant.widths import FLOAT
@@ -37,6 +38,7 @@ __all__ = [
     "Margin",
     "QuantizationError",
     "Quantizer",
+    "Together",
     "WeightDoReFa",
     "WeightLSQ",
     "allocate",

@@ -11,8 +11,10 @@ layer, and no scale can reach zero. The gradient is that of LSQ's equation 3 tim
 """
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,68 +25,184 @@ PART = 2**16  # values a pass takes at a time on a CPU
 SCALE_FLOOR = 2.0**-116
 
 
-class _LearnedStep(torch.autograd.Function):
+class LearnedStep(torch.autograd.Function):
     """Round x / scale to [low, high] and multiply back; gradients for x and for the scale.
 
-    y = s * clamp(round(x / s), low, high). Where x lies inside the range dy/dx = 1 and
+    y = s * clamp(round(r)) with r = x / s. Where r lies inside the range dy/dx = 1 and
     dy/ds = (y - x) / s; outside dy/dx = 0 and dy/ds = y / s. With g the incoming gradient,
-    dL/dlog s = sum(g * y) - sum(dL/dx * x): two dot products, no further temporary.
+    dL/dlog s = sum(g * y) - s * sum(dL/dx * r). The sums are the gradients of ``gain`` and
+    ``loss``; `_Logarithms` makes the rest of them for many quantizers at once.
+
+    ``scale`` is one number, or one for each entry of the first axis; ``share`` multiplies both
+    sums.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, factor: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gain: Tensor,
+        loss: Tensor,
+        scale: Tensor,
+        low: int,
+        high: int,
+        share: float,
+    ) -> Tensor:
         scale = scale.to(x.dtype)
+        ctx.rows, ctx.share, ctx.bounds = scale.numel() > 1, share, (low - 0.5, high + 0.5)
+        if ctx.rows:
+            scale = scale.reshape(-1, *[1] * (x.dim() - 1))
         y = torch.empty_like(x)
-        for x_part, y_part in _parts(scale, x, y):
+        ratio = torch.empty_like(x) if any(ctx.needs_input_grad) else y
+        for some, ratios, results in _parts(ctx.rows, x, ratio, y):
             # A true division, as ONNX's QuantizeLinear: the same bits in every runtime.
-            torch.div(x_part, scale, out=y_part)
-            y_part.round_().clamp_(low, high).mul_(scale)
-        ctx.save_for_backward(x, scale, y)
-        ctx.low, ctx.high, ctx.factor = low, high, factor
+            torch.div(some, scale, out=ratios)
+            torch.round(ratios, out=results).clamp_(low, high).mul_(scale)
+        ctx.save_for_backward(ratio, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, y = ctx.saved_tensors
-        lowest, highest = ctx.low - 0.5, ctx.high + 0.5
-        if scale.numel() > 1:
-            ratio = x / scale
-            inside = grad * ((ratio > lowest) & (ratio < highest))
-            axes = [axis for axis, size in enumerate(scale.shape) if size == 1]
-            grad_log = (grad * y - inside * x).sum(axes, keepdim=True)
-        elif x.device.type != "cpu":
-            # Bounds stay on the device: reading them back would stall it.
-            inside = grad * ((x > lowest * scale) & (x < highest * scale))
-            grad_log = ((grad * y).sum() - (inside * x).sum()).reshape(scale.shape)
-        else:
-            step, grad_log = float(scale), torch.zeros_like(scale)
-            inside = torch.empty_like(x)
-            if grad.stride() != x.stride() or grad.dtype != x.dtype:
-                # In the memory order of x, so that all four are walked alike.
-                grad = torch.empty_like(x).copy_(grad)
-            for g, v, level, result in _parts(scale, grad, x, y, inside):
-                torch.ops.aten.hardtanh_backward.grad_input(
-                    g, v, lowest * step, highest * step, grad_input=result
-                )
-                grad_log += torch.dot(g.flatten(), level.flatten())
-                grad_log -= torch.dot(result.flatten(), v.flatten())
-        return inside, (grad_log * ctx.factor).float() / scale.float(), None, None, None
+        ratio, y = ctx.saved_tensors
+        inside = torch.empty_like(ratio)
+        if grad.stride() != ratio.stride() or grad.dtype != ratio.dtype:
+            # In one memory order, so that all four are walked alike.
+            grad = torch.empty_like(ratio).copy_(grad)
+        gains, losses = [], []
+        for g, r, level, result in _parts(ctx.rows, grad, ratio, y, inside):
+            torch.ops.aten.hardtanh_backward.grad_input(g, r, *ctx.bounds, grad_input=result)
+            gains.append(_product(g, level, ctx.rows))
+            losses.append(_product(result, r, ctx.rows))
+        sums = (_total(parts, ctx.share) for parts in (gains, losses))
+        return inside, *sums, None, None, None, None
 
 
-def _parts(scale: Tensor, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+def _total(parts: list[Tensor], share: float) -> Tensor:
+    total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return total if share == 1 else total * share
+
+
+def _product(a: Tensor, b: Tensor, rows: bool) -> Tensor:
+    """The sum of all products of two tensors walked alike, (1,); or of each entry, (O,)."""
+    if rows:
+        return (a * b).sum(tuple(range(1, a.dim())))
+    order = sorted(range(a.dim()), key=a.stride, reverse=True)
+    return torch.dot(*(x.permute(order).reshape(-1) for x in (a, b))).reshape(1)
+
+
+def _parts(rows: bool, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """The same stretch of all tensors, one after another, each small enough for a CPU's cache.
 
     What this costs on a CPU are the passes over memory, and the passes after the first one find
-    a stretch in the cache. Elsewhere, under a scale per channel, and for a tensor with holes the
-    whole is one part.
+    a stretch in the cache. Elsewhere, where rows have scales of their own, and for a tensor with
+    holes the whole is one part.
     """
     first = tensors[0]
     order = sorted(range(first.dim()), key=first.stride, reverse=True)
     views = [tensor.permute(order) for tensor in tensors]
     dense = all(view.is_contiguous() for view in views)
-    if first.device.type != "cpu" or scale.numel() > 1 or not dense:
+    if first.device.type != "cpu" or rows or not dense:
         return [tensors]
     return zip(*(view.view(-1).split(PART) for view in views), strict=True)
+
+
+class _Logarithms(torch.autograd.Function):
+    """Where rounding leaves its two sums, gain and loss, for all scales of a vector: (2, N).
+
+    The result has no values. Its gradient becomes that of the logarithms: factor * (gain - scale *
+    loss), with LSQ's factor for each quantizer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logarithms: Tensor, scales: Tensor, sizes: list[int], factors: dict[int, float]
+    ) -> Tensor:
+        ctx.sizes, ctx.factors = sizes, factors
+        ctx.save_for_backward(scales)
+        return scales.new_empty(2, len(scales))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (scales,) = ctx.saved_tensors
+        gain, loss = grad
+        starts = accumulate(ctx.sizes, initial=0)
+        each = zip(starts, ctx.sizes, strict=False)
+        # A quantizer that nothing was rounded with has neither gain nor loss.
+        factors = [f for start, size in each for f in [ctx.factors.get(start, 1.0)] * size]
+        along = factors[0] if len(ctx.sizes) == 1 else scales.new_tensor(factors)
+        return torch.addcmul(gain, loss, scales, value=-1).mul_(along), None, None, None
+
+
+class Steps:
+    """The scales of some quantizers, computed at once, with one gradient for all of them.
+
+    Args:
+        quantizers: each rounds tensors of its own.
+        in_rows: these round together, and leave gains and losses together.
+
+    Attributes:
+        entries: of ``quantizers``.
+        scales: of all, one behind the other; ``starts`` says where each begins.
+        gains, losses: of those in rows, from ``first_row`` on.
+    """
+
+    def __init__(
+        self, quantizers: Sequence["Quantizer"], in_rows: Sequence["Quantizer"] = ()
+    ) -> None:
+        both, count = [*quantizers, *in_rows], len(quantizers)
+        sizes = [quantizer.channels for quantizer in both]
+        self.starts = dict(zip(both, accumulate(sizes, initial=0), strict=False))
+        self.first_row = sum(sizes[:count])
+        # Those of one kind are computed together.
+        kinds = [
+            (kind, joined([quantizer.log_scale for quantizer in members]))
+            for kind, members in groupby(both, lambda quantizer: quantizer.power_of_two)
+        ]
+        self.scales = joined([_step(part.detach(), kind) for kind, part in kinds])
+        self._factors: dict[int, float] = {}
+        logarithms = joined([part for _, part in kinds])
+        places = _Logarithms.apply(logarithms, self.scales, sizes, self._factors)
+        cuts = [*sizes[:count], sum(sizes[count:])]
+        (*gains, self.gains), (*losses, self.losses) = (part.split(cuts) for part in places)
+        parts = gains, losses, self.scales.split(sizes)
+        self.entries = {
+            quantizer: Entry(self, *part)
+            for quantizer, *part in zip(quantizers, *parts, strict=False)
+        }
+
+    def share(self, quantizer: "Quantizer", factor: float) -> float:
+        """What a gain and a loss are multiplied by, so that the gradient's factor is this one.
+
+        The first one that is asked about for a quantizer multiplies the whole.
+        """
+        return factor / self._factors.setdefault(self.starts[quantizer], factor)
+
+    def places(self, quantizer: "Quantizer") -> Tensor:
+        """Where the quantizer's scales are among all, (channels,)."""
+        start = self.starts[quantizer]
+        return torch.arange(start, start + quantizer.channels)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What `Steps` have for a quantizer, (channels,): its scale, where it leaves gain and loss."""
+
+    steps: Steps
+    gain: Tensor
+    loss: Tensor
+    scale: Tensor
+
+
+def _step(logarithm: Tensor, power_of_two: bool) -> Tensor:
+    """The scale of which this is the logarithm, or the power of two nearest to it."""
+    if power_of_two:
+        return torch.exp2(round_through(logarithm / math.log(2)))
+    return logarithm.exp()
+
+
+def joined(vectors: list[Tensor]) -> Tensor:
+    """Vectors one behind the other; a single one is itself."""
+    return torch.cat(vectors) if len(vectors) > 1 else vectors[0]
 
 
 class _Round(torch.autograd.Function):
@@ -129,13 +247,13 @@ class Quantizer(nn.Module):
         self.power_of_two = power_of_two
         self.bits, self.low, self.high, self.channels = bits, low, high, channels
         self.log_scale = nn.Parameter(torch.zeros(channels), requires_grad=learned)
+        # While many are used at once (`archnet.quant.together`).
+        self.entry: Entry | None = None
 
     @property
     def scale(self) -> Tensor:
         """Step between neighbouring levels, (channels,), positive."""
-        if self.power_of_two:
-            return torch.exp2(round_through(self.log_scale / math.log(2)))
-        return self.log_scale.exp()
+        return _step(self.log_scale, self.power_of_two)
 
     def set_scale(self, scale: Tensor) -> None:
         """Set the step; anything below the floor is raised to it (dead channels)."""
@@ -169,14 +287,20 @@ class Quantizer(nn.Module):
         return scale if self.channels == 1 else scale.reshape(-1, *[1] * (x.dim() - 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._rounded(x, self._values(x))
+        return self._rounded(x, self.values(x))
 
     def _rounded(self, x: Tensor, values: int) -> Tensor:
         """X on the grid, where so many values of one sample share a scale."""
-        factor = 1.0 / math.sqrt(max(1, values) * max(1, self.high))
-        return _LearnedStep.apply(x, self.along(x), self.low, self.high, factor)
+        entry = self.entry or Steps([self]).entries[self]
+        share = entry.steps.share(self, self.factor(values))
+        where = entry.gain, entry.loss, entry.scale
+        return cast(Tensor, LearnedStep.apply(x, *where, self.low, self.high, share))
 
-    def _values(self, x: Tensor) -> int:
+    def factor(self, values: int) -> float:
+        """LSQ's factor of the scale's gradient, where so many values of a sample share it."""
+        return 1.0 / math.sqrt(max(1, values) * max(1, self.high))
+
+    def values(self, x: Tensor) -> int:
         """How many values of one sample share a scale (LSQ, section 2.2)."""
         return x[0].numel()
 
@@ -193,7 +317,7 @@ class WeightLSQ(Quantizer):
     def __init__(self, bits: int, channels: int = 1, power_of_two: bool = False) -> None:
         super().__init__(bits, *signed_range(bits), channels, True, power_of_two)
 
-    def _values(self, x: Tensor) -> int:
+    def values(self, x: Tensor) -> int:
         return x.numel() // self.channels
 
     def integers(self, x: Tensor) -> Tensor:
@@ -264,7 +388,7 @@ class ActivationLSQ(Quantizer):
 
     def forward(self, x: Tensor, values: int | None = None) -> Tensor:
         """X on the grid; ``values`` is how many a sample has, where x is no batch of samples."""
-        return self._rounded(x, self._values(x) if values is None else values)
+        return self._rounded(x, self.values(x) if values is None else values)
 
     def spec(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,176 @@
+"""What many operators have on grids, rounded at once: in few passes instead of a dozen for each.
+
+All weights of one grid are rows of one tensor, all biases one vector, and so are all scales. The
+values are the same, and the gradients but for rounding.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from archnet.ops import Activation, Operator, WeightedOperator
+from archnet.quant.quantizers import (
+    BiasQuantizer,
+    LearnedStep,
+    Quantizer,
+    Steps,
+    WeightLSQ,
+    joined,
+    round_through,
+)
+
+ALIGNED = 8  # rows of a multiple of so many weights are cut into pieces of one length
+
+
+class Together:
+    """Rounds the parameters of some operators at once.
+
+    Args:
+        operators: of a student, all of which are run: what is not would get a gradient of zeros
+            instead of none.
+    """
+
+    def __init__(self, operators: Iterable[Operator]) -> None:
+        grids: dict[tuple[int, int, bool], list[WeightedOperator]] = {}
+        activations: dict[Quantizer, None] = {}
+        for operator in dict.fromkeys(operators):
+            if isinstance(operator, Activation) and isinstance(operator.quantizer, Quantizer):
+                activations[operator.quantizer] = None
+            elif isinstance(operator, WeightedOperator):
+                quantizer = operator.weight_quantizer
+                # One bit has a rule of its own, and so has DoReFa.
+                if isinstance(quantizer, WeightLSQ) and quantizer.bits > 1:
+                    key = (quantizer.low, quantizer.high, _row(operator) % ALIGNED == 0)
+                    grids.setdefault(key, []).append(operator)
+        self._activations = list(activations)
+        self._operators = [operator for members in grids.values() for operator in members]
+        self._weights = _Weights(list(grids.values()))
+        self._biases = _Biases(
+            [
+                operator
+                for operator in self._operators
+                if isinstance(operator.bias_quantizer, BiasQuantizer)
+                and _source(operator) in activations
+            ]
+        )
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Within it operators find their parameters rounded, and quantizers their scales."""
+        in_rows = [_quantizer(operator) for operator in self._operators]
+        if not self._activations and not in_rows:
+            yield
+            return
+        steps = Steps(self._activations, in_rows)
+        try:
+            for quantizer, entry in steps.entries.items():
+                quantizer.entry = entry
+            self._weights.round(steps)
+            self._biases.round(steps)
+            yield
+        finally:
+            for quantizer in self._activations:
+                quantizer.entry = None
+            for operator in self._operators:
+                operator.on_grid = {}
+
+
+class _Weights:
+    """Weights, grid by grid cut into pieces of one length, of which each has one scale."""
+
+    def __init__(self, grids: Sequence[Sequence[WeightedOperator]]) -> None:
+        self.grids = grids
+        self.lengths = [math.gcd(*map(_row, operators)) for operators in grids]
+        self._index: Tensor | None = None  # of the scale of every piece
+
+    def round(self, steps: Steps) -> None:
+        if not self.grids:
+            return
+        counts = [
+            sum(operator.weight.numel() for operator in operators) // length
+            for operators, length in zip(self.grids, self.lengths, strict=True)
+        ]
+        if self._index is None:
+            self._index = torch.cat(
+                [
+                    self._places(steps, operator, length)
+                    for operators, length in zip(self.grids, self.lengths, strict=True)
+                    for operator in operators
+                ]
+            )
+        self._index = self._index.to(steps.scales.device)
+        scales = steps.scales[steps.first_row :]
+        columns = [x.index_select(0, self._index) for x in (steps.gains, steps.losses, scales)]
+        parts = zip(*(column.split(counts) for column in columns), strict=True)
+        for operators, length, part in zip(self.grids, self.lengths, parts, strict=True):
+            _round_grid(steps, operators, length, part)
+
+    def _places(self, steps: Steps, operator: WeightedOperator, length: int) -> Tensor:
+        places = steps.places(_quantizer(operator)) - steps.first_row
+        return places.repeat_interleave(operator.weight.numel() // len(places) // length)
+
+
+def _round_grid(
+    steps: Steps, operators: Sequence[WeightedOperator], length: int, part: tuple[Tensor, ...]
+) -> None:
+    """Round weights of one grid; ``part`` has gain, loss and scale of every piece."""
+    flat = [operator.weight.permute(_order(operator.weight)) for operator in operators]
+    pieces = joined([weight.reshape(-1) for weight in flat]).view(-1, length)
+    for operator in operators:
+        quantizer = _quantizer(operator)
+        steps.share(quantizer, quantizer.factor(quantizer.values(operator.weight)))
+    grid = _quantizer(operators[0])
+    rounded = LearnedStep.apply(pieces, *part, grid.low, grid.high, 1.0)
+    cuts = rounded.view(-1).split([weight.numel() for weight in flat])
+    for operator, weight, cut in zip(operators, flat, cuts, strict=True):
+        order = _order(operator.weight)
+        back = [order.index(axis) for axis in range(len(order))]
+        operator.on_grid["weight"] = cut.view(weight.shape).permute(back)
+
+
+class _Biases:
+    """Biases in steps of input scale * weight scale."""
+
+    def __init__(self, operators: Sequence[WeightedOperator]) -> None:
+        self.operators = operators
+        self._index: list[Tensor] = []  # of the scales of weights, and of those of inputs
+
+    def round(self, steps: Steps) -> None:
+        if not self.operators:
+            return
+        biases = joined([operator.bias for operator in self.operators])
+        if not self._index:
+            for of in (_quantizer, _source):
+                places = [steps.places(of(o)).expand(len(o.bias)) for o in self.operators]
+                self._index.append(torch.cat(places))
+        self._index = [index.to(biases.device) for index in self._index]
+        weights, inputs = (steps.scales.index_select(0, index) for index in self._index)
+        step = weights * inputs
+        rounded = round_through(biases / step) * step
+        parts = rounded.split([len(operator.bias) for operator in self.operators])
+        for operator, part in zip(self.operators, parts, strict=True):
+            operator.on_grid["bias"] = part
+
+
+def _quantizer(operator: WeightedOperator) -> Quantizer:
+    assert isinstance(operator.weight_quantizer, Quantizer)
+    return operator.weight_quantizer
+
+
+def _source(operator: WeightedOperator) -> Quantizer:
+    """The quantizer of what a layer reads."""
+    assert isinstance(operator.bias_quantizer, BiasQuantizer)
+    return operator.bias_quantizer.source
+
+
+def _row(operator: WeightedOperator) -> int:
+    """How many weights have one scale."""
+    return operator.weight.numel() // _quantizer(operator).channels
+
+
+def _order(weight: Tensor) -> list[int]:
+    """The axes as they lie in memory, behind that of the outputs."""
+    return [0, *sorted(range(1, weight.dim()), key=weight.stride, reverse=True)]

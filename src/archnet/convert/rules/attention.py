@@ -1,13 +1,14 @@
 """Multi-head self-attention, global, windowed or shifted (approximate)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from archnet.capture import Ref, TeacherNode
 from archnet.convert.builder import Builder
-from archnet.convert.feature import Feature, Value, resized
+from archnet.convert.feature import Convolution, Feature, Value, resized
 from archnet.convert.fit import Layer, attended, mixing, relative_error
 from archnet.convert.rules.base import (
     Alternative,
@@ -20,7 +21,7 @@ from archnet.convert.rules.base import (
     spread_to,
 )
 from archnet.convert.rules.pairs import Pairs
-from archnet.ops import MatMul, Softmax
+from archnet.ops import MatMul, Permute, Reshape, Softmax
 
 # What a mask adds to scores of pairs that have no part: in hinges, and where a softmax reads them.
 _LOWEST, _EXCLUDED = -16.0, -1e4
@@ -146,42 +147,44 @@ def _by_position(site: Site, value: Value, matrix: Tensor, axis: int) -> Value:
 
 
 def mixed(site: Site, value: Feature) -> Value:
-    """Fully connected layers across the tokens, (..., heads, tokens, channels), for every head.
+    """Fully connected layers across the tokens, (..., heads, tokens, channels), one for every head.
 
     Axes in front of the heads (windows) share them.
     """
     heads = heads_of(site, value)
     wanted, given = site.wanted(), site.given(value)
-    across = _tokens_last(site.builder, value)
-    parts = []
-    for head in range(heads):
-        matrix = mixing(of_head(given, head, heads), of_head(wanted, head, heads))
-        parts.append(_across(site, _part(site, across, head, heads), matrix))
-    return _together(site, parts)
+    matrices = [
+        mixing(of_head(given, head, heads), of_head(wanted, head, heads)) for head in range(heads)
+    ]
+    done = _layers(site.builder, _by_head(site, value), _unshifted(matrices))
+    return _in_order(site, done, (0, 3, 1, 2, 4))
 
 
 def _in_context(site: Site, query: Feature, key: Feature, value: Feature) -> Value:
-    """The layers of `fit.attended` for every head."""
+    """The layers of `fit.attended`, those of all heads side by side."""
     builder, heads = site.builder, heads_of(site, query, key, value)
     wanted, simpler = site.wanted(), torch.empty_like(site.wanted())
     given = [*(site.given(feature) for feature in (query, key, value)), wanted]
-    across = _tokens_last(builder, value)
-    offers = builder.concat([_in_order(builder, feature) for feature in (key, value)])
-    parts = []
+    fits = []
     for head in range(heads):
         fitted = attended(*(of_head(x, head, heads) for x in given))
         of_head(simpler, head, heads).copy_(fitted.mixed(of_head(given[2], head, heads)))
-        offered = _rectified(site, _part(site, offers, head, heads), fitted.offer)
-        received = builder.concat(
-            [
-                _across(site, _part(site, across, head, heads), fitted.weights),
-                _across(site, _tokens_last(builder, offered), fitted.weights),
-                _part(site, _in_order(builder, query), head, heads),
-            ]
-        )
-        both = builder.concat([received, _rectified(site, received, fitted.answer)])
-        parts.append(builder.matrix_at_positions(both, *fitted.result))
-    result = _together(site, parts)
+        fits.append(fitted)
+    query, key, value = (_by_head(site, feature) for feature in (query, key, value))
+    if key.shape[0] != value.shape[0]:
+        key, value = (_repeated(site, feature, heads) for feature in (key, value))
+    offers = _turned(builder, builder.concat([key, value]), (0, 1, 4, 2, 3), 2)
+    offered = _layers(builder, offers, [fitted.offer for fitted in fits], rectified=True)
+    offered = _turned(builder, offered, (0, 1, 3, 4, 2), 4)
+    # One matrix mixes the values of a head and what they offer: they are features of one layer.
+    mixable = builder.concat([_repeated(site, value, heads), offered])
+    received = _layers(builder, mixable, _unshifted([fitted.weights for fitted in fits]))
+    received = builder.concat([received, _repeated(site, query, heads)])
+    received = _turned(builder, received, (0, 1, 4, 2, 3), 2)
+    answered = _layers(builder, received, [fitted.answer for fitted in fits], rectified=True)
+    both = builder.concat([received, answered])
+    done = _layers(builder, both, [fitted.result for fitted in fits])
+    result = _in_order(site, done, (0, 4, 1, 3, 2))
     site.alternative = Alternative(
         _names(site.argument("value")),
         relative_error(simpler, wanted),
@@ -250,39 +253,53 @@ def of_head(x: Tensor, head: int, heads: int) -> Tensor:
     return x.select(-3, head * x.shape[-3] // heads) if x.dim() > 3 else x
 
 
-def _part(site: Site, feature: Feature, head: int, heads: int) -> Feature:
-    """The same of a feature, whose axis of heads stays with size one."""
-    axis = len(feature.shape) - 2
-    if not axis:
+def _by_head(site: Site, feature: Feature) -> Feature:
+    """(..., heads, tokens, channels) as (heads, tokens, windows, channels)."""
+    builder = site.builder
+    heads, tokens, width = (1, *feature.shape)[-3:]
+    windows = math.prod(feature.shape[:-3])
+    found = builder.layout(feature, "heads", Reshape((windows, heads, tokens, width)), 4)
+    return _turned(builder, found, (0, 2, 3, 1, 4), 4)
+
+
+def _repeated(site: Site, feature: Feature, heads: int) -> Feature:
+    """The same, once for each of the heads that share it."""
+    theirs, *others = feature.shape
+    if theirs == heads:
         return feature
-    place = head * feature.shape[axis - 1] // heads
-    return site.builder.slice(feature, axis, place, place + 1)
+    copied = joined(site, [feature] * (heads // theirs), 2)
+    return site.builder.layout(copied, "heads", Reshape((heads, *others)), feature.axis)
 
 
-def _together(site: Site, parts: list[Feature]) -> Feature:
-    return joined(site, parts, len(site.node.shape) - 2) if len(parts) > 1 else parts[0]
+def _in_order(site: Site, feature: Feature, order: tuple[int, ...]) -> Feature:
+    """A permutation to (windows, heads, tokens, channels), in the shape of the node's result."""
+    shape = site.node.shape
+    turned = _turned(site.builder, feature, order, 4)
+    return site.builder.layout(turned, "shape", Reshape(shape), len(shape))
 
 
-def _across(site: Site, part: Feature, matrix: Tensor) -> Feature:
-    """A matrix over the tokens of (..., channels, tokens): (..., tokens, channels)."""
-    builder, zeros = site.builder, torch.zeros(len(matrix), dtype=torch.float64)
-    done = builder.matrix_at_positions(part, matrix, zeros)
-    shape = (*done.shape[:-2], done.shape[-1], done.shape[-2])
-    tokens_last = Feature(shape, last=builder.first(done), axis=len(shape) - 1)
-    return _in_order(builder, tokens_last)
+def _turned(builder: Builder, feature: Feature, order: tuple[int, ...], axis: int) -> Feature:
+    """Axes in another order; ``axis`` is that of the result along which it is concatenated."""
+    return builder.layout(feature, "order", Permute(order), axis)
 
 
-def _rectified(site: Site, feature: Feature, layer: Layer) -> Feature:
-    return site.builder.activation(site.builder.matrix_at_positions(feature, *layer), 0.0, math.inf)
+def _layers(
+    builder: Builder, feature: Feature, layers: Sequence[Layer], *, rectified: bool = False
+) -> Feature:
+    """A layer (O, I) for every head, on the second axis of (heads, I, height, width): a convolution
+    whose groups are the heads. Heads of the feature that several of the result share are one group.
+    """
+    groups, depth, *size = feature.shape
+    weight, bias = (torch.cat(numbers) for numbers in zip(*layers, strict=True))
+    flat = builder.layout(feature, "map", Reshape((groups * depth, *size)), 1)
+    layer = Convolution(flat, weight[:, :, None, None], builder.owner, groups=groups)
+    done = builder.convolve(layer, bias)
+    if rectified:
+        done = builder.activation(done, 0.0, math.inf)
+    shape = (len(layers), len(weight) // len(layers), *size)
+    return builder.layout(done, "layers", Reshape(shape), feature.axis)
 
 
-def _in_order(builder: Builder, feature: Feature) -> Feature:
-    """The same value, its channels taken to be at the end of (..., tokens, channels)."""
-    return Feature(feature.shape, first=builder.first(feature), axis=len(feature.shape))
-
-
-def _tokens_last(builder: Builder, feature: Feature) -> Feature:
-    """(..., tokens, channels) as (..., channels, tokens), where a layer reads the tokens."""
-    tokens = len(feature.shape) - 1
-    moved = builder.last(Feature(feature.shape, first=builder.first(feature), axis=tokens))
-    return Feature(builder.graph.shapes[moved], first=moved, axis=len(feature.shape))
+def _unshifted(matrices: Sequence[Tensor]) -> list[Layer]:
+    """Layers without a bias, yet."""
+    return [(matrix, torch.zeros(len(matrix), dtype=torch.float64)) for matrix in matrices]

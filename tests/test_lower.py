@@ -290,7 +290,8 @@ def test_what_is_lowered_is_pure(kind):
         check_layers(student, Target.named(target))
         assert audit(student, target).violations == (), target
         with torch.no_grad():
-            assert torch.allclose(deployed(student)(images), network(images), atol=1e-4)
+            expected = student(images) if "smooth" in kind else network(images)
+            assert torch.allclose(deployed(student)(images), expected, atol=1e-4)
 
 
 def test_a_target_keeps_what_it_runs():

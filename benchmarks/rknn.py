@@ -47,6 +47,7 @@ from record import append
 from torch import Tensor, nn
 
 import archnet
+from archnet.convert import Approximation
 from archnet.deploy import to_onnx
 from archnet.errors import ArchnetError
 from archnet.teachers import MEMBERS, Member, random_network
@@ -235,6 +236,8 @@ def measure(name: str, options: argparse.Namespace) -> None:
     network = random_network(member, num_classes=classes, seed=options.seed)
     teacher = scores_of(network, pictures)
     teacher_cycles = 0
+    bound = "" if options.max_cost is None else f"--max-cost {options.max_cost} "
+    approximation = Approximation(max_cost=options.max_cost)
     for hardware in (TEACHER, *options.hardware):
         more = " --hardware" if hardware == TEACHER else f" --hardware {hardware}"
         row = {
@@ -245,7 +248,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
             "act_bits": 8,
             "seed": options.seed,
             "command": f"python benchmarks/rknn.py {name}{more} --platform {options.platform} "
-            f"--seed {options.seed} --timeout {options.timeout} --python $RKNN/bin/python",
+            f"{bound}--seed {options.seed} --timeout {options.timeout} --python $RKNN/bin/python",
             "platform": options.platform,
             "answers": len(teacher.argmax(1).unique()),
         }
@@ -253,7 +256,9 @@ def measure(name: str, options: argparse.Namespace) -> None:
             if hardware == TEACHER:
                 model, own = file_of(network, pictures[:1]), teacher
             else:
-                student = archnet.convert(network, calibration, hardware)
+                student = archnet.convert(
+                    network, calibration, hardware, approximation=approximation
+                )
                 model, own = to_onnx(student, "float", opset=OPSET), scores_of(student, pictures)
         except ArchnetError as error:
             row["error"] = str(error)
@@ -290,6 +295,7 @@ def main() -> None:
     parser.add_argument("--hardware", nargs="*", default=HARDWARE, help="targets of the students")
     parser.add_argument("--platform", default="rk3588", help="the chip that is compiled for")
     parser.add_argument("--seed", type=int, default=0, help="of weights and pictures")
+    parser.add_argument("--max-cost", type=float, help="convert.max_cost of the students")
     parser.add_argument("--timeout", type=int, default=900, help="seconds for one file")
     options = parser.parse_args()
     python = shutil.which(options.python)
@@ -306,8 +312,9 @@ def main() -> None:
         measure(options.networks[0], options)
         return
     given = ["--hardware", *options.hardware]
-    for key in ("python", "platform", "seed", "timeout"):
-        given += [f"--{key}", str(getattr(options, key))]
+    for key in ("python", "platform", "seed", "timeout", "max_cost"):
+        if getattr(options, key) is not None:
+            given += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
     for name in options.networks:
         subprocess.run([sys.executable, __file__, name, *given], check=False)
 

@@ -141,15 +141,15 @@ class ArchDistillation(lightning.LightningModule):
         else:
             losses = self._through_a_block(batch, period)
         total = torch.stack(list(losses.values())).sum()
-        if not bool(torch.isfinite(total)):
-            culprit = next((k for k, v in losses.items() if not bool(torch.isfinite(v))), "total")
+        if not math.isfinite(total.item()):
+            culprit = next((k for k, v in losses.items() if not math.isfinite(v.item())), "total")
             raise DistillError(
                 f"the loss at {culprit} is {total.item()} at step {self.global_step}: "
                 "lower distill.optimizer.lr or grid_lr; the last checkpoint is kept"
             )
         if (self.global_step + 1) % LOG_EVERY == 0:  # else nobody reads them
             self.log_dict({f"loss/{name}": value.detach() for name, value in losses.items()})
-        self.log("loss", total.detach(), prog_bar=True)
+            self.log("loss", total.detach(), prog_bar=True)
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

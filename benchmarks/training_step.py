@@ -266,7 +266,7 @@ def counted(teacher: nn.Module, student: Student, batch: Tensor) -> dict[str, in
 
 
 def timed(teacher: nn.Module, student: Student, batch: Tensor, steps: int) -> dict[str, float]:
-    """CPU seconds of a step and of the teacher's forward pass; each waits for a line of the input."""
+    """CPU seconds of a step and of the teacher's forward pass, each after a line of the input."""
     took: dict[str, list[float]] = {"step": [], "teacher": []}
     began = [0.0]
     images = batch.contiguous(memory_format=torch.channels_last)

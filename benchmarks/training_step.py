@@ -13,8 +13,8 @@ nothing; an operator on a list of tensors launches as CUDA's does, so many tenso
 told apart by where they are: the teacher's forward pass, the student's, the rest of the forward
 pass (losses, their adapters and the log), the backward pass, and what the optimizer does.
 
-Times are medians over steps, between one request for a batch and the next, so that they hold all
-that a step does; the teacher's forward pass alone is timed in between.
+Times are CPU seconds, medians over steps, between one request for a batch and the next, so that
+they hold all that a step does; the teacher's forward pass alone is timed in between.
 """
 
 import argparse
@@ -266,23 +266,23 @@ def counted(teacher: nn.Module, student: Student, batch: Tensor) -> dict[str, in
 
 
 def timed(teacher: nn.Module, student: Student, batch: Tensor, steps: int) -> dict[str, float]:
-    """Seconds of a step and of the teacher's forward pass; each waits for a line of the input."""
+    """CPU seconds of a step and of the teacher's forward pass, each after a line of the input."""
     took: dict[str, list[float]] = {"step": [], "teacher": []}
     began = [0.0]
     images = batch.contiguous(memory_format=torch.channels_last)
 
     def asked(step: int) -> None:
         if step:
-            took["step"].append(time.perf_counter() - began[0])
+            took["step"].append(time.process_time() - began[0])
         print(WAITS, end="", flush=True)
         input()
-        start = time.perf_counter()
+        start = time.process_time()
         with torch.no_grad():
             teacher(images)
-        took["teacher"].append(time.perf_counter() - start)
+        took["teacher"].append(time.process_time() - start)
         if step == steps:
             raise _Enough
-        began[0] = time.perf_counter()
+        began[0] = time.process_time()
 
     train(teacher, student, Images(batch, asked), "auto", steps)
     # The first ones allocate.

@@ -112,14 +112,12 @@ class TextDistillation(ArchDistillation):
     def _losses(
         self, period: Period, asked: _Inputs, results: Mapping[int, Tensor], scores: Tensor | None
     ) -> dict[str, Tensor]:
-        scale = 1 / max(1e-12, sum(period.weights.values()))
         losses = {}
         for index, result in results.items():
             path = self.student.taps[index].path
-            loss = self.comparisons[index](
-                result, asked.features[path], asked.real[path.split(".")[0]]
-            )
-            losses[path] = period.weights[index] * scale * loss
+            real = asked.real[path.split(".")[0]]
+            losses[path] = self.comparisons[index](result, asked.features[path], real)
+        losses = self.weighted(period, losses)
         if scores is not None:
             real = asked.real["decoder"]
             losses["logits"] = self._compare_scores(scores, asked.scores, real)

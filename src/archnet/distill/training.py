@@ -84,6 +84,7 @@ class ArchDistillation(lightning.LightningModule):
         self._units = grid_steps(student)
         self.periods, self.options = list(periods), options
         self._zeros = _zeros(student) if options.keep_zeros else {}
+        self._shares: dict[int, Tensor] = {}  # of the taps in the loss, by the period's first step
         self._together: dict[tuple[tuple[str, ...], tuple[str, ...]], Together] = {}
         self.comparisons = nn.ModuleList(self.comparison(tap) for tap in student.taps)
 
@@ -140,15 +141,15 @@ class ArchDistillation(lightning.LightningModule):
         else:
             losses = self._through_a_block(batch, period)
         total = torch.stack(list(losses.values())).sum()
-        if not bool(torch.isfinite(total)):
-            culprit = next((k for k, v in losses.items() if not bool(torch.isfinite(v))), "total")
+        if not math.isfinite(total.item()):
+            culprit = next((k for k, v in losses.items() if not math.isfinite(v.item())), "total")
             raise DistillError(
                 f"the loss at {culprit} is {total.item()} at step {self.global_step}: "
                 "lower distill.optimizer.lr or grid_lr; the last checkpoint is kept"
             )
         if (self.global_step + 1) % LOG_EVERY == 0:  # else nobody reads them
             self.log_dict({f"loss/{name}": value.detach() for name, value in losses.items()})
-        self.log("loss", total.detach(), prog_bar=True)
+            self.log("loss", total.detach(), prog_bar=True)
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -183,16 +184,28 @@ class ArchDistillation(lightning.LightningModule):
         taps = [self.student.taps[index] for index in period.weights]
         targets = [tap.value for tap in taps] + ([graph.output] if period.logits else [])
         results = self.run({graph.inputs[0]: images}, targets)
-        scale = 1 / max(1e-12, sum(period.weights.values()))
-        losses = {
-            tap.path: weight * scale * self.comparisons[index](result, features[index])
-            for (index, weight), tap, result in zip(
-                period.weights.items(), taps, results, strict=False
-            )
-        }
+        losses = self.weighted(
+            period,
+            {
+                tap.path: self.comparisons[index](result, features[index])
+                for index, tap, result in zip(period.weights, taps, results, strict=False)
+            },
+        )
         if period.logits:
             losses["logits"] = self._compare_scores(results[-1], scores)
         return losses
+
+    def weighted(self, period: Period, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Losses of the taps, in the order of the period's weights, as shares of their mean."""
+        if not losses:
+            return {}
+        if period.first not in self._shares:
+            scale = 1 / max(1e-12, sum(period.weights.values()))
+            shares = [weight * scale for weight in period.weights.values()]
+            # Kept where it is read: the host waits for what it sends.
+            self._shares[period.first] = torch.tensor(shares, device=self.device)
+        weighted = torch.stack(list(losses.values())) * self._shares[period.first]
+        return dict(zip(losses, weighted, strict=True))
 
     def _mixed(self, images_BCHW: Tensor) -> Tensor:
         """Some batches with every image blended with another (mixup, arXiv 1710.09412).

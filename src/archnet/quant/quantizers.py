@@ -54,10 +54,12 @@ class LearnedStep(torch.autograd.Function):
             scale = scale.reshape(-1, *[1] * (x.dim() - 1))
         y = torch.empty_like(x)
         ratio = torch.empty_like(x) if any(ctx.needs_input_grad) else y
-        for some, ratios, results in _parts(ctx.rows, x, ratio, y):
+        own = [scale] if ctx.rows else []
+        for some, ratios, results, *scales in _parts(ctx.rows, x, ratio, y, *own):
+            (step,) = scales or [scale]
             # A true division, as ONNX's QuantizeLinear: the same bits in every runtime.
-            torch.div(some, scale, out=ratios)
-            torch.round(ratios, out=results).clamp_(low, high).mul_(scale)
+            torch.div(some, step, out=ratios)
+            torch.round(ratios, out=results).clamp_(low, high).mul_(step)
         ctx.save_for_backward(ratio, y)
         return y
 
@@ -73,13 +75,12 @@ class LearnedStep(torch.autograd.Function):
             torch.ops.aten.hardtanh_backward.grad_input(g, r, *ctx.bounds, grad_input=result)
             gains.append(_product(g, level, ctx.rows))
             losses.append(_product(result, r, ctx.rows))
-        sums = (_total(parts, ctx.share) for parts in (gains, losses))
+        sums = (joined(parts) for parts in (gains, losses))
+        if not ctx.rows and len(gains) > 1:
+            sums = (parts.sum(0, keepdim=True) for parts in sums)
+        if ctx.share != 1:
+            sums = (total * ctx.share for total in sums)
         return inside, *sums, None, None, None, None
-
-
-def _total(parts: list[Tensor], share: float) -> Tensor:
-    total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-    return total if share == 1 else total * share
 
 
 def _product(a: Tensor, b: Tensor, rows: bool) -> Tensor:
@@ -94,15 +95,17 @@ def _parts(rows: bool, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """The same stretch of all tensors, one after another, each small enough for a CPU's cache.
 
     What this costs on a CPU are the passes over memory, and the passes after the first one find
-    a stretch in the cache. Elsewhere, where rows have scales of their own, and for a tensor with
-    holes the whole is one part.
+    a stretch in the cache. Elsewhere, and for a tensor with holes, the whole is one part; with
+    ``rows``, which have scales of their own, a stretch is some of them, if they lie in a row.
     """
     first = tensors[0]
     order = sorted(range(first.dim()), key=first.stride, reverse=True)
-    views = [tensor.permute(order) for tensor in tensors]
-    dense = all(view.is_contiguous() for view in views)
-    if first.device.type != "cpu" or rows or not dense:
+    views = [tensor.permute(order) for tensor in tensors] if not rows else list(tensors)
+    dense = all(view.is_contiguous() for view in views) and (first.dim() == 2 or not rows)
+    if first.device.type != "cpu" or not dense:
         return [tensors]
+    if rows:
+        return zip(*(view.split(max(1, PART // first.shape[1])) for view in views), strict=True)
     return zip(*(view.view(-1).split(PART) for view in views), strict=True)
 
 

@@ -19,6 +19,7 @@ from archnet.convert.compare import compare
 from archnet.convert.feature import Feature, Form, Value
 from archnet.convert.fit import relative_error
 from archnet.convert.fuse import fuse, with_products
+from archnet.convert.moves import shorten
 from archnet.convert.narrow import narrow
 from archnet.convert.rules import RULES
 from archnet.convert.rules.base import Alternative, Approximation, Site, Values, error_at
@@ -221,6 +222,7 @@ def _build(
     student = Student(builder.graph, builder.modules).eval()
     student.drop_unread()  # slices of a split whose results nobody wants
     narrow(student)
+    shorten(student)
     lowered = lower(student, target, weights=False)
     if Target.of(target).complete:
         by_name = {node.name: node for node in graph.nodes}
@@ -233,7 +235,8 @@ def _build(
             )
     macs: Counter[str] = Counter()
     for cost in student_cost(lowered.student).steps:
-        macs[builder.owners[lowered.whole[cost.name]]] += cost.macs
+        if cost.macs:
+            macs[builder.owners[lowered.whole[cost.name]]] += cost.macs
     read = {node.name for node in _live(written, TeacherNode.refs)}
     report = []
     for node in graph.nodes:

@@ -27,7 +27,9 @@ def chains(draw):
         else:
             left, parts = math.prod(shape), []
             while left > 1 and len(parts) < 4:
-                parts.append(draw(st.sampled_from([n for n in range(1, left + 1) if left % n == 0])))
+                parts.append(
+                    draw(st.sampled_from([n for n in range(1, left + 1) if left % n == 0]))
+                )
                 left //= parts[-1]
             shape = (*parts, left)
             moves.append(Reshape(shape))

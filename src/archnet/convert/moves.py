@@ -153,7 +153,9 @@ def _whole_axes(axes: Axes, order: Sequence[int]) -> list[int] | None:
     return sorted(range(len(axes)), key=lambda axis: places[axes[axis][0]] if axes[axis] else -1)
 
 
-def _turned_first(shape: tuple[int, ...], turn: Sequence[int], result: tuple[int, ...]) -> list[Move]:
+def _turned_first(
+    shape: tuple[int, ...], turn: Sequence[int], result: tuple[int, ...]
+) -> list[Move]:
     """A permutation of the axes that there are, and a reshape if that is not the result."""
     units = [axis for axis in turn if shape[axis] == 1]
     others = [axis for axis in turn if shape[axis] > 1]

@@ -122,24 +122,27 @@ def _followed(
         rest, shape = [part for axis in after for part in axis], move.shape
         after = []
         for size in shape:
-            after.append([])
-            while size > 1:
+            axis, left = list[int](), size
+            while left > 1:
                 part = rest.pop(0)
-                if size % sizes[part] == 0:
-                    size //= sizes[part]
-                elif sizes[part] % size == 0:
-                    outer, inner = next(numbers), next(numbers)
-                    sizes[outer], sizes[inner] = size, sizes[part] // size
-                    for axis in before:
-                        if part in axis:
-                            at = axis.index(part)
-                            axis[at : at + 1] = [outer, inner]
+                if sizes[part] > left and sizes[part] % left == 0:
+                    inner = next(numbers)
+                    sizes[inner], sizes[part] = sizes[part] // left, left
                     rest.insert(0, inner)
-                    part, size = outer, 1
-                else:
+                    _insert_behind(before, part, inner)
+                elif left % sizes[part]:
                     return None
-                after[-1].append(part)
+                left //= sizes[part]
+                axis.append(part)
+            after.append(axis)
     return before, after, shape, sizes
+
+
+def _insert_behind(axes: Axes, part: int, inner: int) -> None:
+    """What is parted off at the end of a part follows it."""
+    for axis in axes:
+        if part in axis:
+            axis.insert(axis.index(part) + 1, inner)
 
 
 def _whole_axes(axes: Axes, order: Sequence[int]) -> list[int] | None:

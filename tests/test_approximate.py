@@ -22,7 +22,7 @@ from archnet.convert.fit import (
 from archnet.deploy import audit, export, parity
 from archnet.hardware import student_cost, teacher_cost
 from archnet.lower import deployed_cost
-from archnet.ops import Convolution, FullyConnected
+from archnet.ops import Convolution, WeightedOperator
 from archnet.quant import quantize
 from archnet.teachers.nets import NETS
 
@@ -214,19 +214,15 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["fused", "matmul", "einsum"])
-def test_attention_becomes_one_layer_over_tokens_for_each_head(how):
+def test_attention_becomes_one_layer_over_tokens_with_a_group_for_each_head(how):
     form = Approximation("mixing")
     student, found = error(Attention(how), torch.randn(256, 4, 8, 8), approximation=form)
     assert found < 0.03
     assert not audit(student, "arch5").violations
-    layers = [m for m in student.operators.values() if isinstance(m, FullyConnected)]
-    # Queries and keys are not computed: 4 rows of 12 are left, and 64 x 64 for both heads.
-    assert sorted((m.out_features, m.in_features) for m in layers) == [
-        (4, 4),
-        (4, 4),
-        (64, 64),
-        (64, 64),
-    ]
+    layers = [m for m in student.operators.values() if isinstance(m, WeightedOperator)]
+    # Queries and keys are not computed: 4 rows of 12 are left, and 64 x 64 for each of two heads.
+    assert [tuple(m.weight.shape) for m in layers] == [(4, 4), (128, 64, 1, 1), (4, 4)]
+    assert layers[1].groups == 2
     approximate = [row for row in student.report if row.error is not None]
     assert [row.rule for row in approximate] == ["attention"]
     # What only the weights need has no part in the student, and counts as approximate.
@@ -505,7 +501,8 @@ def test_matrix_products_of_two_features(name):
     assert not audit(student, "arch5").violations
     rules = {row.rule for row in student.report if row.error is not None}
     assert "matrix_product" in rules
-    form = Approximation(max_macs=1.0)
+    # Of several small heads one layer with zeros between them is made, which has fewer launches.
+    form = Approximation(max_macs=6.0)
     cheap = convert(network, x[:1], calibration=x, approximation=form)
     spent = [sum(row.macs_after for row in s.report) for s in (student, cheap)]
     assert spent[1] < spent[0]

@@ -132,6 +132,25 @@ class ClassToken(nn.Module):
         return torch.cat([self.token.expand(x.shape[0], -1, -1), tokens], 1) + self.table
 
 
+class SelfAttention(nn.Module):
+    """Two heads, which have keys and values of their own or share them, in windows or in none."""
+
+    def __init__(self, shared: bool = False, windows: int = 1) -> None:
+        super().__init__()
+        self.query, self.windows = nn.Linear(6, 6), windows
+        self.key, self.value = (nn.Linear(6, 3 if shared else 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2).unflatten(1, (self.windows, -1))
+        query, key, value = (
+            2 * layer(tokens).unflatten(3, (-1, 3)).transpose(2, 3)
+            for layer in (self.query, self.key, self.value)
+        )
+        shares = key.shape[2] < query.shape[2]
+        y = F.scaled_dot_product_attention(query, key, value, enable_gqa=shares)
+        return y.transpose(2, 3).flatten(3)
+
+
 class Peak(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.amax((2, 3))
@@ -254,6 +273,32 @@ def test_every_way_alone_computes_the_same(operator, monkeypatch):
                 assert same, (kind, way.name)
                 used[way.name] += way.name in " ".join(lower(floating, everything).ways.values())
     assert all(used[way.name] for way in registry.WAYS[operator][1:]), used
+
+
+@pytest.mark.parametrize("attention", ["context", "mixing"])
+@pytest.mark.parametrize(
+    "layer",
+    [SelfAttention(), SelfAttention(shared=True), SelfAttention(windows=3)],
+    ids=["of its own", "shared", "windows"],
+)
+def test_heads_of_attention_are_lowered(layer, attention):
+    """All heads are in whole layers, which every target computes alike."""
+    network, images = Body(layer), torch.randn(16, 3, 9, 9)
+    with torch.no_grad():
+        network(images)
+    for target in ("arch5_conv", "arch5"):
+        student = convert(network.eval(), images, target, approximation=Approximation(attention))
+        assert audit(student, target).violations == (), target
+    grouped = [m for m in student.operators.values() if getattr(m, "groups", 1) > 1]
+    assert len(grouped) == (1 if attention == "mixing" else 4) - (layer.key.out_features == 3)
+    with torch.no_grad():
+        assert torch.allclose(deployed(student)(images), student(images), atol=1e-5)
+    for widths in ((8, 8), (2, 4)):
+        found = copy.deepcopy(student)
+        settle(quantize(found, *widths, [images]))
+        whole = integers(found, images, native(), "multiplier")
+        for target in ("arch5", "arch5_conv"):
+            assert np.array_equal(whole, integers(found, images, target, "multiplier")), target
 
 
 @pytest.mark.parametrize("way", convolution._DENSE[1:], ids=lambda way: way.name)

@@ -20,6 +20,7 @@ from archnet.convert.compare import compare
 from archnet.convert.feature import Feature, Form, Value
 from archnet.convert.fit import relative_error
 from archnet.convert.fuse import fuse, with_products
+from archnet.convert.moves import shorten
 from archnet.convert.narrow import narrow
 from archnet.convert.rules import RULES
 from archnet.convert.rules.base import Alternative, Approximation, Site, Values, error_at
@@ -251,6 +252,7 @@ def _build(
     student = Student(builder.graph, builder.modules).eval()
     student.drop_unread()  # slices of a split whose results nobody wants
     narrow(student)
+    shorten(student)
     lowered = lower(student, target, weights=False)
     if Target.of(target).complete:
         by_name = {node.name: node for node in graph.nodes}
@@ -261,13 +263,15 @@ def _build(
                 "way of writing it with what runs there is known: change its window, or take "
                 "another target",
             )
+    owners = dict(builder.owners)
+    for step in student.graph.steps:  # moves that were made of others belong to what is moved
+        owners.setdefault(step.name, owners.get(step.inputs[0], graph.output))
     macs: Counter[str] = Counter()
-    for cost in student_cost(lowered.student).steps:
-        macs[builder.owners[lowered.whole[cost.name]]] += cost.macs
     cycles: dict[str, float] = {}
-    for name, count in lowered.cycles.items():
-        owner = builder.owners[lowered.whole[name]]
-        cycles[owner] = cycles.get(owner, 0.0) + count
+    for cost in student_cost(lowered.student).steps:
+        owner = owners[lowered.whole[cost.name]]
+        macs[owner] += cost.macs
+        cycles[owner] = cycles.get(owner, 0.0) + lowered.cycles[cost.name]
     read = {node.name for node in _live(written, TeacherNode.refs)}
     report = []
     for node in graph.nodes:

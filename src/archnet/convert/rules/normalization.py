@@ -139,7 +139,10 @@ def _token_norm(builder: Builder, x: Feature, norm: TokenNorm) -> Feature:
 
     def shared(rows: Tensor, source: str) -> str:
         """A few numbers of a token, beside every lane: (..., lanes, numbers)."""
-        numbers = builder.fully_connected(source, rows.repeat(count, 1), trainable=False)
+        numbers = builder.fully_connected(source, rows, trainable=False)
+        if count > 1:
+            copies = torch.eye(len(rows), dtype=torch.float64).repeat(count, 1)
+            numbers = builder.fully_connected(numbers, copies, trainable=False)
         return builder.emit("lanes", Reshape((*positions, count, len(rows))), numbers)
 
     def rectified(weight: Tensor, offset: Tensor, *sources: str) -> str:

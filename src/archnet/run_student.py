@@ -57,11 +57,13 @@ def write_tables(folder: RunFolder, student: Student) -> None:
         path = folder.path / name
         if not rows and not path.exists():
             continue
-        try:
-            if path.exists() and read_json(path, list) == rows:
-                continue
-        except RunError as error:
-            _log.warning("%s: written again", error)
+        if path.exists():
+            try:
+                if read_json(path, list) == rows:
+                    continue
+                _log.warning("%s is not what its student says: written again", path)
+            except RunError as error:
+                _log.warning("%s: written again", error)
         write_json(path, rows)
 
 

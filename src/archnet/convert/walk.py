@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from archnet.capture import Inputs, Ref, TeacherGraph, TeacherNode, capture, inputs_of, stem
 from archnet.capture.compare import difference, is_rounding
-from archnet.config import OPERATORS
+from archnet.config import OPERATORS, CostsConfig
 from archnet.convert.advice import no_rule, way_apart
 from archnet.convert.budget import Budget, Built, of_cycles, of_macs, within_budget
 from archnet.convert.builder import Builder, ConversionError, TargetLimits
@@ -93,6 +93,8 @@ def convert(
     if start not in ("exact", "random"):
         raise ConversionError(f"convert.start={start}: choose exact or random")
     form = approximation or Approximation()
+    if form.max_macs is not None and form.max_cost is None:
+        target = _counted_in_macs(target)
 
     def budgets(student: Student) -> list[Budget]:
         found = []
@@ -119,6 +121,16 @@ def convert(
 
     compare(built, graph, inputs, search)
     return built.student
+
+
+def _counted_in_macs(target: TargetLimits) -> Target:
+    """A target on which multiply-accumulates are what costs: under a bound of theirs, operators are
+    written with the fewest. Of ways with as many, that of fewest operators and moves is taken.
+    """
+    costs = CostsConfig(
+        mac=1, depthwise=1, pixels=1, channels=1, depth=1, byte=0, launch=1e-3, turn=1e-2
+    )
+    return replace(Target.of(target), costs=costs)
 
 
 def _everything(target: TargetLimits) -> Target:

@@ -550,10 +550,10 @@ class Parted(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("parts", "splits"), [(by_stack, 1), (by_heads, 0), (by_chunks, 1), (by_slices, 1)]
+    ("parts", "cuts"), [(by_stack, 3), (by_heads, 0), (by_chunks, 3), (by_slices, 3)]
 )
-def test_parts_of_a_layer_are_taken_right_behind_it(parts, splits):
-    """Where they are channels side by side; no move stands between the layer and its split."""
+def test_parts_of_a_layer_are_taken_right_behind_it(parts, cuts):
+    """Where they are channels side by side; no move stands between the layer and its slices."""
     torch.manual_seed(0)
     images, network = torch.randn(2, 3, 9, 9), Body(Parted(parts))
     with torch.no_grad():
@@ -562,8 +562,10 @@ def test_parts_of_a_layer_are_taken_right_behind_it(parts, splits):
         assert torch.allclose(student(images), network(images), atol=1e-5)
     nodes = to_onnx(student).graph.node
     behind = {node.output[0]: node.op_type for node in nodes}
-    found = [behind[node.input[0]] for node in nodes if node.op_type == "Split"]
-    assert found.count("Add") == splits, found
+    found = [behind.get(node.input[0]) for node in nodes if node.op_type == "Slice"]
+    assert found.count("Add") == cuts, found
+    # Which Rockchip's compiler takes and computes wrongly on a last axis.
+    assert "Split" not in {node.op_type for node in nodes}
 
 
 @settings(deadline=None, max_examples=60)

@@ -490,8 +490,12 @@ class Grouped:
 
     def together(self, lane: int) -> int:
         """How many groups are in a lane of so many channels."""
-        widest = max(self.weights.shape[0] // self.groups, self.weights.shape[1] // self.copies)
-        return max(1, lane // widest)
+        return max(1, lane // self.width)
+
+    @property
+    def width(self) -> int:
+        """Channels of a group, read or written, whichever are more."""
+        return max(self.weights.shape[0] // self.groups, self.weights.shape[1] // self.copies)
 
 
 def _lane_inputs(conv: Grouped, x: str, draft: Draft, together: int) -> list[str]:
@@ -509,24 +513,32 @@ def grouped_lanes(conv: Grouped, x: str, draft: Draft) -> Result:
     """Lanes of channels, as wide as costs least."""
     if conv.groups == 1:
         return None
+    # Of few groups, such as the heads of an attention, each may be a lane of its own.
+    few = conv.groups <= draft.target.lanes
     return in_lanes(
-        conv.groups * max(1, conv.weights.shape[1] // conv.copies),
+        conv.groups * conv.width,
         lambda lane, draft: _grouped_lanes(conv, x, draft, lane),
         draft,
         f"lanes {conv.spec()} {draft.shapes[x]}",
+        narrowest=min(conv.width, draft.target.lanes) if few else None,
     )
 
 
 def in_lanes(
-    channels: int, build: Callable[[int, Draft], Result], draft: Draft, key: str
+    channels: int,
+    build: Callable[[int, Draft], Result],
+    draft: Draft,
+    key: str,
+    narrowest: int | None = None,
 ) -> Result:
     """The cheapest of several widths of lanes; ``key`` says of what, sizes included.
 
-    Tried are the target's lanes (`hardware.lanes`), twice as wide ones, and so on.
+    Tried are the target's lanes (`hardware.lanes`), or ``narrowest`` ones, twice as wide ones, and
+    so on.
     """
     key = f"{key} {draft.quantizer is not None}"
     if key not in draft.chosen:
-        found, lane = (math.inf, 0), draft.target.lanes
+        found, lane = (math.inf, 0), narrowest or draft.target.lanes
         while lane < channels:
             trial = draft.trial()
             if build(lane, trial) is not None and not trial.misfit:

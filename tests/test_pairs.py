@@ -14,7 +14,7 @@ from archnet.convert.fit import balanced, curve, product
 from archnet.deploy import audit, verify
 from archnet.deploy.integer import to_integers
 from archnet.hardware import teacher_cost
-from archnet.ops import FullyConnected, Student
+from archnet.ops import Student, WeightedOperator
 from archnet.quant import quantize, settle
 from test_c_header import assert_same, needs_gcc
 
@@ -276,7 +276,7 @@ def test_few_bits_hold_the_layers_for_pairs() -> None:
     narrow = 0
     for name, weight in before.items():
         layer = student.operator(name)
-        assert isinstance(layer, FullyConnected)
+        assert isinstance(layer, WeightedOperator)
         grid = layer.parameters_on_grid()[0]
         narrow += layer.weight_quantizer.bits == 2
         limit = 1e-5 if layer.weight_quantizer.bits == 2 else 0.01
@@ -286,7 +286,7 @@ def test_few_bits_hold_the_layers_for_pairs() -> None:
 
 
 def is_fixed(operator: nn.Module) -> bool:
-    return isinstance(operator, FullyConnected) and not operator.trainable
+    return isinstance(operator, WeightedOperator) and not operator.trainable
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 4)])

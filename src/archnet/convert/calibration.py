@@ -174,7 +174,7 @@ class Calibration:
         steps, shapes = self._missing(name), self._builder.graph.shapes
         # Only looked up in, as a student's own operators are.
         operators = cast(nn.ModuleDict, self._builder.modules)
-        pieces = plan(steps, operators, shapes, [name])
+        pieces = plan(steps, operators, [name])
         widest = max(math.prod(shapes[n]) for piece in pieces for n in piece.names)
         some = max(1, min(self._count, _AT_ONCE // widest))
         sources = {n for piece in pieces for n in piece.reads if n in self._student}

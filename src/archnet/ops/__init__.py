@@ -1,6 +1,7 @@
 """Whole operators, their activation, layout moves, and the student made of them."""
 
 from archnet.ops.graph import NodeReport, Refinement, Step, StudentGraph, Tap
+from archnet.ops.hinges import HingeLines, HingeSum
 from archnet.ops.layout import LayoutMove, Pad, Permute, Reshape, Slice
 from archnet.ops.native import NATIVE, Function, LayerNorm, Multiply
 from archnet.ops.operators import (
@@ -47,6 +48,8 @@ __all__ = [
     "Convolution",
     "FullyConnected",
     "Function",
+    "HingeLines",
+    "HingeSum",
     "History",
     "LayerNorm",
     "LayoutMove",

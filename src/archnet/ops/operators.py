@@ -398,7 +398,11 @@ class Concat(Operator):
         return {"axis": self.axis}
 
     def forward(self, *xs: Tensor) -> Tensor:
-        return torch.cat(xs, self.axis)
+        first, axis = xs[0], self.axis
+        if first.shape[axis] == 1 and all(x is first for x in xs):
+            # Copies of a single entry are a view.
+            return first.expand(*first.shape[:axis], len(xs), *first.shape[axis + 1 :])
+        return torch.cat(xs, axis)
 
 
 class Activation(Operator):

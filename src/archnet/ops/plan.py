@@ -7,43 +7,29 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from archnet.ops.graph import Step
+from archnet.ops.hinges import Bent, HingeLines, HingeSum
 from archnet.ops.layout import Slice
-from archnet.ops.pairs import copies, hinges_of_sums
-from archnet.ops.piece import Piece
-from archnet.ops.tables import functions_of_levels
+from archnet.ops.operators import Activation, Convolution, Segments
+from archnet.ops.piece import Piece, place_of
+from archnet.ops.tables import Tabled
 
 
-def plan(
-    steps: Sequence[Step],
-    operators: nn.ModuleDict,
-    shapes: Mapping[str, tuple[int, ...]],
-    targets: Sequence[str],
-) -> list[Piece]:
+def plan(steps: Sequence[Step], operators: nn.ModuleDict, targets: Sequence[str]) -> list[Piece]:
     """The steps as pieces of work, in order.
 
-    - Hinges of a sum that are added up (attention by pairs of tokens) are one function of the sum,
-      computed at once (`archnet.ops.pairs`): there are too many of them to exist for every pair.
-      Copies along an axis are views.
-    - What segments make of single numbers between two grids (a smooth activation) is looked up in a
-      table (`archnet.ops.tables`).
+    - Lines of numbers, what rounds them and what adds them are one function of the numbers
+      (`archnet.ops.hinges`, `archnet.ops.tables`): on a grid it is a table.
     - Slices that part a whole axis are one split, whose gradient is one concatenation; every slice
       alone would fill a whole tensor with zeros.
     """
-    bent: dict[str, Piece] = {
-        **functions_of_levels(steps, operators),
-        **hinges_of_sums(steps, operators, shapes),
-    }
+    functions = _functions(steps, operators)
     needed, chosen = set(targets), []
     for step in reversed(steps):
         if step.name in needed:
-            needed.update(bent[step.name].reads if step.name in bent else step.inputs)
+            needed.update(functions[step.name].reads if step.name in functions else step.inputs)
             chosen.append(step)
     chosen.reverse()
-    together: dict[str, Piece] = {
-        **bent,
-        **copies(chosen, operators, shapes),
-        **_parts(chosen, operators),
-    }
+    together: dict[str, Piece] = {**functions, **_parts(chosen, operators)}
     done: set[str] = set()
     pieces: list[Piece] = []
     for step in chosen:
@@ -59,6 +45,43 @@ def plan(
         piece.dropped = tuple(name for name in ends if name not in read_later)
         read_later.update(piece.reads)
     return pieces
+
+
+# Functions of single numbers --------------------------------------------------------------------
+
+
+def _functions(steps: Sequence[Step], operators: nn.ModuleDict) -> dict[str, Piece]:
+    """Lines, what rounds them, what adds them up and, for segments, what rounds the sum; by the
+    name of the last step.
+    """
+    by_name = {step.name: step for step in steps}
+    readers: dict[str, list[Step]] = {}
+    for step in steps:
+        for name in step.inputs:
+            readers.setdefault(name, []).append(step)
+
+    def chain(first: Step, *kinds: type[nn.Module]) -> list[Step]:
+        """A step and those of the given kinds behind it, each the only reader of the one before."""
+        found = [first]
+        for kind in kinds:
+            behind = readers.get(found[-1].name, [])
+            if len(behind) != 1 or not isinstance(operators[behind[0].name], kind):
+                break
+            found.append(behind[0])
+        return found
+
+    found: dict[str, Piece] = {}
+    for step in steps:
+        if isinstance(operators[step.name], Segments):
+            place = place_of(step.inputs[0], by_name, operators)
+            members = chain(step, Activation, Convolution, Activation)
+            if place is not None and len(members) > 2:
+                found[members[-1].name] = Tabled(members, place)
+        elif isinstance(operators[step.name], HingeLines):
+            members = chain(step, Activation, HingeSum)
+            if len(members) == 3:
+                found[members[-1].name] = Bent(members, by_name, operators)
+    return found
 
 
 # Slices ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from archnet.errors import ArchnetError
-from archnet.ops import layout, native, operators, sequence
+from archnet.ops import hinges, layout, native, operators, sequence
 from archnet.ops.graph import NodeReport, Refinement, Step, StudentGraph, Tap
 from archnet.ops.operators import Operator
 from archnet.ops.plan import Piece, plan
@@ -22,6 +22,8 @@ OPERATORS: dict[str, type[Operator]] = {
         operators.AddConstant,
         operators.BatchNorm,
         operators.Segments,
+        hinges.HingeLines,
+        hinges.HingeSum,
         operators.MaxPool,
         operators.Add,
         operators.AveragePool,
@@ -131,7 +133,7 @@ class Student(nn.Module):
         """How ``targets`` are computed from ``sources``, planned once."""
         if (sources, targets) not in self._plans:
             steps = self.steps_between(sources, targets)
-            pieces = plan(steps, self.operators, self.graph.shapes, targets)
+            pieces = plan(steps, self.operators, targets)
             self._plans[sources, targets] = pieces
         return self._plans[sources, targets]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from archnet.ops.graph import Step
-from archnet.ops.operators import Activation, Convolution, Segments
-from archnet.ops.piece import Piece, place_of
+from archnet.ops.operators import Activation, Segments
+from archnet.ops.piece import Piece
 
 _PLACES = 2**18  # numbers in which a GPU adds up what belongs to the entries of a table
 _LARGEST = 2**22  # entries of a table that are told apart by half a step in single precision
@@ -72,15 +72,15 @@ class Tabled(Piece):
             (slopes,) = torch.autograd.grad(results.sum(), places, retain_graph=True)
         first = torch.arange(channels, device=x.device) * levels - quantizer.low
         shape = (channels, *[1] * (x.dim() - 2))
-        return cast(
-            Tensor,
-            _Lookup.apply(x, results.flatten(), slopes.flatten(), step, first.reshape(shape)),
-        )
+        return lookup(x, results.flatten(), slopes.flatten(), step, first.reshape(shape))
+
+
+def lookup(x: Tensor, table: Tensor, slopes: Tensor, step: Tensor, first: Tensor) -> Tensor:
+    """Entry first + x / step of a table for every x; ``slopes`` are what entries change with x."""
+    return cast(Tensor, _Lookup.apply(x, table, slopes, step, first))
 
 
 class _Lookup(torch.autograd.Function):
-    """Entry first + x / step of a table for every x; ``slopes`` are what entries change with x."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, table: Tensor, slopes: Tensor, step: Tensor, first: Tensor
@@ -112,25 +112,3 @@ def added(index: Tensor, values: Tensor, count: int) -> Tensor:
     copy = torch.arange(len(index), device=index.device, dtype=index.dtype) % copies
     sums = torch.zeros(copies * count, dtype=values.dtype, device=values.device)
     return sums.index_add_(0, copy * count + index, values).view(copies, count).sum(0)
-
-
-def functions_of_levels(steps: Sequence[Step], operators: nn.ModuleDict) -> dict[str, Tabled]:
-    """Sums of segments whose numbers lie on a grid, by the name of their last step."""
-    by_name = {step.name: step for step in steps}
-    readers: dict[str, list[Step]] = {}
-    for step in steps:
-        for name in step.inputs:
-            readers.setdefault(name, []).append(step)
-    found = {}
-    for step in steps:
-        if not isinstance(operators[step.name], Segments):
-            continue
-        place, chain = place_of(step.inputs[0], by_name, operators), [step]
-        for kind in (Activation, Convolution, Activation):
-            behind = readers.get(chain[-1].name, [])
-            if len(behind) != 1 or not isinstance(operators[behind[0].name], kind):
-                break
-            chain.append(behind[0])
-        if place is not None and len(chain) > 2:
-            found[chain[-1].name] = Tabled(chain, place)
-    return found

@@ -13,6 +13,7 @@ from archnet.ops import (
     Add,
     AddConstant,
     Concat,
+    HingeLines,
     LayoutMove,
     MatMul,
     MaxPooling,
@@ -168,7 +169,7 @@ def grids(student: Student) -> dict[str, frozenset[str]]:
 
 def shared_grids(student: Student) -> dict[str, str]:
     """Activation steps that must share one quantizer: those whose values meet in a concat, in an
-    addition, or in a layer on pairs, which concatenates what it reads.
+    addition, or in layers on pairs, which concatenate what they read.
 
     Returns a representative for every activation step (the first of its group).
     """
@@ -186,7 +187,7 @@ def shared_grids(student: Student) -> dict[str, str]:
     on_grid = grids(student)
     met = list(on_grid.values())
     for step in student.graph.steps:
-        if isinstance(student.operator(step.name), PairFullyConnected | Add):
+        if isinstance(student.operator(step.name), PairFullyConnected | HingeLines | Add):
             met.append(frozenset().union(*(on_grid[name] for name in step.inputs)))
     for members in met:
         first, *others = sorted(map(root, members), key=list(parent).index) or [""]

@@ -1,15 +1,13 @@
 """Multi-head self-attention, global, windowed or shifted (approximate)."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from archnet.capture import Ref, TeacherNode
-from archnet.convert.builder import Builder
-from archnet.convert.feature import Convolution, Feature, Value, resized
-from archnet.convert.fit import Layer, attended, mixing, relative_error
+from archnet.convert.feature import Feature, Value, resized
+from archnet.convert.fit import attended, mixing, relative_error
 from archnet.convert.rules.base import (
     Alternative,
     Approximation,
@@ -20,8 +18,18 @@ from archnet.convert.rules.base import (
     rule,
     spread_to,
 )
+from archnet.convert.rules.heads import (
+    by_head,
+    heads_of,
+    in_order,
+    layers,
+    of_head,
+    repeated,
+    turned,
+    unshifted,
+)
 from archnet.convert.rules.pairs import Pairs
-from archnet.ops import MatMul, Permute, Reshape, Softmax
+from archnet.ops import MatMul, Softmax
 
 # What a mask adds to scores of pairs that have no part: in hinges, and where a softmax reads them.
 _LOWEST, _EXCLUDED = -16.0, -1e4
@@ -156,8 +164,8 @@ def mixed(site: Site, value: Feature) -> Value:
     matrices = [
         mixing(of_head(given, head, heads), of_head(wanted, head, heads)) for head in range(heads)
     ]
-    done = _layers(site.builder, _by_head(site, value), _unshifted(matrices))
-    return _in_order(site, done, (0, 3, 1, 2, 4))
+    done = layers(site.builder, by_head(site, value), unshifted(matrices))
+    return in_order(site, done, (0, 3, 1, 2, 4))
 
 
 def _in_context(site: Site, query: Feature, key: Feature, value: Feature) -> Value:
@@ -170,21 +178,21 @@ def _in_context(site: Site, query: Feature, key: Feature, value: Feature) -> Val
         fitted = attended(*(of_head(x, head, heads) for x in given))
         of_head(simpler, head, heads).copy_(fitted.mixed(of_head(given[2], head, heads)))
         fits.append(fitted)
-    query, key, value = (_by_head(site, feature) for feature in (query, key, value))
+    query, key, value = (by_head(site, feature) for feature in (query, key, value))
     if key.shape[0] != value.shape[0]:
-        key, value = (_repeated(site, feature, heads) for feature in (key, value))
-    offers = _turned(builder, builder.concat([key, value]), (0, 1, 4, 2, 3), 2)
-    offered = _layers(builder, offers, [fitted.offer for fitted in fits], rectified=True)
-    offered = _turned(builder, offered, (0, 1, 3, 4, 2), 4)
+        key, value = (repeated(site, feature, heads) for feature in (key, value))
+    offers = turned(builder, builder.concat([key, value]), (0, 1, 4, 2, 3), 2)
+    offered = layers(builder, offers, [fitted.offer for fitted in fits], rectified=True)
+    offered = turned(builder, offered, (0, 1, 3, 4, 2), 4)
     # One matrix mixes the values of a head and what they offer: they are features of one layer.
-    mixable = builder.concat([_repeated(site, value, heads), offered])
-    received = _layers(builder, mixable, _unshifted([fitted.weights for fitted in fits]))
-    received = builder.concat([received, _repeated(site, query, heads)])
-    received = _turned(builder, received, (0, 1, 4, 2, 3), 2)
-    answered = _layers(builder, received, [fitted.answer for fitted in fits], rectified=True)
+    mixable = builder.concat([repeated(site, value, heads), offered])
+    received = layers(builder, mixable, unshifted([fitted.weights for fitted in fits]))
+    received = builder.concat([received, repeated(site, query, heads)])
+    received = turned(builder, received, (0, 1, 4, 2, 3), 2)
+    answered = layers(builder, received, [fitted.answer for fitted in fits], rectified=True)
     both = builder.concat([received, answered])
-    done = _layers(builder, both, [fitted.result for fitted in fits])
-    result = _in_order(site, done, (0, 4, 1, 3, 2))
+    done = layers(builder, both, [fitted.result for fitted in fits])
+    result = in_order(site, done, (0, 4, 1, 3, 2))
     site.alternative = Alternative(
         _names(site.argument("value")),
         relative_error(simpler, wanted),
@@ -232,74 +240,3 @@ def _mask(site: Site, heads: int, lowest: float) -> Tensor | None:
         mask = mask.expand(1, *size)
     mask = mask.detach().double().cpu().clamp_min(lowest)
     return mask.reshape(-1, *mask.shape[-3:]).expand(-1, heads, *size)
-
-
-def heads_of(site: Site, *features: Feature) -> int:
-    """How many heads the result has; keys and values may have fewer, each for several heads."""
-    shape = site.node.shape
-    heads = shape[-3] if len(shape) > 2 else 1
-    for feature in features:
-        theirs = feature.shape[-3] if len(shape) > 2 and len(feature.shape) > 2 else 1
-        if len(shape) < 2 or feature.shape[:-3] != shape[:-3] or heads % theirs:
-            raise site.error(
-                f"weighs features of shape {feature.shape} into {shape}; axes in front of the "
-                "heads have to be alike: expand them"
-            )
-    return heads
-
-
-def of_head(x: Tensor, head: int, heads: int) -> Tensor:
-    """A view of what head number ``head`` has of (samples, ..., heads, tokens, channels)."""
-    return x.select(-3, head * x.shape[-3] // heads) if x.dim() > 3 else x
-
-
-def _by_head(site: Site, feature: Feature) -> Feature:
-    """(..., heads, tokens, channels) as (heads, tokens, windows, channels)."""
-    builder = site.builder
-    heads, tokens, width = (1, *feature.shape)[-3:]
-    windows = math.prod(feature.shape[:-3])
-    found = builder.layout(feature, "heads", Reshape((windows, heads, tokens, width)), 4)
-    return _turned(builder, found, (0, 2, 3, 1, 4), 4)
-
-
-def _repeated(site: Site, feature: Feature, heads: int) -> Feature:
-    """The same, once for each of the heads that share it."""
-    theirs, *others = feature.shape
-    if theirs == heads:
-        return feature
-    copied = joined(site, [feature] * (heads // theirs), 2)
-    return site.builder.layout(copied, "heads", Reshape((heads, *others)), feature.axis)
-
-
-def _in_order(site: Site, feature: Feature, order: tuple[int, ...]) -> Feature:
-    """A permutation to (windows, heads, tokens, channels), in the shape of the node's result."""
-    shape = site.node.shape
-    turned = _turned(site.builder, feature, order, 4)
-    return site.builder.layout(turned, "shape", Reshape(shape), len(shape))
-
-
-def _turned(builder: Builder, feature: Feature, order: tuple[int, ...], axis: int) -> Feature:
-    """Axes in another order; ``axis`` is that of the result along which it is concatenated."""
-    return builder.layout(feature, "order", Permute(order), axis)
-
-
-def _layers(
-    builder: Builder, feature: Feature, layers: Sequence[Layer], *, rectified: bool = False
-) -> Feature:
-    """A layer (O, I) for every head, on the second axis of (heads, I, height, width): a convolution
-    whose groups are the heads. Heads of the feature that several of the result share are one group.
-    """
-    groups, depth, *size = feature.shape
-    weight, bias = (torch.cat(numbers) for numbers in zip(*layers, strict=True))
-    flat = builder.layout(feature, "map", Reshape((groups * depth, *size)), 1)
-    layer = Convolution(flat, weight[:, :, None, None], builder.owner, groups=groups)
-    done = builder.convolve(layer, bias)
-    if rectified:
-        done = builder.activation(done, 0.0, math.inf)
-    shape = (len(layers), len(weight) // len(layers), *size)
-    return builder.layout(done, "layers", Reshape(shape), feature.axis)
-
-
-def _unshifted(matrices: Sequence[Tensor]) -> list[Layer]:
-    """Layers without a bias, yet."""
-    return [(matrix, torch.zeros(len(matrix), dtype=torch.float64)) for matrix in matrices]

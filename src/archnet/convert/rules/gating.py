@@ -133,9 +133,9 @@ def _product(builder: Builder, features: Sequence[Feature], f: _Scaled) -> Featu
     flat = (math.prod(x.shape[: x.axis - 1]), x.channels, math.prod(x.shape[x.axis :]), 1)
     ours = layers.shaped(builder.first(x), flat)
     theirs = layers.shaped(builder.first(s), (*flat[:2], math.prod(s.shape[s.axis :]), 1))
-    alone = [layers.summed(layers.units(hinges, [n], (1,)), hinges, 1) for n in (ours, theirs)]
+    met = layers.bent(hinges, ours, theirs)
+    alone = [layers.bent(hinges, name, scale=-1.0) for name in (ours, theirs)]
     if s.shape != x.shape:
-        theirs, alone[1] = (layers.copied(n, 3, flat[2]) for n in (theirs, alone[1]))
-    met = layers.summed(layers.units(hinges, [ours, theirs], (1, 1)), hinges, 1)
-    total = layers.total([met, *alone], (1, -1, -1))
+        alone[1] = layers.copied(alone[1], 3, flat[2])
+    total = layers.added(met, *alone)
     return Feature(x.shape, first=layers.shaped(total, x.shape), axis=x.axis)

@@ -1,7 +1,6 @@
 """Constant layers that make functions of one number, and products of two, out of hinges."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from archnet.convert.builder import Builder
 from archnet.convert.feature import Feature
 from archnet.convert.fit import Hinges
-from archnet.ops import Activation, Concat, Permute, Reshape
+from archnet.ops import Activation, Concat, HingeLines, HingeSum, Permute, Reshape
 
 
 class Layers:
@@ -41,29 +40,27 @@ class Layers:
         offset = torch.as_tensor(bias, dtype=torch.float64).expand(len(weight))
         return self.builder.fully_connected(name, weight, offset, trainable=False)
 
-    def units(self, f: Hinges, sources: Sequence[str], signs: tuple[int, ...]) -> str:
-        """|a_k| max(d_k (sum of +- sources - t_k), 0) beside each other, of (..., 1) each."""
-        joined = sources[0]
-        if len(sources) > 1:
-            axis = len(self.builder.graph.shapes[joined])
-            joined = self.builder.emit("concat", Concat(axis), *sources)
+    def bent(self, f: Hinges, x: str, y: str = "", sign: int = 1, scale: float = 1.0) -> str:
+        """Scale * f(x), or scale * f(x + sign * y), added over the last axis.
+
+        Where either of x and y has one entry along an axis, it serves all of the other's.
+        """
+        count = len(f.weights)
+        lines = HingeLines(count, sign if y else 0)
         size = f.weights.abs() * f.sides
-        row = torch.tensor(signs, dtype=torch.float64)
-        lines = self.fixed(joined, size[:, None] * row, -size * f.knots)
-        return self.builder.emit("act", Activation(0.0, math.inf), lines)
+        columns = torch.tensor([1, sign][: lines.weight.shape[1]], dtype=torch.float64)
+        with torch.no_grad():
+            lines.weight.copy_(size[:, None] * columns)
+            lines.bias.copy_(-size * f.knots)
+        name = self.builder.emit("lines", lines, *filter(None, (x, y)))
+        hinges = self.builder.emit("act", Activation(0.0, math.inf), name)
+        terms = self.builder.graph.shapes[hinges][-2]
+        total = HingeSum(terms, count)
+        with torch.no_grad():
+            total.weight.copy_(scale * f.weights.sign().repeat(terms))
+            total.bias.fill_(scale * terms * f.offset)
+        return self.builder.emit("sum", total, hinges)
 
-    def summed(self, units: str, f: Hinges, together: int, scale: float = 1.0) -> str:
-        """F of units (..., n, K), added over every ``together`` of n: (..., n / together)."""
-        *ahead, n, count = self.builder.graph.shapes[units]
-        shape = (*ahead, n // together, together * count)
-        signs = scale * f.weights.sign().repeat(together)[None]
-        total = self.fixed(self.shaped(units, shape), signs, scale * together * f.offset)
-        return self.shaped(total, shape[:-1])
-
-    def total(self, names: Sequence[str], signs: tuple[int, ...]) -> str:
+    def added(self, *names: str) -> str:
         """The sum of values of one shape."""
-        shape = self.builder.graph.shapes[names[0]]
-        ones = [self.shaped(name, (*shape, 1)) for name in names]
-        joined = self.builder.emit("concat", Concat(len(shape) + 1), *ones)
-        total = self.fixed(joined, torch.tensor([signs], dtype=torch.float64))
-        return self.shaped(total, shape)
+        return self.builder.first(self.builder.add([self.tagged(name) for name in names]))

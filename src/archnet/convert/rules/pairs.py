@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch import Tensor
 from archnet.convert.feature import Feature
 from archnet.convert.fit import balanced, curve, mixing, product, ridge, rows
 from archnet.convert.rules.base import Site
+from archnet.convert.rules.heads import by_head, layers, turned, unshifted
 from archnet.convert.rules.hinged import Layers
-from archnet.ops import Concat, MaxPool
+from archnet.ops import MaxPool
 
 _SCORE_ERROR = 0.1  # deviation that axes left out may add to a score
 _VALUE_ERROR = 0.1  # share of the values' energy that axes left out may have
@@ -71,8 +73,8 @@ class Pairs(Layers):
         split = self.shaped(
             self.builder.first(result), (self.windows, self.asking, self.heads, shape[-1])
         )
-        turned = self.turned(split, (0, 1, 3, 2, 4))
-        return Feature(shape, first=self.shaped(turned, shape), axis=len(shape))
+        by_heads = self.turned(split, (0, 1, 3, 2, 4))
+        return Feature(shape, first=self.shaped(by_heads, shape), axis=len(shape))
 
     # -- parts ---------------------------------------------------------------------------------
 
@@ -93,31 +95,23 @@ class Pairs(Layers):
         theirs = self._in_axes(self.key, [b[:kept] for _, b in axes], [c[1] for c in centres])
         a, b = (self._split(self.site.given(self.tagged(x))) for x in (ours, theirs))
         f = product(*self._sampled(a, b, kept), self.count)
-        wide = self.heads * kept
-        pairs = [
-            self.copied(self.shaped(ours, (self.queries, 1, wide, 1)), 2, self.tokens),
-            self.shaped(
-                self.copied(
-                    self.shaped(theirs, (self.windows, 1, self.tokens * wide)), 2, self.asking
-                ),
-                (self.queries, self.tokens, wide, 1),
-            ),
-        ]
-        met = self.summed(self.units(f, pairs, (1, 1)), f, kept)
-        alone = self.summed(
-            self.units(f, [self.shaped(theirs, (self.windows, self.tokens, wide, 1))], (1,)),
+        each = (self.heads, kept)
+        met = self.bent(
             f,
-            kept,
+            self.shaped(ours, (self.windows, self.asking, 1, *each)),
+            self.shaped(theirs, (self.windows, 1, self.tokens, *each)),
         )
+        keys = (self.windows, self.tokens, *each)
+        alone = self.bent(f, self.shaped(theirs, keys), scale=-1.0)
         # The mean query asks all keys the same.
         matrix = self._block([c[2].T for c in centres], self.key)
         common = self.fixed(self._flat(self.key), matrix)
-        offset = self.total([common, alone], (1, -1))
-        offset = self.turned(offset, (0, 1, 3, 2))
+        offset = self.turned(self.added(common, alone), (0, 1, 3, 2))
         offset = self.shaped(offset, (self.windows, 1, self.heads * self.tokens))
         offset = self.copied(offset, 2, self.asking)
         square = (self.queries, self.heads, self.tokens)
-        scores = self.total([self.turned(met, (0, 1, 3, 2)), self.shaped(offset, square)], (1, 1))
+        met = self.shaped(self.turned(met, (0, 1, 2, 4, 3)), square)
+        scores = self.added(met, self.shaped(offset, square))
         if self.mask is None:
             return scores
         masks = self.mask.expand(self.windows, *self.mask.shape[1:])
@@ -147,37 +141,19 @@ class Pairs(Layers):
         x = self.site.given(self.tagged(weights))  # (B, queries, heads, keys)
         y = self._split(self.site.given(self.tagged(theirs)))  # (B, windows, heads, keys, axes)
         h = product(*self._sampled_sums(x, y), self.count)
-        turned = self.turned(theirs, (0, 1, 3, 2))
-        square = (self.queries, wide, self.tokens, 1)
-        pairs = [
-            self.shaped(
-                self.copied(
-                    self.shaped(weights, (self.queries, self.heads, 1, self.tokens)), 3, kept
-                ),
-                square,
-            ),
-            self.shaped(
-                self.copied(
-                    self.shaped(turned, (self.windows, 1, wide * self.tokens)), 2, self.asking
-                ),
-                square,
-            ),
-        ]
-        met = self.summed(self.units(h, pairs, (1, 1)), h, self.tokens)
-        first = self.summed(
-            self.units(h, [self.shaped(weights, (self.queries, self.heads, self.tokens, 1))], (1,)),
+        columns = self.turned(theirs, (0, 1, 3, 2))
+        each = (self.heads, kept, self.tokens)
+        met = self.bent(
             h,
-            self.tokens,
+            self.shaped(weights, (self.windows, self.asking, self.heads, 1, self.tokens)),
+            self.shaped(columns, (self.windows, 1, *each)),
         )
-        first = self.copied(self.shaped(first, (self.queries, self.heads, 1)), 3, kept)
-        second = self.summed(
-            self.units(h, [self.shaped(turned, (self.windows, wide, self.tokens, 1))], (1,)),
-            h,
-            self.tokens,
-        )
+        first = self.shaped(self.bent(h, weights, scale=-1.0), (self.queries, self.heads, 1))
+        second = self.bent(h, self.shaped(columns, (self.windows, *each)), scale=-1.0)
         second = self.copied(self.shaped(second, (self.windows, 1, wide)), 2, self.asking)
-        parts = [self.shaped(x, (self.queries, wide)) for x in (met, first, second)]
-        z = self.shaped(self.total(parts, (1, -1, -1)), (self.windows, self.asking, wide))
+        parts = (met, self.copied(first, 3, kept), second)
+        z = self.added(*(self.shaped(part, (self.queries, wide)) for part in parts))
+        z = self.shaped(z, (self.windows, self.asking, wide))
         return self._result(z, value, [a.T for a in axes])
 
     def _result(self, z: str, value: Tensor, axes: Sequence[Tensor]) -> tuple[Feature, Feature]:
@@ -185,19 +161,17 @@ class Pairs(Layers):
         products = self._split(self.site.given(self.tagged(z)))
         self.simpler = torch.empty_like(wanted)
         uniform = torch.full((self.asking, self.tokens), 1 / self.tokens)
-        mixed = []
-        tokens = self.turned(self._flat(self.value), (0, 1, 3, 2))
-        theirs, width = self.value.shape[-3] if len(self.value.shape) > 2 else 1, wanted.shape[-1]
+        matrices = []
         for head in range(self.heads):
             values, goal = self._of(value, head), wanted[:, :, head]
             self.simpler[:, :, head] = mixing(values, goal).to(values) @ values
             rest = goal - products[:, :, head] @ axes[head].T.to(goal)
-            matrix = ridge(rows(values, -2), rows(rest, -2), uniform, 1e-2)
-            start = head * theirs // self.heads * width
-            part = self.builder.slice(self.tagged(tokens), 2, start, start + width)
-            across = self.fixed(self.builder.first(part), matrix)
-            mixed.append(self.turned(across, (0, 1, 3, 2)))
-        joined = mixed[0] if len(mixed) == 1 else self.builder.emit("concat", Concat(3), *mixed)
+            matrices.append(ridge(rows(values, -2), rows(rest, -2), uniform, 1e-2))
+        mixed = layers(self.builder, by_head(self.site, self.value), unshifted(matrices))
+        mixed = turned(self.builder, mixed, (0, 3, 2, 1, 4), 4)
+        joined = self.shaped(
+            self.builder.first(mixed), (self.windows, self.asking, self.heads * wanted.shape[-1])
+        )
         weighed = self.fixed(z, torch.block_diag(*axes))
         return self.tagged(weighed), self.tagged(joined)
 
@@ -213,19 +187,13 @@ class Pairs(Layers):
         highest = self.builder.emit("highest", window, highest)
         highest = self.shaped(highest, (*square[:2], 1))
         e = curve(below.flatten(), below.exp().flatten(), _EXPONENTIAL)
-        pairs = [
-            self.shaped(scores, (*square, 1)),
-            self.shaped(self.copied(highest, 3, self.tokens), (*square, 1)),
-        ]
-        exponentials = self.summed(self.units(e, pairs, (1, -1)), e, self.tokens, 1 / self.tokens)
+        exponentials = self.bent(e, scores, highest, -1, 1 / self.tokens)
         exponentials = self.shaped(exponentials, (*square[:2], 1))
         mean = self.site.given(self.tagged(exponentials))
-        level = below.exp().mean(-1, keepdim=True).log()
-        logarithm = curve(mean.flatten(), level.flatten(), _LOGARITHM, side=-1, offset=True)
-        units = self.units(logarithm, [exponentials], (1,))
-        level_name = self.fixed(units, logarithm.weights.sign()[None], logarithm.offset)
-        both = self.builder.emit("concat", Concat(3), highest, level_name)
-        reference = self.fixed(both, torch.ones(1, 2, dtype=torch.float64))
+        log_sums = below.exp().mean(-1, keepdim=True).log()
+        logarithm = curve(mean.flatten(), log_sums.flatten(), _LOGARITHM, side=-1, offset=True)
+        level = self.shaped(self.bent(logarithm, exponentials), (*square[:2], 1))
+        reference = self.added(highest, level)
         weights = t.softmax(-1)
         ratio = [
             float((self._of(value, head) @ axes[head].T.to(value)).std())
@@ -234,10 +202,9 @@ class Pairs(Layers):
         unit = _CENTRE * math.sqrt(sum(ratio) / len(ratio) / max(float(weights.std()), 1e-6))
         reached = t - self.site.given(self.tagged(reference))
         g = curve(reached.flatten(), unit * weights.flatten(), _EXPONENTIAL)
-        pairs[1] = self.shaped(self.copied(reference, 3, self.tokens), (*square, 1))
-        units = self.units(g, pairs, (1, -1))
-        signs = g.weights.sign()[None]
-        return self.shaped(self.fixed(units, signs, -unit / self.tokens), square), unit
+        g = replace(g, offset=-unit / self.tokens)
+        ours, theirs = (*square, 1), (*square[:2], 1, 1)
+        return self.bent(g, self.shaped(scores, ours), self.shaped(reference, theirs), -1), unit
 
     # -- what is given -------------------------------------------------------------------------
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from archnet.convert.feature import Feature, Value
-from archnet.convert.fit import Hinges, mixing, product, relative_error
+from archnet.convert.fit import mixing, product, relative_error
 from archnet.convert.fuse import PRODUCT
-from archnet.convert.rules.attention import heads_of, mixed, of_head
+from archnet.convert.rules.attention import mixed
 from archnet.convert.rules.base import Alternative, Site, rule
+from archnet.convert.rules.heads import heads_of, of_head
 from archnet.convert.rules.hinged import Layers
 
 _PRODUCTS = 2**17  # that hinges are fitted to
@@ -74,27 +75,18 @@ class _Products(Layers):
             for name, scale, mean in zip((self.first, self.second), scales, means, strict=True)
         )
         f = product(*self._sampled(x, y), self.site.approximation.attention_hinges)
-        square = (groups * height, width, depth, 1)
-        pairs = [
-            self.copied(self.shaped(x, (groups * height, 1, depth, 1)), 2, width),
-            self.shaped(self.copied(self.shaped(y, (groups, 1, width * depth)), 2, height), square),
-        ]
-        met = self.shaped(
-            self.summed(self.units(f, pairs, (1, 1)), f, depth), (groups, height, width)
+        rows, columns = (groups, height, 1, depth), (groups, 1, width, depth)
+        met = self.bent(f, self.shaped(x, rows), self.shaped(y, columns))
+        ours, theirs = (
+            self.added(line, self.shaped(self.bent(f, name, scale=-1.0), (groups, size, 1)))
+            for line, name, size in (
+                (self._line(x, means[1] / scales[0]), x, height),
+                (self._line(self.second, means[0]), y, width),
+            )
         )
-        rows = self._line(x, means[1] / scales[0])
-        columns = self._line(self.second, means[0])
-        rows, columns = (
-            self.total([line, self._alone(name, f)], (1, -1))
-            for line, name in ((rows, x), (columns, y))
-        )
-        parts = [
-            met,
-            self.copied(rows, 3, width),
-            self.copied(self.turned(columns, (0, 1, 3, 2)), 2, height),
-        ]
+        theirs = self.copied(self.turned(theirs, (0, 1, 3, 2)), 2, height)
         shape = self.site.node.shape
-        result = self.shaped(self.total(parts, (1, 1, 1)), shape)
+        result = self.shaped(self.added(met, self.copied(ours, 3, width), theirs), shape)
         return Feature(shape, first=result, axis=len(shape))
 
     def _for_all(self, feature: Feature, ahead: Sequence[int]) -> str:
@@ -116,11 +108,6 @@ class _Products(Layers):
         """Sum over the inner axis of slopes * value: (groups, tokens, 1)."""
         moved = self._by_axis(name, slopes, torch.zeros_like(slopes))
         return self.fixed(moved, torch.ones(1, self.depth, dtype=torch.float64))
-
-    def _alone(self, name: str, f: Hinges) -> str:
-        """Sum over the inner axis of f(value): (groups, tokens, 1)."""
-        one = self.shaped(name, (*self.builder.graph.shapes[name], 1))
-        return self.summed(self.units(f, [one], (1,)), f, self.depth)
 
     def _sampled(self, x: str, y: str) -> tuple[Tensor, Tensor]:
         """Some pairs of a row and a column of one group, with all their inner axes."""

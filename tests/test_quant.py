@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -699,3 +700,23 @@ def test_a_student_that_is_not_finite_is_named(name, value):
     getattr(module, name).data.flatten()[0] = value
     with pytest.raises(QuantizationError, match=rf"step {step}.*: its {name} is not finite"):
         quantize(network, 2, 4, batches())
+
+
+@pytest.mark.parametrize("low", [0, -8])
+def test_one_pass_rounds_as_several_do(low: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs, here on a CPU."""
+    torch.manual_seed(0)
+    quantizer = ActivationLSQ(4, low)
+    quantizer.set_scale(torch.tensor([0.3]))
+    x, given = torch.randn(8, 5, 6), torch.randn(8, 5, 6)
+    found = []
+    for fuses in (False, True):
+        monkeypatch.setattr(
+            import_module("archnet.quant.quantizers"), "_fuses", lambda x, fuses=fuses: fuses
+        )
+        quantizer.zero_grad()
+        y = quantizer(leaf := x.clone().requires_grad_())
+        (y * given).sum().backward()
+        found.append((y.detach(), leaf.grad, quantizer.log_scale.grad))
+    for several, one in zip(*found, strict=True):
+        torch.testing.assert_close(one, several)

@@ -5,7 +5,6 @@ them up. With z = x + y of every pair of rows that is a product of matrices, nea
 (`archnet.convert.fit.product`); there are far too many hinges for all of them to exist at once.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -16,10 +15,9 @@ from torch.nn import functional as F
 from archnet.ops.graph import Step
 from archnet.ops.operators import Activation, WeightedOperator
 from archnet.ops.piece import Piece, place_of
-from archnet.ops.tables import lookup
+from archnet.ops.tables import added
 
 _PART = 2**17  # sums taken at a time on a CPU
-_MARKS = 2**22  # entries of the two factors of sums over pairs taken at a time on a CPU
 
 
 class HingeLines(WeightedOperator):
@@ -121,7 +119,7 @@ def _on_grid(
     sources: Sequence[Tensor], grid: Any, lines: HingeLines, act: Activation, total: HingeSum
 ) -> Tensor:
     """The sums by a table of what comes of every z."""
-    (x, *others), sign = sources, lines.sign
+    x, sign = sources[0], lines.sign
     row, bias, outer, offset = _numbers(lines, total)
     step = grid.scale.detach().to(x)
     start = grid.low if sign == 0 else grid.low + (grid.low if sign > 0 else -grid.high)
@@ -136,20 +134,9 @@ def _on_grid(
     slopes = table
     if trains:
         (slopes,) = torch.autograd.grad(table.sum(), z, retain_graph=True)
-    if others and _are_pairs(x, *others):
-        levels = grid.high - grid.low + 1
-        sums = _Pairs.apply(x, others[0], sign, table, slopes, step, (grid.low, levels))
-    else:
-        z = torch.add(x, others[0], alpha=sign) if others else x
-        first = torch.full((), float(-start), device=x.device)
-        sums = lookup(z, table, slopes, step, first).sum(-1)
+    bounds = (grid.low, grid.high)
+    sums = _Sums.apply(sign, table, slopes, step, bounds, *sources)
     return cast(Tensor, sums + offset)
-
-
-def _are_pairs(x: Tensor, y: Tensor) -> bool:
-    """Whether rows of one meet several of the other, and their sums go over the last axis."""
-    more = [a - b for a, b in zip(x.shape[1:-1], y.shape[1:-1], strict=True)]
-    return x.shape[-1] == y.shape[-1] and min(more, default=0) < 0 < max(more, default=0)
 
 
 class _Line(torch.autograd.Function):
@@ -205,132 +192,66 @@ def _sums(first: Tensor, second: Tensor, sign: int) -> Iterable[tuple[slice, Ten
             yield part, z[:count].copy_(first[part])
 
 
-class _Pairs(torch.autograd.Function):
-    """sum_k T[x_mk + sign * y_nk] for all pairs of rows: a table T of sums of two levels.
+class _Sums(torch.autograd.Function):
+    """sum_k T[z_k] with z = x + sign * y on a grid, over the last axis of both.
 
-    With a one-hot mark for the level of x, and for y the stretch of T that its level shifts to the
-    front, that is a product of two matrices: over k and the levels, instead of a look-up for each
-    pair. ``slopes`` says what an entry changes with z; the table has a gradient of its own.
+    ``slopes`` says what an entry of the table changes with z; the table has a gradient of its own.
 
     Args:
-        x, y: (B, ..., K), along each axis alike or one of them with a single entry.
-        sign: 1 or -1.
-        table, slopes: (entries,), from the lowest sum on.
-        step: of the grid of both.
-        levels: the lowest of them, and how many.
+        sign: of y, 1 or -1; 0 where there is no y.
+        table, slopes: (entries,), from the lowest z on.
+        step: of the grid of x and y.
+        bounds: the lowest and the highest integer of that grid.
+        sources: x and y, which are broadcast.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
-        y: Tensor,
         sign: int,
         table: Tensor,
         slopes: Tensor,
         step: Tensor,
-        levels: tuple[int, int],
+        bounds: tuple[int, int],
+        *sources: Tensor,
     ) -> Tensor:
-        low, count = levels
-        ctx.frame, ctx.sign, ctx.count = _Frame(x.shape, y.shape), sign, count
-        ours, theirs = (
-            (value / step).round_().sub_(low).clamp_(0, count - 1).to(torch.int32)
-            for value in (x, y)
-        )
+        low, high = bounds
+        places = [
+            (source / step).round_().sub_(low).clamp_(0, high - low).to(torch.int32)
+            for source in sources
+        ]
         if sign < 0:
-            theirs = count - 1 - theirs
-        ours, theirs = ctx.frame.rows(ours, 0), ctx.frame.rows(theirs, 1)
-        ctx.save_for_backward(ours, theirs, slopes)
-        eye, shifted = _one_hot(count, table), table.unfold(0, count, 1)
-        result = table.new_empty(*ours.shape[:3], theirs.shape[2])
-        for part in _some(ours, theirs, count):
-            marks, stretches = _picked(eye, ours[part]), _picked(shifted, theirs[part])
-            torch.matmul(marks.flatten(3), stretches.flatten(3).mT, out=result[part])
-        return ctx.frame.result(result)
+            places[1] = high - low - places[1]
+        ctx.sign = sign
+        ctx.save_for_backward(slopes, *places)
+        result = table.new_empty(torch.broadcast_shapes(*(x.shape for x in places))[:-1])
+        for part, index in _entries(places):
+            found = table.index_select(0, index.flatten())
+            torch.sum(found.view(index.shape), -1, out=result[part])
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ours, theirs, slopes = ctx.saved_tensors
-        count, frame = ctx.count, ctx.frame
-        grad = frame.given(grad)
-        eye, shifted = _one_hot(count, grad), slopes.unfold(0, count, 1)
-        moved = [grad.new_empty(places.shape) for places in (ours, theirs)]
-        by_shift = grad.new_zeros(count, count)
-        for part in _some(ours, theirs, count):
-            given, marks = grad[part], _picked(eye, ours[part])
-            stretches = _picked(shifted, theirs[part])
-            to_marks = (given @ stretches.flatten(3)).view(marks.shape)
-            to_stretches = (given.mT @ marks.flatten(3)).view(stretches.shape)
-            moved[0][part] = (to_marks * marks).sum(-1)
-            moved[1][part] = (to_stretches * stretches).sum(-1)
-            shifts = _picked(eye, theirs[part]).view(-1, count)
-            by_shift.addmm_(shifts.mT, to_stretches.view(-1, count))
-        # Entry i of the stretch shifted by j is entry i + j of the table.
-        total = F.fold(by_shift.mT[None], (1, 2 * count - 1), (1, count)).flatten()
-        x, y = (frame.back(values, side) for side, values in enumerate(moved))
-        return x, y * ctx.sign, None, total, None, None, None
+        slopes, *places = ctx.saved_tensors
+        total = torch.zeros_like(slopes)
+        moved = [grad.new_empty(x.shape) for x in places]
+        for part, index in _entries(places):
+            given, flat = grad[part].unsqueeze(-1).expand(index.shape), index.flatten()
+            total += added(flat, given.flatten(), len(slopes))
+            change = slopes.index_select(0, flat).view(index.shape).mul_(given)
+            for own in moved:
+                own[part] = change.sum_to_size(own[part].shape)
+        if ctx.sign < 0:
+            moved[1].neg_()
+        return None, total, None, None, None, *moved
 
 
-def _one_hot(count: int, like: Tensor) -> Tensor:
-    return torch.eye(count, dtype=like.dtype, device=like.device)
-
-
-def _some(ours: Tensor, theirs: Tensor, count: int) -> Iterable[slice]:
-    """Some samples at a time."""
-    size = max(1, (ours[0].numel() + theirs[0].numel()) * count)
-    some = max(1, _MARKS // size) if ours.device.type == "cpu" else len(ours)
-    return [slice(start, start + some) for start in range(0, len(ours), some)]
-
-
-def _picked(rows: Tensor, places: Tensor) -> Tensor:
-    """Rows of a matrix at all places: (..., levels)."""
-    return rows.index_select(0, places.flatten()).view(*places.shape, rows.shape[1])
-
-
-class _Frame:
-    """Axes of two values in groups: the batch, those of both, those of either alone, the last."""
-
-    def __init__(self, x: Sequence[int], y: Sequence[int]) -> None:
-        self.shapes, axes = (tuple(x), tuple(y)), range(1, len(x) - 1)
-        both = [axis for axis in axes if x[axis] == y[axis]]
-        self.groups = (
-            [0],
-            both,
-            [axis for axis in axes if x[axis] > y[axis]],
-            [axis for axis in axes if x[axis] < y[axis]],
-        )
-
-    def rows(self, value: Tensor, side: int) -> Tensor:
-        """A value as (B, both, alone, K)."""
-        return _folded(value, (*self._groups(side), [value.dim() - 1]))
-
-    def back(self, rows: Tensor, side: int) -> Tensor:
-        """What `rows` made of a value, in its shape."""
-        last = len(self.shapes[side]) - 1
-        return _unfolded(rows, (*self._groups(side), [last]), self.shapes[side])
-
-    def _groups(self, side: int) -> tuple[list[int], ...]:
-        batch, both, *alone = self.groups
-        # The other's axes have a single entry here.
-        return batch, both, [*alone[side], *alone[1 - side]]
-
-    def result(self, sums: Tensor) -> Tensor:
-        """Sums (B, both, first, second) in the shape that both values have together."""
-        return _unfolded(sums, self.groups, torch.broadcast_shapes(*self.shapes)[:-1])
-
-    def given(self, grad: Tensor) -> Tensor:
-        """A gradient of `result` as (B, both, first, second)."""
-        return _folded(grad, self.groups)
-
-
-def _folded(value: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
-    """A value whose axes are groups of its own ones."""
-    turned = value.permute([axis for group in groups for axis in group])
-    return turned.reshape([math.prod(value.shape[axis] for axis in group) for group in groups])
-
-
-def _unfolded(value: Tensor, groups: Sequence[Sequence[int]], shape: Sequence[int]) -> Tensor:
-    """A value whose axes are groups of those of ``shape``, in that shape."""
-    order = [axis for group in groups for axis in group]
-    turned = value.reshape([shape[axis] for axis in order])
-    return turned.permute([order.index(axis) for axis in range(len(order))])
+def _entries(places: Sequence[Tensor]) -> Iterable[tuple[slice, Tensor]]:
+    """Sums of places of some samples at a time, few enough for a CPU's cache."""
+    first = places[0]
+    size = max(1, torch.broadcast_shapes(*(x.shape[1:] for x in places)).numel())
+    some = max(1, _PART // size) if first.device.type == "cpu" else len(first)
+    for start in range(0, len(first), some):
+        part = slice(start, start + some)
+        x, *others = (own[part] for own in places)
+        yield part, x + others[0] if others else x

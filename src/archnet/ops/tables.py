@@ -72,15 +72,13 @@ class Tabled(Piece):
             (slopes,) = torch.autograd.grad(results.sum(), places, retain_graph=True)
         first = torch.arange(channels, device=x.device) * levels - quantizer.low
         shape = (channels, *[1] * (x.dim() - 2))
-        return lookup(x, results.flatten(), slopes.flatten(), step, first.reshape(shape))
-
-
-def lookup(x: Tensor, table: Tensor, slopes: Tensor, step: Tensor, first: Tensor) -> Tensor:
-    """Entry first + x / step of a table for every x; ``slopes`` are what entries change with x."""
-    return cast(Tensor, _Lookup.apply(x, table, slopes, step, first))
+        tables = results.flatten(), slopes.flatten()
+        return cast(Tensor, _Lookup.apply(x, *tables, step, first.reshape(shape)))
 
 
 class _Lookup(torch.autograd.Function):
+    """Entry first + x / step of a table for every x; ``slopes`` are what entries change with x."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, table: Tensor, slopes: Tensor, step: Tensor, first: Tensor

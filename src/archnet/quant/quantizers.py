@@ -13,6 +13,7 @@ layer, and no scale can reach zero. The gradient is that of LSQ's equation 3 tim
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, groupby
 from typing import Any, cast
 
@@ -30,11 +31,15 @@ class LearnedStep(torch.autograd.Function):
 
     y = s * clamp(round(r)) with r = x / s. Where r lies inside the range dy/dx = 1 and
     dy/ds = (y - x) / s; outside dy/dx = 0 and dy/ds = y / s. With g the incoming gradient,
-    dL/dlog s = sum(g * y) - s * sum(dL/dx * r). The sums are the gradients of ``gain`` and
-    ``loss``; `_Logarithms` makes the rest of them for many quantizers at once.
+    dL/dlog s = sum(g * y) - sum(dL/dx * x). The sums are the gradients of ``gain`` and ``loss``;
+    `_Logarithms` makes the rest of them for many quantizers at once.
 
     ``scale`` is one number, or one for each entry of the first axis; ``share`` multiplies both
     sums.
+
+    A GPU, where every pass is a launch, trains in one pass, which multiplies by 1 / s instead of
+    dividing: what lies within a rounding error of a border may then be a level apart, as it may
+    behind sums in another order.
     """
 
     @staticmethod
@@ -50,6 +55,13 @@ class LearnedStep(torch.autograd.Function):
     ) -> Tensor:
         scale = scale.to(x.dtype)
         ctx.rows, ctx.share, ctx.bounds = scale.numel() > 1, share, (low - 0.5, high + 0.5)
+        ctx.is_fused = any(ctx.needs_input_grad) and not ctx.rows and _fuses(x)
+        if ctx.is_fused:
+            y, inside = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
+                x, scale, *_offset(x.device), low, high
+            )
+            ctx.save_for_backward(x, y, inside)
+            return y
         if ctx.rows:
             scale = scale.reshape(-1, *[1] * (x.dim() - 1))
         y = torch.empty_like(x)
@@ -60,12 +72,19 @@ class LearnedStep(torch.autograd.Function):
             # A true division, as ONNX's QuantizeLinear: the same bits in every runtime.
             torch.div(some, step, out=ratios)
             torch.round(ratios, out=results).clamp_(low, high).mul_(step)
-        ctx.save_for_backward(ratio, y)
+        ctx.save_for_backward(ratio, y, scale)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ratio, y = ctx.saved_tensors
+        if ctx.is_fused:
+            x, y, inside = ctx.saved_tensors
+            moved = grad * inside
+            sums = [_product(grad, y, False), _product(moved, x, False)]
+            if ctx.share != 1:
+                sums = [total * ctx.share for total in sums]
+            return moved, *sums, None, None, None, None
+        ratio, y, scale = ctx.saved_tensors
         inside = torch.empty_like(ratio)
         if grad.stride() != ratio.stride() or grad.dtype != ratio.dtype:
             # In one memory order, so that all four are walked alike.
@@ -75,12 +94,27 @@ class LearnedStep(torch.autograd.Function):
             torch.ops.aten.hardtanh_backward.grad_input(g, r, *ctx.bounds, grad_input=result)
             gains.append(_product(g, level, ctx.rows))
             losses.append(_product(result, r, ctx.rows))
-        sums = (joined(parts) for parts in (gains, losses))
+        gain, loss = (joined(parts) for parts in (gains, losses))
         if not ctx.rows and len(gains) > 1:
-            sums = (parts.sum(0, keepdim=True) for parts in sums)
+            gain, loss = (parts.sum(0, keepdim=True) for parts in (gain, loss))
+        loss = loss * scale.flatten()
         if ctx.share != 1:
-            sums = (total * ctx.share for total in sums)
-        return inside, *sums, None, None, None, None
+            gain, loss = gain * ctx.share, loss * ctx.share
+        return inside, gain, loss, None, None, None, None
+
+
+def _fuses(x: Tensor) -> bool:
+    """Whether a tensor is rounded in one pass."""
+    return x.device.type != "cpu" and x.dtype == torch.float32
+
+
+@cache
+def _offset(device: torch.device) -> tuple[Tensor, Tensor]:
+    """A zero point of 0, and a switch that is on."""
+    return (
+        torch.zeros(1, dtype=torch.int32, device=device),
+        torch.ones(1, dtype=torch.int64, device=device),
+    )
 
 
 def _product(a: Tensor, b: Tensor, rows: bool) -> Tensor:
@@ -112,8 +146,8 @@ def _parts(rows: bool, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 class _Logarithms(torch.autograd.Function):
     """Where rounding leaves its two sums, gain and loss, for all scales of a vector: (2, N).
 
-    The result has no values. Its gradient becomes that of the logarithms: factor * (gain - scale *
-    loss), with LSQ's factor for each quantizer.
+    The result has no values. Its gradient becomes that of the logarithms: factor * (gain - loss),
+    with LSQ's factor for each quantizer.
     """
 
     @staticmethod
@@ -121,19 +155,17 @@ class _Logarithms(torch.autograd.Function):
         ctx: Any, logarithms: Tensor, scales: Tensor, sizes: list[int], factors: dict[int, float]
     ) -> Tensor:
         ctx.sizes, ctx.factors = sizes, factors
-        ctx.save_for_backward(scales)
         return scales.new_empty(2, len(scales))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (scales,) = ctx.saved_tensors
         gain, loss = grad
         starts = accumulate(ctx.sizes, initial=0)
         each = zip(starts, ctx.sizes, strict=False)
         # A quantizer that nothing was rounded with has neither gain nor loss.
         factors = [f for start, size in each for f in [ctx.factors.get(start, 1.0)] * size]
-        along = factors[0] if len(ctx.sizes) == 1 else scales.new_tensor(factors)
-        return torch.addcmul(gain, loss, scales, value=-1).mul_(along), None, None, None
+        along = factors[0] if len(ctx.sizes) == 1 else grad.new_tensor(factors)
+        return (gain - loss).mul_(along), None, None, None
 
 
 class Steps:

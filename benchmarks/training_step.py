@@ -99,6 +99,8 @@ class Launches(TorchDispatchMode):
             return 1.0  # the meta device has no values: a finite one
         if func is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
             return args[0]  # at the end, what was trained, of which there is nothing
+        if name.startswith("_fake_quantize"):  # of which the meta device has no kernel
+            return torch.empty_like(args[0]), torch.empty_like(args[0], dtype=torch.bool)
         return None if fused else func(*args, **(kwargs or {}))
 
     @contextmanager

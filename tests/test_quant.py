@@ -709,11 +709,9 @@ def test_one_pass_rounds_as_several_do(low: int, monkeypatch: pytest.MonkeyPatch
     quantizer = ActivationLSQ(4, low)
     quantizer.set_scale(torch.tensor([0.3]))
     x, given = torch.randn(8, 5, 6), torch.randn(8, 5, 6)
-    found = []
+    found, module = [], import_module("archnet.quant.quantizers")
     for fuses in (False, True):
-        monkeypatch.setattr(
-            import_module("archnet.quant.quantizers"), "_fuses", lambda x, fuses=fuses: fuses
-        )
+        monkeypatch.setattr(module, "_fuses", lambda x, fuses=fuses: fuses)
         quantizer.zero_grad()
         y = quantizer(leaf := x.clone().requires_grad_())
         (y * given).sum().backward()

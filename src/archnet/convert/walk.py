@@ -278,6 +278,9 @@ def _build(
     owners = dict(builder.owners)
     for step in student.graph.steps:  # moves that were made of others belong to what is moved
         owners.setdefault(step.name, owners.get(step.inputs[0], graph.output))
+    ways: dict[str, dict[str, None]] = {}
+    for name, way in lowered.ways.items():
+        ways.setdefault(owners[name], {})[f"{way} ({lowered.reasons[name]})"] = None
     macs: Counter[str] = Counter()
     cycles: dict[str, float] = {}
     for cost in student_cost(lowered.student).steps:
@@ -292,6 +295,7 @@ def _build(
                 rows[node.name],
                 macs_after=macs[node.name],
                 cycles=round(cycles.get(node.name, 0.0), 1),
+                written="; ".join(ways.get(node.name, ())),
             )
         else:
             exact = node.name not in read

@@ -88,7 +88,8 @@ def dense(conv: Dense, x: str, draft: Draft) -> str:
     """A dense convolution in the way that costs least."""
     conv = conv.on(draft.shapes[x])
     way, _ = cheapest(_DENSE, conv, (x,), draft, in_parts=False, chosen=draft.chosen)
-    draft.notes.append(way.name)
+    if way.build is not as_it_is:
+        draft.notes.append(way.name)
     result = way.build(conv, (x,), draft)
     assert isinstance(result, str)
     return result

@@ -41,8 +41,8 @@ def test_a_run_stands_beside_its_teacher(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cost", str(run.path)]) == 0
-    (stem,) = lines(capsys, "features.0")
-    assert stem[1] == "Convolution"
+    stem, way = lines(capsys, "features.0")
+    assert stem[1] == way[1] == "Convolution"
     teacher, student = stem[2:7], stem[7:]
     assert teacher[0] == student[0] == "113 k"
     assert teacher[1] == "7.23 M"
@@ -50,6 +50,18 @@ def test_a_run_stands_beside_its_teacher(
     out = capsys.readouterr().out
     assert "32x32 systolic array, output stationary" in out
     assert "student: " in out
+
+
+def test_a_run_says_how_operators_are_written_and_why(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cost", str(run.path)]) == 0
+    rows = [row for row in lines(capsys, "") if len(row) == 5]
+    found = {row[1]: row[2:4] for row in rows}
+    assert found["Mean"] == ["flat and layer", "mean is not an operator of arch5"]
+    assert found["FullyConnected"] == ["itself", ""]
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    assert "flat and layer (mean is not an operator of arch5)" in page
 
 
 def test_latency_is_measured_side_by_side(

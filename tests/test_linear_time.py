@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import archnet
 from archnet.capture import capture
+from archnet.lower import lower
 
 ROOM = str(Path(archnet.__file__).parent)
 
@@ -76,4 +77,16 @@ def test_four_times_the_blocks_take_four_times_the_work(block, shape, options):
 
     work(1)  # what is done once
     few, many = work(3), work(12)
+    assert many <= 4.5 * few
+
+
+def test_four_times_the_lanes_take_four_times_the_work():
+    def work(channels: int) -> int:
+        torch.manual_seed(0)
+        depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        student = archnet.convert(depthwise.eval(), torch.randn(1, channels, 4, 4))
+        return lines_run(lambda: lower(student))
+
+    work(64)  # what is done once
+    few, many = work(256), work(1024)
     assert many <= 4.5 * few

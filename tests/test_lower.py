@@ -376,6 +376,27 @@ def test_costs_choose_the_way():
     assert any(way.startswith("lanes") for way in ways[1])
 
 
+@pytest.mark.parametrize("hardware", ["arch5", "arch5_conv", "rk3588"])
+def test_what_is_not_written_as_itself_has_a_reason(hardware):
+    student = convert(*teacher_of("addition"), hardware)
+    lowered = lower(student)
+    assert lowered.reasons.keys() == lowered.ways.keys()
+    additions = [name for name in student.operators if isinstance(student.operator(name), Add)]
+    assert additions
+    for name in additions:
+        if hardware == "rk3588":
+            assert name not in lowered.ways
+        else:
+            assert lowered.reasons[name] == f"add is not an operator of {hardware}"
+    (row,) = (row for row in student.report if "add" in row.operator)
+    assert row.cycles > 0
+    assert row.written == "; ".join(
+        f"{lowered.ways[name]} ({lowered.reasons[name]})"
+        for name in additions
+        if name in lowered.ways
+    )
+
+
 def test_a_student_knows_its_target():
     network, images = teacher_of("addition")
     student = convert(network, images, "rk3588")

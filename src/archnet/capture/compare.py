@@ -45,6 +45,13 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return float(distance / size) if size > 0 else float(distance)
 
 
+def arguments(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """What a program's graph is called with: the network's own tensors and its inputs."""
+    own, given = states(program), iter(inputs)
+    places = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+    return [own[name] if name in own else next(given) for name in places]
+
+
 def run(
     program: ExportedProgram,
     inputs: tuple[Tensor, ...],
@@ -60,10 +67,7 @@ def run(
         nodes: whose values are asked for.
         peeled: nodes that hand on what they read, as those of a head that was peeled.
     """
-    own = states(program)
-    places = [node.name for node in program.graph.nodes if node.op == "placeholder"]
-    given = iter(inputs)
-    values = [own[name] if name in own else next(given) for name in places]
+    values = arguments(program, inputs)
     interpreter = _Watched(program.graph_module)
     interpreter.found, interpreter.peeled = dict.fromkeys(nodes), peeled
     interpreter.needed = set()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from archnet.hardware import Cost, StepCost, SystolicArray
+    from archnet.lower import Lowered
+    from archnet.ops import Student
     from archnet.runs import RunFolder
 
 INPUT_HELP = (
@@ -71,16 +73,18 @@ def _run_folder(
     console: "Console", folder: "RunFolder", array: "SystolicArray", options: argparse.Namespace
 ) -> None:
     from archnet import pipeline
-    from archnet.hardware import teacher_cost
-    from archnet.lower import deployed_cost
+    from archnet.hardware import student_cost, teacher_cost
+    from archnet.lower import lower
 
     this, student = pipeline.reopen(folder)
     example = pipeline.test_images(this.data, 1)
     before = teacher_cost(this.teacher, example, weight_bits=8, act_bits=8)
-    after = deployed_cost(student)
+    lowered = lower(student, weights=False)
+    after = student_cost(lowered.student)
     layers = _layers(before, after)
     sides = ("teacher", before), ("student", after)
     _show(console, f"{folder.path} (teacher: as at W8A8)", layers, sides, array)
+    _show_ways(console, student, lowered)
     if options.latency == "true":
         from archnet.deploy.latency import export_teacher, latencies, without_quantizers
 
@@ -103,6 +107,44 @@ def _run_folder(
                     student, place / "student.onnx", form=form
                 )
             _show_latencies(console, latencies(files, example, options.runs))
+
+
+def _show_ways(console: "Console", student: "Student", lowered: "Lowered") -> None:
+    """How the target writes each whole operator, why, and what that costs by its own figures."""
+    from rich.table import Table
+
+    from archnet.lower import target_of
+    from archnet.report.table import amount
+
+    cycles: dict[str, float] = {}
+    for name, estimate in lowered.cycles.items():
+        whole = lowered.whole[name]
+        cycles[whole] = cycles.get(whole, 0.0) + estimate
+    rows: dict[tuple[str, ...], list[float]] = {}
+    for step in student.graph.steps:
+        if step.name in lowered.ways or cycles.get(step.name):
+            way, why = lowered.ways.get(step.name, "itself"), lowered.reasons.get(step.name, "")
+            kind = type(student.operator(step.name)).__name__
+            key = step.origin or "(no module)", kind, way, why
+            rows.setdefault(key, []).append(cycles.get(step.name, 0.0))
+    target = target_of(student)
+    table = Table(
+        title=f"operators of the student on {target.name}", title_justify="left", header_style=""
+    )
+    for column in ("layer", "operator", "written as", "why not as itself"):
+        table.add_column(column, overflow="fold")
+    table.add_column("estimated\ncycles", justify="right")
+    for (layer, kind, *others), found in list(rows.items())[:MOST_ROWS]:
+        many = f"{len(found)} x {kind}" if len(found) > 1 else kind
+        table.add_row(layer, many, *others, amount(sum(found), ""))
+    table.add_section()
+    table.add_row("in all", "", "", "", amount(sum(cycles.values()), ""))
+    console.print(table, markup=False)
+    _say(
+        console,
+        "written as: of the ways that the target runs, the one of fewest estimated cycles, by its "
+        "own costs (hardware.costs)",
+    )
 
 
 def _file(

@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from archnet.capture import TeacherGraph
 from archnet.convert.builder import ConversionError
 from archnet.convert.rules.base import Alternative, Approximation
@@ -28,12 +30,14 @@ class Built:
         form: what it has; asked for again, no faithful form is judged anew.
         alternatives: by teacher node, what could have been built in a compact form instead.
         exact: the teacher's nodes that depend on no approximation.
+        scores: what the teacher gives for the calibration inputs, if that is known.
     """
 
     student: Student
     form: Approximation
     alternatives: Mapping[str, Alternative]
     exact: Set[str]
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -418,30 +418,6 @@ class Builder:
                 name = self.emit("spread", Concat(axis), *[name] * shape[axis - 1])
         return Feature(shape, first=name, axis=feature.axis)
 
-    def windows(
-        self,
-        feature: Feature,
-        kernel: tuple[int, int],
-        stride: tuple[int, int],
-        dilation: tuple[int, int] = (1, 1),
-    ) -> list[Feature]:
-        """The kh * kw shifted views of a map under an unpadded window, in row-major order."""
-        _, height, width = feature.shape
-        size = [
-            (n - d * (k - 1) - 1) // s + 1
-            for n, k, s, d in zip((height, width), kernel, stride, dilation, strict=True)
-        ]
-        views = []
-        for i in range(kernel[0]):
-            start = i * dilation[0]
-            stop = start + (size[0] - 1) * stride[0] + 1
-            rows = self.slice(feature, 2, start, stop, stride[0])
-            for j in range(kernel[1]):
-                start = j * dilation[1]
-                stop = start + (size[1] - 1) * stride[1] + 1
-                views.append(self.slice(rows, 3, start, stop, stride[1]))
-        return views
-
     # -- convolutions --------------------------------------------------------------------------
 
     def _within_channel_limit(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archnet.capture import TeacherGraph, TeacherNode
+from archnet.capture.compare import arguments
 from archnet.capture.nodes import is_assertion
 from archnet.convert.builder import Builder, ConversionError
 from archnet.convert.feature import Carry, Feature, Form, Value
@@ -33,8 +34,8 @@ class Calibration:
 
     def __init__(self, graph: TeacherGraph, inputs: tuple[Tensor, ...], builder: Builder) -> None:
         self._builder = builder
-        self._count = len(inputs[0])
-        if any(len(x) != self._count for x in inputs):
+        self.count = len(inputs[0])
+        if any(len(x) != self.count for x in inputs):
             raise ConversionError("the inputs of a calibration differ in their number of samples")
         self._student: dict[str, Tensor] = {
             name: x.detach().float().cpu() for name, x in zip(graph.inputs, inputs, strict=True)
@@ -42,6 +43,11 @@ class Calibration:
         self._has_more = False  # than when values were dropped last
         self._graph, self.inputs = graph, inputs
         self._teacher: torch.fx.Interpreter | None = None
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the teacher has computed anything yet."""
+        return self._teacher is not None
 
     def target(self, node: TeacherNode) -> Tensor:
         """The teacher's value at a node: (B, *node.shape).
@@ -74,16 +80,18 @@ class Calibration:
 
     def _start(self) -> None:
         self._graph.require_free_batch()
-        module = self._graph.program.module()
-        weights = next(iter(module.parameters()), None)
+        program = self._graph.program
+        nodes = program.graph.nodes
+        weights = next(iter(program.parameters()), None)
         device = torch.device("cpu") if weights is None else weights.device
-        self._teacher = torch.fx.Interpreter(module, garbage_collect_values=False)
-        self._teacher.args_iter = iter([x.detach().to(device) for x in self.inputs])
-        self._names = {node.name: node for node in module.graph.nodes}
+        inputs = tuple(x.detach().to(device) for x in self.inputs)
+        self._teacher = torch.fx.Interpreter(program.graph_module, garbage_collect_values=False)
+        self._teacher.args_iter = iter(arguments(program, inputs))
+        self._names = {node.name: node for node in nodes}
         self._peeled = {node.name for node in self._graph.head}
-        self._nodes = iter(list(module.graph.nodes))
+        self._nodes = iter(list(nodes))
         reader: dict[torch.fx.Node, torch.fx.Node] = {}
-        for node in module.graph.nodes:
+        for node in nodes:
             reader.update(dict.fromkeys(node.all_input_nodes, node))
         self._last: dict[torch.fx.Node, list[torch.fx.Node]] = {}
         for node, last in reader.items():
@@ -153,7 +161,7 @@ class Calibration:
                     term.groups,
                 )
             total = total + x
-        return total.expand(self._count, *form.shape)
+        return total.expand(self.count, *form.shape)
 
     def _step(self, name: str) -> Tensor:
         """A named value, computed from those that are there if it is not, some samples at a time.
@@ -176,10 +184,10 @@ class Calibration:
         operators = cast(nn.ModuleDict, self._builder.modules)
         pieces = plan(steps, operators, [name])
         widest = max(math.prod(shapes[n]) for piece in pieces for n in piece.names)
-        some = max(1, min(self._count, _AT_ONCE // widest))
+        some = max(1, min(self.count, _AT_ONCE // widest))
         sources = {n for piece in pieces for n in piece.reads if n in self._student}
         parts = []
-        for start in range(0, self._count, some):
+        for start in range(0, self.count, some):
             live = {n: self._student[n][start : start + some] for n in sources}
             for piece in pieces:
                 live.update(zip(piece.names, piece.work(operators, live), strict=True))

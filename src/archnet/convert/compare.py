@@ -71,18 +71,25 @@ def compare(
         return
     if calibration is not None and not graph.fixed_batch:
         inputs = tuple(x[:FITTED].to(y) for x, y in zip(calibration, examples, strict=True))
-    theirs = run(graph.program, inputs, [graph.output], peeled)
+    scores = built.scores
+    if scores is None:
+        scores = run(graph.program, inputs, [graph.output], peeled)[graph.output]
     ours = _values(student, inputs, [student.graph.output])
-    student.graph.error = difference(ours[student.graph.output], theirs[graph.output])
+    student.graph.error = difference(ours[student.graph.output], scores)
     if not student.graph.error <= 1:
         _log.warning("%s", _explosion(student.graph.error, student.report))
 
 
 def _values(student: Student, inputs: tuple[Tensor, ...], names: list[str]) -> dict[str, Tensor]:
+    """Values of a student by name, one sample after another, so that memory holds those of one."""
     given = {n: x.float().cpu() for n, x in zip(student.graph.inputs, inputs, strict=True)}
     wanted = [name for name in names if name not in given]
+    parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
     with torch.no_grad():
-        return given | dict(student.visit(given, wanted))
+        for one in zip(*(x.split(1) for x in given.values()), strict=True):
+            for name, value in student.visit(dict(zip(given, one, strict=True)), wanted):
+                parts[name].append(value)
+    return given | {name: torch.cat(found) for name, found in parts.items()}
 
 
 def _explosion(error: float, report: list[NodeReport]) -> str:

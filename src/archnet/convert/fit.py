@@ -64,10 +64,11 @@ def clipped_line(
     for start in range(0, len(x), some):
         part = slice(start, start + some)
         line, y = (torch.empty_like(x[part]) for _ in range(2))
+        shifted = [(b, wanted[part] - b) for b in offsets]
         for a in slopes:
             torch.mul(x[part], a, out=line)
-            for b in offsets:
-                torch.add(line, b, out=y).clamp_(low, high).sub_(wanted[part])
+            for b, aim in shifted:  # min(max(a x + b, low), high) - b is a clip of the line
+                torch.clamp(line, low - b, high - b, out=y).sub_(aim)
                 error = torch.linalg.vector_norm(y, dim=1)
                 better = error < best[part]
                 best[part] = torch.where(better, error, best[part])
@@ -238,14 +239,16 @@ class TokenNorm:
         z = x - x.mean(1, keepdim=True) if self.centred else x
         s = torch.cat([z.clamp(min=0), (-z).clamp(min=0)], 1) @ self.deviation.to(x)[:, None]
         result = self.slope * z
+        hinge, spare = torch.empty_like(z), torch.empty_like(z)
         for v, t, a in self.hinges:
-            result += _odd_hinge(z, s, v, t).mul_(a)
+            result += _odd_hinge(z, v * s - t, hinge, spare).mul_(a)
         return result
 
 
-def _odd_hinge(z: Tensor, s: Tensor, v: float, t: float | Tensor) -> Tensor:
-    reach = v * s - t
-    return (z + reach).clamp_(min=0).sub_((reach - z).clamp_(min=0))
+def _odd_hinge(z: Tensor, reach: Tensor, out: Tensor, spare: Tensor) -> Tensor:
+    """max(z + reach, 0) - max(reach - z, 0), in ``out``; ``spare`` is of its size."""
+    torch.sub(reach, z, out=spare).clamp_min_(0)
+    return torch.add(reach, z, out=out).clamp_min_(0).sub_(spare)
 
 
 _SLIGHT = 0.25  # slope, over the largest weight of a hinge, that is better none
@@ -268,22 +271,22 @@ def token_norm(x: Tensor, wanted: Tensor, count: int, centred: bool = True) -> T
         centred: whether the mean is taken off first; RMS norms do without.
     """
     step = math.ceil(x.numel() / 2**22)
-    x, wanted = x[::step].double(), wanted[::step].double()
+    x, wanted = x[::step].double(), wanted[::step]
     z = x - x.mean(1, keepdim=True) if centred else x
     magnitudes = torch.cat([z.clamp(min=0), (-z).clamp(min=0)], 1)
     sigma = z.square().mean(1, keepdim=True).sqrt()
     level = float(sigma.mean() / magnitudes.sum(1).mean().clamp_min(1e-12))
     prior = torch.full((1, magnitudes.shape[1]), level, dtype=torch.float64)
     deviation = ridge(magnitudes.T, sigma.T, prior, 1e-3)[0]
-    s = (magnitudes @ deviation[:, None]).expand_as(z)
     unit = float(sigma.mean().clamp_min(1e-12))
     picks = torch.randperm(z.numel(), generator=torch.Generator().manual_seed(0))[: 2**13]
-    z, s, y = (part.flatten()[picks] for part in (z / unit, s / unit, wanted))
+    s = (magnitudes @ deviation)[picks // z.shape[1]] / unit
+    z, y = z.flatten()[picks] / unit, wanted.flatten()[picks].double()
     grid = [(float(v), t) for v in _REACHES for t in _KNOTS]
-    basis = torch.empty(1 + len(grid), len(z), dtype=torch.float64)
-    basis[0], knots = z, torch.tensor(_KNOTS, dtype=torch.float64)[:, None]
-    for block, v in zip(basis[1:].split(len(knots)), _REACHES, strict=True):
-        block.copy_(_odd_hinge(z, s, float(v), knots))
+    basis, spare = torch.empty(1 + len(grid), len(z), dtype=torch.float64), torch.empty_like(z)
+    basis[0] = z
+    for row, (v, t) in zip(basis[1:], grid, strict=True):
+        _odd_hinge(z, v * s - t, row, spare)
     chosen, solution = _pursuit(basis, y, count + 1, [0])
     if count and bool(solution[0].abs() < _SLIGHT * solution[1:].abs().max()):
         # The magnitudes would share a grid with hinges many times as large.
@@ -311,9 +314,14 @@ def _pursuit(
     Returns:
         The rows, and what each is multiplied by.
     """
-    cross, energy = basis @ wanted, torch.linalg.vector_norm(basis, dim=1).square()
+    some = max(1, _CACHED // basis.shape[1])
+    parts = [
+        (part @ wanted, torch.linalg.vector_norm(part, dim=1), part.amax(1), part.amin(1))
+        for part in basis.split(some)
+    ]
+    cross, sizes, highest, lowest = (torch.cat(found) for found in zip(*parts, strict=True))
+    energy, largest = sizes.square(), torch.maximum(highest, -lowest)
     # What rounding a row to 8 bits adds: rows whose weights nearly cancel would add too much.
-    largest = torch.maximum(basis.amax(1), -basis.amin(1))
     added = basis.shape[1] * (largest * _LEVEL).square() / 12
     ridge = 1e-9 * added.max() + 1e-18  # also where no row ever moves
     energy += added + 1e-12
@@ -375,10 +383,12 @@ class Hinges:
     offset: float
 
     def __call__(self, z: Tensor) -> Tensor:
-        total = torch.full_like(z, self.offset)
+        total = torch.full(z.shape, self.offset, dtype=z.dtype)
         hinges = (self.knots.tolist(), self.weights.tolist(), self.sides.tolist())
-        for t, a, d in zip(*hinges, strict=True):
-            total += (z - t).mul_(d).clamp_min_(0).mul_(a)
+        for x, y in zip(z.reshape(-1).split(_CACHED), total.view(-1).split(_CACHED), strict=True):
+            spare = torch.empty_like(x)
+            for t, a, d in zip(*hinges, strict=True):
+                y.add_(torch.sub(x, t, out=spare).mul_(d).clamp_min_(0).mul_(a))
         return total
 
 
@@ -422,16 +432,18 @@ def product(x: Tensor, y: Tensor, count: int) -> Hinges:
         count: of hinges.
     """
     x, y = x.double(), y.double()
-    knots = _spaced((x + y).flatten())
+    both = x + y
+    knots = _spaced(both.flatten())
     sides = torch.where(knots < 0, -1.0, 1.0).double()
-
-    def hinge(z: Tensor, t: float, d: float) -> Tensor:
-        return (d * (z - t)).clamp_min(0)
-
-    rows = [torch.full((len(x),), float(x.shape[1]), dtype=torch.float64)]
-    for t, d in zip(knots.tolist(), sides.tolist(), strict=True):
-        rows.append((hinge(x + y, t, d) - hinge(x, t, d) - hinge(y, t, d)).sum(1))
-    chosen, found = _pursuit(torch.stack(rows), (x * y).sum(1), count + 1, [0])
+    basis = torch.empty(1 + len(knots), len(x), dtype=torch.float64)
+    basis[0] = x.shape[1]
+    total, spare = torch.empty_like(x), torch.empty_like(x)
+    for row, t, d in zip(basis[1:], knots.tolist(), sides.tolist(), strict=True):
+        torch.sub(both, t, out=total).mul_(d).clamp_min_(0)
+        for part in (x, y):
+            total -= torch.sub(part, t, out=spare).mul_(d).clamp_min_(0)
+        torch.sum(total, 1, out=row)
+    chosen, found = _pursuit(basis, (x * y).sum(1), count + 1, [0])
     places = torch.tensor(chosen[1:]) - 1
     # f(x + y) - f(x) - f(y) has the offset of f once, and with its sign turned.
     return Hinges(knots[places], found[1:], sides[places], -float(found[0]))

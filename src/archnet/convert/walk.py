@@ -16,7 +16,7 @@ from archnet.convert.advice import no_rule, way_apart
 from archnet.convert.budget import Budget, Built, of_cycles, of_macs, within_budget
 from archnet.convert.builder import Builder, ConversionError, TargetLimits
 from archnet.convert.calibration import Calibration
-from archnet.convert.compare import compare
+from archnet.convert.compare import FITTED, compare
 from archnet.convert.feature import Feature, Form, Value
 from archnet.convert.fit import relative_error
 from archnet.convert.fuse import fuse, with_products
@@ -278,6 +278,9 @@ def _build(
     owners = dict(builder.owners)
     for step in student.graph.steps:  # moves that were made of others belong to what is moved
         owners.setdefault(step.name, owners.get(step.inputs[0], graph.output))
+    ways: dict[str, dict[str, None]] = {}
+    for name, way in lowered.ways.items():
+        ways.setdefault(owners[name], {})[f"{way} ({lowered.reasons[name]})"] = None
     macs: Counter[str] = Counter()
     cycles: dict[str, float] = {}
     for cost in student_cost(lowered.student).steps:
@@ -292,6 +295,7 @@ def _build(
                 rows[node.name],
                 macs_after=macs[node.name],
                 cycles=round(cycles.get(node.name, 0.0), 1),
+                written="; ".join(ways.get(node.name, ())),
             )
         else:
             exact = node.name not in read
@@ -299,7 +303,10 @@ def _build(
             row = NodeReport(node.path, operators[node.name], rule, exact, before[node.name], 0)
         report.append(row)
     student.graph.report = _with_fused(report, written)
-    return Built(student, form, alternatives, unspoilt)
+    scores = None
+    if fitting is not None and fitting.has_run and fitting.count <= FITTED:
+        scores = fitting.target(next(n for n in graph.nodes if n.name == graph.output))
+    return Built(student, form, alternatives, unspoilt, scores)
 
 
 def _with_fused(report: Sequence[NodeReport], written: TeacherGraph) -> list[NodeReport]:

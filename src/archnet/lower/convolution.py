@@ -11,6 +11,7 @@ from torch import Tensor
 from archnet.lower.draft import Draft, Parts, Weights
 from archnet.lower.registry import Result, Way, cheapest, lowering
 from archnet.ops import Convolution, Operator
+from archnet.ops.layout import windows
 from archnet.ops.operators import Pair
 from archnet.quant.quantizers import Quantizer
 
@@ -88,7 +89,8 @@ def dense(conv: Dense, x: str, draft: Draft) -> str:
     """A dense convolution in the way that costs least."""
     conv = conv.on(draft.shapes[x])
     way, _ = cheapest(_DENSE, conv, (x,), draft, in_parts=False, chosen=draft.chosen)
-    draft.notes.append(way.name)
+    if way.build is not as_it_is:
+        draft.notes.append(way.name)
     result = way.build(conv, (x,), draft)
     assert isinstance(result, str)
     return result
@@ -250,36 +252,13 @@ def views_and_1x1(conv: Dense, inputs: tuple[str, ...], draft: Draft) -> Result:
             (out, channels * kh * kw, 1, 1), lambda weight: weight.reshape(out, -1, 1, 1)
         )
     else:
-        x = draft.concat(_views(draft, x, conv), 1)
+        window = conv.kernel, conv.stride, conv.dilation
+        x = draft.concat(windows(draft.slice, x, draft.shapes[x], *window), 1)
         matrix = conv.weights.changed(
             (out, channels * kh * kw, 1, 1),
             lambda weight: weight.permute(0, 2, 3, 1).reshape(out, -1, 1, 1),
         )
     return draft.convolution(x, matrix, padding=0)
-
-
-def _views(draft: Draft, x: str, conv: Dense) -> list[str]:
-    """The kh * kw shifted views of a padded map under a window, in row-major order."""
-    size = [
-        (n - e) // s + 1
-        for n, e, s in zip(draft.shapes[x][1:], conv.extent, conv.stride, strict=True)
-    ]
-    return windows(draft, x, conv.kernel, conv.stride, conv.dilation, (size[0], size[1]))
-
-
-def windows(
-    draft: Draft, x: str, kernel: Pair, stride: Pair, dilation: Pair, size: Pair
-) -> list[str]:
-    """The shifted views of a map whose pixels lie under a window of which there are ``size``."""
-    views = []
-    for i in range(kernel[0]):
-        start = i * dilation[0]
-        rows = draft.slice(x, 2, start, start + (size[0] - 1) * stride[0] + 1, stride[0])
-        for j in range(kernel[1]):
-            start = j * dilation[1]
-            stop = start + (size[1] - 1) * stride[1] + 1
-            views.append(draft.slice(rows, 3, start, stop, stride[1]))
-    return views
 
 
 def shifted_3x3(conv: Dense, inputs: tuple[str, ...], draft: Draft) -> Result:

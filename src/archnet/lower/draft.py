@@ -173,6 +173,7 @@ class Draft:
         chosen: by operator and sizes, the way that was found cheapest.
         reserved: names of the whole student's values.
         joined: of values that were concatenated, the axis and the pieces.
+        counts: of the start of a name, the last number behind it.
     """
 
     target: Target
@@ -189,6 +190,7 @@ class Draft:
     chosen: dict[str, int] = field(default_factory=dict)
     reserved: set[str] = field(default_factory=set)
     joined: MutableMapping[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
+    counts: MutableMapping[str, int] = field(default_factory=dict)
 
     def trial(self) -> "Draft":
         """An empty draft beside this one, without weights."""
@@ -196,6 +198,7 @@ class Draft:
             self,
             shapes=ChainMap({}, self.shapes),
             joined=ChainMap({}, self.joined),
+            counts=ChainMap({}, self.counts),
             is_dry=True,
             steps=[],
             modules={},
@@ -212,11 +215,11 @@ class Draft:
         shape: tuple[int, ...] | None = None,
     ) -> str:
         """Add a step, and give the name of its value: ``name``, or one with ``kind`` in it."""
-        count, stem = 1, f"{self.step.name}_{kind}"
+        stem = f"{self.step.name}_{kind}"
         while not name:
+            count = self.counts[stem] = self.counts.get(stem, 0) + 1
             wanted = stem if count == 1 else f"{stem}{count}"
             name = "" if wanted in self.shapes or wanted in self.reserved else wanted
-            count += 1
         read = [self.shapes[item] for item in inputs]
         self.shapes[name] = result_shape(module, read) if shape is None else shape
         self.steps.append(Step(name, inputs, self.step.origin))

@@ -24,7 +24,8 @@ def linear(weights: Weights, x: str, draft: Draft) -> str:
     """A fully connected layer on the last axis of a value, in the way that costs least."""
     ways = [Way("as it is", _as_it_is), Way("on a map", _on_a_map)]
     way, _ = cheapest(ways, Matrix(weights), (x,), draft, in_parts=False, chosen=draft.chosen)
-    draft.notes.append(way.name)
+    if way.build is not _as_it_is:
+        draft.notes.append(way.name)
     result = way.build(Matrix(weights), (x,), draft)
     assert isinstance(result, str)
     return result

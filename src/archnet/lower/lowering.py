@@ -12,7 +12,7 @@ from archnet.hardware.estimate import estimate
 from archnet.hardware.target import Target
 from archnet.lower import convolution
 from archnet.lower.draft import Draft, Parts
-from archnet.lower.registry import WAYS, Result, Way, cheapest
+from archnet.lower.registry import WAYS, cheapest
 from archnet.ops import Activation, LayoutMove, Operator, Step, Student
 from archnet.quant.attach import input_quantizers
 from archnet.quant.quantizers import Quantizer
@@ -25,7 +25,9 @@ class Lowered:
     Attributes:
         student: of deployed operators. Quantizers are those of the whole one, shared with it.
         whole: the whole step that each deployed step belongs to.
-        ways: how a whole step was written, where the target has several ways or not itself.
+        ways: how a whole step was written that is not written as itself: of the ways that the
+            target runs, the one that costs least.
+        reasons: of each of those, why it is not written as itself.
         values: the deployed value that each value of the whole student is, where there is one: a
             result that is rounded before its parts are joined has none before the rounding.
         misfits: of whole steps that the target runs in no way, why it does not run them as they
@@ -36,6 +38,7 @@ class Lowered:
     student: Student
     whole: Mapping[str, str]
     ways: Mapping[str, str]
+    reasons: Mapping[str, str]
     values: Mapping[str, str]
     misfits: Mapping[str, str]
     cycles: Mapping[str, float]
@@ -89,6 +92,7 @@ class _Lowering:
         self.draft.reserved.update(step.name for step in graph.steps)
         self.values = {name: name for name in graph.inputs}
         self.ways: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         self.misfits: dict[str, str] = {}
         self.done: set[str] = set()
 
@@ -107,7 +111,9 @@ class _Lowering:
         )
         student = Student(changed, draft.modules).eval()
         cycles = estimate(draft.steps, draft.modules, draft.shapes, self.target.costs)
-        return Lowered(student, draft.whole, self.ways, self.values, self.misfits, cycles)
+        return Lowered(
+            student, draft.whole, self.ways, self.reasons, self.values, self.misfits, cycles
+        )
 
     def _step(self, step: Step) -> None:
         operator, draft = self.student.operator(step.name), self.draft
@@ -130,11 +136,11 @@ class _Lowering:
         )
         result = way.build(operator, inputs, draft) if fits else None
         if result is None:
-            trial = draft.trial()
-            trial.emit("", operator, *inputs)
-            self.misfits[step.name] = trial.misfit or "a sum that it has no operator for"
+            self.misfits[step.name] = self._reason(operator, inputs)
             result = draft.emit("", operator, *inputs, name=step.name)
-        self._note(step, operator, way, result)
+        if draft.modules.get(step.name) is not operator:
+            self.ways[step.name] = ", ".join([way.name, *dict.fromkeys(draft.notes)])
+            self.reasons[step.name] = self._reason(operator, inputs)
         if isinstance(result, str):
             self.values[step.name] = draft.named(result, step.name)
         elif chain is None or draft.quantizer is None:
@@ -145,10 +151,11 @@ class _Lowering:
         else:
             self._round_parts(result, chain)
 
-    def _note(self, step: Step, operator: Operator, way: Way, result: Result) -> None:
-        if self.draft.modules.get(step.name) is not operator:
-            notes = list(dict.fromkeys(self.draft.notes))
-            self.ways[step.name] = ", ".join([way.name, *notes])
+    def _reason(self, operator: Operator, inputs: tuple[str, ...]) -> str:
+        """Why the target does not run an operator as it is."""
+        trial = self.draft.trial()
+        trial.emit("", operator, *inputs)
+        return trial.misfit or "no single operator computes it"
 
     def _rounding(self, step: Step) -> list[Step] | None:
         """The moves behind a step and the activation that rounds its result; None where others

@@ -2,10 +2,11 @@
 
 import math
 
-from archnet.lower.convolution import MOST_VIEWS, windows
+from archnet.lower.convolution import MOST_VIEWS
 from archnet.lower.draft import Draft
 from archnet.lower.registry import Result, lowering
 from archnet.ops import MaxPool
+from archnet.ops.layout import windows
 
 
 @lowering(MaxPool)
@@ -67,13 +68,6 @@ def rows_of_values(op: MaxPool, inputs: tuple[str, ...], draft: Draft) -> Result
     if math.prod(op.kernel) > MOST_VIEWS:
         return None
     x, (left, right, top, bottom) = inputs[0], op.padding
-    channels, *before = draft.shapes[x]
-    size = [
-        (n + a + b - d * (k - 1) - 1) // s + 1
-        for n, a, b, d, k, s in zip(
-            before, (top, left), (bottom, right), op.dilation, op.kernel, op.stride, strict=True
-        )
-    ]
     for axis, ahead, behind in ((2, top, bottom), (3, left, right)):
         if (ahead or behind) and op.dilation[axis - 2] > 1:
             return None  # a window with gaps need not hold the border
@@ -81,7 +75,8 @@ def rows_of_values(op: MaxPool, inputs: tuple[str, ...], draft: Draft) -> Result
         first = [draft.slice(x, axis, 0, 1)] * ahead
         end = [draft.slice(x, axis, last - 1, last)] * behind
         x = draft.concat([*first, x, *end], axis)
-    views = windows(draft, x, op.kernel, op.stride, op.dilation, (size[0], size[1]))
+    views = windows(draft.slice, x, draft.shapes[x], op.kernel, op.stride, op.dilation)
+    channels, *size = draft.shapes[views[0]]
     tall = [draft.reshape(view, (channels, *size, 1)) for view in views]
     row = draft.reshape(draft.concat(tall, 4), (channels * math.prod(size), 1, len(views)))
     return draft.reshape(_halved(draft, row), (channels, *size))

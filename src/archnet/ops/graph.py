@@ -37,6 +37,7 @@ class NodeReport:
     ``error`` of an approximation is |student - teacher| / |teacher| at its output, on the inputs
     it was fitted to, before any training; the student's own input has the errors before it.
     ``cycles`` are the student's, by its target's own costs (`archnet.hardware.estimate`).
+    ``written`` says how what the target does not run as it is is written there, and why.
     """
 
     path: str
@@ -47,6 +48,7 @@ class NodeReport:
     macs_after: int
     error: float | None = None
     cycles: float = 0.0
+    written: str = ""
 
 
 @dataclass

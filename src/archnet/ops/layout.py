@@ -1,11 +1,14 @@
 """Layout moves: they compute nothing, and are allowed, counted and listed."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from archnet.ops.operators import Operator
+from archnet.ops.operators import Operator, Pair
+
+Value = TypeVar("Value")
 
 
 class LayoutMove(Operator):
@@ -68,3 +71,32 @@ class Pad(LayoutMove):
     def forward(self, x: Tensor) -> Tensor:
         # F.pad counts from the last axis.
         return F.pad(x, [count for pair in reversed(self.pads) for count in pair])
+
+
+def windows(
+    cut: Callable[[Value, int, int, int, int], Value],
+    x: Value,
+    shape: tuple[int, ...],
+    kernel: Pair,
+    stride: Pair,
+    dilation: Pair,
+) -> list[Value]:
+    """The kh * kw shifted views of a map under an unpadded window, in row-major order.
+
+    Args:
+        cut: what takes ``x[start:stop:step]`` along an axis, of (x, axis, start, stop, step).
+        x: a map of ``shape`` (C, H, W).
+        kernel, stride, dilation: of the window, (rows, columns).
+    """
+    spans = [
+        (n - d * (k - 1) - 1) // s * s + 1
+        for n, k, s, d in zip(shape[1:], kernel, stride, dilation, strict=True)
+    ]
+    views = []
+    for i in range(kernel[0]):
+        top = i * dilation[0]
+        rows = cut(x, 2, top, top + spans[0], stride[0])
+        for j in range(kernel[1]):
+            left = j * dilation[1]
+            views.append(cut(rows, 3, left, left + spans[1], stride[1]))
+    return views

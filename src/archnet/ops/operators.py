@@ -212,8 +212,10 @@ class Segments(Operator):
             constant.reshape(*constant.shape, *[1] * (x.dim() - 2))
             for constant in (self.weight, self.bias, self.highest)
         )
-        lines = torch.addcmul(bias, x.unsqueeze(1), weight)
-        return lines.clamp_min(0).minimum(highest).flatten(1, 2)
+        # Without a name each value is freed as soon as the next one is there.
+        return (
+            torch.addcmul(bias, x.unsqueeze(1), weight).clamp_min(0).minimum(highest).flatten(1, 2)
+        )
 
 
 class AddConstant(Operator):

@@ -22,7 +22,7 @@ from archnet.convert.rules.base import (
     rule,
     stretched,
 )
-from archnet.ops import Pad, Permute, Reshape
+from archnet.ops import Pad, Permute, Reshape, layout
 
 
 @rule(
@@ -321,7 +321,8 @@ def windows(site: Site) -> Value:
     pair, builder = site.pair, site.builder
     rows, columns = pair("padding")
     padded = builder.pad(site.feature("self"), (rows, rows), (columns, columns))
-    views = builder.windows(padded, pair("kernel_size"), pair("stride"), pair("dilation"))
+    window = (pair(name) for name in ("kernel_size", "stride", "dilation"))
+    views = layout.windows(builder.slice, padded, padded.shape, *window)
     return builder.reshape(stacked(site, views, 2), site.node.shape)
 
 

@@ -9,7 +9,6 @@ in front of the last pooling or mean over the map. A student's file is float.
 
 import argparse
 import io
-import resource
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import torch
 from record import append
 
 import archnet
+from archnet.coverage import Spent, load_everything
 from archnet.deploy import to_onnx
 from archnet.hardware import teacher_cost
 from archnet.lower import deployed_cost
@@ -70,11 +70,14 @@ def measure(name: str, hardware: str, size: int, seed: int) -> dict[str, Any]:
     before = operators(file_of(network, images))
     teacher = teacher_cost(network, images)
     mega = sum(t.nbytes for t in (*network.parameters(), *network.buffers())) / 2**20
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    load_everything(hardware)
     start = time.process_time()
     student = archnet.convert(network, images, hardware)
     seconds = time.process_time() - start
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 2**10
+    # Memory in a conversion of its own: measuring it costs time.
+    del student
+    with Spent() as spent:
+        student = archnet.convert(network, images, hardware)
     after = operators(to_onnx(student))
     audit = archnet.audit(student, hardware)
     all_moves, ahead = moves(after)
@@ -93,7 +96,7 @@ def measure(name: str, hardware: str, size: int, seed: int) -> dict[str, Any]:
         "macs_ratio": round(deployed_cost(student).macs / teacher.macs, 3),
         "pure": audit.pure,
         "convert_cpu_s": round(seconds, 1),
-        "convert_peak_mb": round(peak),
+        "convert_peak_mb": "" if spent.peak_mb is None else round(spent.peak_mb),
         "teacher_mb": round(mega, 1),
         "error": f"{student.graph.error:.1e}" if student.graph.error is not None else "",
         "operators": " ".join(f"{k}:{v}" for k, v in Counter(after).most_common()),

@@ -92,7 +92,7 @@ def measure(
     examples = tuple(torch.randn(2, *shape, generator=generator) for shape in inputs)
     row.teacher_mb = sum(t.nbytes for t in (*network.parameters(), *network.buffers())) / 2**20
     try:
-        _load_everything(hardware)
+        load_everything(hardware)
         student = _convert(network, examples, hardware, row)
         teacher = teacher_cost(network, examples, TEACHER_BITS, TEACHER_BITS)
         cost = deployed_cost(student)
@@ -106,7 +106,7 @@ def measure(
     return row
 
 
-def _load_everything(hardware: str) -> None:
+def load_everything(hardware: str) -> None:
     """Convert a network of no size, so that no row pays for what loads at first use."""
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)
     convert(nn.Sequential(*layers).eval(), torch.zeros(1, 3, 8, 8), hardware)

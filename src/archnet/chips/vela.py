@@ -1,0 +1,113 @@
+"""Arm's compiler for Ethos-U chips, ethos-u-vela: estimates alone, nothing is run."""
+
+from __future__ import annotations
+
+import csv
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from archnet.chips.serve import Request
+
+ABOUT = "Arm's compiler for Ethos-U"
+PACKAGE = "ethos-u-vela"
+CHIPS = {  # family and multiply-accumulates a cycle
+    "ethos_u55": ("ethos-u55-128", "ethos-u55-32", "ethos-u55-64", "ethos-u55-256"),
+    "ethos_u85": (
+        "ethos-u85-256",
+        *(f"ethos-u85-{macs}" for macs in (128, 512, 1024, 2048)),
+    ),
+    "ethos_u65": ("ethos-u65-256", "ethos-u65-512"),
+}
+ACCELERATOR = "NPU"
+SUFFIX = ".tflite"
+ERRORS = (r"Error: ", r"(\w+\.)*\w+(Error|Exception): ", r"(?i).*error")
+
+# "Warning: Softmax 'name' is not supported on the NPU. Placing on CPU instead", then " - why".
+WARNED = re.compile(
+    r"^Warning: (?:.*? for )?(?P<operator>\w+) '(?P<name>[^'\n]*)'.*Placing on CPU instead\n"
+    r"(?P<why>(?:\s+-? ?.*\n)*)",
+    re.MULTILINE,
+)
+LISTED = re.compile(r"^\s+(?P<where>CPU|NPU): (?P<operator>\w+) = (?P<name>.+?) \(outputs", re.M)
+COUNTED = re.compile(r"^(CPU|NPU) operators = (\d+)", re.MULTILINE)
+
+
+def operators(layers: list[dict[str, str]], printed: str) -> list[dict[str, Any]]:
+    """The rows of its table of layers, with the reason where it gives one for the CPU.
+
+    Raises:
+        RuntimeError: it has printed no count of operators.
+    """
+    counts = {where: int(count) for where, count in COUNTED.findall(printed)}
+    if not counts:
+        raise RuntimeError("Vela printed no count of operators")
+    why = {
+        match["name"]: " ".join(line.strip(" -") for line in match["why"].splitlines())
+        for match in WARNED.finditer(printed)
+    }
+    rows = [
+        {
+            "name": row["Name"],
+            "operator": row["Original Operator"],
+            "where": row["Target"],
+            "cycles": round(float(row["Op Cycles"])),
+        }
+        for row in layers
+        if row["Target"] != "CPU"
+    ]
+    rows += [
+        {
+            "name": match["name"],
+            "operator": match["operator"],
+            "where": "CPU",
+            "why": why.get(match["name"], ""),
+        }
+        for match in LISTED.finditer(printed)
+        if match["where"] == "CPU"
+    ]
+    return rows
+
+
+def figures(row: dict[str, str]) -> dict[str, Any]:
+    """A row of its summary, whose memories are in KiB."""
+
+    def total(*keys: str) -> int:
+        return round(sum(float(row[f"{key}_memory_used"]) for key in keys) * 1024)
+
+    return {
+        "cycles": int(float(row["cycles_total"])),
+        "inferences_per_second": float(row["inferences_per_second"]),
+        "macs": int(float(row["nn_macs"])),
+        "sram_bytes": total("sram"),
+        "flash_bytes": total("on_chip_flash", "off_chip_flash", "dram"),
+        "weight_bytes": int(float(row["total_original_weights"])),
+        "encoded_weight_bytes": int(float(row["total_npu_encoded_weights"])),
+        "clock_mhz": float(row["core_clock"]) / 1e6,
+        "memory": f"{row['system_config']}, {row['memory_mode']}",
+    }
+
+
+def run(request: Request) -> None:
+    """Compile."""
+    from ethosu.vela.vela import main
+
+    out = request.folder / "out"
+    main(
+        [
+            str(request.file),
+            "--accelerator-config",
+            request.chip,
+            "--output-dir",
+            str(out),
+            "--show-cpu-operations",
+            "--verbose-performance",
+        ]
+    )
+    (layers,) = out.glob("*_per-layer.csv")
+    (summary,) = out.glob("*_summary_*.csv")
+    with layers.open(newline="") as file:
+        rows = operators(list(csv.DictReader(file)), request.log())
+    with summary.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    request.tell(operators=rows, figures=figures(row))

@@ -116,8 +116,9 @@ class Bridge:
 
     The module imports its tool in functions alone, so that what it says of itself can be read here:
     ``ABOUT``, ``PACKAGE``, ``CHIPS`` (a hardware target -> what the tool calls such chips, the
-    default first; none for a runtime of this computer), ``ACCELERATOR`` (what it calls the place where operators should
-    run), ``SUFFIX`` of the files it takes, ``OPSET`` and ``IR`` (the newest of ONNX that it reads),
+    default first; none for a runtime of this computer), ``ACCELERATOR`` (what it calls the place
+    where operators should run), ``SUFFIX`` of the files it takes, ``OPSET`` and ``IR`` (the newest
+    of ONNX that it reads),
     ``QUANTIZES`` (whether it quantizes a float network by itself), ``TORCH`` (whether it needs
     archnet's), ``ERRORS`` and ``MARK`` (patterns of lines that say what went wrong, and of what
     stands in front of its words), and ``run(request)``, see `archnet.chips.serve`.
@@ -162,7 +163,9 @@ class Bridge:
         """
         if not self.chips:
             if chip is not None:
-                raise ChipError(f"chip={chip}: tool={self.name} runs on this computer, leave it out")
+                raise ChipError(
+                    f"chip={chip}: tool={self.name} runs on this computer, leave it out"
+                )
             return ""
         if hardware not in self.chips:
             raise ChipError(
@@ -333,7 +336,13 @@ class Bridge:
         bin_first = f"{self.python.parent}{os.pathsep}{kept.get('PATH', '')}"
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
-                [str(self.python), "-I", str(here / "serve.py"), str(here / f"{self.name}.py"), str(folder)],
+                [
+                    str(self.python),
+                    "-I",
+                    str(here / "serve.py"),
+                    str(here / f"{self.name}.py"),
+                    str(folder),
+                ],
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -355,8 +364,8 @@ class Bridge:
     def _other(self, version: str) -> str:
         found = version or f"no {self.says('PACKAGE')}"
         return (
-            f"tool={self.name}: {self.environment} has {found}, and its bridge is for {self.version}: "
-            f"remove that folder, then archnet compile --install {self.name}"
+            f"tool={self.name}: {self.environment} has {found}, and its bridge is for "
+            f"{self.version}: remove that folder, then archnet compile --install {self.name}"
         )
 
     def _error(self, ended: str, answer: Mapping[str, Any], log: str) -> str:
@@ -365,7 +374,7 @@ class Bridge:
         if not ended and not told:
             return "" if answer.get("done") else "it ended without an answer"
         said = self.first_error(f"{told}\n{log}")
-        begun = ended or next((t for t in told.splitlines() if "Traceback" not in t), "")
+        begun = ended or ("" if "Traceback" in told else told.strip().partition("\n")[0])
         line = begun if not said or said in begun or begun.endswith(said) else f"{begun}: {said}"
         return _plain(line)
 
@@ -397,7 +406,9 @@ def bridge(name: str) -> Bridge:
     """
     known = tools()
     if name not in known:
-        raise ChipError(f"tool={name} is not one of {', '.join(known)}; nearest: {nearest(name, known)}")
+        raise ChipError(
+            f"tool={name} is not one of {', '.join(known)}; nearest: {nearest(name, known)}"
+        )
     return Bridge(name)
 
 
@@ -428,7 +439,12 @@ def origin_of(name: str, origins: Mapping[str, str]) -> str:
 
 def _called(command: Sequence[str], tool: str) -> None:
     done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
     if done.returncode:
         told = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]

@@ -27,7 +27,11 @@ def run(request: Request) -> None:
         about = node.get_rt_info()
         kind = about["layerType"].astype(str) if "layerType" in about else node.get_type_name()
         if kind not in NO_LAYERS:
-            names = about["originalLayersNames"].astype(str) if "originalLayersNames" in about else ""
-            rows.append({"name": names or node.get_friendly_name(), "operator": kind, "where": "CPU"})
+            names = (
+                about["originalLayersNames"].astype(str) if "originalLayersNames" in about else ""
+            )
+            rows.append(
+                {"name": names or node.get_friendly_name(), "operator": kind, "where": "CPU"}
+            )
     request.tell(operators=rows)
     request.run(lambda inputs: compiled([inputs])[0])

@@ -90,7 +90,10 @@ class Request:
             start = time.perf_counter()
             run(inputs[:1])
             taken.append(time.perf_counter() - start)
-        figures = {**self._answer.get("figures", {}), "milliseconds": sorted(taken)[len(taken) // 2] * 1e3}
+        figures = {
+            **self._answer.get("figures", {}),
+            "milliseconds": sorted(taken)[len(taken) // 2] * 1e3,
+        }
         self.tell(figures=figures)
 
     def nodes(self, profile: str) -> list[dict[str, Any]]:

@@ -34,14 +34,7 @@ COUNTED = re.compile(r"^(CPU|NPU) operators = (\d+)", re.MULTILINE)
 
 
 def operators(layers: list[dict[str, str]], printed: str) -> list[dict[str, Any]]:
-    """The rows of its table of layers, with the reason where it gives one for the CPU.
-
-    Raises:
-        RuntimeError: it has printed no count of operators.
-    """
-    counts = {where: int(count) for where, count in COUNTED.findall(printed)}
-    if not counts:
-        raise RuntimeError("Vela printed no count of operators")
+    """The rows of its table of layers, and what it has left to the CPU, with its reason."""
     why = {
         match["name"]: " ".join(line.strip(" -") for line in match["why"].splitlines())
         for match in WARNED.finditer(printed)
@@ -69,8 +62,15 @@ def operators(layers: list[dict[str, str]], printed: str) -> list[dict[str, Any]
     return rows
 
 
-def figures(row: dict[str, str]) -> dict[str, Any]:
-    """A row of its summary, whose memories are in KiB."""
+def figures(row: dict[str, str], printed: str) -> dict[str, Any]:
+    """A row of its summary, whose memories are in KiB, and its count of operators.
+
+    Raises:
+        RuntimeError: it has printed no such count.
+    """
+    counts = {where: int(count) for where, count in COUNTED.findall(printed)}
+    if not counts:
+        raise RuntimeError("Vela printed no count of operators")
 
     def total(*keys: str) -> int:
         return round(sum(float(row[f"{key}_memory_used"]) for key in keys) * 1024)
@@ -84,6 +84,8 @@ def figures(row: dict[str, str]) -> dict[str, Any]:
         "weight_bytes": int(float(row["total_original_weights"])),
         "encoded_weight_bytes": int(float(row["total_npu_encoded_weights"])),
         "clock_mhz": float(row["core_clock"]) / 1e6,
+        "npu_operators": counts["NPU"],
+        "cpu_operators": counts["CPU"],
         "memory": f"{row['system_config']}, {row['memory_mode']}",
     }
 
@@ -106,8 +108,9 @@ def run(request: Request) -> None:
     )
     (layers,) = out.glob("*_per-layer.csv")
     (summary,) = out.glob("*_summary_*.csv")
+    printed = request.log()
     with layers.open(newline="") as file:
-        rows = operators(list(csv.DictReader(file)), request.log())
+        rows = operators(list(csv.DictReader(file)), printed)
     with summary.open(newline="") as file:
         (row,) = csv.DictReader(file)
-    request.tell(operators=rows, figures=figures(row))
+    request.tell(operators=rows, figures=figures(row, printed))

@@ -373,10 +373,11 @@ class Bridge:
         told = str(answer.get("error", ""))
         if not ended and not told:
             return "" if answer.get("done") else "it ended without an answer"
+        begun = _plain(ended or ("" if "Traceback" in told else told.strip().partition("\n")[0]))
         said = self.first_error(f"{told}\n{log}")
-        begun = ended or ("" if "Traceback" in told else told.strip().partition("\n")[0])
-        line = begun if not said or said in begun or begun.endswith(said) else f"{begun}: {said}"
-        return _plain(line)
+        if not begun or not said or said in begun:
+            return begun or said or "it failed without a word"
+        return said if begun in said else _plain(f"{begun}: {said}")
 
     def first_error(self, text: str) -> str:
         """The line of a tool's output that says what went wrong; "" where none does."""

@@ -51,7 +51,6 @@ PLAIN = {
     "leaky_relu": ("LeakyRelu", {"alpha": 0.1}, []),
     "prelu": ("PRelu", {}, [(C, 1, 1)]),
     "elu": ("Elu", {}, []),
-    "erf": ("Erf", {}, []),
     "softplus": ("Softplus", {}, []),
     "depth_to_space": ("DepthToSpace", {"blocksize": 2}, []),
     "space_to_depth": ("SpaceToDepth", {"blocksize": 2}, []),
@@ -59,6 +58,7 @@ PLAIN = {
     "batchnorm": ("BatchNormalization", {}, [(C,), (C,), (C,), (C,)]),
     "lrn": ("LRN", {"size": 3}, []),
 }
+GELU = "erf"  # stands for GELU as ONNX writes it: compilers know the whole
 TOKENS = ("layernorm", "matmul", "fully_connected")  # on (B, H * W, C)
 
 
@@ -87,7 +87,8 @@ def model(operator: str) -> onnx.ModelProto:
         nodes.append(helper.make_node("Transpose", ["f"], ["t"], name="turn", perm=[0, 2, 1]))
         if operator == "layernorm":
             given = ["t", floats("gain", (C,)), floats("shift", (C,))]
-            nodes.append(helper.make_node("LayerNormalization", given, ["o"], name=NAME, axis=-1))
+            made = {"axis": -1, "epsilon": 1e-5}  # Rockchip's compiler knows no default of it
+            nodes.append(helper.make_node("LayerNormalization", given, ["o"], name=NAME, **made))
         elif operator == "matmul":
             nodes.append(helper.make_node("MatMul", ["t", "f"], ["p"], name=NAME))
             nodes.append(helper.make_node("MatMul", ["p", "t"], ["o"], name=f"{NAME}2"))
@@ -97,6 +98,18 @@ def model(operator: str) -> onnx.ModelProto:
             )
         nodes.append(helper.make_node("Transpose", ["o"], ["u"], name="back", perm=[0, 2, 1]))
         nodes.append(helper.make_node("Reshape", ["u", square], ["z"], name="unflatten"))
+    elif operator == GELU:
+        one, half, root = (
+            constant(name, np.array(value, np.float32))
+            for name, value in (("one", 1), ("half", 0.5), ("root", 2**0.5))
+        )
+        nodes += [
+            helper.make_node("Div", [source, root], ["d"], name=f"{NAME}1"),
+            helper.make_node("Erf", ["d"], ["e"], name=NAME),
+            helper.make_node("Add", ["e", one], ["a"], name=f"{NAME}2"),
+            helper.make_node("Mul", [source, "a"], ["g"], name=f"{NAME}3"),
+            helper.make_node("Mul", ["g", half], ["z"], name=f"{NAME}4"),
+        ]
     elif operator == "concat":
         nodes.append(helper.make_node("Relu", ["x"], ["r"], name="other"))
         nodes.append(helper.make_node("Concat", [source, "r"], ["z"], name=NAME, axis=1))
@@ -122,4 +135,4 @@ def model(operator: str) -> onnx.ModelProto:
     return made
 
 
-ALL = (*PLAIN, *TOKENS, "concat")
+ALL = (*PLAIN, *TOKENS, GELU, "concat")

@@ -23,43 +23,31 @@ ACCELERATOR = "NPU"
 SUFFIX = ".tflite"
 ERRORS = (r"Error: ", r"(\w+\.)*\w+(Error|Exception): ", r"(?i).*error")
 
-# "Warning: Softmax 'name' is not supported on the NPU. Placing on CPU instead", then " - why".
+# "Warning (supported operators) operator: STRIDED_SLICE, ofm: 'name'", then lines that say why.
 WARNED = re.compile(
-    r"^Warning: (?:.*? for )?(?P<operator>\w+) '(?P<name>[^'\n]*)'.*Placing on CPU instead\n"
-    r"(?P<why>(?:\s+-? ?.*\n)*)",
+    r"^Warning \([\w ]+\) operator: \w+, ofm: '(?P<name>[^'\n]*)'[ ]*\n"
+    r"(?P<why>(?:(?!Warning|#)[^\n]*\S[^\n]*\n)*)",
     re.MULTILINE,
 )
-LISTED = re.compile(r"^\s+(?P<where>CPU|NPU): (?P<operator>\w+) = (?P<name>.+?) \(outputs", re.M)
 COUNTED = re.compile(r"^(CPU|NPU) operators = (\d+)", re.MULTILINE)
 
 
 def operators(layers: list[dict[str, str]], printed: str) -> list[dict[str, Any]]:
-    """The rows of its table of layers, and what it has left to the CPU, with its reason."""
+    """The rows of its table of layers, with its reason for those that it leaves to the CPU."""
     why = {
-        match["name"]: " ".join(line.strip(" -") for line in match["why"].splitlines())
+        match["name"]: " ".join(line.strip() for line in match["why"].splitlines())
         for match in WARNED.finditer(printed)
     }
-    rows = [
+    return [
         {
             "name": row["Name"],
             "operator": row["Original Operator"],
             "where": row["Target"],
             "cycles": round(float(row["Op Cycles"])),
+            "why": why.get(row["Name"], "").removeprefix("Reason: "),
         }
         for row in layers
-        if row["Target"] != "CPU"
     ]
-    rows += [
-        {
-            "name": match["name"],
-            "operator": match["operator"],
-            "where": "CPU",
-            "why": why.get(match["name"], ""),
-        }
-        for match in LISTED.finditer(printed)
-        if match["where"] == "CPU"
-    ]
-    return rows
 
 
 def figures(row: dict[str, str], printed: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from archnet.chips.bridge import TIMEOUT
+from archnet.chips.host import TIMEOUT
 from archnet.commands.cost import INPUT_HELP
 from archnet.commands.folder import folder_arguments, open_folder
 from archnet.errors import ArchnetError, printable

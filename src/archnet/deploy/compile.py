@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from archnet.chips import Bridge, Compiled
-from archnet.chips.bridge import TIMEOUT
+from archnet.chips.host import TIMEOUT
 from archnet.deploy.export import FORMS, is_quantized, of_five, to_onnx
 from archnet.deploy.integer import IntegerModel, Kind, to_integers
 from archnet.deploy.latency import export_teacher

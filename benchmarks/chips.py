@@ -29,6 +29,7 @@ from torchvision.models import SwinTransformer
 import archnet
 from archnet.capture import capture
 from archnet.chips import Bridge, Compiled, Placed, bridge, tools
+from archnet.convert import Approximation
 from archnet.deploy.compile import Asked, Judged, compile_student, compile_teacher
 from archnet.errors import ArchnetError, printable
 from archnet.teachers import MEMBERS, Member, random_network
@@ -80,8 +81,8 @@ def places(names: Sequence[str]) -> list[tuple[Bridge, str, str]]:
 class Students:
     """The students of one network by target and kind, each made once."""
 
-    def __init__(self, network: nn.Module, calibration: Tensor) -> None:
-        self.network, self.calibration = network, calibration
+    def __init__(self, network: nn.Module, calibration: Tensor, max_cost: float | None) -> None:
+        self.network, self.calibration, self.max_cost = network, calibration, max_cost
         self.made: dict[tuple[str, bool], Any] = {}
 
     def of(self, hardware: str, quantized: bool) -> Any:
@@ -92,7 +93,8 @@ class Students:
         """
         key = hardware, quantized
         if key not in self.made:
-            student = archnet.convert(self.network, self.calibration, hardware)
+            bound = Approximation(max_cost=self.max_cost)
+            student = archnet.convert(self.network, self.calibration, hardware, approximation=bound)
             if quantized:
                 archnet.quantize(student, weight_bits=8, act_bits=8, calibration=[self.calibration])
             self.made[key] = student
@@ -152,7 +154,8 @@ def measure(name: str, options: argparse.Namespace) -> None:
     network = network_named(name, options.seed)
     with torch.no_grad():
         answers = len(torch.cat([network(part) for part in pictures.split(10)]).argmax(1).unique())
-    students = Students(network, calibration)
+    students = Students(network, calibration, options.max_cost)
+    bound = "" if options.max_cost is None else f" --max-cost {options.max_cost:g}"
     for tool, target, chip in places(options.tools):
         label = f"{tool.name}:{target}" if target else tool.name
         if tool.missing:
@@ -168,7 +171,9 @@ def measure(name: str, options: argparse.Namespace) -> None:
             "weight_bits": 8,
             "act_bits": 8,
             "seed": options.seed,
-            "command": f"python benchmarks/chips.py {name} --tools {label} --seed {options.seed}",
+            "command": f"python benchmarks/chips.py {name} --tools {label}{bound} "
+            f"--seed {options.seed}",
+            "max_cost": "" if options.max_cost is None else options.max_cost,
             "tool": label,
             "chip": chip,
             "student_form": "W8A8" if quantized else "float, INT8 by the tool",
@@ -282,6 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("networks", nargs="*", choices=[[], *NETWORKS], help="(default: all)")
     parser.add_argument("--tools", nargs="*", default=[], help="tool or tool:target (default: all)")
+    parser.add_argument("--max-cost", type=float, help="convert.max_cost of the students")
     parser.add_argument("--seed", type=int, default=0, help="of weights and pictures")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one file")
     parser.add_argument("--write", action="store_true", help=f"{DOCS.name} from {RESULTS.name}")
@@ -295,6 +301,8 @@ def main() -> None:
         measure(names[0], options)
         return
     given = ["--seed", str(options.seed), "--timeout", str(options.timeout)]
+    if options.max_cost is not None:
+        given += ["--max-cost", str(options.max_cost)]
     if options.tools:
         given += ["--tools", *options.tools]
     for name in names:

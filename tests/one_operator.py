@@ -40,7 +40,6 @@ PLAIN = {
     "exp": ("Exp", {}, []),
     "sqrt": ("Sqrt", {}, []),
     "abs": ("Abs", {}, []),
-    "neg": ("Neg", {}, []),
     "floor": ("Floor", {}, []),
     "sin": ("Sin", {}, []),
     "cos": ("Cos", {}, []),

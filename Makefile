@@ -19,6 +19,9 @@ lint: $(READY)  ## style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+chip-%: $(READY)  ## the environment of a vendor's tool, for archnet compile: make chip-rknn
+	$(BIN)/python -m archnet compile --install $*
+
 clean:  ## caches, not runs and not .venv
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 

@@ -22,6 +22,7 @@ from record import append, versions
 from torch import Tensor
 
 from archnet.capture import TeacherGraph, TeacherNode, capture
+from archnet.chips import ChipError, Compiled, bridge
 from archnet.deploy import to_integers
 from archnet.deploy.tflite import (
     LINEAR,
@@ -34,7 +35,6 @@ from archnet.deploy.tflite import (
     pooling_options,
     to_tflite,
 )
-from archnet.deploy.vela import ACCELERATOR, ACCELERATORS, VelaReport, compile_vela
 from archnet.errors import ArchnetError
 from archnet.hardware import teacher_cost
 from archnet.lower import deployed_cost
@@ -203,30 +203,43 @@ def _array(values: Tensor) -> NDArray[np.float64]:
     return values.detach().cpu().double().numpy()
 
 
-def teacher_report(this: Run, accelerator: str) -> tuple[VelaReport, int]:
+def estimated(content: bytes, accelerator: str) -> Compiled:
+    """What the compiler says of a file.
+
+    Raises:
+        ChipError: it is not installed, or fails.
+    """
+    found = bridge("vela").compile(content, accelerator)
+    if found.error:
+        raise ChipError(f"{found.version}: {found.error}")
+    return found
+
+
+def teacher_report(this: Run, accelerator: str) -> tuple[Compiled, int]:
     """The compiler's estimates of a run's teacher, and its multiply-accumulates."""
     batches = this.data.calibration_batches(this.config.quant.calibration_batches)
     content = teacher_tflite(capture(this.teacher, batches[0][:1]), batches)
     macs = teacher_cost(this.teacher, batches[0][:1], weight_bits=8, act_bits=8).macs
-    return compile_vela(content, accelerator), macs
+    return estimated(content, accelerator), macs
 
 
 def main() -> None:
     """Compile and add the rows."""
+    known = [chip for chips in bridge("vela").chips.values() for chip in chips]
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     arguments(parser, WIDTHS)
-    parser.add_argument("--accelerator", default=ACCELERATOR, choices=ACCELERATORS)
+    parser.add_argument("--accelerator", default=known[0], choices=known)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    teachers: dict[Path, tuple[VelaReport, int]] = {}
+    teachers: dict[Path, tuple[Compiled, int]] = {}
     for this, student, about in students(options):
         run = this.folder.path
         if run not in teachers:
             teachers[run] = teacher_report(this, options.accelerator)
-            print(f"{about['task']} teacher", teachers[run][0], flush=True)
+            print(f"{about['task']} teacher", teachers[run][0].figures, flush=True)
         before, macs = teachers[run]
-        after = compile_vela(to_tflite(to_integers(student, target="arch5")), options.accelerator)
-        figures = {key: getattr(after, key) for key in SHOWN}
+        after = estimated(to_tflite(to_integers(student, target="arch5")), options.accelerator)
+        figures = {key: after.figures[key] for key in SHOWN}
         print(f"{about['task']} W{about['weight_bits']}A{about['act_bits']}", figures, flush=True)
         if options.dry_run:
             continue
@@ -235,15 +248,15 @@ def main() -> None:
             {
                 **about,
                 "metric": "inferences a second, estimated (teacher int8)",
-                "teacher_value": round(before.inferences_per_second, 1),
-                "student_value": round(after.inferences_per_second, 1),
+                "teacher_value": round(before.figures["inferences_per_second"], 1),
+                "student_value": round(after.figures["inferences_per_second"], 1),
                 "macs_ratio": round(deployed_cost(student).macs / macs, 4),
-                "versions": f"{versions()}; {after.versions}",
+                "versions": f"{versions()}; {after.version}",
                 "command": f"{about['command']} --accelerator {options.accelerator}",
                 **figures,
-                **{f"teacher_{key}": getattr(before, key) for key in SHOWN},
-                "accelerator": after.accelerator,
-                "memory": f"{after.memory}, {after.clock:.0f} MHz",
+                **{f"teacher_{key}": before.figures[key] for key in SHOWN},
+                "accelerator": options.accelerator,
+                "memory": f"{after.figures['memory']}, {after.figures['clock_mhz']:.0f} MHz",
             },
         )
 

@@ -20,6 +20,8 @@ OPTIONS = [
 TARGETS = sorted(f"hardware={path.stem}" for path in (ROOT / "src/archnet/hardware").glob("*.yaml"))
 # What an option cannot do without.
 REQUIRED = {
+    "hardware=max78000": ["quant.per_channel=false"],
+    "hardware=max78002": ["quant.per_channel=false"],
     "task=images": ["task.data.root=photos"],
     "teacher=custom": ["teacher.factory=package.module:make"],
 }

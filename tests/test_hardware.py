@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 from torch import nn
 
 import archnet
+from archnet.compose import check, compose
 from archnet.config import OPERATORS, LimitsConfig
 from archnet.errors import ConfigError
 from archnet.hardware import (
@@ -887,3 +889,60 @@ def test_a_broken_file_has_a_cost_or_a_clear_error(tmp_path):
             except AuditError as error:
                 refused += "no valid ONNX model" in str(error)
     assert refused > 20
+
+
+# Targets of anybody's files ---------------------------------------------------------------------
+
+OWN = "name: mychip\noperators: [conv3x3, fully_connected]\nmax_channels: 24\n"
+
+
+def test_a_target_can_stand_anywhere(tmp_path):
+    path = tmp_path / "my chip.yaml"
+    path.write_text(OWN)
+    target = Target.of(str(path))
+    assert (target.name, target.operators, target.max_channels) == (
+        "mychip",
+        ("conv3x3", "fully_connected"),
+        24,
+    )
+    (tmp_path / "other.yml").write_text("operators: [conv]")
+    assert Target.named(str(tmp_path / "other.yml")).name == "other"
+    assert not archnet.audit(residual_student(), str(path)).pure
+
+
+@pytest.mark.parametrize("words", [["hardware={}"], ["-m", "hardware={},arch5"]])
+def test_a_run_takes_a_target_of_any_file(tmp_path, words):
+    path = tmp_path / "mychip.yaml"
+    path.write_text(OWN)
+    conf = Path(__file__).resolve().parents[1] / "conf"
+    words = [word.format(path) for word in words]
+    given = check(conf, words)
+    assert not any(str(path) in word for word in given)
+    if "-m" not in words:
+        hardware = compose(conf, words).hardware
+        assert (hardware.name, hardware.max_channels) == ("mychip", 24)
+        assert compose(conf, [*words, "hardware.max_channels=8"]).hardware.max_channels == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("oprators: [conv]", "oprators is no key of a target; nearest valid: operators"),
+        ("operators: [conv9]", "hardware.operators=conv9 is not known; nearest: conv"),
+        ("limits: {mul: {stride: 1}}", "hardware.limits.mul bounds no operator"),
+        ("lanes: many", "lanes|many"),
+        ("- conv", "holds no keys of a target"),
+        ("operators: [", "while parsing"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_file_that_describes_no_target_is_one_line(tmp_path, text, said):
+    path = tmp_path / "mychip.yaml"
+    if text is not None:
+        path.write_text(text)
+    conf = Path(__file__).resolve().parents[1] / "conf"
+    for act in (lambda: Target.of(str(path)), lambda: compose(conf, [f"hardware={path}"])):
+        with pytest.raises(ConfigError, match=said) as error:
+            act()
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)

@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from archnet import pipeline
+from archnet.cli import main as archnet
 from archnet.config import Config
 from archnet.deploy import to_integers
 from archnet.errors import ArchnetError
+from archnet.report.page import write as write_report
 from archnet.runs import RunError, RunFolder, read_json
 from conftest import killed_at
+from test_chips import replayed
 
 ROOT = Path(__file__).resolve().parents[1]
 Make = Callable[..., Config]
@@ -35,6 +38,32 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return pipeline.run(
         compose(ROOT / "conf", [*places, *DEBUG, "distill.steps=20", "logger=tensorboard"])
     )
+
+
+def test_a_tools_answer_is_kept_with_the_run(
+    finished: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ARCHNET_CHIPS", str(tmp_path))
+    replayed(tmp_path, "rknn", "print('noise'); kept['scores'] = None")
+    words = ["compile", str(finished.path), "hardware=rv1106", "inputs=0", "teacher=true"]
+    assert archnet(words) == 1  # an operator is on the CPU
+    shown = capsys.readouterr().out
+    assert "not on the NPU" in shown
+    assert "student: on the CPU: exNorm" in shown
+    kept = read_json(finished.metrics)["compile"]["rknn rv1106"]
+    assert {side: len(kept[side]["off"]) for side in kept} == {"student": 1, "teacher": 1}
+    assert (finished.path / "compile" / "rknn_rv1106.log").read_text() == "noise\n"
+    assert "exNorm" in write_report(finished.path).read_text()
+    # What a tool tells before it crashes is kept, and the line says where its log is.
+    replayed(tmp_path / "crash", "rknn", "import os; os.kill(os.getpid(), 11)")
+    monkeypatch.setenv("ARCHNET_CHIPS", str(tmp_path / "crash"))
+    assert archnet(words[:4]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "it was ended by SIGSEGV; its log: " in line
+    assert read_json(finished.metrics)["compile"]["rknn rv1106"]["student"]["error"]
 
 
 def test_a_run_leaves_what_the_readme_says(finished: RunFolder) -> None:

@@ -12,7 +12,6 @@ import archnet
 from archnet.deploy import ExportError
 from archnet.deploy.integer import IntegerGrid, to_integers
 from archnet.deploy.tflite import _headroom, affine, to_tflite
-from archnet.deploy.vela import _report, compile_vela
 from archnet.ops import (
     Activation,
     Concat,
@@ -203,66 +202,3 @@ def test_an_input_on_several_grids_is_an_error():
     model.steps[3] = replace(model.steps[3], inputs=(model.input,))
     with pytest.raises(ExportError, match=r"one grid for its input, and .* read it"):
         to_tflite(model)
-
-
-# Vela -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["all operators", "residual"])
-def test_all_of_a_student_runs_on_the_chip(name):
-    pytest.importorskip("ethosu.vela")
-    net, _ = quantized(NETWORKS[name](), 2, 4)
-    report = compile_vela(to_tflite(to_integers(net)))
-    assert report.cpu_operators == 0
-    assert report.npu_operators > 5
-    assert report.on_cpu == ()
-    assert report.inferences_per_second > 1000
-    assert 0 < report.encoded_weight_bytes < report.flash_bytes
-
-
-def test_fewer_bits_compress_better():
-    pytest.importorskip("ethosu.vela")
-    sizes = []
-    for bits in (8, 4, 2):
-        torch.manual_seed(0)
-        middle = Convolution(64, 64), Activation(0), Convolution(64, 64), Activation(0)
-        net = chain((3, 8, 8), Convolution(3, 64), Activation(0), *middle, Convolution(64, 4))
-        quantize(net, bits, 4, [torch.randn(8, 3, 8, 8)])
-        sizes.append(compile_vela(to_tflite(to_integers(net))).encoded_weight_bytes)
-    assert sizes[0] > 1.3 * sizes[1] > 1.3 * sizes[2]
-
-
-def test_what_the_chip_cannot_run_is_named():
-    figures = ["core_clock", "inferences_per_second", "cycles_total", "nn_macs"]
-    figures += [f"{name}_memory_used" for name in ("sram", "on_chip_flash", "off_chip_flash")]
-    figures += ["dram_memory_used", "total_original_weights", "total_npu_encoded_weights"]
-    row = dict.fromkeys(figures, "1.5")
-    row |= {"system_config": "fast", "memory_mode": "shared"}
-    printed = (
-        "CPU operators = 1 (50.0%)\nNPU operators = 1 (50.0%)\n"
-        "   CPU: Softmax = probabilities (outputs [1, 10])\n"
-        "   NPU: Conv2D = conv (outputs [1, 8, 8, 4])\n"
-    )
-    report = _report(row, printed, "ethos-u55-128", "vela 5")
-    assert report.on_cpu == ("Softmax = probabilities",)
-    assert report.sram_bytes == 1536
-    with pytest.raises(ExportError, match="no count of operators"):
-        _report(row, "", "ethos-u55-128", "vela 5")
-
-
-def test_an_unknown_accelerator_is_an_error():
-    with pytest.raises(ExportError, match="nearest: ethos-u55-128"):
-        compile_vela(b"", "ethos-u55-129")
-
-
-def test_a_missing_compiler_is_one_line(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ExportError, match=r"pip install 'archnet\[vela\]'"):
-        compile_vela(b"")
-
-
-def test_a_file_that_is_none_is_one_line():
-    pytest.importorskip("ethosu.vela")
-    with pytest.raises(ExportError, match="Vela cannot compile the file: ") as error:
-        compile_vela(b"nothing")
-    assert "\n" not in str(error.value)

@@ -198,7 +198,7 @@ def test_evaluate_and_export_know_translators(
     assert archnet(["export", str(finished.path), "--output", str(tmp_path / "files")]) == 0
     content = (tmp_path / "files" / "student.decoder.onnx").read_bytes()
     assert content == (finished.path / "student.decoder.onnx").read_bytes()
-    for command in ("verify", "cost", "vela"):
+    for command in ("verify", "cost", "compile"):
         assert archnet([command, str(finished.path)]) == 2
         assert "this command is for classifiers" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from archnet.config import Config, nearest, validate
 from archnet.errors import ConfigError
 from archnet.overrides import arrange, parse, sample, settings
+from archnet.target_file import from_file, is_file
 
 # fmt: off
 TORCHVISION_MODELS = (
@@ -53,6 +55,28 @@ def register() -> None:
         store.store(group="teacher", name=name, node=node)
 
 
+def placed(word: str) -> str:
+    """A word of the command line whose targets of files, ``hardware=path/to/mychip.yaml``, are
+    named as Hydra finds them.
+
+    Raises:
+        ConfigError: a file is missing, or describes no target.
+    """
+    key, _, values = word.partition("=")
+    if key != "hardware" or not any(map(is_file, values.split(","))):
+        return word
+    names = []
+    for value in values.split(","):
+        if not is_file(value):
+            names.append(value)
+            continue
+        found = from_file(value)
+        name = f"{found.name}_{sha256(value.encode()).hexdigest()[:8]}"
+        ConfigStore.instance().store(group="hardware", name=name, node=found)
+        names.append(name)
+    return f"{key}={','.join(names)}"
+
+
 def compose(conf: Path, overrides: Sequence[str], config_name: str = "config") -> Config:
     """The checked config of ``conf/`` under ``overrides`` such as ``quant.bits=4``.
 
@@ -62,6 +86,7 @@ def compose(conf: Path, overrides: Sequence[str], config_name: str = "config") -
         ConfigError: an unknown key, group option or impossible value, in one line.
     """
     register()
+    overrides = [placed(word) for word in overrides]
     _check_keys(overrides)
     GlobalHydra.instance().clear()
     try:
@@ -112,6 +137,7 @@ def check(conf: Path, arguments: Sequence[str]) -> list[str]:
     """
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage
+    arguments = [placed(word) for word in arguments]
     options = parser.parse_args(arguments)
     if options.hydra_help or options.info or options.shell_completion:
         return list(arguments)

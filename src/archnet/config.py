@@ -694,7 +694,7 @@ def validate(config: Config) -> None:
             f"teacher.name={config.teacher.name} leaves teacher.cache_dir, where trained teachers "
             "are kept: give it a plain name"
         )
-    _validate_hardware(config.hardware)
+    _validate_lists(config.hardware)
     if config.quant.method != "none":
         _validate_quant(config.quant, config.hardware)
     for name in ("weight_bits", "act_bits"):
@@ -717,7 +717,17 @@ def pair(weight_bits: int, act_bits: int) -> str:
     return f"w{weight_bits}a{act_bits}"
 
 
-def _validate_hardware(hardware: HardwareConfig) -> None:
+def validate_hardware(hardware: HardwareConfig) -> None:
+    """Check the values of a target alone.
+
+    Raises:
+        ConfigError: names the first impossible key and the nearest valid value.
+    """
+    _validate(hardware, "hardware.")
+    _validate_lists(hardware)
+
+
+def _validate_lists(hardware: HardwareConfig) -> None:
     for operator in hardware.lacks:
         if operator in hardware.operators:
             raise ConfigError(

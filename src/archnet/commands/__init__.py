@@ -7,17 +7,17 @@ from types import ModuleType
 
 from archnet.commands import (
     audit,
+    compile,
     cost,
     coverage,
     evaluate,
     export,
     report,
     translate,
-    vela,
     verify,
 )
 
 COMMANDS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (audit, cost, coverage, export, verify, vela, evaluate, translate, report)
+    for module in (audit, cost, coverage, export, verify, compile, evaluate, translate, report)
 }

@@ -9,10 +9,13 @@ if TYPE_CHECKING:
 
 
 def folder_arguments(
-    parser: argparse.ArgumentParser, name: str = "run", about: str = "run folder"
+    parser: argparse.ArgumentParser,
+    name: str = "run",
+    about: str = "run folder",
+    optional: bool = False,
 ) -> None:
     """Declare the folder and ``trust``."""
-    parser.add_argument(name, type=Path, help=about)
+    parser.add_argument(name, type=Path, help=about, nargs="?" if optional else None)
     parser.add_argument(
         "--trust",
         default="false",

@@ -85,7 +85,7 @@ def _show(title: str, inputs: int, checks: "list[Check]") -> None:
                 check.runtime,
                 f"{check.inputs:,}",
                 f"{check.max_steps:g}",
-                _percent(check.bit_equal),
+                percent(check.bit_equal),
                 str(check.changed),
             )
     shown = plain_console()
@@ -100,6 +100,6 @@ def _show(title: str, inputs: int, checks: "list[Check]") -> None:
                 shown.print(f"{check.name}: {check.hint}")
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """Never 100 % where one output differs."""
     return "100 %" if share == 1 else f"{min(100 * share, 99.999):.3f} %"

@@ -228,14 +228,14 @@ def audit(
         ExportError: the student cannot be written.
     """
     if isinstance(model, Student):
-        model = to_onnx(model, "qcdq" if _is_quantized(model) else "float")
+        model = to_onnx(model, "qcdq" if is_quantized(model) else "float")
     if isinstance(model, nn.Module):
         raise ExportError(f"a {type(model).__name__} is no student: convert() makes one of it")
     return audit_file(model, hardware, inputs)
 
 
 def _check_quantized(student: Student, form: str) -> None:
-    quantized = _is_quantized(student)
+    quantized = is_quantized(student)
     if quantized and not FORMS[form].integers:
         raise ExportError('this student is quantized: export it with form="qcdq"')
     if not quantized and FORMS[form].integers:
@@ -245,7 +245,8 @@ def _check_quantized(student: Student, form: str) -> None:
         )
 
 
-def _is_quantized(student: nn.Module) -> bool:
+def is_quantized(student: nn.Module) -> bool:
+    """Whether a student has quantizers."""
     return any(
         (isinstance(module, WeightedOperator) and module.weight_quantizer is not None)
         or (isinstance(module, Activation) and module.quantizer is not None)

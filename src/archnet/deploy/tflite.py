@@ -466,11 +466,10 @@ class _Emitter:
         # Powers of two keep accumulators exact where all channels share one unit.
         result = Quantized(step.unit.max(keepdims=True) * 2.0 ** (bits - 16), dtype=np.int16)
         self.file.tensor(name, shape, result)
-        biases = self.file.constant(
-            f"{name}.bias", bias.astype(np.int64), Quantized(units, dtype=np.int64)
-        )
-        options = convolution_options(padding, stride, LINEAR)
-        return self.file.operator("CONV_2D", [wide, weight, biases], name, options, version=4)
+        biases = self.file.constant(f"{name}.bias", bias, Quantized(units, dtype=np.int32))
+        # Biases of 32 bits are said: they are 64 by default here, with which Vela crashes for U85.
+        options = {**convolution_options(padding, stride, LINEAR), 6: np.int8(_TYPES["int32"])}
+        return self.file.operator("CONV_2D", [wide, weight, biases], name, options, version=8)
 
     def _widened(self, x: str, source: str) -> str:
         """The same integers as int16, whose zero point is 0."""

@@ -197,7 +197,7 @@ class _Golden:
                 "it is another student's file"
             )
         unit = self.model.output_unit
-        difference = _steps(found / unit, expected)
+        difference = steps_off(found / unit, expected)
         wrong = changed(expected * unit, found) | ~np.isfinite(found).all(-1)
         differing = np.flatnonzero((difference > 0).reshape(count, -1).any(1))
         return Check(
@@ -225,7 +225,7 @@ class _Golden:
             place = places.get(step.name, self.model.output)
             is_output = step.name == subject.output
             unit = self.model.output_unit if is_output else self.model.grids[place].scale
-            difference = _steps(found[step.name] / unit, expected[place])
+            difference = steps_off(found[step.name] / unit, expected[place])
             if difference.any():
                 return Divergence(
                     step.name,
@@ -245,7 +245,7 @@ def _origin(student: Student, step: Step) -> str:
     return step.origin
 
 
-def _steps(found: NDArray[Any], expected: Integers) -> NDArray[np.float64]:
+def steps_off(found: NDArray[Any], expected: Integers) -> NDArray[np.float64]:
     """Distances from the integers expected; what is no number is infinitely far."""
     difference = np.abs(np.rint(found.astype(np.float64)) - expected)
     return np.where(np.isnan(difference), np.inf, difference)

@@ -8,11 +8,9 @@ from importlib.resources import files
 from types import SimpleNamespace
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from archnet.config import CostsConfig, HardwareConfig, LimitsConfig
+from archnet.config import CostsConfig, LimitsConfig
 from archnet.errors import ConfigError
+from archnet.target_file import described, from_file, is_file
 
 # Kinds of layer that have more than one operator, the narrowest first.
 FORMS: Mapping[str, tuple[str, ...]] = {
@@ -93,15 +91,21 @@ class Target:
 
     @classmethod
     def named(cls, name: str) -> "Target":
-        """A built-in target.
+        """A built-in target, or that of anybody's file: ``path/to/mychip.yaml``.
 
         Raises:
-            ConfigError: there is no target of that name, or its file has a key that none has.
+            ConfigError: there is no target of that name, or its file has a key that none has, or a
+                value that cannot be.
         """
+        if is_file(name):
+            return cls.of(from_file(name))
         known = cls.names()
         if name not in known:
             near = (difflib.get_close_matches(name, known, 1, 0.0) or known)[0]
-            raise ConfigError(f"hardware={name} is not one of {', '.join(known)}; nearest: {near}")
+            raise ConfigError(
+                f"hardware={name} is not one of {', '.join(known)}; nearest: {near}; "
+                "a target of your own is named by its file, hardware=path/to/mychip.yaml"
+            )
         return _built_in(name)
 
     @classmethod
@@ -208,12 +212,7 @@ class Target:
 @cache
 def _built_in(name: str) -> Target:
     text = files("archnet.hardware").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    try:
-        # What the file leaves out has the default of the schema.
-        tree = OmegaConf.merge(OmegaConf.structured(HardwareConfig), OmegaConf.create(text))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"hardware={name}: {str(error).splitlines()[0]}") from error
-    return Target.of(OmegaConf.to_object(tree))
+    return Target.of(described(text, f"hardware={name}", name))
 
 
 def sizes(shape: tuple[int | None, ...]) -> str:

@@ -1,0 +1,294 @@
+"""Files handed to vendors' tools, and what comes back held against what the file stands for."""
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from archnet.chips import Bridge, Compiled
+from archnet.chips.host import TIMEOUT
+from archnet.deploy.export import FORMS, is_quantized, of_five, to_onnx
+from archnet.deploy.integer import IntegerModel, Kind, to_integers
+from archnet.deploy.latency import export_teacher
+from archnet.deploy.runtime import changed, load_session, run_session
+from archnet.deploy.verify import steps_off
+from archnet.deploy.writer import ExportError
+from archnet.hardware.onnx_file import load
+from archnet.ops import Student
+
+QUANTIZED = "qcdq"  # the form of a quantized student that tools are given, where they take ONNX
+BATCH = 64
+
+Images = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a tool makes of a network, and how its results agree with those expected.
+
+    Args:
+        compiled: what the tool said.
+        against: what the results were expected from.
+        inputs: how many were run; 0: none.
+        changed: predictions that are others.
+        bit_equal: share of the results that are those expected exactly, 0 to 1; None where these
+            are floats.
+        max_steps: the largest difference of a result in units of the golden model's; None likewise.
+    """
+
+    compiled: Compiled
+    against: str
+    inputs: int = 0
+    changed: int | None = None
+    bit_equal: float | None = None
+    max_steps: float | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """As plain data (JSON)."""
+        return {
+            **self.compiled.summary(),
+            "against": self.against,
+            "inputs": self.inputs,
+            "changed": self.changed,
+            "bit_equal": self.bit_equal,
+            "max_steps": self.max_steps,
+        }
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every network of a comparison is compiled with.
+
+    Args:
+        bridge: the tool.
+        chip: as the tool calls it; "" for a runtime.
+        images: (N, ...) float32 to run; N may be 0.
+        calibration: (N, ...) float32, for a float network that the tool quantizes.
+        timeout: seconds for each network.
+    """
+
+    bridge: Bridge
+    chip: str
+    images: Images
+    calibration: Images
+    timeout: float = TIMEOUT
+
+    def compile(
+        self,
+        content: bytes,
+        quantize: bool,
+        log: Path | None,
+        origins: Mapping[str, str] | None = None,
+    ) -> Compiled:
+        """What the tool makes of a file; it quantizes it where it can and is asked to."""
+        return self.bridge.compile(
+            content,
+            self.chip,
+            self.images,
+            self.calibration if quantize and self.bridge.says("QUANTIZES") else None,
+            timeout=self.timeout,
+            log=log,
+            origins=origins,
+        )
+
+
+def compile_student(
+    student: Student, asked: Asked, log: Path | None = None, requantization: Kind = "multiplier"
+) -> Judged:
+    """Have a tool compile a student, and compare what it computes.
+
+    Args:
+        student: quantized, held against its golden model; or float, held against itself, and
+            quantized by the tool where that is what the tool does.
+        asked: the tool and what it is given.
+        log: where to keep what the tool prints.
+        requantization: of the golden model, as the target has it.
+
+    Raises:
+        ExportError: the student cannot be written as the tool takes it.
+        ChipError: the tool is not there.
+    """
+    quantized = is_quantized(student)
+    if asked.bridge.says("SUFFIX") == ".tflite":
+        if not quantized:
+            raise ExportError(
+                f"tool={asked.bridge.name} takes int8 TensorFlow Lite: quantize the student"
+            )
+        from archnet.deploy.tflite import to_tflite
+
+        model: IntegerModel | None = of_five(student, "tflite")
+        assert model is not None
+        origins = {step.name: step.origin for step in model.steps if step.origin}
+        content = to_tflite(model)
+    else:
+        model = to_integers(student, requantization) if quantized else None
+        form = QUANTIZED if quantized else "float"
+        opset = min(asked.bridge.says("OPSET", FORMS[form].opset), FORMS[form].opset)
+        file = for_one(to_onnx(student, form, opset), asked.bridge)
+        content, origins = file.SerializeToString(), layers_of(file)
+    compiled = asked.compile(content, not quantized, log, origins)
+    if model is None:
+        return judged(compiled, asked.images, "the float student", _of(student))
+    return against_golden(compiled, asked.images, model)
+
+
+def compile_teacher(teacher: nn.Module, asked: Asked, log: Path | None = None) -> Judged:
+    """Have a tool compile a float teacher, quantize it where that is what the tool does, and
+    compare what it computes.
+
+    Args:
+        teacher: left untouched.
+        asked: the tool and what it is given; at least one image.
+        log: where to keep what the tool prints.
+
+    Raises:
+        ExportError: torch cannot export the teacher, or the tool takes no ONNX.
+        ChipError: the tool is not there.
+    """
+    if asked.bridge.says("SUFFIX") != ".onnx":
+        raise ExportError(
+            f"teacher=true: tool={asked.bridge.name} takes TensorFlow Lite, and a teacher is "
+            "written as ONNX alone: leave it out"
+        )
+    example = torch.from_numpy(asked.images[:1])
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_teacher(teacher, example, Path(folder) / "teacher.onnx")
+        content = for_one(onnx.load(path), asked.bridge).SerializeToString()
+    compiled = asked.compile(content, True, log)
+    return judged(compiled, asked.images, "the float teacher", _of(teacher))
+
+
+def compile_file(path: Path, asked: Asked, log: Path | None = None) -> Judged:
+    """Have a tool compile anybody's file; an ONNX file is held against ONNX Runtime.
+
+    Raises:
+        ArchnetError: the file is none, or of another kind than the tool takes.
+    """
+    suffix = asked.bridge.says("SUFFIX")
+    if path.suffix != suffix:
+        raise ExportError(f"{path}: tool={asked.bridge.name} takes files named *{suffix}")
+    if suffix != ".onnx":
+        return Judged(asked.compile(path.read_bytes(), False, log), "")
+    model = onnx.load(path)
+    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    content = for_one(model, asked.bridge).SerializeToString()
+    compiled = asked.compile(content, not quantized, log, layers_of(model))
+    session = load_session(content)
+
+    def run(images: Images) -> NDArray[Any]:
+        parts = [run_session(session, item[None], str(path))[0] for item in images]
+        return np.concatenate(parts)
+
+    return judged(compiled, asked.images, "ONNX Runtime", run)
+
+
+def input_shape(path: str | os.PathLike[str], given: Mapping[str, Sequence[int]] | None) -> Any:
+    """The shape of the one input of an ONNX file, for a batch of one.
+
+    Raises:
+        ArchnetError: the file is no valid one, has several inputs, or leaves sizes open.
+    """
+    graph = load(path).graph
+    constants = {item.name for item in graph.initializer}
+    inputs = [item for item in graph.input if item.name not in constants]
+    if len(inputs) != 1:
+        raise ExportError(f"{path} has {len(inputs)} inputs, and one is taken here")
+    if given is not None:
+        return tuple(next(iter(given.values())))
+    sizes = [dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim]
+    shape = (1, *sizes[1:])
+    if not all(size > 0 for size in shape):
+        raise ExportError(f"{path} leaves sizes of its input open: state them, input=1x3x224x224")
+    return shape
+
+
+def for_one(model: onnx.ModelProto, bridge: Bridge) -> onnx.ModelProto:
+    """The same file for a batch of one, as chips' tools want it, in an IR that the tool reads."""
+    for value in (*model.graph.input, *model.graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if dims and not dims[0].dim_value:
+            dims[0].dim_value = 1
+    model.ir_version = min(model.ir_version, bridge.says("IR", model.ir_version))
+    return model
+
+
+def layers_of(model: onnx.ModelProto) -> dict[str, str]:
+    """Name of a node -> the teacher's layer that it comes from, where the file says so."""
+    return {
+        node.name: entry.value
+        for node in model.graph.node
+        for entry in node.metadata_props
+        if entry.key == "origin" and node.name
+    }
+
+
+def judged(
+    compiled: Compiled, images: Images, against: str, run: Callable[[Images], NDArray[Any]]
+) -> Judged:
+    """Float results against those of ``run``."""
+    found = compiled.scores
+    if found is None or not len(found):
+        return Judged(compiled, against)
+    expected = run(images)
+    if found.size != expected.size:
+        return Judged(_with_shape(compiled, found, expected), against)
+    wrong = _changed(expected, found.reshape(expected.shape))
+    return Judged(compiled, against, len(found), int(wrong.sum()))
+
+
+def against_golden(compiled: Compiled, images: Images, model: IntegerModel) -> Judged:
+    """The results of a quantized student against its integer model."""
+    found, against = compiled.scores, "the golden model"
+    if found is None or not len(found):
+        return Judged(compiled, against)
+    parts = [images[first : first + BATCH] for first in range(0, len(images), BATCH)]
+    expected = np.concatenate([model.run(part)[model.output] for part in parts])
+    if found.size != expected.size:
+        return Judged(_with_shape(compiled, found, expected), against)
+    found, unit = found.reshape(expected.shape), model.output_unit
+    difference = steps_off(found / unit, expected)
+    wrong = _changed(expected * unit, found)
+    return Judged(
+        compiled,
+        against,
+        len(found),
+        int(wrong.sum()),
+        float((difference == 0).mean()),
+        float(difference.max()),
+    )
+
+
+def _with_shape(compiled: Compiled, found: NDArray[Any], expected: NDArray[Any]) -> Compiled:
+    said = f"its results are {found.shape}, and {expected.shape} were expected"
+    return replace(compiled, error=compiled.error or said)
+
+
+def _changed(expected: NDArray[Any], found: NDArray[Any]) -> NDArray[np.bool_]:
+    return changed(expected, found) | ~np.isfinite(found).all(-1)
+
+
+def _of(network: nn.Module) -> Callable[[Images], NDArray[Any]]:
+    """What a float network gives, batch by batch."""
+
+    def run(images: Images) -> NDArray[Any]:
+        was_training = network.training
+        network.eval()
+        device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        try:
+            with torch.no_grad():
+                parts: list[Tensor] = [
+                    network(part.to(device)).cpu() for part in torch.from_numpy(images).split(BATCH)
+                ]
+        finally:
+            network.train(was_training)
+        return torch.cat(parts).numpy()
+
+    return run

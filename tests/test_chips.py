@@ -1,0 +1,398 @@
+"""Bridges to vendors' tools: on answers that each tool gave once, and on the tool where it is."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import one_operator
+from archnet.chips import ChipError, bridge, serve, tool_of, tools
+from archnet.chips.host import READY, origin_of
+from archnet.cli import main
+from archnet.deploy import to_integers
+from archnet.deploy.compile import Asked, compile_student
+from archnet.hardware import Layer, Target
+from archnet.ops import Activation, Convolution, MaxPool
+from archnet.quant import quantize
+from test_deploy import chain
+
+RECORDED = Path(__file__).parent / "recorded"
+BEHAVIOURS = {
+    "crash": "import os; os.kill(os.getpid(), 11)",
+    "noise": "print('... 100 % ...')",
+    "says": "import sys; print('E RKNN: [0:1.2] no room in /a/b/c'); sys.exit(3)",
+    "hang": "import time; time.sleep(60)",
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ARCHNET_CHIPS", str(tmp_path / "chips"))
+    return tmp_path / "chips"
+
+
+def installed(place: Path, tool: str, program: str) -> None:
+    """An environment whose interpreter runs ``program`` on the request in ``folder``."""
+    python = place / tool / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f"#!{sys.executable}\nimport pathlib, sys\nfolder = pathlib.Path(sys.argv[-1])\n{program}\n"
+    )
+    python.chmod(0o755)
+
+
+def replayed(place: Path, tool: str, change: str = "") -> None:
+    """An environment that answers what the tool has answered once."""
+    installed(
+        place,
+        tool,
+        f"import json, numpy\nkept = json.loads(pathlib.Path({str(RECORDED / tool)!r} + '.json')"
+        f".read_text())\n{change}\n"
+        "(folder / 'answer.json').write_text(json.dumps(kept['answer']))\n"
+        "if kept['scores']:\n"
+        "    numpy.save(folder / 'scores.npy', numpy.reshape(kept['scores'], kept['shape']))\n",
+    )
+
+
+# What a bridge says of itself -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tool", tools())
+def test_a_bridge_says_what_it_is_without_its_tool(tool: str) -> None:
+    found = bridge(tool)
+    assert found.says("ABOUT")
+    assert found.says("ACCELERATOR")
+    assert found.says("SUFFIX") in (".onnx", ".tflite")
+    assert found.version
+    assert callable(found.says("run"))
+    for target, chips in found.chips.items():
+        assert found.chip(target) == chips[0]
+        assert tool_of(target) == tool
+
+
+def test_an_unknown_tool_names_the_nearest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.onnx").touch()
+    assert main(["compile", str(tmp_path / "x.onnx"), "tool=openvin"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("nearest: openvino")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compile"], "say what to compile"),
+        (["compile", "."], "is no run folder"),
+        (["compile", "x.onnx", "inputs=-1"], "inputs=-1 must be at least 0"),
+        (["compile", "x.onnx", "timeout=0"], "timeout=0 must be above 0"),
+        (["compile", "--install", "rkn"], "nearest: rknn"),
+        (["compile", "--install", "tract", "--python", "python0.1"], "there is no such program"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    words: list[str], said: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_a_chip_that_a_tool_does_not_know_is_one_line() -> None:
+    with pytest.raises(ChipError, match="nearest: ethos-u55-128"):
+        bridge("vela").chip("ethos_u55", "ethos-u55-129")
+    with pytest.raises(ChipError, match="does not compile for hardware=imx500"):
+        bridge("rknn").chip("imx500")
+    with pytest.raises(ChipError, match="leave it out"):
+        bridge("tract").chip("", "npu")
+
+
+# Answers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tool", tools())
+def test_a_recorded_answer_is_read(tool: str, place: Path, tmp_path: Path) -> None:
+    path = RECORDED / f"{tool}.json"
+    if not path.is_file():
+        pytest.skip(f"no answer of {tool} is recorded")
+    kept = json.loads(path.read_text())
+    replayed(place, tool)
+    log = tmp_path / "kept" / "log"
+    found = bridge(tool).compile(b"file", kept["chip"], log=log, origins={NODE: "layer1.conv"})
+    assert found.error == ""
+    assert found.version == f"{bridge(tool).says('PACKAGE')} {bridge(tool).version}"
+    assert log.is_file()
+    assert len(found.operators) == len(kept["answer"].get("operators", []))
+    off = [row.operator for row in found.off]
+    expected = {"rknn": ["exNorm"], "vela": ["StridedSlice"]}
+    expected["qnn"] = ["DequantizeLinear", "Erf", "QuantizeLinear"]
+    assert off == expected.get(tool, [])
+    assert all(row.origin == "layer1.conv" for row in found.operators if NODE in row.name)
+    if kept["scores"]:
+        assert found.scores is not None
+        assert found.scores.shape == tuple(kept["shape"])
+    json.dumps(found.summary())
+
+
+NODE = one_operator.NAME
+
+
+def test_the_reason_of_the_compiler_stands_beside_the_operator(place: Path) -> None:
+    replayed(place, "vela")
+    (row,) = bridge("vela").compile(b"").off
+    assert row.why.startswith("StridedSlice with unsupported stride axis")
+
+
+def test_rockchips_table_is_read_from_its_log() -> None:
+    module = bridge("rknn").module
+    log = (RECORDED / "rknn.log").read_text()
+    rows = module.operators(log)
+    assert [(row["operator"], row["where"], row["cycles"]) for row in rows] == [
+        ("ConvRelu", "NPU", 256),
+        ("exNorm", "CPU", 0),
+        ("Conv", "NPU", 364),
+    ]
+    assert NODE in rows[1]["name"]
+    figures = module.figures(rows, log)
+    assert (figures["cycles"], figures["internal_bytes"], figures["weight_bytes"]) == (
+        620,
+        2432,
+        512,
+    )
+    # The last table counts: a build prints one before it has placed anything.
+    assert module.operators(log + log) == rows
+    assert module.operators("noise") == []
+
+
+def test_velas_tables_are_read() -> None:
+    module = bridge("vela").module
+    printed = (RECORDED / "vela.log").read_text()
+    with (RECORDED / "vela_layers.csv").open(newline="") as file:
+        rows = module.operators(list(csv.DictReader(file)), printed)
+    assert [row["where"] for row in rows].count("CPU") == 1
+    with (RECORDED / "vela_summary.csv").open(newline="") as file:
+        (summary,) = csv.DictReader(file)
+    figures = module.figures(summary, printed)
+    assert (figures["cpu_operators"], figures["npu_operators"]) == (1, 5)
+    assert figures["inferences_per_second"] > 1000
+    with pytest.raises(RuntimeError, match="no count of operators"):
+        module.figures(summary, "")
+
+
+def test_the_longest_node_in_a_name_is_its_layer() -> None:
+    layers = {"conv": "a", "conv_1": "b", "": "c"}
+    assert origin_of("Conv:conv_1_ConvAdd", layers) == "b"
+    assert origin_of("fc", layers) == ""
+
+
+# Failures ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "said"),
+    [
+        ("crash", "it was ended by SIGSEGV"),
+        ("noise", "it ended without an answer"),
+        ("says", "it ended with status 3: no room in c"),
+        ("hang", "not done after 2 s"),
+    ],
+)
+def test_a_tool_that_fails_is_one_line_and_its_log_is_kept(
+    behaviour: str, said: str, place: Path, tmp_path: Path
+) -> None:
+    installed(place, "rknn", BEHAVIOURS[behaviour])
+    log = tmp_path / "log"
+    found = bridge("rknn").compile(b"", "rk3588", timeout=2, log=log)
+    assert found.error.startswith(said)
+    assert "\n" not in found.error
+    assert log.is_file()
+
+
+def test_what_was_told_before_a_crash_is_kept(place: Path) -> None:
+    replayed(place, "rknn")
+    python = place / "rknn" / "bin" / "python"
+    python.write_text(python.read_text() + BEHAVIOURS["crash"])
+    found = bridge("rknn").compile(b"", "rk3588")
+    assert found.error == "it was ended by SIGSEGV"
+    assert [row.operator for row in found.off] == ["exNorm"]
+    assert found.scores is not None
+
+
+def test_another_version_is_one_line(place: Path) -> None:
+    replayed(place, "tract", "kept['answer'] = {'version': 'tract 0.1', 'pinned': False}")
+    with pytest.raises(ChipError, match=r"has tract 0\.1.*its bridge is for .*--install tract"):
+        bridge("tract").compile(b"")
+
+
+def test_a_missing_tool_says_what_to_run(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.onnx"
+    file.write_bytes(one_operator.model("add").SerializeToString())
+    for words in (["hardware=rk3588"], ["tool=rknn"]):
+        assert main(["compile", str(file), *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("archnet compile --install rknn")
+
+
+def test_an_environment_is_made_once_and_anew_for_other_requirements(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(
+        "archnet.chips.host._called", lambda command, tool: calls.append(list(command))
+    )
+    found = bridge("tract")
+    (place / "tract").mkdir(parents=True)
+    found.install()
+    assert [call[1:3] for call in calls] == [["-m", "venv"], ["-m", "pip"]]
+    assert (place / "tract" / READY).read_text() == found.requirements
+    found.install()
+    assert len(calls) == 2
+    (place / "tract" / READY).write_text("tract==0.1\n")
+    found.install()
+    assert len(calls) == 4
+    calls.clear()
+    monkeypatch.setattr("archnet.chips.host.Bridge.says", lambda self, name, otherwise=None: None)
+    bridge("rknn")._make(sys.executable)
+    (pip,) = calls[1:]
+    assert "--no-deps" in pip
+
+
+# What runs in the tool's interpreter ------------------------------------------------------------
+
+
+def served(folder: Path, program: str, **asked: object) -> dict[str, object]:
+    """The answer of a bridge whose tool is numpy."""
+    version = asked.pop("version", np.__version__)
+    request = {"file": "f", "chip": "", "quantize": False, "package": "numpy", "version": version}
+    (folder / "request.json").write_text(json.dumps(request))
+    (folder / "log").touch()
+    np.save(folder / "inputs.npy", np.ones((3, 2, 2), np.float32))
+    (folder / "b.py").write_text(program)
+    serve.serve(folder / "b.py", folder)
+    found: dict[str, object] = json.loads((folder / "answer.json").read_text())
+    return found
+
+
+def test_a_bridge_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "MOST_RUNS", 3)
+    program = "def run(request):\n    request.run(lambda x: x.sum((1, 2))[None])\n"
+    answer = served(tmp_path, program)
+    assert answer["done"]
+    assert np.load(tmp_path / "scores.npy").tolist() == [[4.0]] * 3
+
+
+def test_what_a_tool_raises_is_its_answer(tmp_path: Path) -> None:
+    answer = served(tmp_path, "def run(request):\n    raise KeyError('LayerNorm')\n")
+    assert answer["error"] == "KeyError: 'LayerNorm'"
+    assert "done" not in answer
+
+
+def test_a_bridge_is_not_served_to_another_version(tmp_path: Path) -> None:
+    answer = served(tmp_path, "raise ValueError", version="0.1")
+    assert answer["pinned"] is False
+
+
+# Students ---------------------------------------------------------------------------------------
+
+
+def small() -> tuple[torch.nn.Module, torch.Tensor]:
+    """A student at W4A4, and inputs (4, 3, 8, 8)."""
+    torch.manual_seed(0)
+    layers = Convolution(3, 8), Activation(0), MaxPool(2), Convolution(8, 4)
+    student = chain((3, 8, 8), *layers)
+    x = torch.randn(4, 3, 8, 8)
+    quantize(student, 4, 4, [x])
+    return student, x
+
+
+@pytest.mark.parametrize(("off_by", "changed"), [(0, 0), (3, 0), (10**6, 4)])
+def test_results_are_held_against_the_golden_model(off_by: int, changed: int, place: Path) -> None:
+    student, x = small()
+    model = to_integers(student)
+    golden = np.concatenate([model.run(x.numpy())[model.output]])
+    found = golden * model.output_unit
+    # The winner of each row falls by so many steps.
+    found = found.reshape(-1, found.shape[-1])
+    scores = found.copy()
+    rows = np.arange(len(scores))
+    scores[rows, scores.argmax(-1)] -= off_by * float(model.output_unit.min())
+    np.save(place.parent / "scores.npy", scores.reshape(golden.shape))
+    installed(
+        place,
+        "tract",
+        f"import json, shutil\nshutil.copy({str(place.parent / 'scores.npy')!r}, folder)\n"
+        "(folder / 'answer.json').write_text(json.dumps({'version': 'tract 1', 'done': True}))",
+    )
+    nothing = np.zeros((0, 3, 8, 8), np.float32)
+    asked = Asked(bridge("tract"), "", x.numpy(), nothing)
+    judged = compile_student(student, asked)
+    assert judged.inputs == 4
+    assert judged.max_steps == off_by
+    assert (judged.bit_equal == 1) == (off_by == 0)
+    assert (judged.changed == 0) == (changed == 0)
+
+
+# Real tools -------------------------------------------------------------------------------------
+
+
+def real(tool: str) -> None:
+    if bridge(tool).missing:
+        pytest.skip(bridge(tool).missing)
+
+
+@pytest.mark.parametrize("tool", ["onnxruntime", "openvino", "tract", "litert"])
+def test_a_runtime_gives_the_golden_model(tool: str) -> None:
+    real(tool)
+    student, x = small()
+    asked = Asked(bridge(tool), "", x.numpy(), x.numpy()[:0])
+    judged = compile_student(student, asked)
+    assert judged.compiled.error == ""
+    assert judged.changed == 0
+    assert judged.bit_equal == 1 or tool == "litert"  # whose results have 16 bits
+
+
+# Every operator takes seconds in a compiler: a few by default, all with the marker.
+QUICK = ("conv", "softmax", "layernorm")
+
+
+def probes() -> list[object]:
+    found = []
+    for tool, targets in (
+        ("rknn", ("rk3588", "rk3566", "rv1106", "rv1103b")),
+        ("qnn", ("qnn_htp",)),
+    ):
+        for target in targets:
+            for operator in one_operator.ALL:
+                quick = operator in QUICK and target in ("rk3566", "rv1106")
+                marks = () if quick else (pytest.mark.slow,)
+                found.append(pytest.param(tool, target, operator, marks=marks))
+    return found
+
+
+def runs(tool: str, target: str, operator: str) -> bool:
+    """Whether a tool runs an operator on the accelerator."""
+    found = bridge(tool)
+    x = np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)
+    content = one_operator.model(operator).SerializeToString()
+    # The plug-in of ONNX Runtime tells where nodes run once they have run.
+    inputs = x[:1] if tool == "qnn" else None
+    compiled = found.compile(content, found.chip(target), inputs, x, timeout=300)
+    return not compiled.error and not compiled.off
+
+
+@pytest.mark.parametrize(("tool", "target", "operator"), probes())
+def test_a_target_says_what_its_tool_says(tool: str, target: str, operator: str) -> None:
+    real(tool)
+    window = {"conv3x3": (3, 3), "conv1x1": (1, 1), "maxpool2x2": (2, 2)}.get(operator, ())
+    kind = {"conv3x3": "conv", "conv1x1": "conv", "maxpool2x2": "maxpool"}.get(operator, operator)
+    step = (2, 2) if kind == "maxpool" else (1, 1)
+    layer = Layer(kind, window, step if window else (), channels=16)
+    described = Target.named(target)
+    said = described.states(layer) and not described.judge(layer)[1]
+    assert runs(tool, target, operator) == said

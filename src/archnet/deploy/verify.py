@@ -148,7 +148,7 @@ def verify(
         golden.check("pytorch float64", "torch", _PyTorch(student, golden.model, torch.float64)),
     ]
     for name, path in (files or {}).items():
-        file = _File(student, "qcdq", RUNTIMES["qcdq"].execute, _load(path))
+        file = _File(student, "qdq", RUNTIMES["qdq"].execute, _load(path))
         checks.append(golden.check(name, "onnxruntime", file))
     for name, runtime in RUNTIMES.items():
         if runtime.form not in forms:
@@ -371,16 +371,17 @@ def _in_openvino(
     compiled = compile_openvino(model.SerializeToString(), exact)
     names = [item.name for item in model.graph.output]
     parts = []
-    for first in range(0, len(images), BATCH):
-        results = compiled([images[first : first + BATCH]])
+    size = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or BATCH
+    for first in range(0, len(images), size):
+        results = compiled([images[first : first + size]])
         parts.append([results[index].copy() for index in range(len(names))])
     return dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True))
 
 
 # How the forms are run that a runtime for Python exists for, by the name of the check.
 RUNTIMES: Mapping[str, _Runtime] = {
-    "qcdq": _Runtime("qcdq", "onnxruntime", _in_onnxruntime),
     "qdq": _Runtime("qdq", "onnxruntime", _in_onnxruntime),
+    "subbyte": _Runtime("subbyte", "onnxruntime", _in_onnxruntime),
     # It executes node by node, each in a session of its own.
     "qonnx": _Runtime("qonnx", "qonnx", run_qonnx, limit=100),
     "openvino": _Runtime(

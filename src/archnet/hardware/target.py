@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from archnet.config import CostsConfig, HardwareConfig, LimitsConfig
+from archnet.config import CostsConfig, DialectConfig, HardwareConfig, LimitsConfig
 from archnet.errors import ConfigError
 
 # Kinds of layer that have more than one operator, the narrowest first.
@@ -65,6 +65,7 @@ class Target:
     complete: bool
     limits: Mapping[str, LimitsConfig]
     costs: CostsConfig
+    dialect: DialectConfig
     fc_per_position: bool
     max_channels: int | None
     lanes: int
@@ -127,7 +128,9 @@ class Target:
         """The target of a `description`."""
         limits = {name: LimitsConfig(**row) for name, row in fields["limits"].items()}
         costs = CostsConfig(**fields["costs"])
-        return cls.of(SimpleNamespace(**{**fields, "limits": limits, "costs": costs}))
+        dialect = DialectConfig(**fields.get("dialect", {}))  # students made before have none
+        parts = {"limits": limits, "costs": costs, "dialect": dialect}
+        return cls.of(SimpleNamespace(**{**fields, **parts}))
 
     def judge(self, layer: Layer) -> tuple[str, str]:
         """The operator that a layer is here, and the first thing that speaks against it ("").

@@ -413,8 +413,8 @@ class DialectConfig:
     # Biases: INT32 with a DequantizeLinear, or floats of the same value, to 24 bits. tpu-mlir
     # 1.30.2 refuses the former; onnxruntime-qnn leaves a last layer with them to the CPU.
     bias: str = _choice("int32", "int32", "float")
-    # Who wrote the file, as its header says: some tools read none but some. The metadata say
-    # archnet in any case.
+    # Who wrote the file, as its header says, and the version behind a space: Sony's converter
+    # reads files of pytorch alone, from 2.0.0 on. The metadata say archnet in any case.
     producer: str = "archnet"
 
 

@@ -333,7 +333,7 @@ def _model(
         graph,
         opset_imports=opsets,
         ir_version=helper.find_min_ir_version_for(opsets),
-        producer_name=writer.dialect.producer,
+        **writer.producer,
     )
     helper.set_model_props(model, {**writer.properties, METADATA: json.dumps(facts)})
     onnx.checker.check_model(model, full_check=True)

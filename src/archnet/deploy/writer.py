@@ -359,6 +359,12 @@ class Writer:
         return output
 
     @property
+    def producer(self) -> dict[str, str]:
+        """Who wrote the model, as its header says."""
+        name, _, version = self.dialect.producer.partition(" ")
+        return {"producer_name": name, "producer_version": version}
+
+    @property
     def properties(self) -> dict[str, str]:
         """Metadata of the model. Some tools insist on another producer than who wrote the file."""
         return {"form": self.form, "written_by": "archnet"}
@@ -382,7 +388,7 @@ class Writer:
             graph,
             opset_imports=opsets,
             ir_version=helper.find_min_ir_version_for(opsets, ignore_unknown=True),
-            producer_name=self.dialect.producer,
+            **self.producer,
         )
         helper.set_model_props(model, self.properties)
         if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:

@@ -1,6 +1,7 @@
 """How files are written is data of the target, and what tools take wrongly is said."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -201,6 +202,29 @@ def test_biases_may_be_floats():
     assert kinds == {TensorProto.FLOAT}
     golden = to_integers(student)
     assert np.array_equal(np.rint(run(model, x) / golden.output_unit), golden.run(x)[golden.output])
+
+
+@pytest.mark.parametrize("bits", [(2, 4), (8, 8)])
+def test_a_result_may_be_on_a_grid_of_what_calibration_saw(bits, tmp_path):
+    student = student_of(*bits)
+    student.graph.target = replace(
+        Target.named("arch5"), dialect=DialectConfig(output="integer")
+    ).description()
+    low, high = student.graph.output_range
+    assert low < 0 < high
+    assert Student.from_spec(student.spec()).graph.output_range == (low, high)
+    model = to_onnx(student)
+    last = [node.op_type for node in model.graph.node][-4:]
+    assert last == ["Gemm", "Clip", "QuantizeLinear", "DequantizeLinear"]
+    found, golden = run(model, images(100), **EXACT), to_integers(student).logits(images(100))
+    step = (high - low) / 255
+    inside = np.clip(golden, low, high)
+    assert np.abs(found - inside).max() < 0.5001 * step
+    (*_, check) = verify(student, images(100), ["qdq"])
+    assert check.max_steps <= (0 if max(bits) <= 4 else 1)
+    # Float students, and those of versions before, have no range: they keep a float result.
+    student.graph.output_range = None
+    assert to_onnx(student).graph.node[-1].op_type == "Gemm"
 
 
 def test_another_producer_is_said_in_the_metadata():

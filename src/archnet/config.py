@@ -413,6 +413,10 @@ class DialectConfig:
     # Biases: INT32 with a DequantizeLinear, or floats of the same value, to 24 bits. tpu-mlir
     # 1.30.2 refuses the former; onnxruntime-qnn leaves a last layer with them to the CPU.
     bias: str = _choice("int32", "int32", "float")
+    # The network's result: float, or on a grid of 8 bits that holds what calibration has seen, for
+    # tools that leave a last layer without one to the CPU (onnxruntime-qnn). Scores closer to each
+    # other than a step are then equal.
+    output: str = _choice("float", "float", "integer")
     # Who wrote the file, as its header says, and the version behind a space: Sony's converter
     # reads files of pytorch alone, from 2.0.0 on. The metadata say archnet in any case.
     producer: str = "archnet"

@@ -168,6 +168,7 @@ def write(
                 graph.shapes[step.name],
                 *(values[name] for name in step.inputs),
             )
+    values[graph.output] = writer.result(values[graph.output], graph.output_range)
     return writer.model(inputs, values[graph.output]), values
 
 

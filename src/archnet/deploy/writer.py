@@ -327,6 +327,23 @@ class Writer:
         ]
         return self.node("Clip", [source, *given], f"{tensor}.clipped")
 
+    def result(self, value: Value, seen: tuple[float, float] | None) -> Value:
+        """The network's result as the dialect has it.
+
+        Args:
+            value: of the result.
+            seen: its range (`StudentGraph.output_range`); None: of a float student.
+        """
+        if self.dialect.output == "float" or value.grid is not None or seen is None:
+            return value
+        low, high = min(seen[0], 0.0), max(seen[1], 0.0)
+        scale = float(np.float32((high - low) / UINT8.highest)) or 1.0
+        zero = round(-low / scale)
+        name = f"{value.name}_result"
+        grid = Grid(scale, -zero, UINT8.highest - zero, name, 8, UINT8, zero)
+        found = self.rounded(name, self.tensor(value), grid, grid.low, grid.high)
+        return Value(name, name, value.moved_shape, found)
+
     def too_wide(self, name: str, low: int, high: int) -> ExportError:
         """The error for a grid that no type of this form holds."""
         return ExportError(

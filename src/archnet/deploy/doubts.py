@@ -38,4 +38,13 @@ def doubts(model: onnx.ModelProto) -> Mapping[str, str]:
             "OpenCV 5.0 computes layers right in front of a QuantizeLinear wrongly, without an "
             "error: export with hardware.dialect.clip=always"
         )
+    if any(
+        writers.get(node.input[0]) == "DequantizeLinear"
+        for node in graph.node
+        if node.op_type == "ReduceMean"
+    ):
+        found["openvino"] = (
+            "OpenVINO 2026.4 computes a ReduceMean behind a DequantizeLinear wrongly, without an "
+            "error: convert for a target without mean, or compile with LP_TRANSFORMS_MODE=NO"
+        )
     return found

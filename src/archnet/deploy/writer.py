@@ -236,7 +236,7 @@ class Writer:
         carried = [f"{output}.carried" for output in outputs]
         self.node(operator, [*floats, *constants], *carried, **attributes)
         for source, output in zip(carried, outputs, strict=True):
-            self.node("QuantizeLinear", [source, *self.grid(grid)], output)
+            self.node("QuantizeLinear", [source, *self.grid(grid)], output, axis=0)
             self.note(grid.bits)
         return outputs[0]
 
@@ -249,12 +249,16 @@ class Writer:
             return tensor
         if tensor not in self._floats:
             self._floats[tensor] = self.node(
-                "DequantizeLinear", [tensor, *self.grid(grid)], f"{tensor}.float"
+                "DequantizeLinear", [tensor, *self.grid(grid)], f"{tensor}.float", axis=0
             )
         return self._floats[tensor]
 
     def grid(self, grid: Grid) -> tuple[str, str]:
-        """The constants (scale, zero point) of a grid."""
+        """The constants (scale, zero point) of a grid: numbers, beside which an axis means nothing.
+
+        It is written as 0 all the same: with the default, 1, OpenCV 5.0 takes the number for that
+        of the only channel of a tensor (B, 1), and computes something else.
+        """
         scale = self.constant(f"{grid.name}.scale", grid.scale, np.float32)
         return scale, self.constant(f"{grid.name}.zero", grid.zero, grid.container.dtype)
 
@@ -307,7 +311,7 @@ class Writer:
             The grid, where ``tensor`` holds its integers; None where it holds their values.
         """
         source = self.clipped(tensor, source, grid, low, high)
-        self.node("QuantizeLinear", [source, *self.grid(grid)], tensor)
+        self.node("QuantizeLinear", [source, *self.grid(grid)], tensor, axis=0)
         self.note(grid.bits)
         return grid
 

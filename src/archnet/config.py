@@ -406,9 +406,11 @@ class DialectConfig:
     # Size of the batch in the file: open, or one, as compilers for chips want it (rknn-toolkit2
     # refuses an open one; onnxruntime-qnn 2.7.0 leaves every node of such a file to the CPU).
     batch: str = _choice("open", "open", "one")
-    # Whether a Clip stands in front of every QuantizeLinear, or where the bounds are not those at
-    # which it saturates. Without, OpenCV 5.0 takes a layer for an integer one of its own and
-    # computes it wrongly; with it, rknn-toolkit2 counts more cycles.
+    # Clips on floats in front of QuantizeLinear. always: one to the 8-bit container everywhere,
+    # which ONNX Runtime leaves out again, so that layers become integer ones, and without which
+    # OpenCV 5.0 computes them wrongly; below 8 bits another one behind it, on integers that are
+    # dequantized. needed: a single one, where rounding does not saturate at the bounds by itself,
+    # for which rknn-toolkit2 counts fewer cycles.
     clip: str = _choice("always", "always", "needed")
     # Biases: INT32 with a DequantizeLinear, or floats of the same value, to 24 bits. tpu-mlir
     # 1.30.2 refuses the former; onnxruntime-qnn leaves a last layer with them to the CPU.

@@ -310,7 +310,19 @@ class Writer:
         Returns:
             The grid, where ``tensor`` holds its integers; None where it holds their values.
         """
-        source = self.clipped(tensor, source, grid, low, high)
+        if self.dialect.clip == "always":
+            # In front of the rounding a Clip is one that does nothing, which ONNX Runtime leaves
+            # out, so that the layer becomes an integer one; the width has a Clip of its own.
+            ends = grid.container.lowest - grid.zero, grid.container.highest - grid.zero
+            narrow = (low, high) != ends
+            first = f"{tensor}.unclipped" if narrow else tensor
+            source = self.clipped(first, source, grid, *ends)
+            if narrow:
+                self.node("QuantizeLinear", [source, *self.grid(grid)], first, axis=0)
+                self.note(grid.bits)
+                source = self.clipped(tensor, self.dequantized(first, grid), grid, low, high)
+        else:
+            source = self.clipped(tensor, source, grid, low, high)
         self.node("QuantizeLinear", [source, *self.grid(grid)], tensor, axis=0)
         self.note(grid.bits)
         return grid

@@ -29,7 +29,8 @@ def doubts(model: onnx.ModelProto) -> Mapping[str, str]:
             "export with form=qdq or form=subbyte"
         )
     writers = {name: node.op_type for node in graph.node for name in node.output}
-    if any(
+    # It reads no types of 2 and 4 bits.
+    if not _NARROW & set(kinds.values()) and any(
         writers.get(node.input[0]) in _LAYERS
         for node in graph.node
         if node.op_type == "QuantizeLinear"

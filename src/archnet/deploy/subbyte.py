@@ -1,17 +1,19 @@
 """Form subbyte: form qdq with weights packed in ONNX's own types of 2 and 4 bits.
 
 A Cast to INT8 stands behind them. It is arithmetic on constants, which runtimes do once while they
-load; from there on the file is that of form qdq, integer kernels included. Without it ONNX Runtime
+load; from there on the file is that of form qdq with the fewest Clips. Without it ONNX Runtime
 1.32 fuses weights of 2 bits into kernels that do not take them and refuses its own graph, and
 Qualcomm's HTP computes something else. Activations, of which a file holds none, stay in 8 bits.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from archnet.config import DialectConfig
 from archnet.deploy.writer import ExportError, Writer
 
 # Narrowest first: bits, type, and the first opset that has it. A width without a type of its own
@@ -27,6 +29,10 @@ class SubbyteWriter(Writer):
     """Weights in the narrowest type that holds them."""
 
     form = "subbyte"
+
+    def __init__(self, dialect: DialectConfig) -> None:
+        # The fewest nodes: beside packed weights the others count.
+        super().__init__(replace(dialect, clip="needed"))
 
     def weight(
         self, name: str, integers: Tensor, scale: Tensor, bits: int, *, is_constant: bool = False

@@ -384,10 +384,12 @@ class Writer:
             stored = self.node("Cast", [stored], f"{name}.wide", to=wide)
         factors = positive(name, scale)
         step = self.constant(f"{name}.scale", factors, np.float32)
-        # ONNX Runtime fuses no Gemm whose weight leaves its zero point out.
-        zero = self.constant(f"{name}.zero", np.zeros(factors.shape), dtype)
+        constants = [stored, step]
+        if dtype != np.int32:
+            # ONNX Runtime fuses no Gemm whose weight leaves its zero point out.
+            constants.append(self.constant(f"{name}.zero", np.zeros(factors.shape), dtype))
         axis = {"axis": 0} if factors.ndim else {}
-        output = self.node("DequantizeLinear", [stored, step, zero], f"{name}.float", **axis)
+        output = self.node("DequantizeLinear", constants, f"{name}.float", **axis)
         self.note(bits)
         return output
 

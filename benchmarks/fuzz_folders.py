@@ -337,7 +337,7 @@ def command_of(name: str, place: Path) -> Callable[[], int]:
 
         folder = place / "run"
         if name != "resume":
-            options = ["inputs=4", "forms=qcdq"] if name == "verify" else []
+            options = ["inputs=4", "forms=qdq"] if name == "verify" else []
             return main([name, str(folder), *options])
         try:
             caches = [f"teacher.cache_dir={place}/teachers", f"output_dir={place}"]

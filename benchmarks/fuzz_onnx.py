@@ -95,7 +95,7 @@ def seed_files(folder: Path) -> tuple[list[Path], Student]:
     student = archnet.convert(_Convolutions().eval(), images[:1])
     archnet.export(student, folder / "float.onnx")
     archnet.quantize(student, 4, 4, [images])
-    for form in ("qcdq", "qdq", "qonnx"):
+    for form in ("qdq", "subbyte", "qonnx"):
         archnet.export(student, folder / f"{form}.onnx", form=form)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -476,7 +476,7 @@ def _change_frame(model: onnx.ModelProto, chance: Random) -> None:
     elif what == 4:
         del model.graph.node[:]
     elif what == 5:
-        chance.choice(model.metadata_props).value = chance.choice(("qdq", "qonnx", *NAMES))
+        chance.choice(model.metadata_props).value = chance.choice(("subbyte", "qonnx", *NAMES))
     else:
         model.graph.input.append(_value("more", *(_number(chance) for _ in range(3))))
 

@@ -4,7 +4,7 @@
 
 Random weights and pictures; one picture a run, one thread, medians of runs in which all files take
 turns. The teacher is torch's own export, quantized by ONNX Runtime's ``quantize_static`` (QDQ,
-unsigned activations, signed weights, MinMax); the student is W8A8, calibrated, form qcdq.
+unsigned activations, signed weights, MinMax); the student is W8A8, calibrated, form qdq.
 OpenVINO (an extra, left out where it is not installed) reads the same two files.
 """
 
@@ -106,7 +106,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
         for hardware in options.hardware:
             student = archnet.convert(network, images[:1], hardware, calibration=images)
             settle(archnet.quantize(student, 8, 8, [images]))
-            files[hardware] = archnet.export(student, Path(place) / hardware, form="qcdq")
+            files[hardware] = archnet.export(student, Path(place) / hardware, form="qdq")
         for runtime, opened in RUNTIMES.items():
             made = {name: opened(path, picture) for name, path in files.items()}
             runs = {name: run for name, run in made.items() if run is not None}

@@ -575,7 +575,7 @@ def test_a_norm_by_hinges_holds_at_8_bits_in_every_runtime(tmp_path):
         wanted = network(fresh)
         quantize(student, 8, 8, [x])
         assert float((student(fresh) - wanted).norm() / wanted.norm()) < 0.15
-    export(student, tmp_path / "student.onnx", form="qcdq")
+    export(student, tmp_path / "student.onnx", form="qdq")
     assert parity(student, tmp_path / "student.onnx", fresh).max_abs_diff < 1e-5
 
 

@@ -111,8 +111,8 @@ def test_an_unfinished_run_says_how_to_finish_it(
 
 
 def test_an_unknown_form_is_an_error(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", str(run.path), "form=qcdqq"]) == 2
-    assert "qcdq" in capsys.readouterr().err
+    assert main(["export", str(run.path), "form=qdqq"]) == 2
+    assert "qdq" in capsys.readouterr().err
 
 
 def test_the_student_is_read_back_as_it_was_written(run: RunFolder) -> None:
@@ -129,7 +129,7 @@ def test_the_student_is_read_back_as_it_was_written(run: RunFolder) -> None:
         (["adit", "x.onnx"], "adit is not a command of archnet; nearest valid: audit"),
         (["veryfy"], "nearest valid: verify"),
         (
-            ["export", "x", "frm=qcdq"],
+            ["export", "x", "frm=qdq"],
             "frm is not an option of archnet export; nearest valid: form",
         ),
         (["audit", "x", "--hardwre", "y"], "nearest valid: hardware"),

@@ -166,7 +166,7 @@ def test_integer_files_compute_what_the_golden_model_does(power_of_two) -> None:
     grids = copy_values(student, 2, 4, 4, [x], power_of_two=power_of_two)
     quantize(student, 4, 4, [x], power_of_two=power_of_two, learned=grids)
     settle(student)
-    forms = ["qcdq", "qdq"]
+    forms = ["qdq", "subbyte"]
     forms += [form for form in ("qonnx", "openvino") if importlib.util.find_spec(form)]
     rows = np.random.default_rng(0).normal(size=(100, 3, 10, 10)).astype(np.float32)
     for check in verify(student, rows, forms):

@@ -69,7 +69,7 @@ def test_latency_is_measured_side_by_side(
 ) -> None:
     assert main(["cost", str(run.path), "latency=true", "runs=3"]) == 0
     rows = {row[0]: row[1:] for row in lines(capsys, "") if len(row) == 3}
-    assert {"teacher, float", "student, float", "student, qcdq"} <= set(rows)
+    assert {"teacher, float", "student, float", "student, qdq"} <= set(rows)
     assert rows["student, float"][1] == "1.00"
 
 

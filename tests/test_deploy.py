@@ -170,7 +170,7 @@ def test_moves_that_cancel_are_not_written():
 def test_integers_give_what_the_student_gives(bits, per_channel, tmp_path):
     net, x = network(), torch.randn(64, 4, 8, 8)
     quantize(net, bits, bits, [x], first_bits=bits, last_bits=bits, per_channel=per_channel)
-    path = export(net, tmp_path / "net.onnx", form="qcdq")
+    path = export(net, tmp_path / "net.onnx", form="qdq")
     differs = (run(path, x) - net(x).detach()).abs() > 1e-4
     # A value half-way between two integers may be rounded to either.
     assert differs.float().mean() < 0.02
@@ -184,12 +184,13 @@ def test_every_width_and_lowest_level(bits, share, tmp_path):
     quantizer = ActivationLSQ(bits, math.floor(share * signed_range(bits)[0]))
     quantizer.set_scale(torch.tensor([0.3]))
     net.operator("s0").quantizer = quantizer
-    path = export(net, tmp_path / "net.onnx", form="qcdq")
+    path = export(net, tmp_path / "net.onnx", form="qdq")
     x = torch.randn(20, 50) * 20
     torch.testing.assert_close(run(path, x), net(x).detach())
 
 
-def test_the_runtime_fuses_everything_to_integer_kernels(tmp_path):
+@pytest.mark.parametrize("form", ["qdq", "subbyte"])
+def test_the_runtime_fuses_everything_to_integer_kernels(form, tmp_path):
     steps = [
         ("stem", Convolution(4, 8), "x"),
         ("relu", Activation(0, 6), "stem"),
@@ -203,8 +204,9 @@ def test_the_runtime_fuses_everything_to_integer_kernels(tmp_path):
         ("head", FullyConnected(128, 10), "flat"),
     ]
     net = student((4, 8, 8), *steps)
-    quantize(net, 2, 4, [torch.randn(32, 4, 8, 8)])
-    path = export(net, tmp_path / "net.onnx", form="qcdq")
+    # Below 8 bits the Clip to the width stands between a layer and its rounding.
+    quantize(net, 2, 8, [torch.randn(32, 4, 8, 8)])
+    path = export(net, tmp_path / "net.onnx", form=form)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -220,13 +222,13 @@ def test_no_float_weight_is_in_the_file(tmp_path):
         (4, 8, 8), Convolution(4, 8), Activation(0), Reshape((512,)), FullyConnected(512, 3)
     )
     quantize(net, 3, 6, [torch.randn(8, 4, 8, 8)], first_bits=3, last_bits=5)
-    model = onnx.load(export(net, tmp_path / "net.onnx", form="qcdq"))
+    model = onnx.load(export(net, tmp_path / "net.onnx", form="qdq"))
     stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     assert {stored[f"{name}.weight"].dtype for name in ("s0", "s3")} == {np.dtype(np.int8)}
     assert {stored[f"{name}.bias"].dtype for name in ("s0", "s3")} == {np.dtype(np.int32)}
     assert np.abs(stored["s0.weight"]).max() <= 4
     floats = {name for name, array in stored.items() if array.dtype == np.float32}
-    assert all(name.endswith(".scale") for name in floats)
+    assert all(name.endswith((".scale", ".low", ".high")) for name in floats)
 
 
 def test_only_joined_values_on_one_grid_stay_integers():
@@ -234,9 +236,10 @@ def test_only_joined_values_on_one_grid_stay_integers():
     net = student((2, 4, 4), *steps)
     a, b = ActivationLSQ(4, 0), ActivationLSQ(4, 0)
     net.operator("a").quantizer, net.operator("b").quantizer = a, b
-    assert operators(to_onnx(net, "qcdq"))[-2:] == ["Concat", "DequantizeLinear"]
+    ends = ["DequantizeLinear", "Concat", "QuantizeLinear", "DequantizeLinear"]
+    assert operators(to_onnx(net, "qdq"))[-4:] == ends
     b.set_scale(torch.tensor([0.5]))
-    assert operators(to_onnx(net, "qcdq"))[-1] == "Concat"
+    assert operators(to_onnx(net, "qdq"))[-1] == "Concat"
 
 
 def test_layers_without_quantizers_stay_float(tmp_path):
@@ -244,7 +247,7 @@ def test_layers_without_quantizers_stay_float(tmp_path):
     net.operator("s2").weight_quantizer = WeightLSQ(8)
     net.operator("s2").weight_quantizer.set_scale(torch.tensor([0.02]))
     x = torch.randn(5, 4, 8, 8)
-    path = export(net, tmp_path / "net.onnx", form="qcdq")
+    path = export(net, tmp_path / "net.onnx", form="qdq")
     torch.testing.assert_close(run(path, x), net(x).detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -295,7 +298,7 @@ def test_parity_does_not_hide_what_is_not_a_number(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"form": "qcqd"}, "form=qcqd is not one of float, qcdq, .*; nearest: qcdq"),
+        ({"form": "qcqd"}, "form=qcqd is not one of float, qdq, .*; nearest: qdq"),
         ({"opset": 28}, "opset=28 is out of range: 13 to 25"),
     ],
 )
@@ -312,7 +315,7 @@ def test_only_students_are_exported(tmp_path):
 def test_a_quantized_student_has_no_float_form(tmp_path):
     net = network()
     quantize(net, 4, 4, [torch.randn(8, 4, 8, 8)])
-    with pytest.raises(ExportError, match='export it with form="qcdq"'):
+    with pytest.raises(ExportError, match='export it with form="qdq"'):
         export(net, tmp_path / "net.onnx", form="float")
 
 
@@ -322,11 +325,11 @@ def test_numbers_that_fit_no_integer_name_the_layer():
     with torch.no_grad():
         net.operator("s2").bias[0] = 1e12
     with pytest.raises(ExportError, match=r"s2\.bias does not fit int32"):
-        to_onnx(net, "qcdq")
+        to_onnx(net, "qdq")
     with torch.no_grad():
         net.operator("s1").quantizer.log_scale.fill_(math.inf)
     with pytest.raises(ExportError, match="s1 has a scale of inf"):
-        to_onnx(net, "qcdq")
+        to_onnx(net, "qdq")
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def test_integer_files_compute_what_the_golden_model_does() -> None:
     equalize(student, 4, 4, [x])
     quantize(student, 4, 4, [x])
     settle(student)
-    forms = ["qcdq", "qdq"]
+    forms = ["qdq", "subbyte"]
     forms += [form for form in ("qonnx", "openvino") if importlib.util.find_spec(form)]
     rows = np.random.default_rng(0).normal(size=(100, 3, 8, 8)).astype(np.float32)
     for check in verify(student, rows, forms):

@@ -577,7 +577,7 @@ def layers(cost):
 @settings(deadline=None, max_examples=12)
 @given(
     name=st.sampled_from(sorted(STUDENTS)),
-    form=st.sampled_from(["qcdq", "qdq", "qonnx"]),
+    form=st.sampled_from(["qdq", "subbyte", "qonnx"]),
     bits=st.tuples(*[st.integers(1, 8)] * 4),
 )
 def test_every_form_costs_what_its_student_costs(name, form, bits):
@@ -759,7 +759,7 @@ def test_a_target_without_types_and_a_float_file_are_as_before():
     assert "the file is float" in result.notes[0]
 
 
-@pytest.mark.parametrize("form", ["qcdq", "qdq", "qonnx"])
+@pytest.mark.parametrize("form", ["qdq", "subbyte", "qonnx"])
 def test_a_student_of_a_target_is_pure_there_in_every_form(form):
     net = STUDENTS["plain"]()
     quantize(net, 8, 8, [torch.randn(4, 3, 8, 8)])

@@ -149,8 +149,8 @@ def test_an_own_network_is_measured_as_plain_torch_measures_it(
     capsys.readouterr()
     assert main(["evaluate", str(folder.path)]) == 0
     assert json.loads(capsys.readouterr().out)["teacher"] == metrics["teacher"]["accuracy"]
-    assert main(["verify", str(folder.path), "inputs=20", "forms=qcdq"]) == 0
-    for form in ("qdq", "tflite", "c"):
+    assert main(["verify", str(folder.path), "inputs=20", "forms=qdq"]) == 0
+    for form in ("subbyte", "tflite", "c"):
         assert main(["export", str(folder.path), f"form={form}"]) == 0
     assert main(["cost", str(folder.path)]) == 0
 

@@ -294,7 +294,7 @@ def is_fixed(operator: nn.Module) -> bool:
 def test_runtimes_agree_with_the_golden_model(network: nn.Module, bits: tuple[int, int]) -> None:
     x = torch.randn(64, 12, 6) if isinstance(network, Asking) else torch.randn(64, 3, 8, 8)
     student = quantized(network, x, *bits)
-    forms = ["qcdq", "qdq"]
+    forms = ["qdq", "subbyte"]
     forms += [form for form in ("qonnx", "openvino") if importlib.util.find_spec(form)]
     for check in verify(student, 2 * x, forms):
         assert (check.changed, check.max_steps) == (0, 0), check

@@ -246,7 +246,7 @@ def exported(
 ) -> tuple[str, Stepwise, Path]:
     folder = tmp_path_factory.mktemp("exported")
     parts = stepwise(make(request.param, bits=4).student)
-    export_translator(parts, folder, "qcdq")
+    export_translator(parts, folder, "qdq")
     return request.param, parts, folder
 
 

@@ -80,13 +80,13 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
 
 @pytest.mark.parametrize("bits", [(1, 1), (2, 2), (2, 4), (3, 6), (4, 4), (5, 7), (8, 2), (8, 8)])
 def test_pytorch_and_onnxruntime_agree_with_the_golden_model(bits):
-    checks = by_name(verify(student_of(*bits), images(300), ["qcdq", "qdq"]))
-    assert list(checks) == ["pytorch float32", "pytorch float64", "qcdq", "qdq"]
+    checks = by_name(verify(student_of(*bits), images(300), ["qdq", "subbyte"]))
+    assert list(checks) == ["pytorch float32", "pytorch float64", "qdq", "subbyte"]
     for check in checks.values():
         assert (check.inputs, check.changed) == (300, 0), check
         assert check.max_steps <= (0 if max(bits) <= 4 else 1), check
     assert checks["pytorch float64"].bit_equal == 1
-    assert checks["qcdq"].runtime == f"onnxruntime {installed_version('onnxruntime')}"
+    assert checks["qdq"].runtime == f"onnxruntime {installed_version('onnxruntime')}"
 
 
 @pytest.mark.parametrize("bits", [(1, 1), (2, 4), (3, 6), (8, 8)])
@@ -103,13 +103,13 @@ def test_openvino_agrees_with_the_golden_model(bits, tmp_path):
     student = student_of(*bits)
     check = by_name(verify(student, images(150), ["openvino"]))["openvino in floats"]
     assert (check.max_steps, check.bit_equal, check.changed) == (0, 1, 0)
-    qcdq = export(student, tmp_path / "a.onnx", form="qcdq").read_bytes()
-    assert export(student, tmp_path / "b.onnx", form="openvino").read_bytes() == qcdq
+    qdq = export(student, tmp_path / "a.onnx", form="qdq").read_bytes()
+    assert export(student, tmp_path / "b.onnx", form="openvino").read_bytes() == qdq
 
 
 def test_per_tensor_scales_and_dorefa_agree_too():
     student = student_of(2, 4, per_channel=False, method="dorefa")
-    for check in verify(student, images(100), ["qcdq", "qdq"]):
+    for check in verify(student, images(100), ["qdq", "subbyte"]):
         assert (check.max_steps, check.changed) == (0, 0), check
 
 
@@ -137,7 +137,7 @@ def test_zero_points_agree_with_the_golden_model(bits, sums):
     settle(student)
     grids = [m.quantizer for m in student.operators.values() if hasattr(m, "quantizer")]
     assert any(q is not None and -(2 ** (q.bits - 1)) < q.low < 0 for q in grids)
-    forms = ["qcdq", "qdq"]
+    forms = ["qdq", "subbyte"]
     forms += [form for form in ("qonnx", "openvino") if importlib.util.find_spec(form)]
     for check in verify(student, images(100), forms):
         assert (check.changed, check.max_steps) == (0, 0), check
@@ -164,35 +164,18 @@ def types(model: onnx.ModelProto, suffix: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("bits", "weights", "activations"),
-    [
-        # What is added has values below zero: grids of one bit and of 8 have no other zero point.
-        (1, {"INT2"}, {"INT2"}),
-        (2, {"INT2"}, {"UINT2"}),
-        (3, {"INT4"}, {"UINT4"}),
-        (4, {"INT4"}, {"UINT4"}),
-        (5, {"INT8"}, {"UINT8"}),
-        (8, {"INT8"}, {"INT8"}),
-    ],
+    ("bits", "weights"), [(1, "INT2"), (2, "INT2"), (3, "INT4"), (4, "INT4"), (5, "INT8")]
 )
-def test_qdq_takes_the_narrowest_type(bits, weights, activations):
+def test_subbyte_takes_the_narrowest_type(bits, weights):
     widths = dict.fromkeys(("first_bits", "last_bits", "sum_bits"), bits)
-    model = to_onnx(student_of(bits, bits, **widths), "qdq")
+    model = to_onnx(student_of(bits, bits, **widths), "subbyte")
     onnx.checker.check_model(model, full_check=True)
     assert (model.opset_import[0].version, model.ir_version) == (25, 13)
     # Additions are constants of 2 bits.
-    assert types(model, ".weight") == weights | {"INT2"}
+    assert types(model, ".weight") == {weights, "INT2"}
     assert types(model, ".bias") == {"INT32"}
-    # Signed grids take the signed type of the same width.
-    assert {name.removeprefix("U") for name in types(model, "_act.zero")} == weights
-    assert activations <= types(model, "_act.zero")
-    for item in model.graph.initializer:
-        if item.name.endswith(".zero"):
-            points = numpy_helper.to_array(item).astype(int)
-            # Weights have none, nor have values as large on either side of zero.
-            unsigned = TensorProto.DataType.Name(item.data_type).startswith("U")
-            assert points.min() >= 0
-            assert points.max() < (2 ** (bits - 1) if unsigned else 1)
+    # Of activations the file holds none: they stay in the containers of form qdq.
+    assert types(model, "_act.zero") == types(model, "_grid.zero") == {"UINT8"}
 
 
 def test_weight_bytes_match_the_widths(tmp_path):
@@ -205,14 +188,14 @@ def test_weight_bytes_match_the_widths(tmp_path):
     for bits in (2, 4, 8):
         student = archnet.convert(network.eval(), x[:1])
         archnet.quantize(student, bits, 4, [x], first_bits=bits, last_bits=bits)
-        bytes_of[bits] = export(student, tmp_path / "net.onnx", form="qdq").stat().st_size
+        bytes_of[bits] = export(student, tmp_path / "net.onnx", form="subbyte").stat().st_size
     assert bytes_of[2] < 0.32 * bytes_of[8]
     assert bytes_of[4] < 0.55 * bytes_of[8]
 
 
 def test_qdq_files_are_pure_and_open_by_themselves(tmp_path):
     student = student_of(2, 4)
-    path = export(student, tmp_path / "net.onnx", form="qdq")
+    path = export(student, tmp_path / "net.onnx", form="subbyte")
     assert archnet.audit(path).pure
     result = parity(student, path, torch.from_numpy(images(50)))
     assert result.mismatches == 0
@@ -232,14 +215,14 @@ def test_qonnx_files_hold_quant_nodes_of_the_widths():
 
 def test_a_difference_is_traced_to_the_step_it_begins_at(tmp_path):
     student = student_of(4, 4)
-    model = to_onnx(student, "qcdq")
+    model = to_onnx(student, "qdq")
     (weight,) = [item for item in model.graph.initializer if item.name == "conv2d_2_conv.weight"]
     array = numpy_helper.to_array(weight).copy()
     array[0] += 1
     weight.CopyFrom(numpy_helper.from_array(array, weight.name))
     path = tmp_path / "edited.onnx"
     onnx.save(model, path)
-    check = by_name(verify(student, images(60), ["qcdq"], {"edited.onnx": path}))["edited.onnx"]
+    check = by_name(verify(student, images(60), ["qdq"], {"edited.onnx": path}))["edited.onnx"]
     assert check.max_steps > 0
     assert check.bit_equal < 1
     assert check.first is not None
@@ -252,7 +235,7 @@ def test_a_difference_is_traced_to_the_step_it_begins_at(tmp_path):
 
 def test_the_result_itself_may_be_where_it_begins(tmp_path):
     student = student_of(4, 4)
-    model = to_onnx(student, "qcdq")
+    model = to_onnx(student, "qdq")
     (bias,) = [item for item in model.graph.initializer if item.name == "linear_fc.bias"]
     array = numpy_helper.to_array(bias).copy()
     array[2] += 10**6
@@ -272,7 +255,7 @@ def test_what_is_no_number_is_a_difference(monkeypatch):
         return [np.nan * array for array in run_session(*arguments)]
 
     monkeypatch.setattr(MODULE, "run_session", broken)
-    (*_, check) = verify(student, images(3), ["qcdq"])
+    (*_, check) = verify(student, images(3), ["qdq"])
     assert check.bit_equal == 0
     assert check.changed == 3
     assert (check.first.step, check.first.steps) == ("x_grid", np.inf)
@@ -287,6 +270,7 @@ def test_what_is_no_number_is_a_difference(monkeypatch):
     ("form", "message"),
     [
         ("qdqq", "form=qdqq is not one of float, .*; nearest: qdq"),
+        ("qcdq", "form=qcdq is called qdq now: form=qdq"),
         ("c", f"form=c is not run here; these are: {', '.join(RUNNABLE)}"),
     ],
 )
@@ -318,15 +302,15 @@ def test_a_float_student_is_not_verified():
 )
 def test_an_opset_without_the_type_names_the_layer(opset, bits, message):
     with pytest.raises(ExportError, match=message):
-        to_onnx(student_of(bits, 8), "qdq", opset=opset)
+        to_onnx(student_of(bits, 8), "subbyte", opset=opset)
 
 
-@pytest.mark.parametrize("form", ["qcdq", "qdq"])
+@pytest.mark.parametrize("form", ["qdq", "subbyte"])
 def test_a_width_that_no_type_holds_names_the_step(form):
     student = student_of(4, 4)
     student.operator("conv2d_2_conv").weight_quantizer = WeightLSQ(12)
     student.operator("conv2d_2_conv").weight_quantizer.set_scale(torch.tensor([1e-4]))
-    with pytest.raises(ExportError, match=r"conv2d_2_conv\.weight.* (int8|form=qdq)"):
+    with pytest.raises(ExportError, match=r"conv2d_2_conv\.weight.* (int8|form=subbyte)"):
         to_onnx(student, form)
     student = student_of(4, 4)
     student.operator("x_grid").quantizer = ActivationLSQ(12, -2048)
@@ -363,7 +347,7 @@ def test_a_missing_extra_is_one_line(monkeypatch, tmp_path):
 
 def test_a_file_of_another_network_is_no_parity(tmp_path):
     student, other = student_of(2, 4), student_of(2, 4)
-    model = to_onnx(other, "qcdq")
+    model = to_onnx(other, "qdq")
     two_inputs, wrong_size, other_shape = (onnx.ModelProto() for _ in range(3))
     for edited in (two_inputs, wrong_size, other_shape):
         edited.CopyFrom(model)
@@ -397,13 +381,13 @@ def files(tmp_path_factory) -> tuple[Student, Path, dict[str, bytes]]:
     folder, student = tmp_path_factory.mktemp("damaged"), student_of(2, 4)
     content = {
         form: export(student, folder / "net.onnx", form=form).read_bytes()
-        for form in ("qcdq", "qdq")
+        for form in ("qdq", "subbyte")
     }
     return student, folder / "net.onnx", content
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(form=st.sampled_from(["qcdq", "qdq"]), data=st.data())
+@given(form=st.sampled_from(["qdq", "subbyte"]), data=st.data())
 def test_a_damaged_file_is_a_clear_error_or_runs(files, form, data):
     student, path, content = files
     damaged = bytearray(content[form])
@@ -442,7 +426,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 def test_verify_prints_a_table_and_keeps_it(run, capsys):
     before = json.loads(run.metrics.read_text())
-    assert main(["verify", str(run.path), "inputs=40", "forms=qcdq,qdq"]) == 0
+    assert main(["verify", str(run.path), "inputs=40", "forms=qdq,subbyte"]) == 0
     out = capsys.readouterr().out
     assert "golden integer model, 40 inputs" in out
     assert "100 %" in out
@@ -454,10 +438,10 @@ def test_verify_prints_a_table_and_keeps_it(run, capsys):
         "pytorch float32",
         "pytorch float64",
         "student.onnx",
-        "qcdq",
         "qdq",
+        "subbyte",
     ]
-    assert entry["checks"]["qdq"]["bit_equal"] == 1.0
+    assert entry["checks"]["subbyte"]["bit_equal"] == 1.0
 
 
 def test_verify_takes_further_images_where_the_test_split_is_small(run):
@@ -471,15 +455,15 @@ def test_verify_takes_further_images_where_the_test_split_is_small(run):
 
 def test_changed_predictions_are_the_exit_code(run, monkeypatch, capsys):
     checks = [
-        Check("qcdq", "onnxruntime 1", 10, 3.0, 0.999999, 2, hint="weights of 7 bits"),
+        Check("qdq", "onnxruntime 1", 10, 3.0, 0.999999, 2, hint="weights of 7 bits"),
         Check("qonnx", "qonnx", skipped="needs the extra: pip install 'archnet[qonnx]'"),
     ]
     monkeypatch.setattr("archnet.deploy.verify", lambda *arguments: checks)
     assert main(["verify", str(run.path), "inputs=2"]) == 1
     out = capsys.readouterr().out
     assert "99.999 %" in out
-    assert "qcdq: first difference at not seen again" in out
-    assert "qcdq: weights of 7 bits" in out
+    assert "qdq: first difference at not seen again" in out
+    assert "qdq: weights of 7 bits" in out
     assert "qonnx: skipped, it needs the extra: pip install 'archnet[qonnx]'" in out
 
 
@@ -509,7 +493,7 @@ def test_a_broken_student_onnx_is_named(run, capsys):
     content = run.onnx.read_bytes()
     run.onnx.write_bytes(content[:1000])
     try:
-        assert main(["verify", str(run.path), "inputs=2", "forms=qcdq"]) == 2
+        assert main(["verify", str(run.path), "inputs=2", "forms=qdq"]) == 2
         assert f"cannot load {run.onnx}" in capsys.readouterr().err
     finally:
         run.onnx.write_bytes(content)
@@ -523,7 +507,7 @@ def test_the_help_lists_the_forms(capsys):
 
 
 def test_the_file_is_named_after_the_form(run, capsys):
-    assert main(["export", str(run.path), "form=qdq"]) == 0
-    assert capsys.readouterr().out.strip() == str(run.path / "student_qdq.onnx")
+    assert main(["export", str(run.path), "form=subbyte"]) == 0
+    assert capsys.readouterr().out.strip() == str(run.path / "student_subbyte.onnx")
     assert main(["export", str(run.path), "form=c"]) == 0
     assert capsys.readouterr().out.strip() == str(run.path / "student_c.h")

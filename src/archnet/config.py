@@ -393,6 +393,38 @@ class CostsConfig:
 
 
 @dataclass
+class DialectConfig:
+    """How a target's ONNX files are written: what its tool asks for, and others may not.
+
+    The defaults are what most tools take: ONNX Runtime, OpenVINO, tract and OpenCV compute such
+    files as the integer model does.
+    """
+
+    # Version of ONNX's operators. rknn-toolkit2 2.5.0 reads 19 at most; Mish needs 18. The version
+    # of the file format (IR) is the first that has it.
+    opset: int = _number(19, 13, 25)
+    # Size of the batch in the file: open, or one, as compilers for chips want it (rknn-toolkit2
+    # refuses an open one; onnxruntime-qnn 2.7.0 leaves every node of such a file to the CPU).
+    batch: str = _choice("open", "open", "one")
+    # Clips on floats in front of QuantizeLinear. always: one to the 8-bit container everywhere,
+    # which ONNX Runtime leaves out again, so that layers become integer ones, and without which
+    # OpenCV 5.0 computes them wrongly; below 8 bits another one behind it, on integers that are
+    # dequantized. needed: a single one, where rounding does not saturate at the bounds by itself,
+    # for which rknn-toolkit2 counts fewer cycles.
+    clip: str = _choice("always", "always", "needed")
+    # Biases: INT32 with a DequantizeLinear, or floats of the same value, to 24 bits. tpu-mlir
+    # 1.30.2 refuses the former; onnxruntime-qnn leaves a last layer with them to the CPU.
+    bias: str = _choice("int32", "int32", "float")
+    # The network's result: float, or on a grid of 8 bits that holds what calibration has seen, for
+    # tools that leave a last layer without one to the CPU (onnxruntime-qnn). Scores closer to each
+    # other than a step are then equal.
+    output: str = _choice("float", "float", "integer")
+    # Who wrote the file, as its header says, and the version behind a space: Sony's converter
+    # reads files of pytorch alone, from 2.0.0 on. The metadata say archnet in any case.
+    producer: str = "archnet"
+
+
+@dataclass
 class HardwareConfig:
     """A target: what its operators are and what it holds. What is not stated is not checked."""
 
@@ -404,6 +436,7 @@ class HardwareConfig:
     complete: bool = True
     limits: dict[str, LimitsConfig] = field(default_factory=dict)  # of single operators, by name
     costs: CostsConfig = field(default_factory=CostsConfig)  # of work, in cycles
+    dialect: DialectConfig = field(default_factory=DialectConfig)  # how its ONNX files are written
     fc_per_position: bool = True  # a fully connected layer at every position is cheap here
     max_channels: int | None = _number(None, 1)  # widest map a convolution takes; null: no limit
     lanes: int = _number(16, 1)  # channels a slice of a depthwise convolution, one dense 3x3 each

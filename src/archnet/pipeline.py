@@ -215,7 +215,7 @@ def evaluate(this: Run, student: Student) -> dict[str, Any]:
 
 def form(config: Config) -> str:
     """The form in which a run's student is deployed."""
-    return "float" if config.quant.method == "none" else "qcdq"
+    return "float" if config.quant.method == "none" else "qdq"
 
 
 def test_images(data: ClassificationData, count: int) -> Tensor:

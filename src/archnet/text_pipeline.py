@@ -405,7 +405,7 @@ def evaluate(this: TextRun, student: Student) -> dict[str, Any]:
 
 def form(config: Config) -> str:
     """The form in which a run's student is deployed."""
-    return "float" if config.quant.method == "none" else "qcdq"
+    return "float" if config.quant.method == "none" else "qdq"
 
 
 def files(folder: RunFolder) -> list[Path]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from archnet.chips import Bridge
+    from archnet.config import DialectConfig
     from archnet.deploy.compile import Asked, Judged
 
 HELP = "have a chip's own compiler, or a runtime, judge a run's student or a file"
@@ -131,7 +132,7 @@ def _run(options: argparse.Namespace) -> int:
     this, student = pipeline.reopen(folder)
     calibration = _joined(this.data.calibration_batches(1))[:CALIBRATION]
     images = _images(this, options.inputs) if options.inputs else calibration[:0]
-    asked = Asked(found, chip, images, calibration, options.timeout)
+    asked = Asked(found, chip, images, calibration, options.timeout, _dialect(found, chip))
     name = f"{found.name} {chip}".strip()
     logs = folder.path / "compile"
     log = logs / f"{name.replace(' ', '_')}.log"
@@ -146,6 +147,14 @@ def _run(options: argparse.Namespace) -> int:
         kept[name] = {side: one.summary() for side, one in judged.items()}
         write_json(folder.metrics, metrics)
     return _told(f"{folder.path.name}: {name}", judged, asked)
+
+
+def _dialect(found: "Bridge", chip: str) -> "DialectConfig | None":
+    """That of the target which a chip belongs to; None for a runtime, which takes any."""
+    from archnet.hardware import Target
+
+    name = next((target for target, chips in found.chips.items() if chip in chips), None)
+    return None if name is None else Target.named(name).dialect
 
 
 def _file(options: argparse.Namespace) -> int:
@@ -226,6 +235,8 @@ def _told(title: str, judged: "Mapping[str, Judged]", asked: "Asked") -> int:
         shown.print(table)
     for side in sides:
         _off(shown, side, judged[side])
+        if judged[side].doubt:
+            shown.print(printable(f"{side}: {judged[side].doubt}", 300), soft_wrap=True)
     failed = [(side, one) for side, one in judged.items() if one.compiled.error]
     for side, one in failed:
         log = f"; its log: {one.compiled.log}" if one.compiled.log else ""

@@ -1,6 +1,8 @@
 """`archnet verify`: a finished run's student in PyTorch and in every form, bit by bit."""
 
 import argparse
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from archnet.commands.folder import folder_arguments, open_folder
@@ -45,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
         }
         write_json(folder.metrics, metrics)
     _show(folder.path.name, len(images), checks)
+    for line in _doubts(files.values()):
+        print(line)
     return 1 if any(check.changed for check in checks) else 0
 
 
@@ -60,6 +64,19 @@ def image_batch(this: "Run", count: int) -> Any:
         more = this.data.calibration_batches(-(-(count - len(images)) // batch_size))
         images = torch.cat([images, *more])[:count]
     return images.numpy()
+
+
+def _doubts(files: Iterable[Path]) -> list[str]:
+    """A line for each tool that is known to compute one of these files wrongly."""
+    import onnx
+
+    from archnet.deploy import doubts
+
+    return [
+        f"{path.name}: {line}"
+        for path in files
+        for line in doubts(onnx.load(path, load_external_data=False)).values()
+    ]
 
 
 def _show(title: str, inputs: int, checks: "list[Check]") -> None:

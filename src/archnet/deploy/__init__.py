@@ -1,5 +1,6 @@
 """From a student to a file that a runtime runs, and the proof that it does the same."""
 
+from archnet.deploy.doubts import doubts
 from archnet.deploy.export import FORMS, audit, export, to_onnx
 from archnet.deploy.integer import IntegerModel, to_integers
 from archnet.deploy.runtime import Parity, changed, load_session, parity
@@ -16,6 +17,7 @@ __all__ = [
     "Parity",
     "audit",
     "changed",
+    "doubts",
     "export",
     "export_translator",
     "load_session",

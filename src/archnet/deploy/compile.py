@@ -15,16 +15,18 @@ from torch import Tensor, nn
 
 from archnet.chips import Bridge, Compiled
 from archnet.chips.host import TIMEOUT
-from archnet.deploy.export import FORMS, is_quantized, of_five, to_onnx
+from archnet.config import DialectConfig
+from archnet.deploy.doubts import doubts
+from archnet.deploy.export import is_quantized, of_five, to_onnx
 from archnet.deploy.integer import IntegerModel, Kind, to_integers
 from archnet.deploy.latency import export_teacher
 from archnet.deploy.runtime import changed, load_session, run_session
 from archnet.deploy.verify import steps_off
 from archnet.deploy.writer import ExportError
 from archnet.hardware.onnx_file import load
+from archnet.lower import target_of
 from archnet.ops import Student
 
-QUANTIZED = "qcdq"  # the form of a quantized student that tools are given, where they take ONNX
 BATCH = 64
 
 Images = NDArray[np.float32]
@@ -42,6 +44,7 @@ class Judged:
         bit_equal: share of the results that are those expected exactly, 0 to 1; None where these
             are floats.
         max_steps: the largest difference of a result in units of the golden model's; None likewise.
+        doubt: what the tool is known to compute wrongly in such a file (`deploy.doubts`), or "".
     """
 
     compiled: Compiled
@@ -50,6 +53,7 @@ class Judged:
     changed: int | None = None
     bit_equal: float | None = None
     max_steps: float | None = None
+    doubt: str = ""
 
     def summary(self) -> dict[str, Any]:
         """As plain data (JSON)."""
@@ -60,6 +64,7 @@ class Judged:
             "changed": self.changed,
             "bit_equal": self.bit_equal,
             "max_steps": self.max_steps,
+            "doubt": self.doubt,
         }
 
 
@@ -73,6 +78,7 @@ class Asked:
         images: (N, ...) float32 to run; N may be 0.
         calibration: (N, ...) float32, for a float network that the tool quantizes.
         timeout: seconds for each network.
+        dialect: of a student's file; None: that of its own target.
     """
 
     bridge: Bridge
@@ -80,6 +86,7 @@ class Asked:
     images: Images
     calibration: Images
     timeout: float = TIMEOUT
+    dialect: DialectConfig | None = None
 
     def compile(
         self,
@@ -116,7 +123,7 @@ def compile_student(
         ExportError: the student cannot be written as the tool takes it.
         ChipError: the tool is not there.
     """
-    quantized = is_quantized(student)
+    quantized, doubt = is_quantized(student), ""
     if asked.bridge.says("SUFFIX") == ".tflite":
         if not quantized:
             raise ExportError(
@@ -130,14 +137,15 @@ def compile_student(
         content = to_tflite(model)
     else:
         model = to_integers(student, requantization) if quantized else None
-        form = QUANTIZED if quantized else "float"
-        opset = min(asked.bridge.says("OPSET", FORMS[form].opset), FORMS[form].opset)
-        file = for_one(to_onnx(student, form, opset), asked.bridge)
+        dialect = target_of(student).dialect if asked.dialect is None else asked.dialect
+        opset = min(asked.bridge.says("OPSET", dialect.opset), dialect.opset)
+        file = for_one(to_onnx(student, opset=opset, dialect=dialect), asked.bridge)
         content, origins = file.SerializeToString(), layers_of(file)
+        doubt = doubts(file).get(asked.bridge.name, "")
     compiled = asked.compile(content, not quantized, log, origins)
     if model is None:
         return judged(compiled, asked.images, "the float student", _of(student))
-    return against_golden(compiled, asked.images, model)
+    return replace(against_golden(compiled, asked.images, model), doubt=doubt)
 
 
 def compile_teacher(teacher: nn.Module, asked: Asked, log: Path | None = None) -> Judged:
@@ -181,13 +189,14 @@ def compile_file(path: Path, asked: Asked, log: Path | None = None) -> Judged:
     quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     content = for_one(model, asked.bridge).SerializeToString()
     compiled = asked.compile(content, not quantized, log, layers_of(model))
+    doubt = doubts(model).get(asked.bridge.name, "")
     session = load_session(content)
 
     def run(images: Images) -> NDArray[Any]:
         parts = [run_session(session, item[None], str(path))[0] for item in images]
         return np.concatenate(parts)
 
-    return judged(compiled, asked.images, "ONNX Runtime", run)
+    return replace(judged(compiled, asked.images, "ONNX Runtime", run), doubt=doubt)
 
 
 def input_shape(path: str | os.PathLike[str], given: Mapping[str, Sequence[int]] | None) -> Any:

@@ -1,10 +1,10 @@
 """One function per operator: how it stands in an ONNX file.
 
 The quantizers on an operator decide how it stands there, and the writer how rounding is written.
-In form qcdq the tensors between operators hold the integers themselves: layout moves, max-pooling
-and concatenation work on them, and a DequantizeLinear stands before each operator that multiplies.
-A runtime fuses it, the operator and the QuantizeLinear behind it into one integer kernel. In the
-other forms a tensor holds the values of its integers, and every operator works on these.
+In forms qdq and subbyte the tensors between operators hold the integers themselves, and every
+operator, layout moves included, works on floats between a DequantizeLinear and a QuantizeLinear. A
+runtime fuses the three into one integer kernel. In form qonnx a tensor holds the values of its
+integers. Attributes are written out: some tools know no defaults.
 """
 
 import math
@@ -121,7 +121,7 @@ def _fully_connected(
     rows = x.reshaped((-1, op.in_features), f"{name}.rows")
     tensor = name if len(shape) == 2 else f"{name}.flat"
     inputs = [writer.floating(rows), *parameters(writer, name, op)]
-    writer.node("Gemm", inputs, tensor, transB=1)
+    writer.node("Gemm", inputs, tensor, alpha=1.0, beta=1.0, transA=0, transB=1)
     return Value(name, tensor, (-1, op.out_features)).reshaped(shape, name)
 
 
@@ -234,14 +234,17 @@ def _max_pool(writer: Writer, name: str, op: MaxPool, shape: tuple[int, ...], x:
     left, right, top, bottom = op.padding
     if max(top, bottom) >= op.kernel[0] or max(left, right) >= op.kernel[1]:
         raise ExportError(f"step {name}: ONNX pads a max-pooling by less than its window")
-    writer.node(
+    writer.carried(
         "MaxPool",
         [writer.tensor(x)],
+        x.grid,
         name,
         kernel_shape=op.kernel,
         strides=op.stride,
         pads=[top, left, bottom, right],
         dilations=op.dilation,
+        ceil_mode=0,
+        storage_order=0,
     )
     return Value(name, name, shape, x.grid)
 
@@ -279,6 +282,7 @@ def _average_pool(
         strides=op.stride,
         pads=[*op.padding, *op.padding],
         count_include_pad=1,
+        ceil_mode=0,
     )
     return Value(name, name, shape)
 
@@ -298,12 +302,17 @@ def _mean(writer: Writer, name: str, op: Mean, shape: tuple[int, ...], x: Value)
     return Value(name, name, shape)
 
 
+def common_grid(xs: Sequence[Value]) -> Grid | None:
+    """The grid that all of these values are on; None where they are not, or are floats."""
+    return xs[0].grid if len({x.grid for x in xs}) == 1 else None
+
+
 @emits(Concat)
 def _concat(writer: Writer, name: str, op: Concat, shape: tuple[int, ...], *xs: Value) -> Value:
-    same_grid = len({x.grid for x in xs}) == 1
-    read = writer.tensor if same_grid else writer.floating
-    writer.node("Concat", [read(x) for x in xs], name, axis=op.axis)
-    return Value(name, name, shape, xs[0].grid if same_grid else None)
+    grid = common_grid(xs)
+    read = writer.floating if grid is None else writer.tensor
+    writer.carried("Concat", [read(x) for x in xs], grid, name, axis=op.axis)
+    return Value(name, name, shape, grid)
 
 
 @emits(Activation)
@@ -333,10 +342,7 @@ def _quantize(writer: Writer, name: str, tensor: str, source: str, op: Activatio
     """Float to the grid. A ReLU is the lowest integer of an unsigned grid and costs nothing."""
     quantizer = op.quantizer
     assert isinstance(quantizer, Quantizer)
-    scale = float(quantizer.scale)
-    if not (math.isfinite(scale) and scale > 0):
-        raise ExportError(f"step {name} has a scale of {scale}; calibrate it on finite inputs")
-    grid = Grid(scale, quantizer.low, quantizer.high, name, quantizer.bits)
+    grid = writer.placed(name, quantizer)
     return writer.rounded(tensor, source, grid, *quantizer.bounds(op.low, op.high))
 
 
@@ -354,7 +360,7 @@ def _reshape(writer: Writer, name: str, op: Reshape, shape: tuple[int, ...], x: 
 def _slice(writer: Writer, name: str, op: Slice, shape: tuple[int, ...], x: Value) -> Value:
     window = {"starts": op.start, "ends": op.stop, "axes": op.axis, "steps": op.step}
     constants = [writer.constant(f"{name}.{k}", [v], np.int64) for k, v in window.items()]
-    writer.node("Slice", [writer.tensor(x), *constants], name)
+    writer.carried("Slice", [writer.tensor(x)], x.grid, name, constants=constants)
     return Value(name, name, shape, x.grid)
 
 
@@ -363,7 +369,8 @@ def emit_split(
 ) -> list[Value]:
     """Slices that part a whole axis, one behind the other, as one node."""
     sizes = writer.constant(f"{names[0]}.sizes", [op.stop - op.start for op in cuts], np.int64)
-    writer.node("Split", [writer.tensor(x), sizes], *names, axis=cuts[0].axis)
+    axis = cuts[0].axis
+    writer.carried("Split", [writer.tensor(x)], x.grid, *names, constants=[sizes], axis=axis)
     return [Value(name, name, (-1, *shapes[name]), x.grid) for name in names]
 
 
@@ -372,7 +379,5 @@ def _pad(writer: Writer, name: str, op: Pad, shape: tuple[int, ...], x: Value) -
     # ONNX lists all beginnings, then all ends; the batch is not padded.
     pads = [0, *(before for before, _ in op.pads), 0, *(after for _, after in op.pads)]
     constants = [writer.constant(f"{name}.pads", pads, np.int64)]
-    if x.grid is not None:
-        constants.append(writer.grid(x.grid)[1])
-    writer.node("Pad", [writer.tensor(x), *constants], name)
+    writer.carried("Pad", [writer.tensor(x)], x.grid, name, constants=constants)
     return Value(name, name, shape, x.grid)

@@ -3,7 +3,7 @@
 import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,17 @@ import onnx
 import torch
 from torch import nn
 
+from archnet.config import DialectConfig
 from archnet.deploy.emitters import emit, emit_split
 from archnet.deploy.integer import IntegerModel, to_integers
-from archnet.deploy.qdq import QdqWriter
 from archnet.deploy.qonnx import QonnxWriter
 from archnet.deploy.runtime import compile_openvino
+from archnet.deploy.subbyte import SubbyteWriter
 from archnet.deploy.writer import ExportError, Value, Writer
 from archnet.files import atomic
 from archnet.hardware import Audit, Target
 from archnet.hardware import audit as audit_file
-from archnet.lower import TargetError, check_layers, deployed
+from archnet.lower import TargetError, check_layers, deployed, target_of
 from archnet.ops import Activation, Slice, Student, WeightedOperator
 
 
@@ -33,7 +34,7 @@ class Form:
         suffix: of the file's name.
         content: gives the file's bytes, where that is more than writing an ONNX model.
         writer: writes the ONNX model, where the form is one.
-        opset: of the ONNX model, where none is asked for.
+        opset: the least of the ONNX model that holds all widths, where none is asked for.
         integers: whether a student needs quantizers to take this form.
     """
 
@@ -41,7 +42,7 @@ class Form:
     suffix: str = ".onnx"
     content: Callable[[Student], bytes] | None = None
     writer: type[Writer] = Writer
-    opset: int = 21
+    opset: int = 13
     integers: bool = True
 
 
@@ -81,50 +82,71 @@ def _openvino(student: Student) -> bytes:
 
 FORMS: Mapping[str, Form] = {
     "float": Form("float32, for a student without quantizers", integers=False),
-    "qcdq": Form("INT8 and UINT8 clipped to the width; runs in integer kernels of ONNX Runtime"),
-    "qdq": Form("ONNX's own INT2, INT4 and INT8, packed", writer=QdqWriter, opset=25),
+    "qdq": Form("8-bit integers between QuantizeLinear and DequantizeLinear, for most tools"),
+    "subbyte": Form("qdq with weights packed in INT2 and INT4", writer=SubbyteWriter, opset=25),
     "qonnx": Form("Quant nodes of any width, for FINN and hls4ml", writer=QonnxWriter),
-    "openvino": Form("qcdq, compiled by OpenVINO to check it", content=_openvino),
+    "openvino": Form("qdq, compiled by OpenVINO to check it", content=_openvino),
     "c": Form("C header: integer weights and requantization", ".h", _c_header),
     "tflite": Form("int8 TensorFlow Lite, for Vela and other chips", ".tflite", _tflite),
 }
+
+
+# Names of versions before, and what a form is called now.
+RENAMED = {"qcdq": "qdq"}
 
 
 def form_named(name: str) -> Form:
     """A row of `FORMS`.
 
     Raises:
-        ExportError: there is no such form; the message names the nearest.
+        ExportError: there is no such form; the message names the nearest, or its new name.
     """
+    if name in RENAMED:
+        raise ExportError(f"form={name} is called {RENAMED[name]} now: form={RENAMED[name]}")
     if name not in FORMS:
         near = difflib.get_close_matches(name, FORMS, 1, 0.0)[0]
         raise ExportError(f"form={name} is not one of {', '.join(FORMS)}; nearest: {near}")
     return FORMS[name]
 
 
-def to_onnx(student: Student, form: str = "float", opset: int | None = None) -> onnx.ModelProto:
+def default_form(student: nn.Module) -> str:
+    """The form that most tools take: "qdq" for a quantized student, else "float"."""
+    return "qdq" if is_quantized(student) else "float"
+
+
+def to_onnx(
+    student: Student,
+    form: str | None = None,
+    opset: int | None = None,
+    dialect: DialectConfig | None = None,
+) -> onnx.ModelProto:
     """The student as an ONNX model in memory; see `export`."""
-    return write(student, form, opset)[0]
+    return write(student, form, opset, dialect)[0]
 
 
 def write(
-    student: Student, form: str, opset: int | None = None
+    student: Student,
+    form: str | None = None,
+    opset: int | None = None,
+    dialect: DialectConfig | None = None,
 ) -> tuple[onnx.ModelProto, dict[str, Value]]:
     """The student as an ONNX model, and where each of its values stands in there, by name.
 
     It is written as its target runs it (`archnet.lower.lower`), with the names of that.
     """
-    kind = form_named(form)
     if not isinstance(student, Student):
         raise ExportError(f"a {type(student).__name__} is no student: convert() makes one of it")
+    form = default_form(student) if form is None else form
+    kind = form_named(form)
     if kind.suffix != ".onnx":
         raise ExportError(f"form={form} is no ONNX model: export() writes its file")
-    opset = kind.opset if opset is None else opset
+    dialect = target_of(student).dialect if dialect is None else dialect
+    opset = max(dialect.opset, kind.opset) if opset is None else opset
     if not 13 <= opset <= 25:
         raise ExportError(f"opset={opset} is out of range: 13 to 25 run on onnxruntime")
     _check_quantized(student, form)
     student = deployed(student)
-    graph, writer = student.graph, kind.writer(opset)
+    graph, writer = student.graph, kind.writer(replace(dialect, opset=opset))
     inputs = {name: graph.shapes[name] for name in graph.inputs}
     values = {name: Value(name, name, (-1, *shape)) for name, shape in inputs.items()}
     splits = _splits(student)
@@ -146,6 +168,7 @@ def write(
                 graph.shapes[step.name],
                 *(values[name] for name in step.inputs),
             )
+    values[graph.output] = writer.result(values[graph.output], graph.output_range)
     return writer.model(inputs, values[graph.output]), values
 
 
@@ -173,23 +196,25 @@ def _splits(student: Student) -> dict[str, dict[str, Slice]]:
 def export(
     student: Student,
     path: str | os.PathLike[str],
-    form: str = "float",
+    form: str | None = None,
     opset: int | None = None,
+    dialect: DialectConfig | None = None,
 ) -> Path:
-    """Write a student as a file; an ONNX file has a free batch size.
+    """Write a student as a file, an ONNX file in the dialect of its target.
 
     Args:
         student: what `convert` made, quantized or not.
         path: the file; it is replaced as a whole, or left as it was when writing fails.
-        form: a name in `archnet.deploy.FORMS`. "float"; for a quantized student "qcdq": weights
-            are stored as INT8 and biases as INT32, each with a DequantizeLinear; activations pass
-            QuantizeLinear, an integer Clip where the width is below 8 bits, and DequantizeLinear
-            before the next operator that multiplies. "qdq": weights and activations in ONNX's
-            narrowest types for their widths, weights packed; 3 bits take INT4, 5 to 7 take INT8.
-            "qonnx": floats and Quant nodes of the package qonnx. "openvino": the file of "qcdq",
-            once OpenVINO has compiled it. "c", "tflite": no ONNX. In ONNX files operators without
-            quantizers stay float.
-        opset: of an ONNX file, 13 to 25; None: 25 for "qdq", whose INT2 older ones lack, else 21.
+        form: a name in `archnet.deploy.FORMS`; None: "qdq" for a quantized student, else "float".
+            "qdq": weights are stored as INT8 and biases as INT32, each with a DequantizeLinear;
+            activations pass a Clip to their width and a QuantizeLinear, and every operator works
+            between a DequantizeLinear and a QuantizeLinear. "subbyte": the same with weights packed
+            in INT2 and INT4; 3 bits take INT4, 5 to 7 INT8. "qonnx": floats and Quant nodes of the
+            package qonnx. "openvino": the file of "qdq", once OpenVINO has compiled it. "c",
+            "tflite": no ONNX. In ONNX files operators without quantizers stay float.
+        opset: of an ONNX file, 13 to 25; None: that of the dialect, and 25 for "subbyte".
+        dialect: how an ONNX file is written; None: as the student's target has it
+            (`hardware.dialect`).
 
     Returns:
         The path of the file.
@@ -200,13 +225,16 @@ def export(
             or a file that cannot be written.
     """
     path = Path(path)
+    form = default_form(student) if form is None else form
     kind = form_named(form)
     if kind.content is None:
-        content = to_onnx(student, form, opset).SerializeToString()
+        content = to_onnx(student, form, opset, dialect).SerializeToString()
     elif not isinstance(student, Student):
         raise ExportError(f"a {type(student).__name__} is no student: convert() makes one of it")
     elif opset is not None:
         raise ExportError(f"opset={opset} cannot be chosen for form={form}: leave it out")
+    elif dialect is not None:
+        raise ExportError(f"a dialect cannot be chosen for form={form}: leave it out")
     else:
         _check_quantized(student, form)
         content = kind.content(student)
@@ -228,7 +256,7 @@ def audit(
         ExportError: the student cannot be written.
     """
     if isinstance(model, Student):
-        model = to_onnx(model, "qcdq" if is_quantized(model) else "float")
+        model = to_onnx(model)
     if isinstance(model, nn.Module):
         raise ExportError(f"a {type(model).__name__} is no student: convert() makes one of it")
     return audit_file(model, hardware, inputs)
@@ -237,7 +265,7 @@ def audit(
 def _check_quantized(student: Student, form: str) -> None:
     quantized = is_quantized(student)
     if quantized and not FORMS[form].integers:
-        raise ExportError('this student is quantized: export it with form="qcdq"')
+        raise ExportError('this student is quantized: export it with form="qdq"')
     if not quantized and FORMS[form].integers:
         raise ExportError(
             f"this student has no quantizers, and form={form} holds integers: "

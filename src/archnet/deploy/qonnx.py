@@ -7,7 +7,7 @@ FPGAs (FINN, hls4ml) read such files. Weights stand in them as floats in front o
 import numpy as np
 from torch import Tensor
 
-from archnet.deploy.writer import ExportError, Grid, Writer, positive
+from archnet.deploy.writer import Container, ExportError, Grid, Writer, positive
 
 
 class QonnxWriter(Writer):
@@ -24,24 +24,21 @@ class QonnxWriter(Writer):
     def bias(self, name: str, integers: Tensor, scale: Tensor) -> str:
         return self._constant(name, integers, scale, 32)
 
+    def container(self, name: str, low: int, high: int) -> tuple[Container, int]:
+        bits = (high - low).bit_length()
+        narrow = low == -high
+        signed = narrow or low == -(2 ** (bits - 1))
+        zero = 0 if signed else max(0, -low)
+        held = Container(np.dtype(np.float32), *quant_range(bits, signed, narrow))
+        if (low + zero, high + zero) != (held.lowest, held.highest):
+            raise self.too_wide(name, low, high)
+        return held, zero
+
     def rounded(self, tensor: str, source: str, grid: Grid, low: int, high: int) -> Grid | None:
-        bits = (grid.high - grid.low).bit_length()
-        narrow = grid.low == -grid.high
-        signed = narrow or grid.low == -(2 ** (bits - 1))
-        zero = 0 if signed else grid.zero
-        lowest, highest = quant_range(bits, signed, narrow)
-        if (grid.low + zero, grid.high + zero) != (lowest, highest):
-            raise self.too_wide(grid)
-        bounds = [
-            self.constant(f"{tensor}.{key}", bound * np.float32(grid.scale), np.float32)
-            if bound != limit
-            else ""
-            for key, bound, limit in (("low", low, grid.low), ("high", high, grid.high))
-        ]
-        if any(bounds):
-            source = self.node("Clip", [source, *bounds], f"{tensor}.clipped")
-        scale = self.constant(f"{grid.name}.scale", grid.scale, np.float32)
-        self._quant(source, scale, grid.name, tensor, bits, zero, signed=signed, narrow=narrow)
+        source = self.clipped(tensor, source, grid, low, high)
+        scale, bits = self.grid(grid)[0], (grid.high - grid.low).bit_length()
+        signed, narrow = grid.container.lowest < 0, grid.low == -grid.high
+        self._quant(source, scale, grid.name, tensor, bits, grid.zero, signed=signed, narrow=narrow)
         self.note(grid.bits)
         return None
 

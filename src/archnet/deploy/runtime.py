@@ -36,9 +36,6 @@ def load_session(
 ) -> onnxruntime.InferenceSession:
     """Open an exported file in ONNX Runtime, on the CPU.
 
-    A file of form qdq runs in floats, which give the same result: the runtime would look for
-    kernels on its integers and find none for 2 and 4 bits.
-
     Args:
         model: the ONNX file, or the content of one that was loaded before.
         threads: of one operator; 0 leaves the choice to the runtime.
@@ -64,16 +61,10 @@ def load_session(
             folder = "session.model_external_initializers_file_folder_path"
             if not isinstance(model, bytes):
                 options.add_session_config_entry(folder, os.fspath(Path(model).parent))
-        without = []
-        if any((item.key, item.value) == ("form", "qdq") for item in content.metadata_props):
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-            # It looks at every QuantizeLinear behind a Clip, and stops at 2 bits.
-            without = ["ClipQuantRewrite"]
         return onnxruntime.InferenceSession(
             source,
             options,
             providers=["CPUExecutionProvider"],
-            disabled_optimizers=without,
             enable_fallback=0,  # It would print, and try the same provider again.
         )
     except Exception as error:  # The exceptions of the runtime have no base of their own.
@@ -84,7 +75,7 @@ def load_session(
 def run_session(
     session: onnxruntime.InferenceSession, inputs: NDArray[Any], name: str
 ) -> list[NDArray[Any]]:
-    """The outputs of a model with one input.
+    """The outputs of a model with one input; one whose batch is one runs once an input.
 
     Args:
         session: from `load_session`.
@@ -94,11 +85,14 @@ def run_session(
     Raises:
         ExportError: the model takes more than one input, or other inputs than these.
     """
-    feeds = [item.name for item in session.get_inputs()]
+    feeds = session.get_inputs()
     if len(feeds) != 1:
         raise ExportError(f"{name} has {len(feeds)} inputs, a student one: export it again")
+    size = 1 if feeds[0].shape[:1] == [1] else max(1, len(inputs))
+    parts = [inputs[first : first + size] for first in range(0, max(1, len(inputs)), size)]
     try:
-        return session.run(None, {feeds[0]: inputs})
+        results = [session.run(None, {feeds[0].name: part}) for part in parts]
+        return [np.concatenate(outputs) for outputs in zip(*results, strict=True)]
     except Exception as error:  # See load_session.
         raise ExportError(
             f"ONNX Runtime cannot run {name} on inputs {inputs.shape}: {_first_line(error)}"

@@ -22,11 +22,11 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from archnet.deploy.emitters import emit, emits, parameters
+from archnet.deploy.emitters import common_grid, emit, emits, parameters
 from archnet.deploy.runtime import load_session
-from archnet.deploy.writer import ExportError, Grid, Value, Writer, positive
+from archnet.deploy.writer import ExportError, Grid, Value, Writer
 from archnet.files import atomic
-from archnet.lower import lower
+from archnet.lower import lower, target_of
 from archnet.ops import (
     Activation,
     FullyConnected,
@@ -41,8 +41,7 @@ from archnet.ops import (
 )
 from archnet.quant import Quantizer, grids
 
-FORMS = ("float", "qcdq")
-OPSET = 21
+FORMS = ("float", "qdq")
 METADATA = "translator"
 END = np.iinfo(np.int64).max  # the end of an axis, whatever its length
 
@@ -73,8 +72,7 @@ def _embedding(
 @emits(Window)
 def _window(writer: Writer, name: str, op: Window, shape: tuple[int, ...], x: Value) -> Value:
     pads = writer.constant(f"{name}.pads", [0, op.before, 0, 0, op.after, 0], np.int64)
-    zero = [writer.grid(x.grid)[1]] if x.grid is not None else []
-    wide = writer.node("Pad", [writer.tensor(x), pads, *zero], f"{name}.wide")
+    wide = writer.carried("Pad", [writer.tensor(x)], x.grid, f"{name}.wide", constants=[pads])
     views, count = [], op.before + 1 + op.after
     for start in range(count):
         stop = END if start == count - 1 else start - count + 1
@@ -83,8 +81,9 @@ def _window(writer: Writer, name: str, op: Window, shape: tuple[int, ...], x: Va
             writer.constant(f"{name}.{start}.{key}", [value], np.int64)
             for key, value in bounds.items()
         ]
-        views.append(writer.node("Slice", [wide, *constants], f"{name}.{start}"))
-    writer.node("Concat", views, name, axis=2)
+        view = writer.carried("Slice", [wide], x.grid, f"{name}.{start}", constants=constants)
+        views.append(view)
+    writer.carried("Concat", views, x.grid, name, axis=2)
     return Value(name, name, shape, x.grid)
 
 
@@ -93,8 +92,9 @@ def _split_heads(
     writer: Writer, name: str, op: SplitHeads, shape: tuple[int, ...], x: Value
 ) -> Value:
     heads = writer.constant(f"{name}.shape", [0, 0, op.heads, shape[-1]], np.int64)
-    parts = writer.node("Reshape", [writer.tensor(x), heads], f"{name}.parts")
-    writer.node("Transpose", [parts], name, perm=[0, 2, 1, 3])
+    source = writer.tensor(x)
+    parts = writer.carried("Reshape", [source], x.grid, f"{name}.parts", constants=[heads])
+    writer.carried("Transpose", [parts], x.grid, name, perm=[0, 2, 1, 3])
     return Value(name, name, shape, x.grid)
 
 
@@ -102,9 +102,10 @@ def _split_heads(
 def _merge_heads(
     writer: Writer, name: str, op: MergeHeads, shape: tuple[int, ...], x: Value
 ) -> Value:
-    parts = writer.node("Transpose", [writer.tensor(x)], f"{name}.parts", perm=[0, 2, 1, 3])
+    order = [0, 2, 1, 3]
+    parts = writer.carried("Transpose", [writer.tensor(x)], x.grid, f"{name}.parts", perm=order)
     joined = writer.constant(f"{name}.shape", [0, 0, shape[-1]], np.int64)
-    writer.node("Reshape", [parts, joined], name)
+    writer.carried("Reshape", [parts], x.grid, name, constants=[joined])
     return Value(name, name, shape, x.grid)
 
 
@@ -114,10 +115,10 @@ def _pairs(
 ) -> Value:
     """The target's features, once for each source position, beside the source's."""
     _, _, length, _ = shape
-    read = writer.tensor if x.grid == y.grid else writer.floating
-    copies = writer.node("Concat", [read(x)] * length, f"{name}.copies", axis=1)
-    writer.node("Concat", [copies, read(y)], f"{name}.joined", axis=2)
-    grid = x.grid if x.grid == y.grid else None
+    grid = common_grid([x, y])
+    read = writer.floating if grid is None else writer.tensor
+    copies = writer.carried("Concat", [read(x)] * length, grid, f"{name}.copies", axis=1)
+    writer.carried("Concat", [copies, read(y)], grid, f"{name}.joined", axis=2)
     joined = Value(f"{name}.joined", f"{name}.joined", (-1, length, op.first + op.second), grid)
     weight, bias = parameters(writer, name, op)
     rows = joined.reshaped((-1, op.first + op.second), f"{name}.rows")
@@ -141,8 +142,17 @@ def _source_pool(
     tensor, round_ = writer.tensor(x), 0
     while size != [1, 1]:
         pads = [0, 0, size[0] % 2, size[1] % 2]
-        tensor = writer.node(
-            "MaxPool", [tensor], f"{name}.{round_}", kernel_shape=[2, 2], strides=[2, 2], pads=pads
+        tensor = writer.carried(
+            "MaxPool",
+            [tensor],
+            x.grid,
+            f"{name}.{round_}",
+            kernel_shape=[2, 2],
+            strides=[2, 2],
+            pads=pads,
+            dilations=[1, 1],
+            ceil_mode=0,
+            storage_order=0,
         )
         size, round_ = [-(-side // 2) for side in size], round_ + 1
     return Value(name, tensor, (-1, channels, 1, 1), x.grid).reshaped(shape, name)
@@ -154,7 +164,7 @@ def export_translator(parts: Stepwise, folder: str | os.PathLike[str], form: str
     Args:
         parts: of the student.
         folder: of the files; each is replaced as a whole.
-        form: "float", or "qcdq" for a quantized student.
+        form: "float", or "qdq" for a quantized student.
 
     Returns:
         Both paths.
@@ -176,7 +186,7 @@ def export_translator(parts: Stepwise, folder: str | os.PathLike[str], form: str
 
 
 def _encoder(parts: Stepwise, form: str) -> tuple[onnx.ModelProto, dict[str, Value]]:
-    lowered, writer = lower(parts.encoder), SentenceWriter(OPSET)
+    lowered, writer = lower(parts.encoder), SentenceWriter(target_of(parts.encoder).dialect)
     student, writer.form = lowered.student, form
     values = {"source": Value("source", "source", (-1, -1, _width(student)))}
     _emit(student, writer, values, free=True)
@@ -190,7 +200,7 @@ def _encoder(parts: Stepwise, form: str) -> tuple[onnx.ModelProto, dict[str, Val
 
 
 def _decoder(parts: Stepwise, form: str, memory: Mapping[str, Value]) -> onnx.ModelProto:
-    student, writer = parts.decoder, SentenceWriter(OPSET)
+    student, writer = parts.decoder, SentenceWriter(target_of(parts.decoder).dialect)
     writer.form = form
     length = _fixed_length(student)
     if length is not None:
@@ -205,7 +215,9 @@ def _decoder(parts: Stepwise, form: str, memory: Mapping[str, Value]) -> onnx.Mo
     on_grid = grids(student)
     for name in (*parts.memory, *parts.states):
         result = lowered.values.get(parts.states.get(name, ""))
-        grid = memory[name].grid if name in memory else _state_grid(student, name, result, on_grid)
+        grid = (
+            memory[name].grid if name in memory else _state_grid(student, writer, result, on_grid)
+        )
         sizes: list[Any] = ["batch", *shapes[name]]
         if len(sizes) == 4:
             sizes[2] = "length" if name in memory else f"{name}.past"
@@ -261,7 +273,7 @@ def _emit(student: Student, writer: SentenceWriter, values: dict[str, Value], fr
 
 
 def _state_grid(
-    student: Student, name: str, result: str | None, on_grid: Mapping[str, frozenset[str]]
+    student: Student, writer: Writer, result: str | None, on_grid: Mapping[str, frozenset[str]]
 ) -> Grid | None:
     """The grid of what a state keeps: that of the values which join it."""
     assert result is not None
@@ -270,8 +282,7 @@ def _state_grid(
         assert isinstance(module, Activation)
         quantizer = module.quantizer
         if isinstance(quantizer, Quantizer):
-            scale = float(positive(name, quantizer.scale))
-            return Grid(scale, quantizer.low, quantizer.high, place, quantizer.bits)
+            return writer.placed(place, quantizer)
     return None
 
 
@@ -322,9 +333,9 @@ def _model(
         graph,
         opset_imports=opsets,
         ir_version=helper.find_min_ir_version_for(opsets),
-        producer_name="archnet",
+        **writer.producer,
     )
-    helper.set_model_props(model, {"form": writer.form, METADATA: json.dumps(facts)})
+    helper.set_model_props(model, {**writer.properties, METADATA: json.dumps(facts)})
     onnx.checker.check_model(model, full_check=True)
     return model
 

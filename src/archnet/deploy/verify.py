@@ -24,7 +24,7 @@ from archnet.deploy.runtime import (
     run_qonnx,
     run_session,
 )
-from archnet.deploy.writer import ExportError, Transpose, Value
+from archnet.deploy.writer import ExportError, Grid, Transpose, Value
 from archnet.lower import deployed, lower
 from archnet.ops import Activation, Concat, LayoutMove, MaxPool, Step, Student
 from archnet.quant import Quantizer
@@ -148,7 +148,7 @@ def verify(
         golden.check("pytorch float64", "torch", _PyTorch(student, golden.model, torch.float64)),
     ]
     for name, path in (files or {}).items():
-        file = _File(student, "qcdq", RUNTIMES["qcdq"].execute, _load(path))
+        file = _File(student, "qdq", RUNTIMES["qdq"].execute, _load(path))
         checks.append(golden.check(name, "onnxruntime", file))
     for name, runtime in RUNTIMES.items():
         if runtime.form not in forms:
@@ -196,9 +196,11 @@ class _Golden:
                 f"{name} gives {found.shape}, the student {expected.shape}: "
                 "it is another student's file"
             )
-        unit = self.model.output_unit
-        difference = steps_off(found / unit, expected)
+        unit: Any = self.model.output_unit
         wrong = changed(expected * unit, found) | ~np.isfinite(found).all(-1)
+        if (grid := subject.output_grid) is not None:
+            expected, unit = _on_grid(expected * unit, grid), grid.scale
+        difference = steps_off(found / unit, expected)
         differing = np.flatnonzero((difference > 0).reshape(count, -1).any(1))
         return Check(
             name,
@@ -225,7 +227,10 @@ class _Golden:
             place = places.get(step.name, self.model.output)
             is_output = step.name == subject.output
             unit = self.model.output_unit if is_output else self.model.grids[place].scale
-            difference = steps_off(found[step.name] / unit, expected[place])
+            wanted = expected[place]
+            if is_output and (grid := subject.output_grid) is not None:
+                wanted, unit = _on_grid(wanted * unit, grid), grid.scale
+            difference = steps_off(found[step.name] / unit, wanted)
             if difference.any():
                 return Divergence(
                     step.name,
@@ -243,6 +248,11 @@ def _origin(student: Student, step: Step) -> str:
     while not step.origin and step.inputs[0] in steps:
         step = steps[step.inputs[0]]
     return step.origin
+
+
+def _on_grid(values: NDArray[Any], grid: Grid) -> Integers:
+    """The integers that a file rounds the golden model's result to."""
+    return np.clip(np.rint(values / grid.scale), grid.low, grid.high).astype(np.int32)
 
 
 def steps_off(found: NDArray[Any], expected: Integers) -> NDArray[np.float64]:
@@ -274,6 +284,7 @@ class _PyTorch:
     def __init__(self, student: Student, model: IntegerModel, dtype: torch.dtype) -> None:
         self.student, self.model, self.dtype = copy.deepcopy(student).to(dtype), model, dtype
         self.output = student.graph.output
+        self.output_grid: Grid | None = None
 
     def run(self, images: NDArray[np.float32], names: Sequence[str]) -> Tensors:
         """The result and the values ``names``, (N, ...)."""
@@ -325,6 +336,8 @@ class _File:
         written, self.values = write(student, form)
         self.model, self.execute = model or written, execute
         self.output = deployed(student).graph.output
+        # That of the dialect, where the golden model has none.
+        self.output_grid = self.values[self.output].grid
 
     def run(self, images: NDArray[np.float32], names: Sequence[str]) -> Tensors:
         """The result and those of the values ``names`` that the file holds, (N, ...)."""
@@ -371,16 +384,17 @@ def _in_openvino(
     compiled = compile_openvino(model.SerializeToString(), exact)
     names = [item.name for item in model.graph.output]
     parts = []
-    for first in range(0, len(images), BATCH):
-        results = compiled([images[first : first + BATCH]])
+    size = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or BATCH
+    for first in range(0, len(images), size):
+        results = compiled([images[first : first + size]])
         parts.append([results[index].copy() for index in range(len(names))])
     return dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True))
 
 
 # How the forms are run that a runtime for Python exists for, by the name of the check.
 RUNTIMES: Mapping[str, _Runtime] = {
-    "qcdq": _Runtime("qcdq", "onnxruntime", _in_onnxruntime),
     "qdq": _Runtime("qdq", "onnxruntime", _in_onnxruntime),
+    "subbyte": _Runtime("subbyte", "onnxruntime", _in_onnxruntime),
     # It executes node by node, each in a session of its own.
     "qonnx": _Runtime("qonnx", "qonnx", run_qonnx, limit=100),
     "openvino": _Runtime(

@@ -1,5 +1,6 @@
 """Collects the nodes of an ONNX graph, and keeps layout moves back until somebody reads them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,9 +11,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from archnet.config import DialectConfig
 from archnet.errors import ArchnetError
 from archnet.hardware.cost import BIAS_BITS
 from archnet.hardware.onnx_graph import WIDTH_KEY
+from archnet.quant import Quantizer
 
 
 class ExportError(ArchnetError):
@@ -20,12 +23,23 @@ class ExportError(ArchnetError):
 
 
 @dataclass(frozen=True)
+class Container:
+    """A type of ONNX that integers stand in, from ``lowest`` to ``highest``."""
+
+    dtype: np.dtype[Any]
+    lowest: int
+    highest: int
+
+
+UINT8 = Container(np.dtype(np.uint8), 0, 255)
+
+
+@dataclass(frozen=True)
 class Grid:
     """The integers ``low`` to ``high`` of ``bits``, times ``scale``; zero is on the grid.
 
     Grids are equal when their numbers are; ``name`` is that of the constants in the file. There
-    the integers stand as UINT8, signed ones shifted by the zero point to begin at 0: on x86 only
-    unsigned activations have fast kernels.
+    an integer stands in ``container``, as itself plus ``zero``.
     """
 
     scale: float
@@ -33,11 +47,8 @@ class Grid:
     high: int
     name: str = field(compare=False)
     bits: int = field(compare=False)
-
-    @property
-    def zero(self) -> int:
-        """The stored integer that means zero."""
-        return max(0, -self.low)
+    container: Container = field(compare=False)
+    zero: int = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -126,15 +137,18 @@ class Writer:
     ``origin`` is the teacher's module path that the nodes being written come from; each node
     carries it in its metadata.
 
-    How weights and rounded activations stand in the file is what `weight`, `bias` and `rounded`
-    decide; here it is form qcdq, and other forms override them.
+    How weights and rounded activations stand in the file is what `weight`, `bias`, `rounded` and
+    `container` decide; here it is form qdq, and other forms override them.
+
+    Args:
+        dialect: how the target's files are written.
     """
 
-    form = "qcdq"
+    form = "qdq"
     domain = ""  # of operators that are not ONNX's own
 
-    def __init__(self, opset: int) -> None:
-        self.opset = opset
+    def __init__(self, dialect: DialectConfig) -> None:
+        self.dialect, self.opset = dialect, dialect.opset
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.origin = ""
@@ -183,13 +197,48 @@ class Writer:
             if key not in self._moved:
                 output = value.name if count == len(value.moves) else f"{value.name}.move{count}"
                 if isinstance(move, Transpose):
-                    self.node("Transpose", [tensor], output, perm=move.order)
+                    self.carried("Transpose", [tensor], value.grid, output, perm=move.order)
                 else:
                     shape = self.constant(f"{output}.shape", move.shape, np.int64)
-                    self.node("Reshape", [tensor, shape], output)
+                    self.carried("Reshape", [tensor], value.grid, output, constants=[shape])
                 self._moved[key] = output
             tensor = self._moved[key]
         return tensor
+
+    def carried(
+        self,
+        operator: str,
+        tensors: Sequence[str],
+        grid: Grid | None,
+        *outputs: str,
+        constants: Sequence[str] = (),
+        **attributes: Any,
+    ) -> str:
+        """An operator that hands values on as they are, on one grid before and behind it.
+
+        Like all others it works on floats, between DequantizeLinear and QuantizeLinear, which give
+        the same integers again; a runtime with a kernel for integers leaves both out.
+
+        Args:
+            operator: its name in ONNX.
+            tensors: what it reads: integers where there is a grid.
+            grid: of what it reads and writes; None: floats.
+            outputs: names of what it writes.
+            constants: further inputs.
+            attributes: of the node.
+
+        Returns:
+            The first output.
+        """
+        if grid is None:
+            return self.node(operator, [*tensors, *constants], *outputs, **attributes)
+        floats = [self.dequantized(tensor, grid) for tensor in tensors]
+        carried = [f"{output}.carried" for output in outputs]
+        self.node(operator, [*floats, *constants], *carried, **attributes)
+        for source, output in zip(carried, outputs, strict=True):
+            self.node("QuantizeLinear", [source, *self.grid(grid)], output, axis=0)
+            self.note(grid.bits)
+        return outputs[0]
 
     def floating(self, value: Value) -> str:
         """The tensor of a value as float, with its moves made."""
@@ -200,14 +249,18 @@ class Writer:
             return tensor
         if tensor not in self._floats:
             self._floats[tensor] = self.node(
-                "DequantizeLinear", [tensor, *self.grid(grid)], f"{tensor}.float"
+                "DequantizeLinear", [tensor, *self.grid(grid)], f"{tensor}.float", axis=0
             )
         return self._floats[tensor]
 
     def grid(self, grid: Grid) -> tuple[str, str]:
-        """The constants (scale, zero point) of a grid."""
+        """The constants (scale, zero point) of a grid: numbers, beside which an axis means nothing.
+
+        It is written as 0 all the same: with the default, 1, OpenCV 5.0 takes the number for that
+        of the only channel of a tensor (B, 1), and computes something else.
+        """
         scale = self.constant(f"{grid.name}.scale", grid.scale, np.float32)
-        return scale, self.constant(f"{grid.name}.zero", grid.zero, np.uint8)
+        return scale, self.constant(f"{grid.name}.zero", grid.zero, grid.container.dtype)
 
     def weight(
         self, name: str, integers: Tensor, scale: Tensor, bits: int, *, is_constant: bool = False
@@ -220,7 +273,36 @@ class Writer:
 
     def bias(self, name: str, integers: Tensor, scale: Tensor) -> str:
         """A constant float tensor: ``integers`` (O,), in 32 bits, times ``scale``."""
+        if self.dialect.bias == "float":
+            values = integers.detach().cpu().double() * scale.detach().cpu().double()
+            return self.constant(name, values, np.float32)
         return self.scaled(name, integers, scale, np.int32, BIAS_BITS)
+
+    def placed(self, name: str, quantizer: Quantizer) -> Grid:
+        """The grid of a quantizer of activations, as it stands in the file.
+
+        Args:
+            name: of the step.
+            quantizer: calibrated.
+
+        Raises:
+            ExportError: its scale is not positive and finite, or no type of this form holds it.
+        """
+        scale, low, high = float(quantizer.scale), quantizer.low, quantizer.high
+        if not (math.isfinite(scale) and scale > 0):
+            raise ExportError(f"step {name} has a scale of {scale}; calibrate it on finite inputs")
+        container, zero = self.container(name, low, high)
+        return Grid(scale, low, high, name, quantizer.bits, container, zero)
+
+    def container(self, name: str, low: int, high: int) -> tuple[Container, int]:
+        """What integers of activations stand in, and the integer there that means zero.
+
+        Signed ones begin at 0 as well: on x86 only unsigned activations have fast kernels.
+        """
+        zero = max(0, -low)
+        if high + zero > UINT8.highest:
+            raise self.too_wide(name, low, high)
+        return UINT8, zero
 
     def rounded(self, tensor: str, source: str, grid: Grid, low: int, high: int) -> Grid | None:
         """Write ``tensor``: the float ``source`` on the grid, as integers from ``low`` to ``high``.
@@ -228,41 +310,99 @@ class Writer:
         Returns:
             The grid, where ``tensor`` holds its integers; None where it holds their values.
         """
-        low, high = low + grid.zero, high + grid.zero
-        if low < 0 or high > 255:
-            raise self.too_wide(grid)
-        # A QuantizeLinear saturates at 0 and 255, so wider bounds need no Clip.
-        clipped = (low, high) != (0, 255)
-        quantized = f"{tensor}.unclipped" if clipped else tensor
-        self.node("QuantizeLinear", [source, *self.grid(grid)], quantized)
+        if self.dialect.clip == "always":
+            # In front of the rounding a Clip is one that does nothing, which ONNX Runtime leaves
+            # out, so that the layer becomes an integer one; the width has a Clip of its own.
+            ends = grid.container.lowest - grid.zero, grid.container.highest - grid.zero
+            narrow = (low, high) != ends
+            first = f"{tensor}.unclipped" if narrow else tensor
+            source = self.clipped(first, source, grid, *ends)
+            if narrow:
+                self.node("QuantizeLinear", [source, *self.grid(grid)], first, axis=0)
+                self.note(grid.bits)
+                source = self.clipped(tensor, self.dequantized(first, grid), grid, low, high)
+        else:
+            source = self.clipped(tensor, source, grid, low, high)
+        self.node("QuantizeLinear", [source, *self.grid(grid)], tensor, axis=0)
         self.note(grid.bits)
-        if clipped:
-            bounds = [
-                self.constant(f"{tensor}.low", low, np.uint8),
-                self.constant(f"{tensor}.high", high, np.uint8),
-            ]
-            self.node("Clip", [quantized, *bounds], tensor)
-            self.note(grid.bits)
         return grid
 
-    def too_wide(self, grid: Grid) -> ExportError:
+    def clipped(self, tensor: str, source: str, grid: Grid, low: int, high: int) -> str:
+        """The float ``source`` held to the values of the integers ``low`` to ``high``.
+
+        At the bounds of the grid's container the rounding behind it saturates by itself. Rounding
+        and clipping may change places: a bound is on the grid.
+        """
+        held = grid.container
+        saturates = (low + grid.zero, high + grid.zero) == (held.lowest, held.highest)
+        if saturates and self.dialect.clip == "needed":
+            return source
+        given = [
+            self.constant(f"{tensor}.{key}", bound * np.float32(grid.scale), np.float32)
+            for key, bound in (("low", low), ("high", high))
+        ]
+        return self.node("Clip", [source, *given], f"{tensor}.clipped")
+
+    def result(self, value: Value, seen: tuple[float, float] | None) -> Value:
+        """The network's result as the dialect has it.
+
+        Args:
+            value: of the result.
+            seen: its range (`StudentGraph.output_range`); None: of a float student.
+        """
+        if self.dialect.output == "float" or value.grid is not None or seen is None:
+            return value
+        low, high = min(seen[0], 0.0), max(seen[1], 0.0)
+        scale = float(np.float32((high - low) / UINT8.highest)) or 1.0
+        zero = round(-low / scale)
+        name = f"{value.name}_result"
+        grid = Grid(scale, -zero, UINT8.highest - zero, name, 8, UINT8, zero)
+        found = self.rounded(name, self.tensor(value), grid, grid.low, grid.high)
+        return Value(name, name, value.moved_shape, found)
+
+    def too_wide(self, name: str, low: int, high: int) -> ExportError:
         """The error for a grid that no type of this form holds."""
         return ExportError(
-            f"step {grid.name}: its integers {grid.low} to {grid.high} fit no type of "
-            f"form={self.form}: lower quant.act_bits to 8 or less"
+            f"step {name}: its integers {low} to {high} fit no type of form={self.form}: "
+            "lower quant.act_bits to 8 or less"
         )
 
-    def scaled(self, name: str, integers: Tensor, scale: Tensor, dtype: Any, bits: int) -> str:
-        """A constant: ``integers`` (O, ...) of ``bits`` times ``scale``, (O,) or one number."""
-        stored = self.integers(name, integers, dtype)
+    def scaled(
+        self, name: str, integers: Tensor, scale: Tensor, dtype: Any, bits: int, packed: Any = None
+    ) -> str:
+        """A constant: ``integers`` (O, ...) of ``bits`` times ``scale``, (O,) or one number.
+
+        Args:
+            name: of the integers in the file.
+            integers, scale, bits: as above.
+            dtype: of what is multiplied by the scale.
+            packed: a narrower type that the file holds; None: that one.
+        """
+        stored = self.integers(name, integers, packed or dtype)
+        if packed is not None:
+            wide = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+            stored = self.node("Cast", [stored], f"{name}.wide", to=wide)
         factors = positive(name, scale)
         step = self.constant(f"{name}.scale", factors, np.float32)
-        # ONNX Runtime fuses no Gemm whose weight leaves its zero point out.
-        zero = self.constant(f"{name}.zero", np.zeros(factors.shape), dtype)
+        constants = [stored, step]
+        if dtype != np.int32:
+            # ONNX Runtime fuses no Gemm whose weight leaves its zero point out.
+            constants.append(self.constant(f"{name}.zero", np.zeros(factors.shape), dtype))
         axis = {"axis": 0} if factors.ndim else {}
-        output = self.node("DequantizeLinear", [stored, step, zero], f"{name}.float", **axis)
+        output = self.node("DequantizeLinear", constants, f"{name}.float", **axis)
         self.note(bits)
         return output
+
+    @property
+    def producer(self) -> dict[str, str]:
+        """Who wrote the model, as its header says."""
+        name, _, version = self.dialect.producer.partition(" ")
+        return {"producer_name": name, "producer_version": version}
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """Metadata of the model. Some tools insist on another producer than who wrote the file."""
+        return {"form": self.form, "written_by": "archnet"}
 
     def model(self, inputs: dict[str, tuple[int, ...]], output: Value) -> onnx.ModelProto:
         """The graph as a checked model; shapes come without the batch, which stays free."""
@@ -272,8 +412,8 @@ class Writer:
         graph = helper.make_graph(
             self.nodes,
             "student",
-            [_described(name, shape) for name, shape in inputs.items()],
-            [_described(result, output.moved_shape[1:])],
+            [self._described(name, shape) for name, shape in inputs.items()],
+            [self._described(result, output.moved_shape[1:])],
             list(self.constants.values()),
         )
         opsets = [helper.make_opsetid("", self.opset)]
@@ -283,9 +423,9 @@ class Writer:
             graph,
             opset_imports=opsets,
             ir_version=helper.find_min_ir_version_for(opsets, ignore_unknown=True),
-            producer_name="archnet",
+            **self.producer,
         )
-        helper.set_model_props(model, {"form": self.form})
+        helper.set_model_props(model, self.properties)
         if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
             raise ExportError(
                 f"the student takes {model.ByteSize() / 1e9:.1f} GB, and an ONNX file holds "
@@ -294,6 +434,10 @@ class Writer:
         onnx.checker.check_model(model, full_check=True)
         return model
 
+    def _described(self, name: str, shape: Sequence[int]) -> onnx.ValueInfoProto:
+        batch = 1 if self.dialect.batch == "one" else "batch"
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, *shape])
+
 
 def positive(name: str, scale: Tensor) -> NDArray[np.float32]:
     """The scale of ``name`` as float32, (O,) or (); checked to be positive and finite."""
@@ -301,7 +445,3 @@ def positive(name: str, scale: Tensor) -> NDArray[np.float32]:
     if not (np.isfinite(factors).all() and (factors > 0).all()):
         raise ExportError(f"{name} has a scale that is not positive and finite")
     return factors.reshape(()) if factors.size == 1 else factors
-
-
-def _described(name: str, shape: Sequence[int]) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])

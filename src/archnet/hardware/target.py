@@ -8,7 +8,7 @@ from importlib.resources import files
 from types import SimpleNamespace
 from typing import Any
 
-from archnet.config import CostsConfig, LimitsConfig
+from archnet.config import CostsConfig, DialectConfig, LimitsConfig
 from archnet.errors import ConfigError
 from archnet.target_file import described, from_file, is_file
 
@@ -63,6 +63,7 @@ class Target:
     complete: bool
     limits: Mapping[str, LimitsConfig]
     costs: CostsConfig
+    dialect: DialectConfig
     fc_per_position: bool
     max_channels: int | None
     lanes: int
@@ -131,7 +132,9 @@ class Target:
         """The target of a `description`."""
         limits = {name: LimitsConfig(**row) for name, row in fields["limits"].items()}
         costs = CostsConfig(**fields["costs"])
-        return cls.of(SimpleNamespace(**{**fields, "limits": limits, "costs": costs}))
+        dialect = DialectConfig(**fields.get("dialect", {}))  # students made before have none
+        parts = {"limits": limits, "costs": costs, "dialect": dialect}
+        return cls.of(SimpleNamespace(**{**fields, **parts}))
 
     def judge(self, layer: Layer) -> tuple[str, str]:
         """The operator that a layer is here, and the first thing that speaks against it ("").

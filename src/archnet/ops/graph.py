@@ -80,7 +80,8 @@ class StudentGraph:
     ``refinements`` are there where a budget has chosen between forms (`convert.max_cost`);
     ``error`` is |student - teacher| / |teacher| at the output when the student was made, in floats
     and before any training; None where they were not compared. ``target`` describes the hardware
-    that it was made for (`archnet.hardware.Target.description`); empty: arch5.
+    that it was made for (`archnet.hardware.Target.description`); empty: arch5. ``output_range``
+    are the least and the largest number of the result on calibration inputs; None: not quantized.
     """
 
     inputs: list[str]
@@ -93,3 +94,4 @@ class StudentGraph:
     refinements: list[Refinement] = field(default_factory=list)
     error: float | None = None
     target: dict[str, Any] = field(default_factory=dict)
+    output_range: tuple[float, float] | None = None

@@ -207,5 +207,6 @@ class Student(nn.Module):
             refinements=[Refinement(**row) for row in spec.get("refinements", [])],
             error=spec.get("error"),
             target=dict(spec.get("target", {})),
+            output_range=tuple(spec.get("output_range") or ()) or None,
         )
         return cls(graph, modules)

@@ -260,8 +260,9 @@ def _seen(
 
 def observe_grids(
     student: Student, shared: Mapping[str, str], batches: Iterable[Tensor | tuple[Tensor, ...]]
-) -> dict[str, Tensor]:
-    """Samples of what meets on every shared grid, by the first activation step of it.
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Samples of what meets on every shared grid, by the first activation step of it, and of the
+    result.
 
     Args:
         student: float, with a place for every activation (`insert_activations`).
@@ -269,9 +270,11 @@ def observe_grids(
         batches: unlabelled (B, C, H, W), or tuples of all inputs.
     """
     groups: dict[str, list[Tensor]] = {}
-    for name, values in observe(student, list(shared), batches).items():
-        groups.setdefault(shared[name], []).append(values)
-    return {group: torch.cat(parts) for group, parts in groups.items()}
+    output = student.graph.output
+    found = observe(student, list(dict.fromkeys([*shared, output])), batches)
+    for name, group in shared.items():
+        groups.setdefault(group, []).append(found[name])
+    return {group: torch.cat(parts) for group, parts in groups.items()}, found[output]
 
 
 def lowest_level(samples: Tensor, bits: int, power_of_two: bool, zero_points: bool) -> int:

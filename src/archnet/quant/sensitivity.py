@@ -99,7 +99,7 @@ def _trials(
 ) -> dict[str, list[_Trial]]:
     """A calibrated quantizer for every width on offer, by the step at which it begins to act."""
     shared = shared_grids(student)
-    seen = observe_grids(student, shared, batches)
+    seen, _ = observe_grids(student, shared, batches)
     device = next(student.parameters()).device
     trials: dict[str, list[_Trial]] = {name: [] for name in offers}
     for name, module in weighted(student).items():

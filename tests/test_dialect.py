@@ -85,6 +85,14 @@ def test_every_operator_stands_between_dequantize_and_quantize(bits, form, clip)
             assert behind or set(node.output) <= results
 
 
+@pytest.mark.parametrize("bits", [2, 8])
+def test_zero_points_stand_beside_every_scale(bits):
+    """Rockchip's toolkit reads the third input of each, ONNX Runtime fuses no Gemm without it."""
+    for node in to_onnx(every_operator(bits), "qdq").graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert len(node.input) == 3, node
+
+
 @pytest.mark.parametrize("form", ["qdq", "subbyte"])
 @pytest.mark.parametrize("bits", [(1, 2), (2, 4), (3, 6), (4, 4), (8, 8)])
 def test_files_load_with_default_options_and_are_the_golden_model(bits, form):

@@ -29,6 +29,7 @@ class SubbyteWriter(Writer):
     """Weights in the narrowest type that holds them."""
 
     form = "subbyte"
+    bias_zeros = False
 
     def __init__(self, dialect: DialectConfig) -> None:
         # The fewest nodes: beside packed weights the others count.

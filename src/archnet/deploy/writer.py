@@ -146,6 +146,7 @@ class Writer:
 
     form = "qdq"
     domain = ""  # of operators that are not ONNX's own
+    bias_zeros = True  # whether zero points stand beside biases
 
     def __init__(self, dialect: DialectConfig) -> None:
         self.dialect, self.opset = dialect, dialect.opset
@@ -385,8 +386,9 @@ class Writer:
         factors = positive(name, scale)
         step = self.constant(f"{name}.scale", factors, np.float32)
         constants = [stored, step]
-        if dtype != np.int32:
-            # ONNX Runtime fuses no Gemm whose weight leaves its zero point out.
+        if dtype != np.int32 or self.bias_zeros:
+            # ONNX Runtime fuses no Gemm whose weight leaves its zero point out, and
+            # rknn-toolkit2 2.5.0 ends in an IndexError where a bias does.
             constants.append(self.constant(f"{name}.zero", np.zeros(factors.shape), dtype))
         axis = {"axis": 0} if factors.ndim else {}
         output = self.node("DequantizeLinear", constants, f"{name}.float", **axis)

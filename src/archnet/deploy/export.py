@@ -23,6 +23,7 @@ from archnet.hardware import Audit, Target
 from archnet.hardware import audit as audit_file
 from archnet.lower import TargetError, check_layers, deployed, target_of
 from archnet.ops import Activation, Slice, Student, WeightedOperator
+from archnet.ops.parts import partings
 
 
 @dataclass(frozen=True)
@@ -172,25 +173,17 @@ def write(
     return writer.model(inputs, values[graph.output]), values
 
 
-def _splits(student: Student) -> dict[str, dict[str, Slice]]:
+def _splits(student: Student) -> dict[str, Mapping[str, Slice]]:
     """Slices that part the first axis one behind the other, by the name of the first.
 
     Those of a last axis stay slices: Rockchip's compiler (rknn-toolkit2 2.5.0) takes a Split of
     tokens, and its simulator then gives something else (benchmarks/rknn.py, cifar_vit).
     """
-    groups: dict[tuple[str, int], dict[str, Slice]] = {}
-    for step in student.graph.steps:
-        module = student.operator(step.name)
-        if isinstance(module, Slice) and module.step == 1 and module.axis == 1:
-            groups.setdefault((step.inputs[0], module.axis), {})[step.name] = module
-    found = {}
-    for (source, axis), cuts in groups.items():
-        bounds = [0, *(cut.stop for cut in cuts.values())]
-        starts = [cut.start for cut in cuts.values()]
-        size = student.graph.shapes[source][axis - 1]
-        if len(cuts) > 1 and bounds[:-1] == starts and bounds[-1] == size:
-            found[next(iter(cuts))] = cuts
-    return found
+    return {
+        next(iter(parting.cuts)): parting.cuts
+        for parting in partings(student.graph.steps, student.operators)
+        if parting.axis == 1 and parting.bounds[-1] == student.graph.shapes[parting.source][0]
+    }
 
 
 def export(

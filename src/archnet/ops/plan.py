@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from archnet.ops.graph import Step
 from archnet.ops.hinges import Bent, HingeLines, HingeSum
-from archnet.ops.layout import Slice
 from archnet.ops.operators import Activation, Convolution, Segments
+from archnet.ops.parts import partings
 from archnet.ops.piece import Piece, place_of
 from archnet.ops.tables import Tabled
 
@@ -29,7 +29,12 @@ def plan(steps: Sequence[Step], operators: nn.ModuleDict, targets: Sequence[str]
             needed.update(functions[step.name].reads if step.name in functions else step.inputs)
             chosen.append(step)
     chosen.reverse()
-    together: dict[str, Piece] = {**functions, **_parts(chosen, operators)}
+    together = dict(functions)
+    for parting in partings(chosen, operators):
+        names = tuple(parting.cuts)
+        together[names[0]] = Split(
+            names, (parting.source,), axis=parting.axis, bounds=parting.bounds
+        )
     done: set[str] = set()
     pieces: list[Piece] = []
     for step in chosen:
@@ -99,19 +104,3 @@ class Split(Piece):
         if x.shape[self.axis] == self.bounds[-1]:
             return x.split([b - a for a, b in itertools.pairwise(self.bounds)], self.axis)
         return [operators[name](x) for name in self.names]
-
-
-def _parts(steps: Sequence[Step], operators: nn.ModuleDict) -> dict[str, Split]:
-    """Slices that follow one another on an axis, by the name of the first."""
-    groups: dict[tuple[str, int], list[tuple[str, Slice]]] = {}
-    for step in steps:
-        module = operators[step.name]
-        if isinstance(module, Slice) and module.step == 1:
-            groups.setdefault((step.inputs[0], module.axis), []).append((step.name, module))
-    found = {}
-    for (source, axis), slices in groups.items():
-        bounds = (0, *(module.stop for _, module in slices))
-        if len(slices) > 1 and bounds[:-1] == tuple(module.start for _, module in slices):
-            names = tuple(name for name, _ in slices)
-            found[names[0]] = Split(names, (source,), axis=axis, bounds=bounds)
-    return found

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from archnet.convert import Approximation, convert
-from archnet.ops import Activation, Convolution, Student
+from archnet.ops import Activation, Convolution, HingeLines, HingeSum, Step, Student
 from archnet.ops.hinges import Bent
 from archnet.ops.piece import Piece
-from archnet.ops.plan import Split
+from archnet.ops.plan import Split, plan
 from archnet.ops.tables import Tabled
 from archnet.quant import equalize, quantize
 
@@ -203,3 +203,23 @@ def test_a_table_under_autocast() -> None:
         result = student(x)
     result.float().square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
+
+
+@pytest.mark.parametrize("sign", [0, 1, -1])
+def test_hinges_broadcast_and_may_be_flat(sign: int) -> None:
+    """Rows of one that meet those of another, one hinge without a slope among them."""
+    torch.manual_seed(0)
+    lines, act, total = HingeLines(3, sign), Activation(0.0), HingeSum(5, 3)
+    with torch.no_grad():
+        slopes = torch.tensor([[0.5], [0.0], [-2.0]])
+        lines.weight.copy_(torch.cat([slopes, sign * slopes], 1) if sign else slopes)
+        lines.bias.copy_(torch.tensor([0.1, 0.0, -0.3]))
+        total.weight.copy_(torch.tensor([1.0, 1.0, -1.0]).repeat(5))
+    shapes = {"x": (4, 1, 5), "y": (1, 6, 5)} if sign else {"x": (4, 6, 5)}
+    steps = [Step("lines", tuple(shapes)), Step("act", ("lines",)), Step("total", ("act",))]
+    operators = nn.ModuleDict({"lines": lines, "act": act, "total": total})
+    (piece,) = plan(steps, operators, ["total"])
+    live = {name: torch.randn(2, *shape) for name, shape in shapes.items()}
+    (found,) = piece.work(operators, live)
+    torch.testing.assert_close(found, total(act(lines(*live.values()))))
+    assert found.shape == (2, 4, 6)

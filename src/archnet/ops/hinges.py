@@ -150,7 +150,8 @@ class _Line(torch.autograd.Function):
     def forward(
         ctx: Any, first: Tensor, second: Tensor, sign: int, row: Tensor, bias: Tensor, outer: Tensor
     ) -> Tensor:
-        knots, sizes = -bias / row, outer * row.abs()
+        # A hinge of no slope starts at 0, and has no size.
+        knots, sizes = torch.where(row == 0, 0.0, -bias / row), outer * row.abs()
         ctx.bends = list(zip(knots.tolist(), sizes.tolist(), strict=True))
         ctx.slope = -float(sizes[row < 0].sum())
         start = -float((sizes * knots)[row > 0].sum())

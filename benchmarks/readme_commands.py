@@ -92,6 +92,8 @@ def reason_to_skip(command: str, whole: bool) -> str | None:
     words = command.split()
     if words[0] == "make" and words[1] == "test":
         return "it runs this repository's tests"
+    if words[0] == "make" and words[1].startswith("chip-"):
+        return "makes the environment of a vendor's tool"
     if words[0] == "make" and not whole:
         return "its command is run below, shortened"
     if words[:2] == ["archnet", "compile"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from archnet.chips import tools
 from archnet.cli import main as archnet_command
 from archnet.compose import check, compose
 
@@ -83,7 +84,9 @@ def test_targets_and_files_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for words in commands():
         if words[0] == "make":
-            assert f"\n{words[1]}:" in makefile
+            chip, _, tool = words[1].partition("-")
+            assert f"\n{f'{chip}-%' if tool else chip}:" in makefile
+            assert not tool or tool in tools()
         elif words[0] == "python" and words[1].endswith(".py"):
             assert (ROOT / words[1]).is_file()
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):

@@ -61,7 +61,7 @@ class HingeSum(WeightedOperator):
         return F.linear(x.flatten(-2), *self.parameters_on_grid()).squeeze(-1)
 
 
-class Bent(Piece):
+class HingeFunction(Piece):
     """Lines, what rectifies them, and what adds the hinges, as one function of z.
 
     It is piecewise linear, or a table where z lies on a grid.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from archnet.ops.graph import Step
-from archnet.ops.hinges import Bent, HingeLines, HingeSum
+from archnet.ops.hinges import HingeFunction, HingeLines, HingeSum
 from archnet.ops.operators import Activation, Convolution, Segments
 from archnet.ops.parts import partings
 from archnet.ops.piece import Piece, place_of
@@ -85,7 +85,7 @@ def _functions(steps: Sequence[Step], operators: nn.ModuleDict) -> dict[str, Pie
         elif isinstance(operators[step.name], HingeLines):
             members = chain(step, Activation, HingeSum)
             if len(members) == 3:
-                found[members[-1].name] = Bent(members, by_name, operators)
+                found[members[-1].name] = HingeFunction(members, by_name, operators)
     return found
 
 

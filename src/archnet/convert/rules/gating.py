@@ -133,8 +133,8 @@ def _product(builder: Builder, features: Sequence[Feature], f: _Scaled) -> Featu
     flat = (math.prod(x.shape[: x.axis - 1]), x.channels, math.prod(x.shape[x.axis :]), 1)
     ours = layers.shaped(builder.first(x), flat)
     theirs = layers.shaped(builder.first(s), (*flat[:2], math.prod(s.shape[s.axis :]), 1))
-    met = layers.bent(hinges, ours, theirs)
-    alone = [layers.bent(hinges, name, scale=-1.0) for name in (ours, theirs)]
+    met = layers.hinge_sum(hinges, ours, theirs)
+    alone = [layers.hinge_sum(hinges, name, scale=-1.0) for name in (ours, theirs)]
     if s.shape != x.shape:
         alone[1] = layers.copied(alone[1], 3, flat[2])
     total = layers.added(met, *alone)

@@ -63,19 +63,19 @@ def turned(builder: Builder, feature: Feature, order: tuple[int, ...], axis: int
 
 
 def layers(
-    builder: Builder, feature: Feature, layers: Sequence[Layer], *, rectified: bool = False
+    builder: Builder, feature: Feature, given: Sequence[Layer], *, rectified: bool = False
 ) -> Feature:
     """A layer (O, I) for every head, on the second axis of (heads, I, height, width): a convolution
     whose groups are the heads. Heads of the feature that several of the result share are one group.
     """
     groups, depth, *size = feature.shape
-    weight, bias = (torch.cat(numbers) for numbers in zip(*layers, strict=True))
+    weight, bias = (torch.cat(numbers) for numbers in zip(*given, strict=True))
     flat = builder.layout(feature, "map", Reshape((groups * depth, *size)), 1)
     layer = Convolution(flat, weight[:, :, None, None], builder.owner, groups=groups)
     done = builder.convolve(layer, bias)
     if rectified:
         done = builder.activation(done, 0.0, math.inf)
-    shape = (len(layers), len(weight) // len(layers), *size)
+    shape = (len(given), len(weight) // len(given), *size)
     return builder.layout(done, "layers", Reshape(shape), feature.axis)
 
 

@@ -40,7 +40,7 @@ class Layers:
         offset = torch.as_tensor(bias, dtype=torch.float64).expand(len(weight))
         return self.builder.fully_connected(name, weight, offset, trainable=False)
 
-    def bent(self, f: Hinges, x: str, y: str = "", sign: int = 1, scale: float = 1.0) -> str:
+    def hinge_sum(self, f: Hinges, x: str, y: str = "", sign: int = 1, scale: float = 1.0) -> str:
         """Scale * f(x), or scale * f(x + sign * y), added over the last axis.
 
         Where either of x and y has one entry along an axis, it serves all of the other's.

@@ -96,13 +96,13 @@ class Pairs(Layers):
         a, b = (self._split(self.site.given(self.tagged(x))) for x in (ours, theirs))
         f = product(*self._sampled(a, b, kept), self.count)
         each = (self.heads, kept)
-        met = self.bent(
+        met = self.hinge_sum(
             f,
             self.shaped(ours, (self.windows, self.asking, 1, *each)),
             self.shaped(theirs, (self.windows, 1, self.tokens, *each)),
         )
         keys = (self.windows, self.tokens, *each)
-        alone = self.bent(f, self.shaped(theirs, keys), scale=-1.0)
+        alone = self.hinge_sum(f, self.shaped(theirs, keys), scale=-1.0)
         # The mean query asks all keys the same.
         matrix = self._block([c[2].T for c in centres], self.key)
         common = self.fixed(self._flat(self.key), matrix)
@@ -143,13 +143,13 @@ class Pairs(Layers):
         h = product(*self._sampled_sums(x, y), self.count)
         columns = self.turned(theirs, (0, 1, 3, 2))
         each = (self.heads, kept, self.tokens)
-        met = self.bent(
+        met = self.hinge_sum(
             h,
             self.shaped(weights, (self.windows, self.asking, self.heads, 1, self.tokens)),
             self.shaped(columns, (self.windows, 1, *each)),
         )
-        first = self.shaped(self.bent(h, weights, scale=-1.0), (self.queries, self.heads, 1))
-        second = self.bent(h, self.shaped(columns, (self.windows, *each)), scale=-1.0)
+        first = self.shaped(self.hinge_sum(h, weights, scale=-1.0), (self.queries, self.heads, 1))
+        second = self.hinge_sum(h, self.shaped(columns, (self.windows, *each)), scale=-1.0)
         second = self.copied(self.shaped(second, (self.windows, 1, wide)), 2, self.asking)
         parts = (met, self.copied(first, 3, kept), second)
         z = self.added(*(self.shaped(part, (self.queries, wide)) for part in parts))
@@ -187,12 +187,12 @@ class Pairs(Layers):
         highest = self.builder.emit("highest", window, highest)
         highest = self.shaped(highest, (*square[:2], 1))
         e = curve(below.flatten(), below.exp().flatten(), _EXPONENTIAL)
-        exponentials = self.bent(e, scores, highest, -1, 1 / self.tokens)
+        exponentials = self.hinge_sum(e, scores, highest, -1, 1 / self.tokens)
         exponentials = self.shaped(exponentials, (*square[:2], 1))
         mean = self.site.given(self.tagged(exponentials))
         log_sums = below.exp().mean(-1, keepdim=True).log()
         logarithm = curve(mean.flatten(), log_sums.flatten(), _LOGARITHM, side=-1, offset=True)
-        level = self.shaped(self.bent(logarithm, exponentials), (*square[:2], 1))
+        level = self.shaped(self.hinge_sum(logarithm, exponentials), (*square[:2], 1))
         reference = self.added(highest, level)
         weights = t.softmax(-1)
         ratio = [
@@ -204,7 +204,9 @@ class Pairs(Layers):
         g = curve(reached.flatten(), unit * weights.flatten(), _EXPONENTIAL)
         g = replace(g, offset=-unit / self.tokens)
         ours, theirs = (*square, 1), (*square[:2], 1, 1)
-        return self.bent(g, self.shaped(scores, ours), self.shaped(reference, theirs), -1), unit
+        return self.hinge_sum(
+            g, self.shaped(scores, ours), self.shaped(reference, theirs), -1
+        ), unit
 
     # -- what is given -------------------------------------------------------------------------
 

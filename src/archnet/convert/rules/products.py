@@ -76,9 +76,9 @@ class _Products(Layers):
         )
         f = product(*self._sampled(x, y), self.site.approximation.attention_hinges)
         rows, columns = (groups, height, 1, depth), (groups, 1, width, depth)
-        met = self.bent(f, self.shaped(x, rows), self.shaped(y, columns))
+        met = self.hinge_sum(f, self.shaped(x, rows), self.shaped(y, columns))
         ours, theirs = (
-            self.added(line, self.shaped(self.bent(f, name, scale=-1.0), (groups, size, 1)))
+            self.added(line, self.shaped(self.hinge_sum(f, name, scale=-1.0), (groups, size, 1)))
             for line, name, size in (
                 (self._line(x, means[1] / scales[0]), x, height),
                 (self._line(self.second, means[0]), y, width),

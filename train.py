@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 from archnet.compose import check, register, to_config
 from archnet.errors import ArchnetError
 from archnet.files import discard_output
+from archnet.jobs.registry import check_data
 from archnet.overrides import overridden
 from archnet.ranks import RUN_FOLDER, follow_leader
-from archnet.tasks import check_data
 from archnet.usage import usage, version_line
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -35,9 +35,9 @@ def job(tree: DictConfig) -> None:
     try:
         config = to_config(tree)
         if not config.resume:
-            check_data(config.task, config.teacher.train)
+            check_data(config)
         # Imported here, so that neither composing a config nor a wrong folder loads torch.
-        from archnet.pipeline import run
+        from archnet.jobs.conductor import run
 
         run(config, overridden())
     except ArchnetError as error:
@@ -50,7 +50,7 @@ def main() -> None:
     """Check the whole command line, sweeps included; then let Hydra run it."""
     if RUN_FOLDER in os.environ:
         follow_leader()
-        from archnet.pipeline import join
+        from archnet.jobs.conductor import join
 
         join(Path(os.environ[RUN_FOLDER]))
         return

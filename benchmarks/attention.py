@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from archnet.convert import Approximation, convert
 from archnet.convert.fit import attended, mixing, relative_error, ridge, rows
-from archnet.run_teacher import run_teacher
 from archnet.runs import RunFolder
+from archnet.runs.teacher import run_teacher
 from archnet.tasks import ClassificationData
 from archnet.teachers import load_teacher
 

@@ -16,22 +16,33 @@ from typing import Any
 import torch
 from record import append
 
-from archnet import pipeline, text_pipeline
 from archnet.convert import stepwise
 from archnet.deploy import OnnxTranslator
+from archnet.jobs import conductor
+from archnet.jobs.translation import Translation
 from archnet.runs import RunFolder
+from archnet.runs.student import load_student
+from archnet.tasks import TranslationData
 from archnet.translate import StudentTranslator, Translator, translate
 
 BATCHES = (1, 32)
+
+
+def translation_of(folder: RunFolder) -> Translation:
+    """The job of a run of a translation task."""
+    job = conductor.job_of(folder)
+    assert isinstance(job, Translation), f"{folder.path} is no run of a translation task"
+    return job
 
 
 def networks(folder: RunFolder, threads: int, teacher: bool) -> dict[tuple[str, str], Any]:
     """What is measured, by network and runtime."""
     found: dict[tuple[str, str], Any] = {}
     if teacher:
-        vocabulary = len(text_pipeline.tokenizer_of(folder))
-        found["teacher", "pytorch"] = text_pipeline.teacher_of(folder, vocabulary)
-    student = pipeline.load_student(folder)
+        job = translation_of(folder)
+        vocabulary = len(job.tokenizer())
+        found["teacher", "pytorch"] = job.translator("teacher", "pytorch", vocabulary)
+    student = load_student(folder)
     found["student", "pytorch"] = StudentTranslator(stepwise(student))
     found["student", "onnxruntime"] = OnnxTranslator(folder.path, threads)
     return found
@@ -39,8 +50,8 @@ def networks(folder: RunFolder, threads: int, teacher: bool) -> dict[tuple[str, 
 
 def measure(network: Translator, folder: RunFolder, sentences: Sequence[str], batch: int) -> float:
     """Sentences a second, after a short warm-up."""
-    tokenizer = text_pipeline.tokenizer_of(folder)
-    options = text_pipeline.search_options(folder.config())
+    job = translation_of(folder)
+    tokenizer, options = job.tokenizer(), job.search
     translate(network, tokenizer, sentences[:4], options, batch=batch)
     began = time.perf_counter()
     translate(network, tokenizer, sentences, options, batch=batch)
@@ -58,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for number, path in enumerate(options.runs):
         folder = RunFolder.open(path)
         config = folder.config()
-        data = text_pipeline.TranslationData(config.task, config.seed)
+        data = TranslationData(config.task, config.seed)
         sentences, _ = data.test_pairs(options.sentences)
         for (name, runtime), network in networks(folder, options.threads, number == 0).items():
             for batch in BATCHES:

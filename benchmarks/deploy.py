@@ -23,11 +23,11 @@ from record import append, command
 from torch import nn
 
 import archnet
-from archnet import pipeline
 from archnet.deploy.latency import export_teacher, latencies, without_quantizers
+from archnet.jobs import conductor
+from archnet.jobs.tensors import TensorJob
 from archnet.lower import deployed_cost
 from archnet.ops import Student
-from archnet.pipeline import Run
 from archnet.runs import RunFolder
 
 WIDTHS = ("W8A8", "W4A4", "W2A4", "W3A6")
@@ -67,21 +67,21 @@ def arguments(parser: argparse.ArgumentParser, widths: Sequence[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the figures, add no row")
 
 
-def students(options: argparse.Namespace) -> Iterator[tuple[Run, Student, dict[str, Any]]]:
+def students(options: argparse.Namespace) -> Iterator[tuple[TensorJob, Student, dict[str, Any]]]:
     """The students that the arguments ask for, each with its run and what its row says of it."""
     for path in options.runs:
-        this, trained = pipeline.reopen(RunFolder.open(path))
-        config, quant = this.config, this.config.quant
+        job, trained = conductor.reopen(RunFolder.open(path))
+        config, quant = job.config, job.config.quant
         found = (
             [(quant.weight_bits, quant.act_bits, trained)]
             if options.as_trained
-            else calibrated(this, options.widths)
+            else calibrated(job, options.widths)
         )
         for weight_bits, act_bits, student in found:
             cost = deployed_cost(student)
             chosen = "--as-trained" if options.as_trained else f"--widths W{weight_bits}A{act_bits}"
             yield (
-                this,
+                job,
                 student,
                 {
                     "task": config.task.name,
@@ -99,24 +99,24 @@ def students(options: argparse.Namespace) -> Iterator[tuple[Run, Student, dict[s
             )
 
 
-def calibrated(this: Run, widths: list[tuple[int, int]]) -> Iterator[tuple[int, int, Student]]:
+def calibrated(job: TensorJob, widths: list[tuple[int, int]]) -> Iterator[tuple[int, int, Student]]:
     """The run's teacher converted and quantized at each width."""
-    batches = this.data.calibration_batches(this.config.quant.calibration_batches)
+    batches = job.data.calibration_batches(job.config.quant.calibration_batches)
     for weight_bits, act_bits in widths:
-        student = archnet.convert(this.teacher, batches[0][:1], hardware=this.config.hardware)
+        student = archnet.convert(job.teacher, batches[0][:1], hardware=job.config.hardware)
         archnet.quantize(student, weight_bits, act_bits, calibration=batches)
         yield weight_bits, act_bits, student.eval()
 
 
-def measure(this: Run, student: Student, runs: int, threads: int) -> dict[str, Any]:
+def measure(job: TensorJob, student: Student, runs: int, threads: int) -> dict[str, Any]:
     """Bytes of every form and latencies."""
-    example = pipeline.test_images(this.data, 1)
+    example = job.test_inputs(1)
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         for form in SIZED:
             source = without_quantizers(student) if form == "float" else student
             files[form] = archnet.export(source, Path(folder) / form, form=form)
-        teacher = export_teacher(this.teacher, example, Path(folder) / "teacher")
+        teacher = export_teacher(job.teacher, example, Path(folder) / "teacher")
         timed = {"teacher": teacher, "float": files["float"], "qdq": files["qdq"]}
         taken = latencies(timed, example, runs, threads)
         sizes = {f"{form}_bytes": path.stat().st_size for form, path in files.items()}
@@ -130,7 +130,7 @@ def measure(this: Run, student: Student, runs: int, threads: int) -> dict[str, A
 
 
 def ceiling(runs: int, threads: int) -> float:
-    """How many times faster than in floats one large convolution is in integers on this CPU.
+    """How many times faster than in floats one large convolution is in integers on job CPU.
 
     What the kernels give at best: a network of many layers hardly passes it.
     """
@@ -160,9 +160,9 @@ def main() -> None:
     torch.set_num_threads(1)
     best = round(ceiling(max(1, options.repeat // 10), options.threads), 3)
     print(f"one large convolution: {best} times faster in integers", flush=True)
-    for this, student, about in students(options):
+    for job, student, about in students(options):
         load = os.getloadavg()[0]  # what else ran, which favours neither or the smaller file
-        row = measure(this, student, options.repeat, options.threads)
+        row = measure(job, student, options.repeat, options.threads)
         print(f"{about['task']} W{about['weight_bits']}A{about['act_bits']}", row, flush=True)
         if options.dry_run:
             continue

@@ -281,14 +281,14 @@ class Case:
 
 def make_run(folder: Path) -> Path:
     """A finished run of the digits with next to no training in it; returns what is copied."""
-    from archnet import pipeline
     from archnet.compose import compose
+    from archnet.jobs import conductor
 
     root = folder / "whole"
     options = ["trainer=debug", "trainer.progress=false", "quant.weight_bits=2", "quant.act_bits=4"]
     options += ["distill.steps=10", "distill.joint_steps=5", "distill.checkpoint_every=5"]
     options += [f"output_dir={root}/outputs", f"teacher.cache_dir={root}/teachers"]
-    made = pipeline.run(compose(CONF, options))
+    made = conductor.run(compose(CONF, options))
     made.path.rename(root / "run")
     return root
 
@@ -330,10 +330,10 @@ def command_of(name: str, place: Path) -> Callable[[], int]:
     """What runs in the process of a case."""
 
     def run() -> int:
-        from archnet import pipeline
         from archnet.cli import main
         from archnet.compose import compose
         from archnet.errors import ArchnetError
+        from archnet.jobs import conductor
 
         folder = place / "run"
         if name != "resume":
@@ -341,7 +341,7 @@ def command_of(name: str, place: Path) -> Callable[[], int]:
             return main([name, str(folder), *options])
         try:
             caches = [f"teacher.cache_dir={place}/teachers", f"output_dir={place}"]
-            pipeline.run(compose(CONF, [*caches, f"resume={folder}"]), ["resume"])
+            conductor.run(compose(CONF, [*caches, f"resume={folder}"]), ["resume"])
         except ArchnetError as error:
             print(f"archnet: {error}", file=sys.stderr)
             return 2

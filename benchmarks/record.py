@@ -179,8 +179,8 @@ def run_row(path: Path) -> dict[str, Any]:
     started = datetime.strptime("_".join(folder.path.name.split("_")[:2]), "%Y-%m-%d_%H-%M-%S")
     macs, bops = metrics["cost"]["macs"], metrics["cost"]["bops"]
     seconds = metrics["seconds"]
-    translates = config.task.kind == "translation"
-    metric = "bleu" if translates else "accuracy"
+    translates = "bleu" in metrics["student"]
+    metric = next(iter(metrics["student"]))
     return {
         "date": f"{started:%Y-%m-%d}",
         "task": metrics["task"],
@@ -195,7 +195,7 @@ def run_row(path: Path) -> dict[str, Any]:
         "macs_ratio": round(macs["student"] / macs["teacher"], 4),
         "bops": bops["student"],
         "weight_bytes": metrics["cost"]["weight_bytes"]["student"],
-        "inputs_seen": metrics["data"]["sentences_seen" if translates else "images_seen"],
+        "inputs_seen": metrics["data"]["inputs_seen"],
         "minutes": round((seconds["convert"] + seconds["distill"]) / 60, 2),
         "seed": metrics["seed"],
         "versions": versions(metrics["versions"]),

@@ -51,7 +51,7 @@ from archnet.compose import compose
 from archnet.convert import Approximation
 from archnet.distill import distill
 from archnet.ops import Student
-from archnet.run_quant import run_quant
+from archnet.runs.quant import run_quant
 from archnet.teachers import NETS, member, random_network
 
 aten = torch.ops.aten

@@ -37,8 +37,8 @@ from archnet.deploy.tflite import (
 )
 from archnet.errors import ArchnetError
 from archnet.hardware import teacher_cost
+from archnet.jobs.tensors import TensorJob
 from archnet.lower import deployed_cost
-from archnet.pipeline import Run
 
 WIDTHS = ("W8A8", "W4A4", "W2A4")
 SHOWN = (
@@ -215,11 +215,11 @@ def estimated(content: bytes, accelerator: str) -> Compiled:
     return found
 
 
-def teacher_report(this: Run, accelerator: str) -> tuple[Compiled, int]:
+def teacher_report(job: TensorJob, accelerator: str) -> tuple[Compiled, int]:
     """The compiler's estimates of a run's teacher, and its multiply-accumulates."""
-    batches = this.data.calibration_batches(this.config.quant.calibration_batches)
-    content = teacher_tflite(capture(this.teacher, batches[0][:1]), batches)
-    macs = teacher_cost(this.teacher, batches[0][:1], weight_bits=8, act_bits=8).macs
+    batches = job.data.calibration_batches(job.config.quant.calibration_batches)
+    content = teacher_tflite(capture(job.teacher, batches[0][:1]), batches)
+    macs = teacher_cost(job.teacher, batches[0][:1], weight_bits=8, act_bits=8).macs
     return estimated(content, accelerator), macs
 
 
@@ -232,10 +232,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     teachers: dict[Path, tuple[Compiled, int]] = {}
-    for this, student, about in students(options):
-        run = this.folder.path
+    for job, student, about in students(options):
+        run = job.folder.path
         if run not in teachers:
-            teachers[run] = teacher_report(this, options.accelerator)
+            teachers[run] = teacher_report(job, options.accelerator)
             print(f"{about['task']} teacher", teachers[run][0].figures, flush=True)
         before, macs = teachers[run]
         after = estimated(to_tflite(to_integers(student, target="arch5")), options.accelerator)

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import archnet
-from archnet import pipeline
 from archnet.cli import main
 from archnet.compose import compose
+from archnet.jobs import conductor
 from archnet.quant import settle
 from archnet.runs import RunFolder
+from archnet.runs.student import load_student
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """An untrained run: the commands ask for its files, not for its accuracy."""
     root = tmp_path_factory.mktemp("run")
-    return pipeline.run(
+    return conductor.run(
         compose(
             ROOT / "conf",
             [
@@ -72,7 +73,7 @@ def test_evaluate_says_what_the_run_said(
     assert main(["evaluate", str(run.path)]) == 0
     scores = json.loads(capsys.readouterr().out)
     metrics = json.loads(run.metrics.read_text())
-    assert scores["student"] == metrics["student"]["accuracy"]
+    assert scores["student"]["accuracy"] == metrics["student"]["accuracy"]
     assert scores["agreement"] == metrics["student"]["agreement"]
 
 
@@ -117,8 +118,8 @@ def test_an_unknown_form_is_an_error(run: RunFolder, capsys: pytest.CaptureFixtu
 
 def test_the_student_is_read_back_as_it_was_written(run: RunFolder) -> None:
     x_BCHW = torch.rand(2, 1, 28, 28)
-    student = pipeline.load_student(run)
-    again = pipeline.load_student(run, "calibrated")
+    student = load_student(run)
+    again = load_student(run, "calibrated")
     settle(again)  # as the run did after training, here of no step
     assert torch.equal(student(x_BCHW), again(x_BCHW))
 

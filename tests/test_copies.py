@@ -24,7 +24,7 @@ from archnet.quant import (
     settle,
     unquantize,
 )
-from archnet.run_quant import run_quant
+from archnet.runs.quant import run_quant
 
 CONF = Path(__file__).parents[1] / "conf"
 

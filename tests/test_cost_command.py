@@ -10,13 +10,14 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import archnet
-from archnet import pipeline
 from archnet.cli import main
 from archnet.compose import compose
 from archnet.deploy import ExportError
 from archnet.deploy.latency import export_teacher, latencies, without_quantizers
 from archnet.hardware import student_cost
+from archnet.jobs import conductor
 from archnet.runs import RunFolder
+from archnet.runs.student import load_student
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     root = tmp_path_factory.mktemp("run")
     keys = ["trainer=debug", "trainer.progress=false", "teacher.train=false"]
     steps = ["distill.steps=0", "distill.joint_steps=0", f"output_dir={root}"]
-    return pipeline.run(compose(ROOT / "conf", [*keys, *steps]))
+    return conductor.run(compose(ROOT / "conf", [*keys, *steps]))
 
 
 def lines(capsys: pytest.CaptureFixture[str], name: str) -> list[list[str]]:
@@ -121,7 +122,7 @@ def test_a_broken_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_the_float_student_keeps_its_shape(run: RunFolder, tmp_path: Path) -> None:
-    student = pipeline.load_student(run)
+    student = load_student(run)
     floating = without_quantizers(student)
     assert student_cost(floating).macs == student_cost(student).macs
     assert {step.weight_bits for step in student_cost(floating).steps} == {32}

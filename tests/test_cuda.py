@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from archnet import pipeline
 from archnet.config import Config
 from archnet.convert import Approximation, convert
+from archnet.jobs import conductor
 from archnet.quant import equalize, quantize
 from archnet.runs import read_json
 from test_plan import Attention, Smooth, gradients
@@ -53,7 +53,7 @@ def test_values_and_gradients_are_those_of_the_cpu(network: str, bits: int) -> N
 def test_a_run_on_the_gpu_exports_what_it_evaluated(
     make_config: Callable[..., Config], precision: str, schedule: str
 ) -> None:
-    folder = pipeline.run(
+    folder = conductor.run(
         make_config(
             "trainer.accelerator=gpu",
             f"trainer.precision={precision}",

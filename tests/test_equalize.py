@@ -14,7 +14,7 @@ from archnet.convert import convert
 from archnet.deploy import verify
 from archnet.ops import BatchNorm, Student
 from archnet.quant import QuantizationError, equalize, quantize, settle
-from archnet.run_quant import run_quant
+from archnet.runs.quant import run_quant
 
 CONF = Path(__file__).parents[1] / "conf"
 SIZES = torch.logspace(-2, 0, 32)

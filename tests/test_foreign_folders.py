@@ -22,14 +22,16 @@ import pytest
 import torch
 import yaml
 
-from archnet import files, origin, pipeline
+from archnet import files, origin
 from archnet.cli import main
 from archnet.compose import compose
 from archnet.config import Config, require_kinds
 from archnet.distill.cache import FeatureCache
 from archnet.errors import ArchnetError, ConfigError
-from archnet.run_teacher import runs_code
+from archnet.jobs import conductor
 from archnet.runs import RunError, RunFolder, atomic, read_json
+from archnet.runs.student import load_student
+from archnet.runs.teacher import runs_code
 from archnet.tasks import TranslationData, translation
 from archnet.tasks.corpus import EncodedText
 from archnet.teachers import fit
@@ -45,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     root = tmp_path_factory.mktemp("run")
     options = ["trainer=debug", "trainer.progress=false", "teacher.train=false"]
     options += ["distill.steps=0", "distill.joint_steps=0", f"output_dir={root}"]
-    return pipeline.run(compose(ROOT / "conf", options))
+    return conductor.run(compose(ROOT / "conf", options))
 
 
 def edit(folder: RunFolder, change: Callable[[dict], object]) -> None:
@@ -99,11 +101,11 @@ def test_resume_of_a_received_factory_waits_for_a_yes(
     received: RunFolder, make_config: Make, tmp_path: Path
 ) -> None:
     with pytest.raises(RunError, match="say trust=true"):
-        pipeline.run(make_config(f"resume={received.path}"), ["resume"])
+        conductor.run(make_config(f"resume={received.path}"), ["resume"])
     assert not (tmp_path / "executed").exists()
     assert not received.is_own()
     with pytest.raises(ArchnetError, match=r"not a torch\.nn\.Module"):
-        pipeline.run(make_config(f"resume={received.path}", "trust=true"), ["resume", "trust"])
+        conductor.run(make_config(f"resume={received.path}", "trust=true"), ["resume", "trust"])
     # Whoever goes on with a folder has made it: ranks and later commands ask no more.
     assert received.is_own()
     assert not received.config().trust
@@ -265,7 +267,7 @@ def test_pickled_code_is_never_run(name: str, received: RunFolder, tmp_path: Pat
     path = received.checkpoints / f"{name}.pt"
     torch.save({"architecture": Touch(tmp_path / "executed")}, path)
     with pytest.raises(RunError, match=r"\.pt is damaged or holds more than tensors"):
-        pipeline.load_student(received, name)
+        load_student(received, name)
     assert not (tmp_path / "executed").exists()
 
 
@@ -288,7 +290,7 @@ def test_an_edited_config_is_refused_on_resume(
     edit(folder, change)
     before = (folder.path / "config.yaml").read_text()
     with pytest.raises(ConfigError, match="was edited since this run was made") as caught:
-        pipeline.run(make_config(f"resume={folder.path}"), ["resume"])
+        conductor.run(make_config(f"resume={folder.path}"), ["resume"])
     assert said in str(caught.value)
     assert "put it back, or start a new run" in str(caught.value)
     assert (folder.path / "config.yaml").read_text() == before
@@ -342,7 +344,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(
 ) -> None:
     folder, process = held
     with pytest.raises(RunError, match=f"is in use by process {process.pid}: wait until"):
-        pipeline.run(make_config(f"resume={folder.path}"), ["resume"])
+        conductor.run(make_config(f"resume={folder.path}"), ["resume"])
     process.send_signal(signal.SIGKILL)
     process.wait()
     with folder.locked():
@@ -408,7 +410,7 @@ def test_every_file_that_can_be_rebuilt_is(
             flip(path)
         else:
             path.write_text(("", "[]")[number % 3 - 1])
-    pipeline.run(make_config(f"resume={copy.path}"), ["resume"])
+    conductor.run(make_config(f"resume={copy.path}"), ["resume"])
     for path in damaged:
         assert f"{path} " in caplog.text
         if path.suffix == ".pt":

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from archnet import pipeline
 from archnet.config import Config
+from archnet.jobs import conductor
 from archnet.runs import read_json
 from archnet.tasks.tokenizer import train_tokenizer
 from archnet.teachers import TeacherError, load_marian
@@ -108,7 +108,7 @@ def test_a_published_translator_becomes_a_student(
         "quant.bits=4", "distill.steps=2", "task.text.max_tokens=20", "trainer.limit_eval=6",
         "task.text.beam=2", f"task.text.cache_dir={tmp_path}/cache", "trainer.accelerator=cpu",
     )  # fmt: skip
-    metrics = read_json(pipeline.run(config).metrics)
+    metrics = read_json(conductor.run(config).metrics)
     assert metrics["audit"]["pure"]
     assert metrics["parity"]["mismatches"] == 0
 

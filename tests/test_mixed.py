@@ -12,21 +12,23 @@ import torch
 from scipy.optimize import milp
 from torch import nn
 
-from archnet import pipeline, report
+from archnet import report
 from archnet.compose import compose
 from archnet.config import Config
 from archnet.convert import convert
 from archnet.deploy import audit, export, parity, to_integers
 from archnet.errors import ConfigError
 from archnet.hardware import Target, student_cost
+from archnet.jobs import conductor
 from archnet.ops import Student
 from archnet.quant import Allocation, QuantizationError, allocate, pack, quantize, settle, unpack
 from archnet.quant.allocate import Term, bit_operations, cost_of, packed_bytes, solve
 from archnet.quant.attach import insert_activations, shared_grids
 from archnet.quant.sensitivity import sensitivity
 from archnet.quant.widths import end_names, uniform_widths
-from archnet.run_quant import first_inputs
 from archnet.runs import read_json
+from archnet.runs.quant import first_inputs
+from archnet.runs.student import load_student
 from archnet.teachers.nets import CifarResNet
 from archnet.teachers.transformer import Transformer
 
@@ -290,11 +292,11 @@ def test_a_run_tells_its_widths_and_resumes_with_them(make_config: Make, teacher
     options = ["trainer=debug", "trainer.progress=false", "quant=mixed", "quant.budget=0.9",
                "quant.widths=[2,4,8]", "hardware.act_bits=[4,8]", "quant.sensitivity_inputs=8",
                "distill.steps=2", "distill.joint_steps=1", teachers]  # fmt: skip
-    folder = pipeline.run(make_config(*options))
+    folder = conductor.run(make_config(*options))
     quant = read_json(folder.metrics)["quant"]
     assert (quant["budget"], quant["budget_of"], quant["inputs"]) == (0.9, "bops", 8)
     assert quant["smallest_share"] <= quant["share"] <= 0.9
-    own = pipeline.load_student(folder)
+    own = load_student(folder)
     bits = {row["name"]: row["bits"] for row in quant["widths"]}
     for row in student_cost(own).steps:
         if row.macs:
@@ -307,7 +309,7 @@ def test_a_run_tells_its_widths_and_resumes_with_them(make_config: Make, teacher
     assert "of W4A4's bops" in shown["network"]
     assert " x " in shown["layers x bits of weights"]
     (folder.path / "stages" / "evaluate.json").unlink()
-    pipeline.run(make_config(f"resume={folder.path}"), ["resume"])
+    conductor.run(make_config(f"resume={folder.path}"), ["resume"])
     assert read_json(folder.metrics)["quant"] == quant
 
 
@@ -315,7 +317,7 @@ def test_an_impossible_budget_ends_a_run_before_training(make_config: Make, teac
     options = ["trainer=debug", "trainer.progress=false", "quant=mixed", "quant.budget=0.05",
                teachers]  # fmt: skip
     with pytest.raises(QuantizationError, match=r"quant.budget=0.05 .* narrowest widths take 0"):
-        pipeline.run(make_config(*options))
+        conductor.run(make_config(*options))
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from archnet import pipeline, run_look, text_pipeline
 from archnet.cli import main
 from archnet.compose import compose
 from archnet.config import Config, DataConfig, TaskConfig, TeacherConfig
 from archnet.errors import ArchnetError, ConfigError
-from archnet.run_images import as_recorded, with_preprocessing
+from archnet.jobs import conductor, translation
+from archnet.runs import look as run_look
 from archnet.runs import read_json
-from archnet.tasks import ClassificationData, TaskError, TranslationData, check_data
+from archnet.runs.preprocessing import as_recorded, with_preprocessing
+from archnet.tasks import ClassificationData, TaskError, TranslationData
+from archnet.tasks.check import check_images
 from archnet.tasks.images import (
     DamagedImageError,
     Layout,
@@ -137,7 +139,7 @@ def test_an_own_network_is_measured_as_plain_torch_measures_it(
     monkeypatch.chdir(own.folder)
     assert own.accuracy > 50
     with caplog.at_level(logging.INFO):
-        folder = pipeline.run(compose(CONF, own.command()))
+        folder = conductor.run(compose(CONF, own.command()))
     metrics = read_json(folder.metrics)
     assert metrics["teacher"]["accuracy"] == pytest.approx(own.accuracy, abs=1e-3)
     assert metrics["audit"]["pure"]
@@ -148,7 +150,9 @@ def test_an_own_network_is_measured_as_plain_torch_measures_it(
     # What opens the folder again shows the same images to the same network.
     capsys.readouterr()
     assert main(["evaluate", str(folder.path)]) == 0
-    assert json.loads(capsys.readouterr().out)["teacher"] == metrics["teacher"]["accuracy"]
+    assert (
+        json.loads(capsys.readouterr().out)["teacher"]["accuracy"] == metrics["teacher"]["accuracy"]
+    )
     assert main(["verify", str(folder.path), "inputs=20", "forms=qdq"]) == 0
     for form in ("subbyte", "tflite", "c"):
         assert main(["export", str(folder.path), f"form={form}"]) == 0
@@ -165,7 +169,7 @@ def test_photos_without_labels_train(
     for path in (own.folder / "digits").rglob("*.png"):
         (photos / path.name).write_bytes(path.read_bytes())
     with caplog.at_level(logging.INFO):
-        folder = pipeline.run(compose(CONF, own.command("task.data.root=photos")))
+        folder = conductor.run(compose(CONF, own.command("task.data.root=photos")))
     metrics = read_json(folder.metrics)
     assert metrics["teacher"]["accuracy"] is metrics["student"]["accuracy"] is None
     assert 0 < metrics["student"]["agreement"] <= 100
@@ -182,7 +186,7 @@ def test_a_teacher_cannot_learn_from_photos_without_labels(own: Own, tmp_path: P
     )
     config.output_dir = str(tmp_path / "outputs")
     with pytest.raises(TaskError, match=r"teacher\.train=true needs labels"):
-        pipeline.run(config)
+        conductor.run(config)
     assert not (tmp_path / "outputs").exists()
 
 
@@ -444,9 +448,9 @@ def test_a_random_teacher_is_warned_of(
     def stop(*_: object) -> None:
         raise ArchnetError("far enough")
 
-    monkeypatch.setattr(pipeline, "_convert", stop)
+    monkeypatch.setattr(conductor, "_convert", stop)
     with pytest.raises(ArchnetError, match="far enough"):
-        pipeline.run(make_config("trainer=debug", "teacher.train=false"))
+        conductor.run(make_config("trainer=debug", "teacher.train=false"))
     (line,) = [r.getMessage() for r in caplog.records if "guess" in r.getMessage()]
     for key in ("image_size", "resize", "interpolation", "mean", "std"):
         assert f"task.data.{key}=" in line
@@ -597,7 +601,7 @@ def test_labels_that_are_no_classes_are_one_line(
 ) -> None:
     write_table(tmp_path / "data", column)
     with pytest.raises(TaskError, match=message) as caught:
-        check_data(options(tmp_path / "data"))
+        check_images(Config(task=options(tmp_path / "data")))
     assert "\n" not in str(caught.value)
 
 
@@ -654,7 +658,7 @@ def test_a_wrong_root_ends_before_a_folder_is_made(
     make(tmp_path / "photos")
     config = make_config("task=images", f"task.data.root={tmp_path}/photos", "teacher=resnet18")
     with pytest.raises(TaskError, match=message) as caught:
-        pipeline.run(config)
+        conductor.run(config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "outputs").exists()
 
@@ -663,15 +667,16 @@ def test_a_wrong_root_ends_before_a_folder_is_made(
 def test_a_folder_that_may_not_be_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir(mode=0)
     with pytest.raises(TaskError, match="cannot be read: Permission denied"):
-        check_data(options(tmp_path / "photos"))
+        check_images(Config(task=options(tmp_path / "photos")))
 
 
 def test_a_wrong_root_is_found_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from archnet.config import DataConfig, TaskConfig\n"
-        "from archnet.tasks import TaskError, check_data\n"
+        "import sys; from archnet.config import Config, DataConfig, TaskConfig\n"
+        "from archnet.errors import TaskError\n"
+        "from archnet.jobs import check_data\n"
         "for kind in ('classification', 'translation'):\n"
-        "    try: check_data(TaskConfig(kind=kind, data=DataConfig(root='nowhere')))\n"
+        "    try: check_data(Config(task=TaskConfig(kind=kind, data=DataConfig(root='nowhere'))))\n"
         "    except TaskError: continue\n"
         "    raise SystemExit('found')\n"
         "assert 'torch' not in sys.modules\n"
@@ -793,7 +798,7 @@ def test_a_corpus_too_small_for_its_sizes_is_said(
     task = [text for text in given if text.startswith("task=")] or ["task=wmt14"]
     names = ["task.text.valid=valid", "task.text.test=test", f"task.data.root={tmp_path}/text"]
     config = make_config(*task, *names, *(text for text in given if text not in task))
-    text_pipeline._compare_sizes(config, TranslationData(config.task, 0))
+    translation.compare_sizes(config, TranslationData(config.task, 0))
     assert advice in caplog.text if advice else not caplog.text
 
 
@@ -811,7 +816,7 @@ def test_a_wrong_root_of_text_ends_before_a_folder_is_made(
 ) -> None:
     WRONG[case][0](tmp_path / "text")
     with pytest.raises(TaskError, match=message):
-        pipeline.run(make_config("task=wmt14", f"task.data.root={tmp_path}/text"))
+        conductor.run(make_config("task=wmt14", f"task.data.root={tmp_path}/text"))
     assert not (tmp_path / "outputs").exists()
 
 
@@ -834,6 +839,6 @@ def test_a_teacher_of_another_type_is_refused_before_a_folder_is_made(
     options = ("teacher=marian", f"teacher.name={tmp_path}/model")
     config = make_config("task=wmt14", f"task.data.root={tmp_path}/text", *options)
     with pytest.raises(TeacherError, match=message) as caught:
-        pipeline.run(config)
+        conductor.run(config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "outputs").exists()

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from archnet import pipeline
 from archnet.cli import main as archnet
 from archnet.config import Config
 from archnet.deploy import to_integers
 from archnet.errors import ArchnetError
+from archnet.jobs import conductor, tensors
 from archnet.report.page import write as write_report
 from archnet.runs import RunError, RunFolder, read_json
+from archnet.runs.student import load_student
 from conftest import killed_at
 from test_chips import replayed
 
@@ -35,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
     root = tmp_path_factory.mktemp("run")
     places = (f"output_dir={root}/outputs", f"teacher.cache_dir={root}/teachers")
-    return pipeline.run(
+    return conductor.run(
         compose(ROOT / "conf", [*places, *DEBUG, "distill.steps=20", "logger=tensorboard"])
     )
 
@@ -90,7 +91,7 @@ def test_metrics_have_the_keys_of_the_design(finished: RunFolder) -> None:
     assert metrics["parity"]["runtime"].startswith("onnxruntime")
     assert metrics["parity"]["mismatches"] == 0
     assert metrics["data"]["unlabelled"] == 128
-    assert metrics["data"]["images_seen"] == 20 * 16
+    assert metrics["data"]["inputs_seen"] == 20 * 16
     assert {"teacher", "convert", "distill", "evaluate", "total"} <= set(metrics["seconds"])
     assert metrics["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert metrics["seed"] == 0
@@ -110,7 +111,7 @@ def test_a_finished_run_is_not_run_again(
 ) -> None:
     before = (finished.path / "student.onnx").stat().st_mtime_ns
     with caplog.at_level(logging.INFO):
-        pipeline.run(make_config(f"resume={finished.path}"), ["resume"])
+        conductor.run(make_config(f"resume={finished.path}"), ["resume"])
     assert "distill: finished earlier" in caplog.text
     assert (finished.path / "student.onnx").stat().st_mtime_ns == before
 
@@ -119,7 +120,7 @@ def test_resume_does_what_is_missing(finished: RunFolder, make_config: Make) -> 
     before = read_json(finished.metrics)
     (finished.path / "stages" / "evaluate.json").unlink()
     finished.metrics.unlink()
-    pipeline.run(make_config(f"resume={finished.path}"), ["resume"])
+    conductor.run(make_config(f"resume={finished.path}"), ["resume"])
     assert read_json(finished.metrics)["student"] == before["student"]
 
 
@@ -129,9 +130,9 @@ def test_ctrl_c_says_how_to_continue(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_stages", interrupt)
+    monkeypatch.setattr(conductor, "_stages", interrupt)
     with pytest.raises(SystemExit) as caught:
-        pipeline.run(make_config(*DEBUG))
+        conductor.run(make_config(*DEBUG))
     assert caught.value.code == 130
     assert "python train.py resume=" in capsys.readouterr().err
 
@@ -142,9 +143,9 @@ def test_a_full_disk_says_how_to_continue(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "distill", full)
+    monkeypatch.setattr(tensors, "distill", full)
     with pytest.raises(RunError, match=r"the disk is full; .*resume=") as caught:
-        pipeline.run(make_config(*DEBUG))
+        conductor.run(make_config(*DEBUG))
     folder = Path(str(caught.value).rpartition("resume=")[2])
     assert (folder / "stages" / "convert.json").is_file()
     assert not (folder / "stages" / "distill.json").exists()
@@ -154,7 +155,7 @@ def test_an_accumulator_too_narrow_ends_before_training(make_config: Make) -> No
     with pytest.raises(
         ArchnetError, match=r"step \w+, from .* need \d+ bits and the target has 12"
     ):
-        pipeline.run(make_config(*DEBUG, "hardware.accumulator_bits=12"))
+        conductor.run(make_config(*DEBUG, "hardware.accumulator_bits=12"))
 
 
 def test_a_target_of_shifts_gets_scales_of_powers_of_two(
@@ -162,15 +163,15 @@ def test_a_target_of_shifts_gets_scales_of_powers_of_two(
 ) -> None:
     cache = finished.config().teacher.cache_dir
     options = [*DEBUG, "hardware.requantization=power_of_two", f"teacher.cache_dir={cache}"]
-    folder = pipeline.run(make_config(*options))
-    to_integers(pipeline.load_student(folder), "power_of_two")
+    folder = conductor.run(make_config(*options))
+    to_integers(load_student(folder), "power_of_two")
     assert read_json(folder.metrics)["parity"]["mismatches"] == 0
 
 
 def test_few_bits_begin_where_more_have_ended(make_config: Make, finished: RunFolder) -> None:
     """A quantized run gives the weights it trained, before rounding, and the grids it learned."""
     from archnet.quant import quantizers
-    from archnet.run_student import given_student, load_student
+    from archnet.runs.student import given_student, load_student
 
     cache = finished.config().teacher.cache_dir
     options = [f"convert.student={finished.path}", f"teacher.cache_dir={cache}"]
@@ -178,7 +179,7 @@ def test_few_bits_begin_where_more_have_ended(make_config: Make, finished: RunFo
     (given, learned), trained = given_student(config), load_student(finished, "trained")
     for name, module in given.named_parameters():
         assert torch.equal(module, trained.state_dict()[name]), name
-    folder = pipeline.run(config)
+    folder = conductor.run(config)
     assert read_json(folder.metrics)["audit"]["pure"]
     grids = quantizers(load_student(folder, "calibrated"))
     for name, quantizer in learned.items():
@@ -201,7 +202,7 @@ def test_text_that_is_missing_ends_with_one_line_before_anything_is_made(tmp_pat
 
 def test_a_float_student_is_the_teacher(make_config: Make, finished: RunFolder) -> None:
     cache = finished.config().teacher.cache_dir
-    folder = pipeline.run(
+    folder = conductor.run(
         make_config(
             *DEBUG[:2],
             "quant=none",
@@ -220,14 +221,14 @@ def test_a_killed_run_ends_with_the_weights_of_one_never_stopped(
 ) -> None:
     cache = finished.config().teacher.cache_dir
     options = [*DEBUG, "distill.steps=60", f"teacher.cache_dir={cache}"]
-    whole = pipeline.run(make_config(*options))
+    whole = conductor.run(make_config(*options))
     command = [*killed_at(31), *options, f"output_dir={tmp_path}/killed"]
     assert subprocess.run(command, cwd=tmp_path, check=False).returncode == -signal.SIGKILL
     (killed,) = (tmp_path / "killed" / "mnist5k").iterdir()
     assert list((killed / "checkpoints").glob("step*.ckpt"))
     assert not (killed / "stages" / "distill.json").exists()
-    resumed = pipeline.run(make_config(f"resume={killed}"), ["resume"])
-    before, after = (pipeline.load_student(run).state_dict() for run in (whole, resumed))
+    resumed = conductor.run(make_config(f"resume={killed}"), ["resume"])
+    before, after = (load_student(run).state_dict() for run in (whole, resumed))
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
 
@@ -240,13 +241,13 @@ def test_two_processes_train_what_one_trains(
     options = ["teacher.fit.epochs=1", "trainer.progress=false", "trainer.threads=1",
                "quant.weight_bits=2", "quant.act_bits=4", "distill.steps=60",
                f"teacher.cache_dir={cache}"]  # fmt: skip
-    alone = pipeline.run(make_config("trainer=cpu", *options))
+    alone = conductor.run(make_config("trainer=cpu", *options))
     command = [sys.executable, str(ROOT / "train.py"), "trainer=ddp_cpu", *options]
     subprocess.run([*command, f"output_dir={tmp_path}/two"], cwd=tmp_path, check=True)
     (metrics,) = (tmp_path / "two" / "mnist5k").glob("*/metrics.json")
     one, two = read_json(alone.metrics), read_json(metrics)
     assert two["teacher"] == one["teacher"]
-    assert two["data"]["images_seen"] == one["data"]["images_seen"]
+    assert two["data"]["inputs_seen"] == one["data"]["inputs_seen"]
     assert two["student"]["accuracy"] == pytest.approx(one["student"]["accuracy"], abs=2)
 
 
@@ -268,5 +269,5 @@ def test_a_device_that_is_not_there_is_said_before_any_work(
     make_config: Make, tmp_path: Path
 ) -> None:
     with pytest.raises(ArchnetError, match=r"trainer\.accelerator=gpu, but torch finds none"):
-        pipeline.run(make_config("trainer.accelerator=gpu"))
+        conductor.run(make_config("trainer.accelerator=gpu"))
     assert not (tmp_path / "outputs").exists()

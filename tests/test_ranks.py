@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from archnet import pipeline, run_device
 from archnet.config import Config
 from archnet.errors import ArchnetError
-from archnet.run_device import require_device
+from archnet.jobs import conductor
+from archnet.runs import device as run_device
+from archnet.runs.device import require_device
 from conftest import ROOT
 
 Make = Callable[..., Config]
@@ -91,7 +92,7 @@ def test_more_processes_than_cores_end_before_anything_is_made(
     config = make_config("trainer.devices=1000", f"trainer.accelerator={accelerator}")
     count = run_device._cores()
     with pytest.raises(ArchnetError, match=rf"has {count} CPU cores .*nearest valid: {count}"):
-        pipeline.run(config)
+        conductor.run(config)
     assert not (tmp_path / "outputs").exists()
 
 

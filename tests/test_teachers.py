@@ -318,7 +318,7 @@ def test_a_restart_trains_the_cached_teacher_on(tmp_path, monkeypatch):
         json.loads((teacher_folder(digits_task(), t, 0) / "teacher.json").read_text())
         for t in (once, twice)
     ]
-    assert facts[1]["images_seen"] == 2 * facts[0]["images_seen"]
+    assert facts[1]["inputs_seen"] == 2 * facts[0]["inputs_seen"]
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):

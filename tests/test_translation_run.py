@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from archnet import pipeline
 from archnet.cli import main as archnet
 from archnet.config import Config
+from archnet.jobs import conductor
 from archnet.runs import RunError, RunFolder, read_json
 from conftest import ROOT, killed_at
 
@@ -46,7 +46,7 @@ def finished(places: list[str]) -> RunFolder:
     from archnet.compose import compose
     from conftest import CONF
 
-    return pipeline.run(compose(CONF, [*SHORT, *places]))
+    return conductor.run(compose(CONF, [*SHORT, *places]))
 
 
 def test_a_run_leaves_figures_files_and_a_report(finished: RunFolder) -> None:
@@ -72,15 +72,15 @@ def test_a_run_leaves_figures_files_and_a_report(finished: RunFolder) -> None:
 
 def test_a_strict_student_is_pure(finished: RunFolder, places: list[str]) -> None:
     from archnet.compose import compose
-    from archnet.run_student import given_student
+    from archnet.runs.student import given_student
     from conftest import CONF
 
     strict = [*SHORT, *places, "hardware=arch5"]
-    folder = pipeline.run(compose(CONF, [*strict, "quant=none", "name=five"]))
+    folder = conductor.run(compose(CONF, [*strict, "quant=none", "name=five"]))
     metrics = read_json(folder.metrics)
     assert metrics["audit"]["pure"]
     assert metrics["parity"]["mismatches"] == 0
-    again = pipeline.run(compose(CONF, [*strict, f"convert.student={folder.path.parent}/*_five"]))
+    again = conductor.run(compose(CONF, [*strict, f"convert.student={folder.path.parent}/*_five"]))
     assert read_json(again.metrics)["audit"]["pure"]
     for given, message in (
         (f"{folder.path.parent}/*_six", "matches no finished run"),
@@ -145,19 +145,18 @@ def test_a_teacher_is_looked_at_before_conversion(
 ) -> None:
     from dataclasses import replace
 
-    from archnet import text_pipeline
     from archnet.teachers import load_translator
 
     facts = read_json(finished.path / "stages" / "look.json")
     assert facts["tokens_right"] > 20
     assert facts["sentences"] == 50
     config = finished.config()
-    this = text_pipeline.open_run(config, finished)
+    job = conductor.opened(finished)
     torch.manual_seed(1)
-    guessing = load_translator(
-        replace(config.teacher, weights=None), vocabulary=len(this.data.tokenizer), positions=32
+    job.teacher = load_translator(
+        replace(config.teacher, weights=None), vocabulary=len(job.data.tokenizer), positions=32
     )
-    assert text_pipeline.look(replace(this, teacher=guessing))["tokens_right"] < 20
+    assert job.look()["tokens_right"] < 20
     assert "hardly more than one frequent token alone" in caplog.text
 
 

@@ -20,13 +20,12 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 
 import archnet
-from archnet import pipeline
 from archnet.cli import main
-from archnet.commands import verify as verify_command
 from archnet.compose import compose
 from archnet.deploy import FORMS, Check, ExportError, export, load_session, parity, to_onnx, verify
 from archnet.deploy.verify import RUNNABLE
 from archnet.errors import ArchnetError
+from archnet.jobs import conductor
 from archnet.ops import Student
 from archnet.quant import ActivationLSQ, WeightLSQ, settle
 from archnet.runs import RunFolder
@@ -421,7 +420,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         "distill.joint_steps=0",
         f"output_dir={tmp_path_factory.mktemp('run')}",
     ]
-    return pipeline.run(compose(ROOT / "conf", overrides))
+    return conductor.run(compose(ROOT / "conf", overrides))
 
 
 def test_verify_prints_a_table_and_keeps_it(run, capsys):
@@ -445,12 +444,12 @@ def test_verify_prints_a_table_and_keeps_it(run, capsys):
 
 
 def test_verify_takes_further_images_where_the_test_split_is_small(run):
-    this, _ = pipeline.reopen(run)
-    tests = pipeline.test_images(this.data, 10**9).numpy()
-    found = verify_command.image_batch(this, len(tests) + 3)
+    job, _ = conductor.reopen(run)
+    tests = job.test_inputs(10**9).numpy()
+    found = job.inputs(len(tests) + 3).numpy()
     assert len(found) == len(tests) + 3
     np.testing.assert_array_equal(found[: len(tests)], tests)
-    assert len(verify_command.image_batch(this, 5)) == 5
+    assert len(job.inputs(5)) == 5
 
 
 def test_changed_predictions_are_the_exit_code(run, monkeypatch, capsys):

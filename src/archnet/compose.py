@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from archnet.config import Config, nearest, validate
 from archnet.errors import ConfigError
+from archnet.jobs.registry import require_kind
 from archnet.overrides import arrange, parse, sample, settings
 from archnet.target_file import from_file, is_file
 
@@ -118,6 +119,7 @@ def to_config(tree: DictConfig) -> Config:
     except (OmegaConfBaseException, ValueError) as error:
         raise _explain(error, []) from error
     assert isinstance(config, Config)
+    require_kind(config.task.kind)
     validate(config)
     return config
 

@@ -148,7 +148,8 @@ class TaskConfig:
     """What the network is for."""
 
     name: str = _name("images")  # names the run folder's parent and the metrics
-    kind: str = _choice("classification", "classification", "translation")
+    # classification, translation, or the place of a job of your own (package.module:Class).
+    kind: str = "classification"
     num_classes: int | None = _number(None, 2)  # null: counted in the data
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -710,8 +711,7 @@ def validate(config: Config) -> None:
     _validate(config, "")
     data = config.task.data
     if data.root is None and data.source in ("auto", "folder", "parquet"):
-        what = "text files" if config.task.kind == "translation" else "images"
-        raise ConfigError(f"task.data.root is missing: task.data.root=<folder with the {what}>")
+        raise ConfigError("task.data.root is missing: task.data.root=<folder with the data>")
     for name, values in (("mean", data.mean), ("std", data.std)):
         if values is not None and len(values) != data.channels:
             raise ConfigError(

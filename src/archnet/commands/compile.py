@@ -119,19 +119,18 @@ def chosen(
 
 def _run(options: argparse.Namespace) -> int:
     """A finished run."""
-    from archnet import pipeline
     from archnet.deploy.compile import Asked, compile_student, compile_teacher
+    from archnet.jobs import conductor
     from archnet.runs import RunError, read_json, write_json
 
     folder = open_folder(options, "source")
-    pipeline.require_classifier(folder)
     own = folder.config().hardware
     found, chip = chosen(options.tool, options.hardware, options.chip, own.name)
     if not folder.metrics.is_file():
         raise RunError(f"{folder.metrics} is missing: finish the run with resume={folder.path}")
-    this, student = pipeline.reopen(folder)
-    calibration = _joined(this.data.calibration_batches(1))[:CALIBRATION]
-    images = _images(this, options.inputs) if options.inputs else calibration[:0]
+    job, student = conductor.reopen(folder)
+    images = job.inputs(max(options.inputs, 1)).numpy()[: options.inputs]
+    calibration = _joined(job.calibration(1))[:CALIBRATION]
     asked = Asked(found, chip, images, calibration, options.timeout, _dialect(found, chip))
     name = f"{found.name} {chip}".strip()
     logs = folder.path / "compile"
@@ -140,7 +139,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.teacher == "true":
         with_images = Asked(found, chip, images if len(images) else calibration[:1], calibration)
         beside = log.with_name(f"{log.stem}_teacher.log")
-        judged["teacher"] = compile_teacher(this.teacher, with_images, beside)
+        judged["teacher"] = compile_teacher(job.teacher, with_images, beside)
     with folder.locked():
         metrics = read_json(folder.metrics, dict)
         kept = metrics.setdefault("compile", {})
@@ -199,13 +198,6 @@ def _given(options: argparse.Namespace) -> "NDArray[np.float32]":
             f"{', '.join(map(str, shape[1:]))})"
         )
     return values.astype(np.float32)
-
-
-def _images(this: Any, count: int) -> "NDArray[np.float32]":
-    from archnet.commands.verify import image_batch
-
-    found: NDArray[np.float32] = image_batch(this, count)
-    return found
 
 
 def _joined(batches: Sequence[Any]) -> "NDArray[np.float32]":

@@ -72,13 +72,13 @@ def run(options: argparse.Namespace) -> int:
 def _run_folder(
     console: "Console", folder: "RunFolder", array: "SystolicArray", options: argparse.Namespace
 ) -> None:
-    from archnet import pipeline
     from archnet.hardware import student_cost, teacher_cost
+    from archnet.jobs import conductor
     from archnet.lower import lower
 
-    this, student = pipeline.reopen(folder)
-    example = pipeline.test_images(this.data, 1)
-    before = teacher_cost(this.teacher, example, weight_bits=8, act_bits=8)
+    job, student = conductor.reopen(folder)
+    example = job.example()
+    before = teacher_cost(job.teacher, example, weight_bits=8, act_bits=8)
     lowered = lower(student, weights=False)
     after = student_cost(lowered.student)
     layers = _layers(before, after)
@@ -88,6 +88,7 @@ def _run_folder(
     if options.latency == "true":
         from archnet.deploy.latency import export_teacher, latencies, without_quantizers
 
+        picture = job.inputs(1)
         with tempfile.TemporaryDirectory() as temporary:
             import archnet
 
@@ -95,18 +96,18 @@ def _run_folder(
             files = {}
             try:
                 files["teacher, float"] = export_teacher(
-                    this.teacher, example, place / "teacher.onnx"
+                    job.teacher, picture, place / "teacher.onnx"
                 )
             except ArchnetError as error:
                 console.print(f"left out: {error}", markup=False)
             floating = without_quantizers(student)
             files["student, float"] = archnet.export(floating, place / "float.onnx")
-            form = pipeline.form(folder.config())
+            form = job.form
             if form != "float":
                 files[f"student, {form}"] = archnet.export(
                     student, place / "student.onnx", form=form
                 )
-            _show_latencies(console, latencies(files, example, options.runs))
+            _show_latencies(console, latencies(files, picture, options.runs))
 
 
 def _show_ways(console: "Console", student: "Student", lowered: "Lowered") -> None:

@@ -15,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the figures as JSON."""
-    from archnet import pipeline
+    from archnet.jobs import conductor
 
-    print(json.dumps(pipeline.reevaluate(open_folder(options)), indent=2))
+    print(json.dumps(conductor.reevaluate(open_folder(options)), indent=2))
     return 0

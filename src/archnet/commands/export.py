@@ -40,23 +40,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the path of the written file."""
-    import archnet
-    from archnet import pipeline
-    from archnet.deploy.export import form_named
+    """Print the paths of the written files."""
+    from archnet.jobs import conductor
+    from archnet.runs.student import load_student
 
     folder = open_folder(options)
-    form = options.form or pipeline.form(folder.config())
-    if pipeline.is_translation(folder):
-        from archnet.convert import stepwise
-        from archnet.deploy import export_translator
-
-        parts = stepwise(pipeline.load_student(folder))
-        output = options.output or folder.path / f"student_{form}"
-        for path in export_translator(parts, output, form):
-            print(path)
-        return 0
-    output = options.output or folder.path / f"student_{form}{form_named(form).suffix}"
-    student = pipeline.load_student(folder)
-    print(archnet.export(student, output, form=form, opset=options.opset))
+    job, student = conductor.job_of(folder), load_student(folder)
+    for path in job.write(student, options.output, options.form or job.form, options.opset):
+        print(path)
     return 0

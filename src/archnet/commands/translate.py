@@ -2,8 +2,8 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from itertools import islice
-from typing import Any, cast
 
 from archnet.commands.folder import folder_arguments, open_folder
 
@@ -30,22 +30,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write one line for every line read, in order; an empty one for an empty one."""
-    from archnet import pipeline
     from archnet.errors import ArchnetError
+    from archnet.jobs import conductor
+    from archnet.jobs.translation import Translation
     from archnet.tasks import decoded
-    from archnet.translate import SearchOptions, translate, unknown
+    from archnet.translate import translate, unknown
 
     folder = open_folder(options)
-    if not pipeline.is_translation(folder):
+    job = conductor.job_of(folder)
+    if not isinstance(job, Translation):
         raise ArchnetError(f"{folder.path} is no run of a translation task")
     for name in ("beam", "batch"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ArchnetError(f"{name}={value} must be at least 1")
-    text = folder.config().task.text
-    search = SearchOptions(options.beam or text.beam, text.length_penalty, text.max_tokens + 1)
-    tokenizer = pipeline.text_pipeline.tokenizer_of(folder)
-    model = _network(folder, options, len(tokenizer))
+    search = replace(job.search, beam=options.beam or job.search.beam)
+    tokenizer = job.tokenizer()
+    model = job.translator(options.network, options.runtime, len(tokenizer))
     lines = decoded(sys.stdin.buffer, "standard input")
     first, said = 1, 0
     while chunk := list(islice(lines, CHUNK)):
@@ -74,29 +75,3 @@ def _shown(character: str) -> str:
     """A character with its code point; the code point alone where a terminal could not show it."""
     code = f"U+{ord(character):04X}"
     return f"{character} ({code})" if character.isprintable() else code
-
-
-def _network(folder: Any, options: argparse.Namespace, vocabulary: int) -> Any:
-    from archnet import pipeline
-    from archnet.convert import stepwise
-    from archnet.deploy import OnnxTranslator
-    from archnet.errors import ArchnetError
-    from archnet.translate import StudentTranslator, Translator
-
-    if options.network == "teacher":
-        if options.runtime != "pytorch":
-            raise ArchnetError("the teacher runs in pytorch: leave --runtime out")
-        return pipeline.text_pipeline.teacher_of(folder, vocabulary)
-    if options.runtime == "onnxruntime":
-        exported = OnnxTranslator(folder.path)
-        network, tokens = cast(Translator, exported), exported.facts["tokens"]
-    else:
-        student = pipeline.load_student(folder)
-        network = StudentTranslator(stepwise(student))
-        tokens = pipeline.text_pipeline.vocabulary_of(student)
-    if tokens != vocabulary:
-        raise ArchnetError(
-            f"{folder.path / 'tokenizer'} has {vocabulary} tokens and the student "
-            f"{tokens}: they do not belong together; put the run's own tokenizer back"
-        )
-    return network

@@ -10,7 +10,6 @@ from archnet.errors import ArchnetError
 
 if TYPE_CHECKING:
     from archnet.deploy import Check
-    from archnet.pipeline import Run
 
 HELP = "compare every form of a run's student with its golden integer model"
 
@@ -24,21 +23,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the table and write it to ``metrics.json``; 1 if a prediction changed."""
-    from archnet import pipeline
     from archnet.deploy import verify
+    from archnet.jobs import conductor
     from archnet.runs import RunError, read_json, write_json
 
     if options.inputs < 1:
         raise ArchnetError(f"inputs={options.inputs}: at least one is needed")
     folder = open_folder(options)
-    this, student = pipeline.reopen(folder)
+    job, student = conductor.reopen(folder)
     if not folder.metrics.is_file():
         raise RunError(f"{folder.metrics} is missing: finish the run with resume={folder.path}")
     read_json(folder.metrics, dict)
-    images = image_batch(this, options.inputs)
+    images = job.inputs(options.inputs).numpy()
     forms = options.forms.split(",") if options.forms else None
     files = {folder.onnx.name: folder.onnx} if folder.onnx.is_file() else {}
-    checks = verify(student, images, forms, files, cast(Any, this.config.hardware.requantization))
+    checks = verify(student, images, forms, files, cast(Any, job.config.hardware.requantization))
     with folder.locked():
         metrics = read_json(folder.metrics, dict)
         metrics["verify"] = {
@@ -50,20 +49,6 @@ def run(options: argparse.Namespace) -> int:
     for line in _doubts(files.values()):
         print(line)
     return 1 if any(check.changed for check in checks) else 0
-
-
-def image_batch(this: "Run", count: int) -> Any:
-    """(count, C, H, W) float32: the test images; where they are too few, unlabelled ones too."""
-    import torch
-
-    from archnet import pipeline
-
-    images = pipeline.test_images(this.data, count)
-    if len(images) < count:
-        batch_size = this.config.task.data.batch_size
-        more = this.data.calibration_batches(-(-(count - len(images)) // batch_size))
-        images = torch.cat([images, *more])[:count]
-    return images.numpy()
 
 
 def _doubts(files: Iterable[Path]) -> list[str]:

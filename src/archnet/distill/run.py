@@ -204,7 +204,7 @@ def distill(
         loggers: Lightning's.
 
     Returns:
-        ``steps``, ``images_seen`` (images through the whole network, or image-blocks divided by
+        ``steps``, ``inputs_seen`` (images through the whole network, or image-blocks divided by
         the number of blocks), ``unlabelled`` (distinct images), ``earlier`` (seconds before it was
         resumed) and ``images_per_s`` of this session.
 
@@ -221,7 +221,7 @@ def distill(
     batch = data.config.data.batch_size
     facts: dict[str, Any] = {
         "steps": periods[-1].last if periods else 0,
-        "images_seen": batch * options.steps if periods else 0,
+        "inputs_seen": batch * options.steps if periods else 0,
         "unlabelled": len(data.unlabelled()),
     }
     if periods and all(period.source is not None for period in periods):

@@ -199,7 +199,7 @@ def distill_text(
         options, trainer, folder, loggers: as there.
 
     Returns:
-        ``steps``, ``sentences_seen``, ``unlabelled`` (distinct sentences), ``earlier`` (seconds
+        ``steps``, ``inputs_seen``, ``unlabelled`` (distinct sentences), ``earlier`` (seconds
         before it was resumed).
 
     Raises:
@@ -207,7 +207,7 @@ def distill_text(
     """
     periods = plan_text(options, [tap.path for tap in student.taps])
     steps = periods[-1].last if periods else 0
-    facts: dict[str, Any] = {"steps": steps, "sentences_seen": 0, "unlabelled": len(text)}
+    facts: dict[str, Any] = {"steps": steps, "inputs_seen": 0, "unlabelled": len(text)}
     if not periods:
         return facts
     student.train()
@@ -215,6 +215,6 @@ def distill_text(
     speed = Speed()
     fit(module, periods, options, trainer, folder, loggers, speed)
     student.eval().to("cpu")
-    facts["sentences_seen"] = sum(map(len, data.step_batches(text, steps).numbers()))
+    facts["inputs_seen"] = sum(map(len, data.step_batches(text, steps).numbers()))
     facts["earlier"] = speed.earlier
     return facts

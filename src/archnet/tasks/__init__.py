@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from archnet.errors import TaskError
-    from archnet.tasks.check import check_data
     from archnet.tasks.classification import ClassificationData
     from archnet.tasks.corpus import EncodedText, decoded, read_lines
     from archnet.tasks.sampling import StepBatchSampler
@@ -23,7 +22,6 @@ __all__ = [
     "TaskError",
     "Tokenizer",
     "TranslationData",
-    "check_data",
     "decoded",
     "read_lines",
     "scores",
@@ -37,7 +35,6 @@ _FILES = {
     "TaskError": "archnet.errors",
     "Tokenizer": "archnet.tasks.tokenizer",
     "TranslationData": "archnet.tasks.translation",
-    "check_data": "archnet.tasks.check",
     "decoded": "archnet.tasks.corpus",
     "read_lines": "archnet.tasks.corpus",
     "scores": "archnet.tasks.translation",

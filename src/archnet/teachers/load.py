@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from archnet.capture import CaptureError, answer, capture, only_result, unwrap
 from archnet.errors import ArchnetError
+from archnet.plugins import current_folder, first_line, imported
 from archnet.teachers.nets import NETS
 from archnet.teachers.transformer import Transformer
 from archnet.tensors import DamagedError, read_tensors
@@ -194,36 +193,20 @@ def from_factory(
     Raises:
         TeacherError: it cannot be imported, fails, or returns no network.
     """
-    module_name, colon, attribute = factory.partition(":")
-    if not (module_name and colon and attribute):
-        raise TeacherError(f"{key}={factory}: write package.module:callable")
-    sys.path.insert(0, "")
-    # Whatever code of others raises; its traceback is chained for who debugs it.
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:
-        raise TeacherError(f"{key}={factory} cannot be imported: {_line(error)}") from error
-    else:
+    function = imported(factory, key, TeacherError)
+    with current_folder():
+        # Whatever code of others raises; its traceback is chained for who debugs it.
         try:
             model = function(**kwargs)
         except Exception as error:
-            raise TeacherError(f"{key}={factory} failed for {kwargs}: {_line(error)}") from error
-    finally:
-        sys.path.remove("")
-        # What a network imports when it is called is found as well, behind all that is installed.
-        if "" not in sys.path:
-            sys.path.append("")
+            raise TeacherError(
+                f"{key}={factory} failed for {kwargs}: {first_line(error)}"
+            ) from error
     if not isinstance(model, nn.Module):
         raise TeacherError(
             f"{key}={factory} returned {type(model).__name__}, not a torch.nn.Module"
         )
     return unwrap(model)
-
-
-def _line(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _check_logits(
@@ -235,7 +218,7 @@ def _check_logits(
     except Exception as error:  # whatever code of others raises
         raise TeacherError(
             f"teacher {name} does not accept the task's images, "
-            f"{shape} (batch, channels, height, width): {_line(error)}"
+            f"{shape} (batch, channels, height, width): {first_line(error)}"
         ) from error
     try:
         scores = answer(logits)

@@ -11,7 +11,7 @@ from torch import nn
 
 from archnet.config import Config, TeacherConfig
 from archnet.errors import ArchnetError
-from archnet.runs import RunFolder, atomic
+from archnet.runs.folder import RunFolder, atomic
 from archnet.teachers.fit import train_teacher
 from archnet.tensors import read_tensors
 

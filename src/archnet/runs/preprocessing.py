@@ -30,8 +30,6 @@ def with_preprocessing(config: Config) -> Config:
         ArchnetError: the teacher cannot be found, or its values contradict those that are given.
     """
     data = config.task.data
-    if config.task.kind != "classification":
-        return config
     absent = [name for name in _KEYS if getattr(data, name) is None]
     needed = [name for name in absent if name in ("image_size", "mean", "std")]
     # Somebody's factory is not called for what has a meaning without it.

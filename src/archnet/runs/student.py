@@ -13,7 +13,7 @@ import torch
 from archnet.config import Config
 from archnet.ops import Student
 from archnet.quant import Quantizer, attach, pack, quantizers, settle, unpack, unquantize
-from archnet.runs import RunError, RunFolder, atomic, read_json, write_json
+from archnet.runs.folder import RunError, RunFolder, atomic, read_json, write_json
 from archnet.tensors import DamagedError, read_tensors
 
 _log = logging.getLogger(__name__)

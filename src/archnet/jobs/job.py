@@ -1,0 +1,167 @@
+"""What every job has: the questions that the conductor asks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+
+from archnet.config import Config
+from archnet.ops import Student
+from archnet.runs import RunError, RunFolder
+from archnet.runs.device import device_of
+
+Inputs = Tensor | tuple[Tensor, ...]
+Facts = dict[str, Any]  # plain data, kept as JSON
+
+# The form in which a float student is deployed, and a quantized one.
+FORMS = ("float", "qdq")
+
+
+class Job(ABC):
+    """One purpose, for one run.
+
+    The conductor asks in the order of the methods below. `open` comes before all that computes.
+    What a method returns as facts goes into ``stages/`` and from there into ``metrics.json``.
+
+    Attributes:
+        config: of the run.
+        folder: of the run.
+        teacher: in eval mode and frozen; there after `open`.
+    """
+
+    unit: ClassVar[str] = "input"  # what is counted, in the singular
+
+    teacher: nn.Module
+
+    def __init__(self, config: Config, folder: RunFolder) -> None:
+        self.config, self.folder = config, folder
+
+    # Before anything computes -----------------------------------------------------------------
+
+    @classmethod
+    def completed(cls, config: Config) -> Config:
+        """The config with a value for what the data or the teacher's weights state themselves.
+
+        Raises:
+            ArchnetError: what is given contradicts that.
+        """
+        return config
+
+    @classmethod
+    def as_recorded(cls, config: Config, stored: Config) -> Config:
+        """A config given for a run that exists, with that run's values where `completed` would
+        fill it in.
+        """
+        return config
+
+    @abstractmethod
+    def open(self) -> None:
+        """Read the data and make, train or find the teacher."""
+
+    # Stages -----------------------------------------------------------------------------------
+
+    def look(self) -> Facts:
+        """Measure the teacher on a few inputs that are not of the test split, and say so; warn
+        where it seems to be the wrong one.
+        """
+        return {}
+
+    def preparations(self) -> Mapping[str, Callable[[], Facts]]:
+        """Stages of this job alone that come before conversion, by name."""
+        return {}
+
+    @abstractmethod
+    def convert(self) -> tuple[Student, Facts]:
+        """The float student of the teacher, and what is to be known of the conversion."""
+
+    @abstractmethod
+    def calibration(self, count: int) -> list[Inputs]:
+        """The first ``count`` unlabelled batches; fewer if there are no more."""
+
+    def require_computable(self, student: Student) -> None:
+        """Raise `ArchnetError` where the target's arithmetic cannot hold the student."""
+        return
+
+    @abstractmethod
+    def distil(self, student: Student, loggers: Sequence[Logger]) -> Facts:
+        """Train the student in place, without labels.
+
+        Returns:
+            ``inputs_seen`` and ``unlabelled``, and what `fit` says of time.
+        """
+
+    @abstractmethod
+    def evaluate(self, student: Student) -> Facts:
+        """Teacher and student on the same test data.
+
+        Returns:
+            ``teacher`` and ``student`` with a figure for each metric (None where the data have no
+            labels), their ``agreement`` in points (None where there is nothing to decide), and the
+            number of ``inputs``.
+        """
+
+    @property
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """Where `export` writes the files that are deployed."""
+
+    @abstractmethod
+    def write(
+        self, student: Student, output: Path | None, form: str, opset: int | None
+    ) -> list[Path]:
+        """Write the student in a form; the paths of what is written.
+
+        Args:
+            output: None: a name of its own in the run folder.
+            opset: None: as the form needs.
+        """
+
+    @abstractmethod
+    def export(self, student: Student) -> list[Path]:
+        """Write `files`."""
+
+    @abstractmethod
+    def parity(self, student: Student) -> Facts:
+        """The files in a runtime beside the student in PyTorch.
+
+        Returns:
+            ``runtime`` with its version, ``max_abs_diff`` of any output, ``mismatches`` (decisions
+            that changed), and what else is worth telling.
+        """
+
+    @abstractmethod
+    def example(self) -> Inputs:
+        """The input of one sample, for which costs are given."""
+
+    def data_facts(self) -> Facts:
+        """What ``metrics.json`` says of the data: ``skipped`` names what could not be read."""
+        return {"skipped": []}
+
+    # For the commands -------------------------------------------------------------------------
+
+    def inputs(self, count: int) -> Tensor:
+        """Test inputs, unlabelled ones where these are too few: (count, ...) float32.
+
+        Raises:
+            RunError: the student takes something else than one tensor of features.
+        """
+        raise RunError(
+            f"{self.folder.path}: its student takes more than one tensor of features, and this "
+            "command runs students of one; there are evaluate, export, cost and audit for it"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where evaluation runs."""
+        return device_of(self.config.trainer)
+
+    @property
+    def form(self) -> str:
+        """The form in which the run's student is deployed."""
+        return FORMS[self.config.quant.method != "none"]

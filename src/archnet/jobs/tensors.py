@@ -1,0 +1,228 @@
+"""Jobs whose networks take one tensor of features a sample: images, and whatever else is one."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+from torchmetrics import Metric
+
+import archnet
+from archnet.capture import TeacherGraph, capture
+from archnet.convert import Approximation
+from archnet.deploy import to_integers
+from archnet.deploy.export import form_named
+from archnet.distill import distill
+from archnet.errors import ArchnetError
+from archnet.jobs.job import Facts, Inputs, Job
+from archnet.ops import Student
+from archnet.quant import FLOAT
+
+PARITY_INPUTS = 500  # on which the exported file is compared with the student
+
+
+class TensorData(Protocol):
+    """What such a job needs of its data; a `LightningDataModule`, set up.
+
+    A batch is (inputs, labels) of float32 inputs (B, ...) and int64 labels, -1 where there is none.
+    """
+
+    config: Any
+
+    def unlabelled(self) -> Any: ...
+    def step_loader(
+        self,
+        dataset: Any,
+        batch_size: int,
+        steps: int,
+        *,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Any: ...
+    def val_dataloader(self) -> Any: ...
+    def test_dataloader(self) -> Any: ...
+    def calibration_batches(self, count: int) -> list[Tensor]: ...
+    def calibration_inputs(self, count: int) -> Tensor: ...
+
+
+class TensorJob(Job):
+    """A job of one input tensor. What is left to a subclass: `open`, and `metrics` to judge by.
+
+    Attributes:
+        data: there after `open`, as ``teacher``.
+    """
+
+    data: TensorData
+
+    @abstractmethod
+    def metrics(self, shape: tuple[int, ...]) -> Mapping[str, Metric]:
+        """New metrics by name, which compare a network's results with labels.
+
+        Args:
+            shape: of the result for one sample.
+        """
+
+    def captured(self) -> TeacherGraph:
+        """The teacher as it is compared with the student: up to its scores."""
+        return capture(self.teacher, self.example())
+
+    def convert(self) -> tuple[Student, Facts]:
+        config, asked = self.config, self.config.convert
+        student = archnet.convert(
+            self.teacher,
+            self.example(),
+            hardware=config.hardware,
+            start=asked.start,
+            taps=asked.taps,
+            inner_taps=asked.inner_taps,
+            seed=config.seed,
+            calibration=self.data.calibration_inputs(asked.calibration),
+            approximation=Approximation(
+                asked.attention,
+                asked.attention_hinges,
+                asked.hinges,
+                asked.norm_hinges,
+                asked.gate_hinges,
+                asked.min_gain,
+                asked.max_macs,
+                asked.max_cost,
+            ),
+        )
+        return student, {}
+
+    def calibration(self, count: int) -> list[Inputs]:
+        return list(self.data.calibration_batches(count))
+
+    def require_computable(self, student: Student) -> None:
+        """Float parts are not looked at."""
+        quant, target = self.config.quant, self.config.hardware
+        widths = (quant.weight_bits, quant.act_bits, quant.first_bits, quant.last_bits)
+        if quant.method != "none" and FLOAT not in widths:
+            to_integers(student, cast(Any, target.requantization), target.accumulator_bits)
+
+    def distil(self, student: Student, loggers: Sequence[Logger]) -> Facts:
+        # The captured teacher gives its features at the taps, by the nodes that conversion named.
+        features = self.captured().features([tap.node for tap in student.taps])
+        return distill(
+            features,
+            student,
+            self.data,
+            self.config.distill,
+            trainer=self.config.trainer,
+            folder=self.folder.checkpoints,
+            loggers=loggers,
+        )
+
+    def evaluate(self, student: Student) -> Facts:
+        networks = {
+            "teacher": self.captured().scores().to(self.device),
+            "student": student.to(self.device).eval(),
+        }
+        judges: dict[str, Mapping[str, Metric]] = {}
+        same, decided, count, labelled = 0, 0, 0, False
+        with torch.inference_mode():
+            for inputs, labels in self._test_batches():
+                results = {name: net(inputs.to(self.device)) for name, net in networks.items()}
+                agree = self.agree(results["teacher"], results["student"])
+                same, decided = same + int(agree.sum()), decided + agree.numel()
+                count += len(inputs)
+                for name, result in results.items():
+                    judges.setdefault(name, self.metrics(tuple(result.shape[1:])))
+                if bool((labels >= 0).any()):
+                    labelled = True
+                    _judge(judges, results, labels)
+        student.cpu()
+        if not count:
+            raise ArchnetError("the test split is empty: set task.data.test_fraction above zero")
+        found = {
+            name: {key: points(one.compute()) if labelled else None for key, one in by.items()}
+            for name, by in judges.items()
+        }
+        return {**found, "agreement": points(same / decided), "inputs": count}
+
+    def agree(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """Where two networks' scores decide alike: a boolean for every decision."""
+        return teacher.argmax(1) == student.argmax(1)
+
+    def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of the test split, up to `trainer.limit_eval` inputs."""
+        left = self.config.trainer.limit_eval
+        for inputs, labels in self.data.test_dataloader():
+            yield inputs[:left], labels[:left]
+            if left is not None and (left := left - len(inputs)) <= 0:
+                return
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder.onnx]
+
+    def export(self, student: Student) -> list[Path]:
+        self.require_computable(student)
+        archnet.export(student, self.folder.onnx, form=self.form)
+        return self.files
+
+    def write(
+        self, student: Student, output: Path | None, form: str, opset: int | None
+    ) -> list[Path]:
+        output = output or self.folder.path / f"student_{form}{form_named(form).suffix}"
+        return [Path(archnet.export(student, output, form=form, opset=opset))]
+
+    def parity(self, student: Student) -> Facts:
+        parity = archnet.parity(student, self.folder.onnx, self.test_inputs(PARITY_INPUTS))
+        return {
+            "runtime": parity.runtime,
+            "max_abs_diff": parity.max_abs_diff,
+            "mismatches": parity.mismatches,
+        }
+
+    def example(self) -> Tensor:
+        return self.data.calibration_batches(1)[0][:1]
+
+    def test_inputs(self, count: int) -> Tensor:
+        """The first ``count`` inputs of the test split; fewer if it has fewer."""
+        batches, found = [], 0
+        for inputs, _ in self.data.test_dataloader():
+            batches.append(inputs)
+            found += len(inputs)
+            if found >= count:
+                break
+        return torch.cat(batches)[:count]
+
+    def inputs(self, count: int) -> Tensor:
+        inputs = self.test_inputs(count)
+        if len(inputs) < count:
+            size = self.config.task.data.batch_size
+            more = self.data.calibration_batches(-(-(count - len(inputs)) // size))
+            inputs = torch.cat([inputs, *more])[:count]
+        return inputs
+
+
+def _judge(
+    judges: Mapping[str, Mapping[str, Metric]], results: Mapping[str, Tensor], labels: Tensor
+) -> None:
+    """Show every metric what its network makes of a batch.
+
+    Raises:
+        ArchnetError: a metric takes other results or labels than these.
+    """
+    for name, metrics in judges.items():
+        for key, metric in metrics.items():
+            try:
+                metric.update(results[name].cpu(), labels)
+            except Exception as error:  # whatever a metric of the user's raises
+                line = " ".join(str(error).split())[:200]
+                raise ArchnetError(
+                    f"metric {key} does not take results {tuple(results[name].shape)} and labels "
+                    f"{tuple(labels.shape)}: {line}"
+                ) from error
+
+
+def points(share: Tensor | float) -> float:
+    """A share as points, 0 to 100."""
+    return round(100 * float(share), 4)

@@ -528,7 +528,7 @@ def test_images_without_labels_train_and_do_not_judge(tmp_path: Path) -> None:
     judging = [label for _, batch in data.test_dataloader() for label in batch.tolist()]
     assert judging
     assert set(judging) <= {0, 1}
-    assert set(data.labelled().labels.tolist()) == {0, 1}
+    assert set(data.labelled().labels.classes.tolist()) == {0, 1}
     assert len(data.unlabelled()) > len(data.labelled())
 
 

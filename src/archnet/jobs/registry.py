@@ -30,6 +30,9 @@ _KINDS = {
     "classification": Kind(
         "archnet.jobs.classification:Classification", "archnet.tasks.check:check_images"
     ),
+    "segmentation": Kind(
+        "archnet.jobs.segmentation:Segmentation", "archnet.tasks.check:check_masks"
+    ),
     "translation": Kind("archnet.jobs.translation:Translation", "archnet.tasks.check:check_text"),
 }
 

@@ -12,7 +12,12 @@ from rich.text import Text
 
 from archnet.errors import ArchnetError, printable
 
-METRICS = {"accuracy": "accuracy, points", "bleu": "BLEU", "chrf": "chrF"}
+METRICS = {
+    "accuracy": "accuracy, points",
+    "miou": "mean IoU, points",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+}
 
 # What reading figures raises where they are not there or of another kind.
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, TemplateError)

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from archnet.tasks.classification import ClassificationData
     from archnet.tasks.corpus import EncodedText, decoded, read_lines
     from archnet.tasks.sampling import StepBatchSampler
+    from archnet.tasks.segmentation import SegmentationData
     from archnet.tasks.tokenizer import Subwords, Tokenizer
     from archnet.tasks.translation import TranslationData, scores
 
 __all__ = [
     "ClassificationData",
     "EncodedText",
+    "SegmentationData",
     "StepBatchSampler",
     "Subwords",
     "TaskError",
@@ -30,6 +32,7 @@ __all__ = [
 _FILES = {
     "ClassificationData": "archnet.tasks.classification",
     "EncodedText": "archnet.tasks.corpus",
+    "SegmentationData": "archnet.tasks.segmentation",
     "StepBatchSampler": "archnet.tasks.sampling",
     "Subwords": "archnet.tasks.tokenizer",
     "TaskError": "archnet.errors",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from archnet.config import Config
 from archnet.errors import TaskError
-from archnet.tasks import sources
+from archnet.tasks import masks, sources
 from archnet.tasks.corpus import TextFiles
 
 
@@ -44,5 +44,26 @@ def check_images(config: Config) -> None:
     if config.teacher.train and (splits.parts["train"].labels == sources.UNLABELLED).all():
         raise TaskError(
             f"teacher.train=true needs labels, and the training images of {where} have none: "
+            "teacher.train=false teacher.weights=<file> takes a teacher that is trained"
+        )
+
+
+def check_masks(config: Config) -> None:
+    """Look for images and their masks.
+
+    Raises:
+        TaskError: as of `check_images`.
+    """
+    if config.task.data.source == "scenes":
+        return  # made here
+    splits = masks.read(config.task.data, config.task.name)
+    if "train" not in splits.parts:
+        raise TaskError(
+            f"task.data.root={config.task.data.root} has images of {' and '.join(splits.parts)} "
+            "and leaves none for train: name the folder above them, or give it a train folder"
+        )
+    if config.teacher.train and (splits.parts["train"].labels == sources.UNLABELLED).all():
+        raise TaskError(
+            "teacher.train=true needs masks of the training images, and they have none: "
             "teacher.train=false teacher.weights=<file> takes a teacher that is trained"
         )

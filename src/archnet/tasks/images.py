@@ -13,6 +13,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from archnet.tasks.sources import Encoded
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 # What Pillow may take a file for: the kinds whose suffixes `sources` lists, and nothing that runs
 # other programs (PostScript) or has rarely been tried.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Of an image, decoded or scaled: what Pillow takes for an attack.
 _MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 # Streams of `sampling.uniform`: which random number of a draw is which.
@@ -74,6 +75,22 @@ class Layout:
             image = image.resize(size, self._filter)
         left, top = _start(image.width, self.width), _start(image.height, self.height)
         return self._array(image.crop((left, top, left + self.width, top + self.height)))
+
+    def mask(self, numbers: NDArray[np.uint8], outside: int) -> NDArray[np.uint8]:
+        """What `whole` shows of an image, of the numbers (H, W) of its pixels; nothing is mixed.
+
+        Args:
+            numbers: as many as the image has pixels.
+            outside: the number of pixels beside the image.
+        """
+        # Cutting adds zeros.
+        image = Image.fromarray(outside - numbers)
+        size = self._scaled(*image.size)
+        if size != image.size:
+            image = image.resize(size, Image.Resampling.NEAREST)
+        left, top = _start(image.width, self.width), _start(image.height, self.height)
+        cut = image.crop((left, top, left + self.width, top + self.height))
+        return outside - np.asarray(cut, np.uint8)
 
     def part(self, image: Image.Image, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
         """A (left, top, right, bottom) box of the image, stretched to the array."""
@@ -282,25 +299,46 @@ class EncodedImages(ImageSet):
         )
 
 
+class Labels(Protocol):
+    """What images are labelled with."""
+
+    def fetch(self, shown: Sequence[int], keys: Sequence[int]) -> Tensor:
+        """int64 labels of the items ``shown``; those that lie in the picture are seen as ``keys``
+        of an augmentation have turned it.
+        """
+
+
+@dataclass(eq=False)
+class ClassLabels:
+    """One class an image, (N,) int64; -1: none."""
+
+    classes: Tensor
+
+    def fetch(self, shown: Sequence[int], keys: Sequence[int]) -> Tensor:
+        """(B,)."""
+        return self.classes[list(shown)]
+
+
 @dataclass(eq=False)
 class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
-    """Images (B, C, H, W) with labels (B,), for training a teacher and for evaluation only."""
+    """Images (B, C, H, W) with labels (B, ...), for training a teacher and for evaluation only."""
 
     images: ImageSet
-    labels: Tensor
+    labels: Labels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, draw: Draw | int) -> tuple[Tensor, Tensor]:
-        """One image (C, H, W) and its label ()."""
+        """One image (C, H, W) and its label."""
         images, labels = self.__getitems__([draw if isinstance(draw, Draw) else Draw(draw, 0)])
         return images[0], labels[0]
 
     def __getitems__(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
         """The batch of a list of draws; a replaced image brings its own label."""
         images, shown = self.images.fetch(draws)
-        return images, self.labels[shown]
+        # Only evaluation, which turns nothing, leaves images out.
+        return images, self.labels.fetch(shown, [draw.key for draw in draws[: len(shown)]])
 
 
 def open_image(files: Encoded, index: int, channels: int) -> Image.Image:
@@ -320,7 +358,7 @@ def open_image(files: Encoded, index: int, channels: int) -> Image.Image:
         with warnings.catch_warnings():
             # Half of what is refused is a warning of Pillow's.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(files.read(index)), formats=_FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(files.read(index)), formats=FORMATS)
             image.load()
     # Pillow's readers raise whatever a damaged header makes them stumble over.
     except Exception as error:
@@ -367,7 +405,7 @@ def common_size(images: Encoded | NDArray[np.uint8], sample: int = 32) -> tuple[
     found = set()
     for index in {len(images) * place // sample for place in range(sample)}:
         try:
-            with Image.open(io.BytesIO(images.read(index)), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(images.read(index)), formats=FORMATS) as image:
                 found.add((image.height, image.width))
         except Exception:  # as in `open_image`
             continue

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from archnet.errors import TaskError
 
-_SPLIT_NAMES = {
+SPLIT_NAMES = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -75,10 +75,15 @@ class Encoded(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """Images, as files or as uint8 pixels (N, H, W, C), and their labels, int64 (N,)."""
+    """Images, as files or as uint8 pixels (N, H, W, C), and their labels, int64 (N,).
+
+    Where every pixel has a class, ``masks`` hold those, as files or as uint8 (N, H, W); labels then
+    say which images have a mask: 0, or `UNLABELLED`.
+    """
 
     images: Encoded | NDArray[np.uint8]
     labels: NDArray[np.int64]
+    masks: Encoded | NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -205,7 +210,7 @@ def read(data: SourceOptions, name: str) -> Splits:
 
 def holds_images(root: Path) -> bool:
     """Whether `from_root` would find anything."""
-    return root.is_dir() and (bool(_parquet_files(root)) or bool(_from_folders(root).parts))
+    return root.is_dir() and (bool(parquet_files(root)) or bool(_from_folders(root).parts))
 
 
 def require_folder(root: Path) -> None:
@@ -239,7 +244,7 @@ def from_root(root: Path, kind: str = "auto", labels: str = "auto") -> Splits:
         TaskError: the folder is missing, cannot be read, or holds neither.
     """
     require_folder(root)
-    parquet = _parquet_files(root) if kind != "folder" else []
+    parquet = parquet_files(root) if kind != "folder" else []
     if parquet or kind == "parquet":
         splits = _from_parquet(root, parquet, labels)
     else:
@@ -322,14 +327,15 @@ def _is(kind: Callable[[], bool]) -> bool:
         return False
 
 
-def _parquet_files(root: Path) -> list[Path]:
+def parquet_files(root: Path) -> list[Path]:
+    """Parquet files in a folder, at any depth."""
     return [path for path, is_file in _walk(root) if is_file and path.suffix == ".parquet"]
 
 
 def _from_parquet(root: Path, files: Sequence[Path], labels: str) -> Splits:
     grouped: dict[str, list[Path]] = {}
     for file in files:
-        grouped.setdefault(_split_of(file.relative_to(root)), []).append(file)
+        grouped.setdefault(split_of(file.relative_to(root)), []).append(file)
     tables = {name: [_read_table(f, labels) for f in members] for name, members in grouped.items()}
     every = [table for members in tables.values() for table in members]
     names = next((table.class_names for table in every if table.class_names), ())
@@ -366,11 +372,11 @@ def _pairs(
     return [pair for name in grouped for pair in zip(grouped[name], tables[name], strict=True)]
 
 
-def _split_of(path: Path) -> str:
+def split_of(path: Path) -> str:
     """The split that a parquet file's name or folder tells; train when it tells none."""
     for word in re.split(r"[^a-z]+", path.with_suffix("").as_posix().lower()):
-        if word in _SPLIT_NAMES:
-            return _SPLIT_NAMES[word]
+        if word in SPLIT_NAMES:
+            return SPLIT_NAMES[word]
     return "train"
 
 
@@ -386,7 +392,7 @@ class _Table(NamedTuple):
 def _read_table(file: Path, labels: str) -> _Table:
     try:
         schema = pq.read_schema(file)
-        image = next((column.name for column in schema if _is_image(column.type)), None)
+        image = next((column.name for column in schema if is_image_column(column.type)), None)
         label = next((name for name in _LABEL_COLUMNS if name in schema.names), None)
         if image is None:
             raise TaskError(
@@ -419,7 +425,8 @@ def _read_table(file: Path, labels: str) -> _Table:
         raise TaskError(f"{file} is not readable ({line}): fetch it again") from error
 
 
-def _is_image(kind: pa.DataType) -> bool:
+def is_image_column(kind: pa.DataType) -> bool:
+    """Whether a column of that type can hold encoded images."""
     return pa.types.is_binary(kind) or (
         pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     )
@@ -433,12 +440,12 @@ def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
 
 def _from_folders(root: Path, labels: str = "auto") -> Splits:
     """Images in folders named as splits or directly under the root, by class or without."""
-    folders = {
-        _SPLIT_NAMES[path.name.lower()]: path
-        for path in _folders(root)
-        if path.name.lower() in _SPLIT_NAMES
+    by_split = {
+        SPLIT_NAMES[path.name.lower()]: path
+        for path in folders(root)
+        if path.name.lower() in SPLIT_NAMES
     }
-    found = {name: _classes(path) for name, path in (folders or {"train": root}).items()}
+    found = {name: _classes(path) for name, path in (by_split or {"train": root}).items()}
     names = tuple(
         sorted({name for classes in found.values() for name, _ in classes if name is not None})
     )
@@ -466,7 +473,15 @@ def _from_folders(root: Path, labels: str = "auto") -> Splits:
     return Splits(parts, names if numbers else (), tuple(notes))
 
 
-def _folders(root: Path) -> list[Path]:
+def image_files(root: Path) -> list[Path]:
+    """Files in a folder, at any depth, that are named as images."""
+    return [
+        path for path, is_file in _walk(root) if is_file and path.suffix.lower() in _IMAGE_SUFFIXES
+    ]
+
+
+def folders(root: Path) -> list[Path]:
+    """The folders in a folder, by name."""
     return [Path(entry.path) for entry in _entries(root) if _is(entry.is_dir)]
 
 
@@ -477,7 +492,7 @@ def _classes(root: Path) -> list[tuple[str | None, _Entry]]:
         for entry in _entries(root)
         if not _is(entry.is_dir)
     ]
-    for folder in _folders(root):
+    for folder in folders(root):
         found += [(folder.name, item) for item in _walk(folder)]
     return [(name, item) for name, item in found if item.path.suffix.lower() in _IMAGE_SUFFIXES]
 

@@ -29,6 +29,8 @@ from archnet.teachers.load import TeacherError, TeacherSource, fill, read_weight
 
 _log = logging.getLogger(__name__)
 
+UNLABELLED = -1  # an image, or a pixel, without a class
+
 # Options that say how fast or where a task is read, not what a teacher learns from it.
 _IRRELEVANT_DATA = ("batch_size", "download", "eval_batch_size", "unlabelled", "workers")
 _IRRELEVANT_TEXT = ("beam", "length_penalty", "cache_dir", "test")
@@ -398,7 +400,7 @@ class _TeacherTraining(lightning.LightningModule):
 
 
 class _ClassifierTraining(_TeacherTraining):
-    """Cross-entropy on labelled images."""
+    """Cross-entropy on labelled images: of one class each, or one a pixel."""
 
     def __init__(
         self, model: nn.Module, data: LabelledData, options: FitOptions, seed: int
@@ -432,14 +434,17 @@ class _ClassifierTraining(_TeacherTraining):
         images, labels = batch
         return self.checked(
             F.cross_entropy(
-                self.model(images), labels, label_smoothing=self.options.label_smoothing
+                self.model(images),
+                labels,
+                label_smoothing=self.options.label_smoothing,
+                ignore_index=UNLABELLED,
             )
         )
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         hits = (self.model(images).argmax(1) == labels).sum()
-        self._seen += torch.stack([hits, torch.tensor(len(labels), device=hits.device)])
+        self._seen += torch.stack([hits, (labels != UNLABELLED).sum()])
 
 
 class _TranslationTraining(_TeacherTraining):

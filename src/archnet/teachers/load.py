@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from urllib.error import URLError
 
 import torch
@@ -24,6 +24,9 @@ from archnet.tensors import DamagedError, read_tensors
 _NESTS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _SHOWN_MISMATCHES = 5
+
+
+Answers = Literal["classes", "pixels", "anything"]
 
 
 class TeacherError(ArchnetError):
@@ -51,6 +54,7 @@ def load_teacher(
     num_classes: int | None,
     in_channels: int,
     image_size: int | tuple[int, int],
+    answers: Answers = "classes",
 ) -> nn.Module:
     """The teacher in eval mode, its parameters frozen.
 
@@ -61,19 +65,20 @@ def load_teacher(
         in_channels: channels of the task's images.
         image_size: their side, or height and width, in pixels; one blank image is passed through
             to check all three.
+        answers: what the task judges: scores of classes (B, K), of classes for every pixel
+            (B, K, H, W), or anything.
 
     Raises:
         TeacherError: an unknown name, weights that do not fit (the first five mismatches are named)
-        or cannot be read
-            without executing code, weights or statistics that are not finite, or logits of another
-            shape than (B, num_classes).
+            or cannot be read without executing code, weights or statistics that are not finite, or
+            a result of another shape.
     """
     model = _build(config, num_classes, in_channels)
     if config.weights not in (None, "published"):
         fill(model, read_weights(Path(config.weights).expanduser()), config.weights)
     model.eval().requires_grad_(False)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    _check_logits(config.name, model, num_classes, (1, in_channels, height, width))
+    _check_result(config.name, model, num_classes, (1, in_channels, height, width), answers)
     return model
 
 
@@ -138,11 +143,16 @@ def _build(config: TeacherSource, num_classes: int | None, in_channels: int) -> 
 def _from_torchvision(config: TeacherSource, published: bool, num_classes: int | None) -> nn.Module:
     from torchvision import models
 
-    if config.name not in models.list_models(module=models):
-        raise TeacherError(f"teacher.name={config.name} is not a classifier of torchvision.models")
+    segmenters = models.list_models(module=models.segmentation)
+    if config.name not in (*models.list_models(module=models), *segmenters):
+        raise TeacherError(
+            f"teacher.name={config.name} is no classifier and no segmenter of torchvision.models"
+        )
     kwargs: dict[str, Any] = (
         {"weights": "DEFAULT"} if published else {"weights": None, "num_classes": num_classes}
     )
+    if config.name in segmenters and not published:
+        kwargs["weights_backbone"] = None  # which would be downloaded
     try:
         return models.get_model(config.name, **{**kwargs, **config.kwargs})
     except (URLError, OSError) as error:
@@ -209,8 +219,12 @@ def from_factory(
     return unwrap(model)
 
 
-def _check_logits(
-    name: str, model: nn.Module, num_classes: int | None, shape: tuple[int, ...]
+def _check_result(
+    name: str,
+    model: nn.Module,
+    num_classes: int | None,
+    shape: tuple[int, ...],
+    answers: Answers,
 ) -> None:
     try:
         with torch.no_grad():
@@ -232,18 +246,27 @@ def _check_logits(
     if not bool(scores.isfinite().all()):
         require_finite(name, model)
     found = tuple(scores.shape)
-    if num_classes is None:
-        if len(found) != 2 or found[1] < 2:
-            raise TeacherError(
-                f"teacher {name} answers {found} to one image, and a classifier answers (1, number "
-                "of classes) logits"
-            )
-    elif found != (1, num_classes):
+    pixels = shape[2:] if answers == "pixels" else ()
+    classes = num_classes or (found[1] if len(found) > 1 and found[1] > 1 else "number of classes")
+    wanted = ", ".join(map(str, (1, classes, *pixels)))
+    if answers == "anything" or found == (1, classes, *pixels):
+        return
+    if answers == "pixels":
         raise TeacherError(
-            f"teacher {name} answers {found} to one image, "
-            f"but the task needs (1, {num_classes}) logits: choose one with the task's classes; "
-            "where folders or a column are no classes, task.data.labels=ignore"
+            f"teacher {name} answers {found} to one image of {pixels[0]}x{pixels[1]} pixels, and a "
+            f"segmenter answers ({wanted}) logits: choose one with the task's classes, and let its "
+            "forward scale its scores up to the image"
         )
+    if num_classes is None:
+        raise TeacherError(
+            f"teacher {name} answers {found} to one image, and a classifier answers ({wanted}) "
+            "logits"
+        )
+    raise TeacherError(
+        f"teacher {name} answers {found} to one image, but the task needs ({wanted}) logits: "
+        "choose one with the task's classes; where folders or a column are no classes, "
+        "task.data.labels=ignore"
+    )
 
 
 def require_finite(name: str, model: nn.Module) -> None:

@@ -81,7 +81,7 @@ def _torchvision_weights(config: TeacherSource) -> tuple[Any, Any]:
         known = models.get_model_weights(config.name)
     except ValueError as error:
         raise TeacherError(
-            f"teacher.name={config.name} is not a classifier of torchvision.models"
+            f"teacher.name={config.name} is no classifier and no segmenter of torchvision.models"
         ) from error
     if config.weights == "published":
         name = str(config.kwargs.get("weights", "DEFAULT")).rpartition(".")[2]
@@ -95,7 +95,8 @@ def _of_torchvision(config: TeacherSource) -> Preprocessing | None:
     weights = found or known.DEFAULT
     preset = weights.transforms()
     return Preprocessing(
-        image_size=_size(preset.crop_size),
+        # Segmenters take any size, and are measured on images that are only scaled.
+        image_size=_size(getattr(preset, "crop_size", preset.resize_size)),
         resize=_size(preset.resize_size),
         interpolation=preset.interpolation.value,
         mean=list(preset.mean),

@@ -1,0 +1,51 @@
+"""What jobs on images have in common: preprocessing, splits, and a teacher that may be trained."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import lightning
+from torch import nn
+
+from archnet.config import Config, TeacherConfig
+from archnet.jobs.job import Facts
+from archnet.jobs.tensors import TensorJob
+from archnet.runs.device import set_up
+from archnet.runs.preprocessing import as_recorded, with_preprocessing
+from archnet.runs.teacher import run_teacher
+from archnet.tasks.image_data import ImageData
+
+
+class ImageJob(TensorJob):
+    """A job whose inputs are images (B, C, H, W)."""
+
+    unit = "image"
+    data: ImageData
+
+    @classmethod
+    def completed(cls, config: Config) -> Config:
+        return with_preprocessing(config)
+
+    @classmethod
+    def as_recorded(cls, config: Config, stored: Config) -> Config:
+        return as_recorded(config, stored)
+
+    @abstractmethod
+    def read(self) -> ImageData:
+        """The data, not set up yet."""
+
+    @abstractmethod
+    def load(self, source: TeacherConfig) -> nn.Module:
+        """The teacher that a config names, checked against the data."""
+
+    def open(self) -> None:
+        set_up(self.config.trainer)
+        self.data = self.read()
+        self.data.prepare_data()
+        self.data.setup()
+        # A teacher without weights is the same one whenever the run is opened again.
+        lightning.seed_everything(self.config.seed, verbose=False)
+        self.teacher = run_teacher(self.config, self.folder, self.data, self.load)
+
+    def data_facts(self) -> Facts:
+        return {"skipped": self.data.skipped}

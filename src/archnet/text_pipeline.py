@@ -25,11 +25,12 @@ import archnet
 from archnet.capture.compare import difference
 from archnet.config import Config
 from archnet.convert import convert_translator, fit_norms, stepwise
-from archnet.deploy import OnnxTranslator, changed, export_translator
+from archnet.deploy import OnnxTranslator, export_translator
 from archnet.distill import distill_text
 from archnet.hardware import teacher_cost
 from archnet.lower import deployed_cost
 from archnet.ops import Student, TokenEmbedding
+from archnet.ops.scores import changed
 from archnet.progress import Lines, in_terminal
 from archnet.quant import Quantizer
 from archnet.run_device import device_of, set_up
@@ -451,7 +452,7 @@ def _parity(this: TextRun, student: Student) -> dict[str, Any]:
         difference = float(np.maximum(difference, np.abs(expected - found).max()))
         tokens, tokens_changed = (
             tokens + len(found),
-            tokens_changed + int(changed(expected, found).sum()),
+            tokens_changed + int(changed(expected, found, -1).sum()),
         )
     return {
         "runtime": f"onnxruntime {onnxruntime.__version__}",

@@ -51,6 +51,7 @@ def student(shape, *steps):
         output=steps[-1][0],
         steps=[Step(name, inputs, f"teacher.{name}") for name, _, *inputs in steps],
         shapes={"x": shape},
+        classes=[1],
     )
     result = Student(graph, {name: module for name, module, *_ in steps}).eval()
     with torch.no_grad():

@@ -282,7 +282,8 @@ def test_mnist5k_is_cut_the_same_for_every_seed():
     for data in sets:
         data.setup()
         assert [len(data._items[name][1]) for name in ("train", "val", "test")] == [3500, 500, 1000]
-        assert torch.equal(data.test_dataloader().dataset.labels.classes.bincount(), torch.full((10,), 100))
+        labels = data.test_dataloader().dataset.labels
+        assert torch.equal(labels.classes.bincount(), torch.full((10,), 100))
     first, second = (data.val_dataloader().dataset.images.pixels for data in sets)
     assert torch.equal(first, second)
     assert sets[0].train_dataloader().dataset[0].shape == (1, 28, 28)

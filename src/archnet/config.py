@@ -150,7 +150,8 @@ class TaskConfig:
     """What the network is for."""
 
     name: str = _name("images")  # names the run folder's parent and the metrics
-    # classification, segmentation, translation, or the place of a job of your own (package.module:Class).
+    # classification, segmentation, translation, or the place of a job of your own
+    # (package.module:Class).
     kind: str = "classification"
     num_classes: int | None = _number(None, 2)  # null: counted in the data
     # The number that pixels without a class have in masks, for segmentation; null: all have one.

@@ -139,7 +139,9 @@ def _run(options: argparse.Namespace) -> int:
     if options.teacher == "true":
         with_images = Asked(found, chip, images if len(images) else calibration[:1], calibration)
         beside = log.with_name(f"{log.stem}_teacher.log")
-        judged["teacher"] = compile_teacher(job.teacher, with_images, beside)
+        judged["teacher"] = compile_teacher(
+            job.teacher, with_images, student.graph.classes[0], beside
+        )
     with folder.locked():
         metrics = read_json(folder.metrics, dict)
         kept = metrics.setdefault("compile", {})

@@ -99,6 +99,7 @@ def _decoder(
         steps=rewritten,
         shapes=inputs,
         indices=["target", "position"],
+        classes=student.graph.classes,
         target=student.graph.target,
     )
     return _made(student, graph, made), states

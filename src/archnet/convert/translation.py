@@ -168,6 +168,7 @@ def convert_translator(
         taps=builder.taps,
         report=builder.report,
         indices=["source", "target", "pad"],
+        classes=[-1],
         target=Target.of(hardware).description(),
     )
     student = Student(graph, builder.modules).eval()

@@ -28,6 +28,7 @@ from archnet.convert.taps import choose_taps
 from archnet.hardware import Target, student_cost
 from archnet.lower import lower
 from archnet.ops import NodeReport, Student, Tap, WeightedOperator
+from archnet.ops.scores import axis_of
 
 _log = logging.getLogger(__name__)
 PEELED = "peeled"  # the rule of a head behind the scores, in a student's report
@@ -253,6 +254,7 @@ def _build(
         )
     (result,) = _each(values[graph.output])
     builder.graph.output = builder.first(builder.build(result))
+    builder.graph.classes = [axis_of(builder.graph.shapes[builder.graph.output])]
     builder.graph.taps = [
         Tap(path or node.name, node.name, taps[node.name]) for path, node in tap_nodes
     ]

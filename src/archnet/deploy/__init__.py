@@ -3,7 +3,7 @@
 from archnet.deploy.doubts import doubts
 from archnet.deploy.export import FORMS, audit, export, to_onnx
 from archnet.deploy.integer import IntegerModel, to_integers
-from archnet.deploy.runtime import Parity, changed, load_session, parity
+from archnet.deploy.runtime import Parity, load_session, parity
 from archnet.deploy.translator import OnnxTranslator, export_translator
 from archnet.deploy.verify import Check, verify
 from archnet.deploy.writer import ExportError
@@ -16,7 +16,6 @@ __all__ = [
     "OnnxTranslator",
     "Parity",
     "audit",
-    "changed",
     "doubts",
     "export",
     "export_translator",

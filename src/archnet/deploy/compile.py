@@ -20,12 +20,13 @@ from archnet.deploy.doubts import doubts
 from archnet.deploy.export import is_quantized, of_five, to_onnx
 from archnet.deploy.integer import IntegerModel, Kind, to_integers
 from archnet.deploy.latency import export_teacher
-from archnet.deploy.runtime import changed, load_session, run_session
+from archnet.deploy.runtime import load_session, run_session
 from archnet.deploy.verify import steps_off
 from archnet.deploy.writer import ExportError
 from archnet.hardware.onnx_file import load
 from archnet.lower import target_of
 from archnet.ops import Student
+from archnet.ops.scores import Axis, axis_of, changed
 
 BATCH = 64
 
@@ -40,7 +41,7 @@ class Judged:
         compiled: what the tool said.
         against: what the results were expected from.
         inputs: how many were run; 0: none.
-        changed: predictions that are others.
+        changed: decisions that are others; None where results decide nothing.
         bit_equal: share of the results that are those expected exactly, 0 to 1; None where these
             are floats.
         max_steps: the largest difference of a result in units of the golden model's; None likewise.
@@ -123,7 +124,7 @@ def compile_student(
         ExportError: the student cannot be written as the tool takes it.
         ChipError: the tool is not there.
     """
-    quantized, doubt = is_quantized(student), ""
+    quantized, doubt, axis = is_quantized(student), "", student.graph.classes[0]
     if asked.bridge.says("SUFFIX") == ".tflite":
         if not quantized:
             raise ExportError(
@@ -144,17 +145,20 @@ def compile_student(
         doubt = doubts(file).get(asked.bridge.name, "")
     compiled = asked.compile(content, not quantized, log, origins)
     if model is None:
-        return judged(compiled, asked.images, "the float student", _of(student))
-    return replace(against_golden(compiled, asked.images, model), doubt=doubt)
+        return judged(compiled, asked.images, "the float student", _of(student), axis)
+    return replace(against_golden(compiled, asked.images, model, axis), doubt=doubt)
 
 
-def compile_teacher(teacher: nn.Module, asked: Asked, log: Path | None = None) -> Judged:
+def compile_teacher(
+    teacher: nn.Module, asked: Asked, classes: Axis, log: Path | None = None
+) -> Judged:
     """Have a tool compile a float teacher, quantize it where that is what the tool does, and
     compare what it computes.
 
     Args:
         teacher: left untouched.
         asked: the tool and what it is given; at least one image.
+        classes: the axis of its classes (`archnet.ops.scores`).
         log: where to keep what the tool prints.
 
     Raises:
@@ -171,7 +175,7 @@ def compile_teacher(teacher: nn.Module, asked: Asked, log: Path | None = None) -
         path = export_teacher(teacher, example, Path(folder) / "teacher.onnx")
         content = for_one(onnx.load(path), asked.bridge).SerializeToString()
     compiled = asked.compile(content, True, log)
-    return judged(compiled, asked.images, "the float teacher", _of(teacher))
+    return judged(compiled, asked.images, "the float teacher", _of(teacher), classes)
 
 
 def compile_file(path: Path, asked: Asked, log: Path | None = None) -> Judged:
@@ -196,7 +200,8 @@ def compile_file(path: Path, asked: Asked, log: Path | None = None) -> Judged:
         parts = [run_session(session, item[None], str(path))[0] for item in images]
         return np.concatenate(parts)
 
-    return replace(judged(compiled, asked.images, "ONNX Runtime", run), doubt=doubt)
+    axis = axis_of([dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim][1:])
+    return replace(judged(compiled, asked.images, "ONNX Runtime", run, axis), doubt=doubt)
 
 
 def input_shape(path: str | os.PathLike[str], given: Mapping[str, Sequence[int]] | None) -> Any:
@@ -240,7 +245,11 @@ def layers_of(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def judged(
-    compiled: Compiled, images: Images, against: str, run: Callable[[Images], NDArray[Any]]
+    compiled: Compiled,
+    images: Images,
+    against: str,
+    run: Callable[[Images], NDArray[Any]],
+    classes: Axis,
 ) -> Judged:
     """Float results against those of ``run``."""
     found = compiled.scores
@@ -249,11 +258,13 @@ def judged(
     expected = run(images)
     if found.size != expected.size:
         return Judged(_with_shape(compiled, found, expected), against)
-    wrong = _changed(expected, found.reshape(expected.shape))
-    return Judged(compiled, against, len(found), int(wrong.sum()))
+    wrong = _changed(expected, found.reshape(expected.shape), classes)
+    return Judged(compiled, against, len(found), wrong)
 
 
-def against_golden(compiled: Compiled, images: Images, model: IntegerModel) -> Judged:
+def against_golden(
+    compiled: Compiled, images: Images, model: IntegerModel, classes: Axis
+) -> Judged:
     """The results of a quantized student against its integer model."""
     found, against = compiled.scores, "the golden model"
     if found is None or not len(found):
@@ -264,12 +275,12 @@ def against_golden(compiled: Compiled, images: Images, model: IntegerModel) -> J
         return Judged(_with_shape(compiled, found, expected), against)
     found, unit = found.reshape(expected.shape), model.output_unit
     difference = steps_off(found / unit, expected)
-    wrong = _changed(expected * unit, found)
+    wrong = _changed(expected * unit, found, classes)
     return Judged(
         compiled,
         against,
         len(found),
-        int(wrong.sum()),
+        wrong,
         float((difference == 0).mean()),
         float(difference.max()),
     )
@@ -280,8 +291,9 @@ def _with_shape(compiled: Compiled, found: NDArray[Any], expected: NDArray[Any])
     return replace(compiled, error=compiled.error or said)
 
 
-def _changed(expected: NDArray[Any], found: NDArray[Any]) -> NDArray[np.bool_]:
-    return changed(expected, found) | ~np.isfinite(found).all(-1)
+def _changed(expected: NDArray[Any], found: NDArray[Any], classes: Axis) -> int | None:
+    """Decisions that are others; None where there are none."""
+    return None if classes is None else int(changed(expected, found, classes).sum())
 
 
 def _of(network: nn.Module) -> Callable[[Images], NDArray[Any]]:

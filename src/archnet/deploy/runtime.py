@@ -19,11 +19,14 @@ from archnet.deploy.writer import ExportError
 from archnet.errors import printable
 from archnet.hardware.onnx_file import AuditError, drop_trailing_names, load
 from archnet.ops import Student
+from archnet.ops.scores import Comparison
 
 
 @dataclass(frozen=True)
 class Parity:
-    """A file against PyTorch: largest difference of an output, and predictions that changed."""
+    """A file against PyTorch: largest difference of an output, and decisions that changed, of
+    ``count``: samples, pixels or tokens; 0 of a result without classes.
+    """
 
     runtime: str
     max_abs_diff: float
@@ -178,8 +181,8 @@ def parity(
         batch_size: inputs a run, in both.
 
     Returns:
-        The largest absolute difference of any output, and how many predictions changed, of
-        ``count`` (one for each row along the last axis).
+        The largest absolute difference of any output, and how many decisions changed, of ``count``
+        (`archnet.ops.scores`).
 
     Raises:
         ExportError: the file cannot be loaded or run, or is that of another network.
@@ -188,7 +191,7 @@ def parity(
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     was_training = student.training
     student.eval()
-    difference, mismatches, count = 0.0, 0, 0
+    total = Comparison(student.graph.classes[0])
     try:
         with torch.no_grad():
             for batch in inputs.split(batch_size):
@@ -199,13 +202,11 @@ def parity(
                         f"{printable(path)} gives {found.shape}, the student {expected.shape}: "
                         "it is another student's file"
                     )
-                # Unlike max(), np.maximum keeps a NaN.
-                difference = float(np.maximum(difference, np.abs(expected - found).max()))
-                differs = changed(expected, found)
-                mismatches, count = mismatches + int(differs.sum()), count + differs.size
+                total.add(expected, found)
     finally:
         student.train(was_training)
-    return Parity(f"{runtime} {version(runtime)}", difference, mismatches, count)
+    name = f"{runtime} {version(runtime)}"
+    return Parity(name, total.largest, total.changed, total.decisions)
 
 
 def _runner(
@@ -235,15 +236,6 @@ def _load(path: str | os.PathLike[str]) -> onnx.ModelProto:
         return load(path)
     except AuditError as error:
         raise ExportError(str(error)) from error
-
-
-def changed(expected: NDArray[Any], found: NDArray[Any]) -> NDArray[np.bool_]:
-    """Rows whose largest entry is another one. Equal scores, which few bits make common, are a
-    tie that float rounding decides: either winner is right.
-    """
-    winner = np.take_along_axis(expected, found.argmax(-1)[..., None], -1)[..., 0]
-    rounding = 1e-5 * np.abs(expected).max(-1)
-    return ~(expected.max(-1) - winner <= rounding)
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from archnet.deploy.export import form_named, write
 from archnet.deploy.integer import IntegerModel, Integers, Kind, execute, to_integers
 from archnet.deploy.runtime import (
-    changed,
     compile_openvino,
     load_session,
     missing_extra,
@@ -27,6 +26,7 @@ from archnet.deploy.runtime import (
 from archnet.deploy.writer import ExportError, Grid, Transpose, Value
 from archnet.lower import deployed, lower
 from archnet.ops import Activation, Concat, LayoutMove, MaxPool, Step, Student
+from archnet.ops.scores import changed
 from archnet.quant import Quantizer
 
 BATCH = 64  # inputs a run
@@ -68,7 +68,8 @@ class Check:
         max_steps: largest difference of an output, in units of an output accumulator (or steps
             of the output's grid); inf where an output is no number.
         bit_equal: share of the outputs without any difference, 0 to 1.
-        changed: predictions that changed; a tie between equal scores may go either way.
+        changed: decisions that changed, of ``decisions`` (samples, pixels or tokens; 0 of a result
+            without classes); a tie between equal scores may go either way.
         first: where they part, if they do; None as well where they do not when every step is read.
         hint: what a known cause of a difference is, and what avoids it; "" without a difference.
         skipped: why nothing was run; "" where it was.
@@ -80,6 +81,7 @@ class Check:
     max_steps: float = 0.0
     bit_equal: float = 1.0
     changed: int = 0
+    decisions: int = 0
     first: Divergence | None = None
     hint: str = ""
     skipped: str = ""
@@ -197,7 +199,7 @@ class _Golden:
                 "it is another student's file"
             )
         unit: Any = self.model.output_unit
-        wrong = changed(expected * unit, found) | ~np.isfinite(found).all(-1)
+        wrong = changed(expected * unit, found, self.student.graph.classes[0])
         if (grid := subject.output_grid) is not None:
             expected, unit = _on_grid(expected * unit, grid), grid.scale
         difference = steps_off(found / unit, expected)
@@ -209,6 +211,7 @@ class _Golden:
             float(difference.max()),
             float((difference == 0).mean()),
             int(wrong.sum()),
+            wrong.numel(),
             self._explain(subject, images[differing[:EXPLAINED]]) if differing.size else None,
         )
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archnet.ops.scores import unexplained
+
 
 class TeacherAttention(nn.Module):
     """Teacher Attention Mechanism (arXiv 2111.01135, section 3.2): u = a * s, channel by channel.
@@ -89,41 +91,10 @@ class TapComparison(nn.Module):
         Positions of (B, T, C) where ``real`` (B, T) is false do not count.
         """
         if self.attention is None and self.adaptation is None:
-            return _unexplained(student, teacher, real)
+            return unexplained(student, teacher, real)
         if real is not None:
             student, teacher = (x.masked_fill(~real[..., None], 0.0) for x in (student, teacher))
         feature = student if self.attention is None else self.attention(student, teacher)
         if self.adaptation is not None:
             feature = self.adaptation(feature, student)
-        return _unexplained(feature, teacher, real)
-
-
-def _unexplained(feature: Tensor, teacher: Tensor, real: Tensor | None) -> Tensor:
-    """MSE(f, t) / variance(t).
-
-    Where positions do not count they are set to zero: choosing the others would copy them, and
-    their gradients back.
-    """
-    if real is None:
-        return F.mse_loss(feature, teacher) / teacher.var().clamp_min(1e-12)
-    hidden, count = ~real[..., None], real.sum() * teacher.shape[-1]
-    mean = teacher.masked_fill(hidden, 0.0).sum() / count
-    variance = (teacher - mean).masked_fill_(hidden, 0.0).square_().sum() / (count - 1)
-    error = (feature - teacher).masked_fill(hidden, 0.0).square().sum() / count
-    return error / variance.clamp_min(1e-12)
-
-
-def logits_loss(kind: str, student: Tensor, teacher: Tensor, real: Tensor | None = None) -> Tensor:
-    """Mean distance of class scores (..., K), over positions where ``real`` (...) is true.
-
-    ``cosine``: 1 - cosine similarity, as published. ``kl``: Kullback-Leibler divergence of the
-    student's class probabilities from the teacher's (Hinton et al. 2015, temperature 1).
-    """
-    if kind == "cosine":
-        distance = 1 - F.cosine_similarity(student, teacher, dim=-1)
-    else:
-        ours, theirs = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
-        distance = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-    if real is None:
-        return distance.mean()
-    return distance.masked_fill(~real, 0.0).sum() / real.sum()
+        return unexplained(feature, teacher, real)

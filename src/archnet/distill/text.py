@@ -15,6 +15,7 @@ from archnet.distill.run import Speed, TrainerOptions, fit
 from archnet.distill.schedule import Period, plan
 from archnet.distill.training import ArchDistillation, DistillOptions
 from archnet.ops import Student, Tap
+from archnet.ops.scores import accuracy, agreement
 
 
 class Sentences(Protocol):
@@ -154,8 +155,8 @@ class TextDistillation(ArchDistillation):
         ours, theirs = scores[real], asked.scores[real]
         words = batch.target_out[real]
         figures = {
-            "val/agreement": (ours.argmax(1) == theirs.argmax(1)).float().mean() * 100,
-            "val/accuracy": (ours.argmax(1) == words).float().mean() * 100,
+            "val/agreement": agreement(ours, theirs, -1) * 100,
+            "val/accuracy": accuracy(ours, words, -1) * 100,
             "val/loss": F.cross_entropy(ours, words),
         }
         self.log_dict(figures, prog_bar=True, sync_dist=True, batch_size=len(words))

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from archnet.distill.comparison import TapComparison, logits_loss
+from archnet.distill.comparison import TapComparison
 from archnet.distill.schedule import DistillError, Period, period_at
 from archnet.memory import release
 from archnet.ops import Activation, Student, Tap, WeightedOperator
+from archnet.ops.scores import accuracy, agreement, loss, unexplained
 from archnet.quant import Together, grid_steps
 
 LOG_EVERY = 10  # steps between two that are logged
@@ -242,20 +242,19 @@ class ArchDistillation(lightning.LightningModule):
     def _compare_scores(
         self, student: Tensor, teacher: Tensor, real: Tensor | None = None
     ) -> Tensor:
-        loss = logits_loss(self.options.logits_loss, student.float(), teacher.float(), real)
-        return self.options.logits_weight * loss
+        (axis,), kind = self.student.graph.classes, self.options.logits_loss
+        return self.options.logits_weight * loss(kind, student.float(), teacher.float(), axis, real)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         images = images.contiguous(memory_format=torch.channels_last)
         _, theirs = self.teacher_features(images)
         ours = self.student(images)
-        figures = {
-            "val/agreement": (ours.argmax(1) == theirs.argmax(1)).float().mean() * 100,
-            "val/logits": F.mse_loss(ours, theirs) / theirs.var().clamp_min(1e-12),
-        }
-        if bool((labels >= 0).all()):  # all images of a split have labels, or none has
-            figures["val/accuracy"] = (ours.argmax(1) == labels).float().mean() * 100
+        (axis,), figures = self.student.graph.classes, {"val/logits": unexplained(ours, theirs)}
+        if axis is not None:
+            figures["val/agreement"] = agreement(ours, theirs, axis) * 100
+            if bool((labels >= 0).any()):  # all images of a split have labels, or none has
+                figures["val/accuracy"] = accuracy(ours, labels, axis) * 100
         self.log_dict(figures, prog_bar=True, sync_dist=True, batch_size=len(images))
 
     def on_validation_end(self) -> None:

@@ -21,6 +21,7 @@ from archnet.distill import distill
 from archnet.errors import ArchnetError
 from archnet.jobs.job import Facts, Inputs, Job
 from archnet.ops import Student
+from archnet.ops.scores import Comparison
 from archnet.quant import FLOAT
 
 PARITY_INPUTS = 500  # on which the exported file is compared with the student
@@ -125,12 +126,12 @@ class TensorJob(Job):
             "student": student.to(self.device).eval(),
         }
         judges: dict[str, Mapping[str, Metric]] = {}
-        same, decided, count, labelled = 0, 0, 0, False
+        (axis,) = student.graph.classes
+        beside, count, labelled = Comparison(axis), 0, False
         with torch.inference_mode():
             for inputs, labels in self._test_batches():
                 results = {name: net(inputs.to(self.device)) for name, net in networks.items()}
-                agree = self.agree(results["teacher"], results["student"])
-                same, decided = same + int(agree.sum()), decided + agree.numel()
+                beside.add(results["teacher"].cpu(), results["student"].cpu())
                 count += len(inputs)
                 for name, result in results.items():
                     judges.setdefault(name, self.metrics(tuple(result.shape[1:])))
@@ -144,11 +145,8 @@ class TensorJob(Job):
             name: {key: points(one.compute()) if labelled else None for key, one in by.items()}
             for name, by in judges.items()
         }
-        return {**found, "agreement": points(same / decided), "inputs": count}
-
-    def agree(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """Where two networks' scores decide alike: a boolean for every decision."""
-        return teacher.argmax(1) == student.argmax(1)
+        agreement = None if beside.agreement is None else points(beside.agreement)
+        return {**found, "agreement": agreement, "inputs": count}
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Those of the test split, up to `trainer.limit_eval` inputs."""

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from archnet.capture.compare import difference
 from archnet.config import Config, TeacherConfig
 from archnet.convert import convert_translator, fit_norms, stepwise
-from archnet.deploy import OnnxTranslator, changed, export_translator
+from archnet.deploy import OnnxTranslator, export_translator
 from archnet.distill import distill_text
 from archnet.errors import ArchnetError
 from archnet.jobs.job import Facts, Inputs, Job
 from archnet.ops import Student, TokenEmbedding
+from archnet.ops.scores import changed, decisions
 from archnet.progress import Lines, in_terminal
 from archnet.runs import atomic
 from archnet.runs.device import set_up
@@ -130,7 +131,7 @@ class Translation(Job):
             )
         )
         with torch.inference_mode():
-            guesses = self.teacher.eval()(source, target_in, pad)[real].argmax(1)
+            guesses = decisions(self.teacher.eval()(source, target_in, pad)[real], -1)
         words = target_out[real]
         right = float((guesses == words).double().mean())
         # What always saying the most frequent token would reach.
@@ -297,7 +298,7 @@ class Translation(Job):
             difference = float(np.maximum(difference, np.abs(expected - found).max()))
             tokens, tokens_changed = (
                 tokens + len(found),
-                tokens_changed + int(changed(expected, found).sum()),
+                tokens_changed + int(changed(expected, found, -1).sum()),
             )
         return {
             "runtime": f"onnxruntime {onnxruntime.__version__}",

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from archnet.ops.scores import Axis
+
 
 @dataclass(frozen=True)
 class Step:
@@ -76,6 +78,8 @@ class Refinement:
 class StudentGraph:
     """The student without its weights: plain data.
 
+    ``classes`` says for every result along which axis its classes lie, the batch being axis 0;
+    None: it has none (`archnet.ops.scores`).
     ``indices`` are the inputs that hold token numbers or marks instead of features;
     ``refinements`` are there where a budget has chosen between forms (`convert.max_cost`);
     ``error`` is |student - teacher| / |teacher| at the output when the student was made, in floats
@@ -95,3 +99,4 @@ class StudentGraph:
     error: float | None = None
     target: dict[str, Any] = field(default_factory=dict)
     output_range: tuple[float, float] | None = None
+    classes: list[Axis] = field(default_factory=lambda: [None])

@@ -12,6 +12,7 @@ from archnet.ops import hinges, layout, native, operators, sequence
 from archnet.ops.graph import NodeReport, Refinement, Step, StudentGraph, Tap
 from archnet.ops.operators import Operator
 from archnet.ops.plan import Piece, plan
+from archnet.ops.scores import axis_of
 from archnet.ops.shapes import result_shape
 
 OPERATORS: dict[str, type[Operator]] = {
@@ -208,5 +209,7 @@ class Student(nn.Module):
             error=spec.get("error"),
             target=dict(spec.get("target", {})),
             output_range=tuple(spec.get("output_range") or ()) or None,
+            # Students before 0.4 do not say it.
+            classes=list(spec.get("classes") or [axis_of(spec["shapes"][spec["output"]])]),
         )
         return cls(graph, modules)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from archnet.ops import Operator, Student
+from archnet.ops.scores import Loss
 from archnet.quant.attach import build, shared_grids
 from archnet.quant.calibrate import activation_scale, observe_grids, weight_scale
 from archnet.quant.quantize import Recipe
@@ -50,9 +50,10 @@ def sensitivity(
 
         loss(layer, b) = E_x KL(softmax f(x) || softmax f_{layer at b bits}(x))
 
-    over unlabelled x, with the scales that `quantize` starts from. ZeroQ (Cai et al. 2020, arXiv
-    2001.00281, section 3.2) measures layers so; HAWQ (Dong et al. 2019, arXiv 1905.03696) and
-    HAWQ-V2 (1911.03852) estimate the same from the Hessian, to second order.
+    over unlabelled x, with the scales that `quantize` starts from. Of a result without classes it
+    is the share of variance that is no longer explained (`archnet.ops.scores.Loss`). ZeroQ (Cai et
+    al. 2020, arXiv 2001.00281, section 3.2) measures layers so; HAWQ (Dong et al. 2019, arXiv
+    1905.03696) and HAWQ-V2 (1911.03852) estimate the same from the Hessian, to second order.
 
     A trial is run from the layer it begins at; what comes before is computed once for all. The
     cost is at most one forward pass for each layer, grid and width, and about half of one on
@@ -65,32 +66,30 @@ def sensitivity(
         recipe: which quantizers.
 
     Returns:
-        For every offer by name and width the divergence, in nats an input (or position).
+        For every offer by name and width the divergence, in nats a decision (an input, a position).
     """
     batches = list(batches)
     trials = _trials(student, batches, offers, recipe or Recipe())
-    totals = {name: {trial.bits: 0.0 for trial in tried} for name, tried in trials.items()}
-    rows = 0
-    output, device = student.graph.output, next(student.parameters()).device
+    (axis,), output = student.graph.classes, student.graph.output
+    lost = {name: {trial.bits: Loss(axis) for trial in tried} for name, tried in trials.items()}
+    device = next(student.parameters()).device
     last_read = {name: step.name for step in student.graph.steps for name in step.inputs}
     with torch.no_grad():
         for batch in batches:
             inputs = [x.to(device) for x in ((batch,) if isinstance(batch, Tensor) else batch)]
             reference = student(*inputs)
-            rows += reference.shape[:-1].numel()
             live = dict(zip(student.graph.inputs, inputs, strict=True))
             for step in student.graph.steps:
                 for trial in trials.get(step.name, ()):
                     with trial.in_place():
                         (scores,) = student.run(live, [output])
-                    totals[step.name][trial.bits] += _divergence(scores, reference)
+                    lost[step.name][trial.bits].add(scores, reference)
                 live[step.name] = student.operator(step.name)(*[live[n] for n in step.inputs])
                 for name in set(step.inputs):
                     if last_read[name] == step.name and name != output:
                         del live[name]
     return {
-        name: {bits: total / rows for bits, total in found.items()}
-        for name, found in totals.items()
+        name: {bits: loss.value for bits, loss in found.items()} for name, found in lost.items()
     }
 
 
@@ -114,9 +113,3 @@ def _trials(
             quantizer.set_scale(activation_scale(samples, quantizer))
             trials[group].append(_Trial(bits, members, "quantizer", quantizer))
     return trials
-
-
-def _divergence(scores: Tensor, reference: Tensor) -> float:
-    """KL(softmax reference || softmax scores), summed over all rows."""
-    logs, wanted = (x.double().log_softmax(-1) for x in (scores, reference))
-    return float(F.kl_div(logs, wanted, reduction="sum", log_target=True))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from archnet.config import Config
 from archnet.errors import printable
+from archnet.ops.scores import decisions
 from archnet.tasks import ClassificationData
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def look(
                 break
     teacher.cpu()
     scores_NC, labels_N = torch.cat(answers)[:most], torch.cat(labels)[:most]
-    guesses_N, classes = scores_NC.argmax(1), scores_NC.shape[1]
+    guesses_N, classes = decisions(scores_NC, 1), scores_NC.shape[1]
     labelled = bool((labels_N >= 0).all())
     facts: dict[str, Any] = {"accuracy": None, "images": len(labels_N), "split": split}
     if labelled and len(labels_N):

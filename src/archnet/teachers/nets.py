@@ -135,11 +135,46 @@ class DigitNet(nn.Module):
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(self.features(x), 1), 1))
 
 
+class SceneNet(nn.Module):
+    """A small U-Net (Ronneberger et al. 2015): three scales down and up again, joined by sums."""
+
+    def __init__(self, width: int = 16, num_classes: int = 11, in_channels: int = 1) -> None:
+        super().__init__()
+        self.fine = self._stage(in_channels, width)
+        self.middle = self._stage(width, 2 * width)
+        self.coarse = self._stage(2 * width, 4 * width)
+        self.context = self._stage(4 * width, 4 * width)
+        self.down = nn.MaxPool2d(2)
+        self.from_coarse = self._stage(4 * width, 2 * width)
+        self.join_middle = self._stage(2 * width, 2 * width)
+        self.from_middle = self._stage(2 * width, width)
+        self.join_fine = self._stage(width, width)
+        self.classes = nn.Conv2d(width, num_classes, 1)
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(*_conv_bn(inputs, outputs), nn.ReLU())
+
+    @staticmethod
+    def _up(x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes, H, W) of images (B, in_channels, H, W), sides a multiple of 4."""
+        fine = self.fine(x)
+        middle = self.middle(self.down(fine))
+        coarse = self.context(self.coarse(self.down(middle)))
+        middle = self.join_middle(self._up(self.from_coarse(coarse)) + middle)
+        fine = self.join_fine(self._up(self.from_middle(middle)) + fine)
+        return self.classes(fine)
+
+
 NETS: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet": CifarResNet,
     **{f"cifar_resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56)},
     "resnet9": ResNet9,
     "digits": DigitNet,
+    "scenes": SceneNet,
     "cifar_convnext": ConvNeXt,
     "cifar_vit": ViT,
     "cifar_mobilenet_v3": MobileNetV3,

@@ -59,7 +59,7 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     teacher, student, cost = metrics["teacher"], metrics["student"], metrics["cost"]
     quant, parity, audit = metrics["quant"], metrics["parity"], metrics["audit"]
     data = metrics["data"]
-    unit = data["unit"]
+    what = data["unit"]
     uniform = f"W{quant['weight_bits']}A{quant['act_bits']}"
     name = f"{uniform}, {quant['method']}"
     if quant["method"] == "none":
@@ -93,8 +93,8 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     lines += [
         ("audit of the file", "", _audit(audit)),
         (f"parity with {parity['runtime']}", "", _parity(parity)),
-        (f"unlabelled {unit}s", "", f"{data['unlabelled']:,}"),
-        (f"{unit}-steps in training", "", f"{data['inputs_seen']:,}"),
+        (f"unlabelled {what}s", "", f"{data['unlabelled']:,}"),
+        (f"{what}-steps in training", "", f"{data['inputs_seen']:,}"),
         ("seconds", "", f"{metrics['seconds']['total']:,.0f}"),
     ]
     return lines

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -78,6 +79,7 @@ class Run:
         """Where evaluation runs."""
         return device_of(self.config.trainer)
 
+    @cached_property
     def captured(self) -> TeacherGraph:
         """The teacher as it is compared with the student: up to its scores."""
         return capture(self.teacher, self.data.calibration_batches(1)[0][:1])
@@ -189,7 +191,7 @@ def evaluate(this: Run, student: Student) -> dict[str, Any]:
         ``teacher`` and ``student`` accuracy (None where the images have no labels) and their
         ``agreement``, in points (0 to 100), and the number of ``images``.
     """
-    scores = this.captured().scores()
+    scores = this.captured.scores()
     networks = scores.to(this.device), student.to(this.device).eval()
     guesses, labels = [], []
     with torch.inference_mode():
@@ -243,7 +245,7 @@ def _stages(config: Config, folder: RunFolder) -> dict[str, Any]:
 
     def look_at_teacher() -> dict[str, Any]:
         names = class_names_of(config.teacher, this.teacher)
-        return look(config, this.data, this.captured().scores(), this.device, names)
+        return look(config, this.data, this.captured.scores(), this.device, names)
 
     def prepare() -> dict[str, Any]:
         student, widths = _convert(this)
@@ -357,7 +359,7 @@ def _convert(this: Run) -> tuple[Student, dict[str, Any]]:
         student, learned = given_student(config)
     else:
         student = archnet.convert(
-            this.teacher,
+            this.captured,
             batches[0][:1],
             hardware=config.hardware,
             start=asked.start,
@@ -396,7 +398,7 @@ def _distil(this: Run, student: Student) -> dict[str, Any]:
     lightning.seed_everything(config.seed, verbose=False)
     loggers = _loggers(config.logger, this.folder)
     # The captured teacher gives its features at the taps, by the nodes that conversion named.
-    features = this.captured().features([tap.node for tap in student.taps])
+    features = this.captured.features([tap.node for tap in student.taps])
     several = config.trainer.devices > 1
     with _closing(loggers), _ranks(this.folder) if several else nullcontext():
         return distill(

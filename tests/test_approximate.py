@@ -2,13 +2,14 @@
 
 import copy
 import math
+from functools import cache
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from archnet.capture import CaptureError, capture
+from archnet.capture import CaptureError, TeacherGraph, capture
 from archnet.convert import Approximation, ConversionError, convert
 from archnet.convert.fit import (
     attended,
@@ -38,10 +39,16 @@ class Function(nn.Module):
         return self.function(self, x)
 
 
+@cache
+def captured(network: nn.Module, shape: torch.Size) -> TeacherGraph:
+    """Once for all targets and forms: that is most of a conversion's time."""
+    return capture(network, torch.zeros(2, *shape))
+
+
 def error(network, x, hardware="arch5", **options):
     """The student, and |student - teacher| / |teacher| on inputs it was not fitted to."""
     network = network.eval()
-    student = convert(network, x, hardware, **options)
+    student = convert(captured(network, x.shape[1:]), x, hardware, **options)
     fresh = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         wanted = network(fresh)
@@ -502,7 +509,8 @@ def test_matrix_products_of_two_features(name):
     rules = {row.rule for row in student.report if row.error is not None}
     assert "matrix_product" in rules
     form = Approximation(max_macs=1.0)
-    cheap = convert(network, x[:1], calibration=x, approximation=form)
+    graph = captured(network, x.shape[1:])
+    cheap = convert(graph, x[:1], calibration=x, approximation=form)
     spent = [sum(row.macs_after for row in s.report) for s in (student, cheap)]
     assert spent[1] < spent[0]
 
@@ -553,18 +561,19 @@ def tokens(count, channels):
 def test_a_layer_norm_is_nearly_exact_by_hinges_in_value_and_deviation(channels, affine, kind):
     network = Normed(channels, affine, kind).eval()
     x, fresh = tokens(64, channels), tokens(64, channels)
+    graph = captured(network, x.shape[1:])
     with torch.no_grad():
         wanted, errors = network(fresh), {}
         for count in (0, 3):
             form = Approximation(norm_hinges=count)
-            student = convert(network, x, approximation=form)
+            student = convert(graph, x, approximation=form)
             assert not audit(student, "arch5").violations
             errors[count] = float((student(fresh) - wanted).norm() / wanted.norm())
     assert errors[3] < 0.35 * errors[0]
     assert errors[3] < 0.15
     (row,) = [row for row in student.report if row.error is not None]
     assert row.error < 0.15
-    literal = convert(network, x, "arch5_conv", approximation=form)
+    literal = convert(graph, x, "arch5_conv", approximation=form)
     assert not audit(literal, "arch5_conv").violations
 
 
@@ -592,12 +601,13 @@ def test_tokens_of_one_deviation_keep_the_cheap_norm():
 
 
 def test_a_norm_among_others_is_part_of_the_budget():
-    network, x = Normed(16).eval(), tokens(64, 16)
-    (row,) = convert(network, x, approximation=Approximation(max_macs=100)).graph.refinements
+    x = tokens(64, 16)
+    graph = capture(Normed(16).eval(), x)
+    (row,) = convert(graph, x, approximation=Approximation(max_macs=100)).graph.refinements
     assert row.taken
     assert row.operator == "aten.layer_norm.default"
     least = row.total - row.cost
-    cheap = convert(network, x, approximation=Approximation(max_macs=least + 1e-6))
+    cheap = convert(graph, x, approximation=Approximation(max_macs=least + 1e-6))
     assert not cheap.graph.refinements[0].taken
     assert float(least) == pytest.approx(1)
 
@@ -638,10 +648,10 @@ class Mixer(nn.Module):
 def test_a_budget_takes_what_saves_most_for_its_cost(network):
     x = torch.randn(64, 4, 8, 8)
     network = network.eval()
-    teacher = teacher_cost(network, x).macs
+    graph, teacher = capture(network, x), teacher_cost(network, x).macs
 
     def student(ratio):
-        found = convert(network, x, approximation=Approximation(max_macs=ratio))
+        found = convert(graph, x, approximation=Approximation(max_macs=ratio))
         assert not audit(found, "arch5").violations
         assert sum(row.macs_before for row in found.report) == teacher
         macs = deployed_cost(found).macs
@@ -668,7 +678,7 @@ def test_a_budget_takes_what_saves_most_for_its_cost(network):
         assert [row.taken for row in found.graph.refinements][: sum(fitting)] == [True] * sum(
             fitting
         )
-    plain = convert(network, x)
+    plain = convert(graph, x)
     assert not plain.graph.refinements
     assert plain.state_dict().keys() == everything.state_dict().keys()
 
@@ -680,9 +690,10 @@ def test_a_gate_that_saves_nothing_is_left_out():
     nn.init.normal_(network.excite.weight, std=10)
     nn.init.zeros_(idle.excite.weight)
     kept = convert(network, x)
-    found = convert(idle, x)
+    graph = capture(idle, x)
+    found = convert(graph, x)
     assert student_cost(found).macs < student_cost(kept).macs
-    all_of_them = convert(idle, x, approximation=Approximation(min_gain=0))
+    all_of_them = convert(graph, x, approximation=Approximation(min_gain=0))
     assert student_cost(all_of_them).macs > student_cost(found).macs
     # Its path is gone, and the half of every channel stands in the convolution in front.
     assert not any("silu" in step.origin or "excite" in step.origin for step in found.graph.steps)

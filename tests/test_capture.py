@@ -128,6 +128,31 @@ def test_features_are_computed_where_they_are_moved_to():
     assert result.shape == (3, 2, 50)
 
 
+class Tied(nn.Module):
+    """One weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.norm(torch.relu(self.first(x))))
+
+
+def test_features_that_move_leave_their_graph_where_it_is():
+    graph, x = capture(Tied().eval(), torch.zeros(1, 4)), torch.randn(3, 4)
+    (first,) = graph.features([])(x)
+    moved = graph.features([]).double()
+    assert torch.allclose(moved(x.double())[0], first.double(), atol=1e-5)
+    assert {value.dtype for value in graph.program.state_dict.values() if value.dim()} == {
+        torch.float32
+    }
+    assert torch.equal(graph.features([])(x)[0], first)
+    assert sum(p.numel() for p in moved.parameters()) == 4 * 4 + 4 * (2 + 2)
+
+
 def test_features_follow_from_maps_with_channels_last():
     teacher, x = Constants().eval(), torch.randn(3, 3, 5, 5)
     features = capture(teacher, x).features([]).to(memory_format=torch.channels_last)

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archnet.capture import TeacherGraph, capture
 from archnet.convert import Approximation, convert
 from archnet.convert.builder import cut_before
 from archnet.deploy import audit, export, to_integers, to_onnx, verify
@@ -207,6 +209,7 @@ KINDS = {
 TABLES = ("table", "table of rows and columns", "table of tokens", "class token")
 
 
+@cache
 def teacher_of(kind: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(sum(map(ord, kind)))
     images = torch.randn(4, 3, 9, 9)
@@ -216,9 +219,19 @@ def teacher_of(kind: str) -> tuple[nn.Module, Tensor]:
     return network.eval(), images
 
 
+@cache
+def graph_of(kind: str) -> TeacherGraph:
+    """Captured once for all targets and widths: that is most of a conversion's time."""
+    return capture(*teacher_of(kind))
+
+
+def converted(kind: str, target: Target | str = "arch5") -> tuple[Student, Tensor]:
+    _, images = teacher_of(kind)
+    return convert(graph_of(kind), images, target), images
+
+
 def quantized(kind: str, widths: tuple[int, int], **options: object) -> tuple[Student, Tensor]:
-    network, images = teacher_of(kind)
-    student = convert(network, images, native())
+    student, images = converted(kind, native())
     quantize(student, *widths, [images], **options)  # type: ignore[arg-type]
     settle(student)
     return student, images
@@ -246,32 +259,43 @@ def test_scales_that_are_powers_of_two_stay_so(kind):
     assert np.array_equal(whole, integers(student, images, "arch5", "power_of_two"))
 
 
+EVERYTHING = replace(native(), complete=False, lanes=1)
+
+
+@cache
+def everything_of(kind: str) -> tuple[Student, Student, np.ndarray]:
+    """A student in floats and in integers, and what the latter computes in whole operators."""
+    floating, images = converted(kind, EVERYTHING)
+    student = copy.deepcopy(floating)
+    settle(quantize(student, 2, 4, [images]))
+    return floating, student, integers(student, images, EVERYTHING, "multiplier")
+
+
 @pytest.mark.parametrize(
     "operator", [Convolution, FullyConnected, Add, AveragePool, Mean, MaxPool, Segments]
 )
 def test_every_way_alone_computes_the_same(operator, monkeypatch):
     """Whatever a target's costs choose; in floats and in integers."""
     used: Counter[str] = Counter()
-    everything = replace(native(), complete=False, lanes=1)
     # Every network ends in a fully connected layer, which is written in one way alone.
     few = {FullyConnected: ("tokens", "mean"), AddConstant: TABLES}
     for kind in few.get(operator, KINDS):
-        network, images = teacher_of(kind)
-        floating = convert(network, images, everything)
+        floating, student, whole = everything_of(kind)
+        _, images = teacher_of(kind)
         if not any(type(module) is operator for module in floating.operators.values()):
             continue
-        student = copy.deepcopy(floating)
-        settle(quantize(student, 2, 4, [images]))
-        whole = integers(student, images, everything, "multiplier")
+        with torch.no_grad():
+            expected = floating(images)
         for way in registry.WAYS[operator]:
             with monkeypatch.context() as patch:
                 patch.setitem(registry.WAYS, operator, [way])
+                lowered = lower(floating, EVERYTHING)
                 with torch.no_grad():
-                    found, expected = lower(floating, everything).student(images), floating(images)
+                    found = lowered.student(images)
                 assert torch.allclose(found, expected, atol=1e-5), (kind, way.name)
-                same = np.array_equal(whole, integers(student, images, everything, "multiplier"))
+                same = np.array_equal(whole, integers(student, images, EVERYTHING, "multiplier"))
                 assert same, (kind, way.name)
-                used[way.name] += way.name in " ".join(lower(floating, everything).ways.values())
+                used[way.name] += way.name in " ".join(lowered.ways.values())
     assert all(used[way.name] for way in registry.WAYS[operator][1:]), used
 
 
@@ -286,8 +310,9 @@ def test_heads_of_attention_are_lowered(layer, attention):
     network, images = Body(layer), torch.randn(16, 3, 9, 9)
     with torch.no_grad():
         network(images)
+    graph = capture(network.eval(), images)
     for target in ("arch5_conv", "arch5"):
-        student = convert(network.eval(), images, target, approximation=Approximation(attention))
+        student = convert(graph, images, target, approximation=Approximation(attention))
         assert audit(student, target).violations == (), target
     grouped = [m for m in student.operators.values() if getattr(m, "groups", 1) > 1]
     assert len(grouped) == (1 if attention == "mixing" else 4) - (layer.key.out_features == 3)
@@ -316,8 +341,7 @@ def test_every_way_of_a_dense_convolution_computes_the_same(way, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["depthwise", "two groups", "7x7 stride 2", "addition"])
 def test_copies_of_values_are_lowered(kind):
-    network, images = teacher_of(kind)
-    student = convert(network, images, native())
+    student, images = converted(kind, native())
     learned = copy_values(student, 2, 2, 4, [images])
     settle(quantize(student, 2, 4, [images], learned=learned))
     whole = integers(student, images, native(("depthwise_conv",)), "multiplier")
@@ -331,7 +355,7 @@ def test_copies_of_values_are_lowered(kind):
 def test_what_is_lowered_is_pure(kind):
     network, images = teacher_of(kind)
     for target in ("arch5", "arch5_conv", "arch5_pointwise"):
-        student = convert(network, images, target)
+        student, _ = converted(kind, target)
         check_layers(student, Target.named(target))
         assert audit(student, target).violations == (), target
         with torch.no_grad():
@@ -341,7 +365,6 @@ def test_what_is_lowered_is_pure(kind):
 
 def test_a_target_keeps_what_it_runs():
     """Additions, depthwise layers, large kernels and pools stay where a chip has them."""
-    network, images = teacher_of("depthwise")
     for kind, operator in (
         ("depthwise 5x5", "Conv"),
         ("addition", "Add"),
@@ -350,13 +373,12 @@ def test_a_target_keeps_what_it_runs():
         ("max 3x3", "MaxPool"),
         ("7x7 stride 2", "Conv"),
     ):
-        network, images = teacher_of(kind)
-        kept = to_onnx(convert(network, images, "rk3588"))
+        kept = to_onnx(converted(kind, "rk3588")[0])
         moves = {"Slice", "Split", "Transpose", "Pad", "Concat"}
         found = Counter(node.op_type for node in kept.graph.node)
         assert found[operator], kind
         assert not moves & set(found), kind
-        pure = Counter(node.op_type for node in to_onnx(convert(network, images)).graph.node)
+        pure = Counter(node.op_type for node in to_onnx(converted(kind)[0]).graph.node)
         assert pure != found, kind
 
 
@@ -378,7 +400,7 @@ def test_costs_choose_the_way():
 
 @pytest.mark.parametrize("hardware", ["arch5", "arch5_conv", "rk3588"])
 def test_what_is_not_written_as_itself_has_a_reason(hardware):
-    student = convert(*teacher_of("addition"), hardware)
+    student, _ = converted("addition", hardware)
     lowered = lower(student)
     assert lowered.reasons.keys() == lowered.ways.keys()
     additions = [name for name in student.operators if isinstance(student.operator(name), Add)]
@@ -398,18 +420,16 @@ def test_what_is_not_written_as_itself_has_a_reason(hardware):
 
 
 def test_a_student_knows_its_target():
-    network, images = teacher_of("addition")
-    student = convert(network, images, "rk3588")
+    student, _ = converted("addition", "rk3588")
     assert target_of(unpack(pack(student))) == Target.named("rk3588")
-    assert target_of(convert(network, images)) == Target.named("arch5")
+    assert target_of(converted("addition")[0]) == Target.named("arch5")
     bare = copy.deepcopy(student)
     bare.graph.target = {}
     assert target_of(bare) == Target.named("arch5")
 
 
 def test_rows_say_whose_steps_are():
-    network, images = teacher_of("depthwise")
-    student = convert(network, images)
+    student, _ = converted("depthwise")
     lowered = lower(student)
     names = {step.name for step in student.graph.steps}
     assert {lowered.whole[step.name] for step in lowered.student.graph.steps} <= names
@@ -505,7 +525,8 @@ def test_what_a_target_computes_by_itself_stays(kind, tmp_path):
     with torch.no_grad():
         network(images)
         expected = network.eval()(images)
-    student = convert(network, images, "rk3588")
+    graph = capture(network, images)
+    student = convert(graph, images, "rk3588")
     assert all(row.exact for row in student.report)
     with torch.no_grad():
         assert torch.allclose(student(images), expected, atol=1e-5)
@@ -519,7 +540,7 @@ def test_what_a_target_computes_by_itself_stays(kind, tmp_path):
     for form in ("c", "tflite"):
         with pytest.raises(ArchnetError, match=r"hardware\.keeps_functions=false"):
             export(student, tmp_path / "net", form=form)
-    changed = convert(network, images, "arch5", calibration=images)
+    changed = convert(graph, images, "arch5", calibration=images)
     assert not all(row.exact for row in changed.report)
 
 

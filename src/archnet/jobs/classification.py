@@ -35,7 +35,7 @@ class Classification(ImageJob):
 
     def look(self) -> Facts:
         names = class_names_of(self.config.teacher, self.teacher)
-        return look(self.config, self.data, self.captured().scores(), self.device, names)
+        return look(self.config, self.data, self.captured.scores(), self.device, names)
 
     def metrics(self, shape: tuple[int, ...]) -> Mapping[str, Metric]:
         return {"accuracy": MulticlassAccuracy(shape[0], average="micro", ignore_index=-1)}

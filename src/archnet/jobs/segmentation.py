@@ -45,7 +45,7 @@ class Segmentation(ImageJob):
         would do as well.
         """
         split, loader = self.data.look_loader()
-        scores = self.captured().scores().to(self.device)
+        scores = self.captured.scores().to(self.device)
         judge, lone, count = None, None, 0
         with torch.inference_mode():
             for images, labels in loader:

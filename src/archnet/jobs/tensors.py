@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -69,6 +70,7 @@ class TensorJob(Job):
             shape: of the result for one sample.
         """
 
+    @cached_property
     def captured(self) -> TeacherGraph:
         """The teacher as it is compared with the student: up to its scores."""
         return capture(self.teacher, self.example())
@@ -76,7 +78,7 @@ class TensorJob(Job):
     def convert(self) -> tuple[Student, Facts]:
         config, asked = self.config, self.config.convert
         student = archnet.convert(
-            self.teacher,
+            self.captured,
             self.example(),
             hardware=config.hardware,
             start=asked.start,
@@ -109,7 +111,7 @@ class TensorJob(Job):
 
     def distil(self, student: Student, loggers: Sequence[Logger]) -> Facts:
         # The captured teacher gives its features at the taps, by the nodes that conversion named.
-        features = self.captured().features([tap.node for tap in student.taps])
+        features = self.captured.features([tap.node for tap in student.taps])
         return distill(
             features,
             student,
@@ -122,7 +124,7 @@ class TensorJob(Job):
 
     def evaluate(self, student: Student) -> Facts:
         networks = {
-            "teacher": self.captured().scores().to(self.device),
+            "teacher": self.captured.scores().to(self.device),
             "student": student.to(self.device).eval(),
         }
         judges: dict[str, Mapping[str, Metric]] = {}

@@ -39,6 +39,7 @@ CANDIDATES = 513  # scales tried per channel, evenly spaced within the reach
 ENOUGH = 16.0
 EPSILON = 2.0**-24
 TOGETHER = 2**12  # numbers of a shift that are settled at a time: memory is that of their levels
+AT_ONCE = 2**18  # borders that are looked at together
 SAFEST = 1e6  # roundings beyond which nothing more is told
 
 
@@ -214,14 +215,21 @@ def _choose_scales(
     # The errors of a sum in floats grow like a random walk over its terms.
     spread = rows.square().sum(1).sqrt() * source.high + bias.abs()
     borders = torch.arange(target.low, target.high, device=rows.device).double() + 0.5
-    found = []
-    for candidate in ratio:
-        threshold = borders / candidate[:, None]  # (C, K) or (1, K)
+    ratio = ratio.expand(-1, len(rows))
+    safety = torch.zeros_like(ratio)  # (J, O)
+    unsafe, first = torch.arange(len(rows), device=rows.device), 0
+    while len(unsafe) and first < len(ratio):
+        last = first + max(1, AT_ONCE // (len(unsafe) * len(borders)))
+        threshold = borders / ratio[first:last, unsafe, None]  # (J, O, K)
         distance = (threshold - threshold.round()).abs()
-        doubt = EPSILON * (4 * threshold.abs() + spread[:, None])
-        reached = (threshold > lowest[:, None] - 1) & (threshold < highest[:, None] + 1)
-        found.append((distance / doubt).where(reached, torch.inf).amin(1))
-    safety = torch.stack(found)  # (J, O)
+        doubt = EPSILON * (4 * threshold.abs() + spread[unsafe, None])
+        reached = (threshold > lowest[unsafe, None] - 1) & (threshold < highest[unsafe, None] + 1)
+        found = (distance / doubt).where(reached, torch.inf).amin(2)
+        safety[first:last, unsafe] = found
+        enough = found >= ENOUGH
+        if weights.channels == 1:  # One scale has to be enough for all.
+            enough = enough.all(1, keepdim=True).expand_as(enough)
+        unsafe, first = unsafe[~enough.any(0)], last
     if weights.channels == 1:
         safety = safety.amin(1, keepdim=True)
     best = _first_enough(safety)

@@ -34,7 +34,7 @@ from archnet.ops import (
     Segments,
     Student,
 )
-from archnet.quant import copy_values, pack, quantize, settle, unpack
+from archnet.quant import Recipe, copy_values, pack, quantize, settle, unpack
 
 WIDTHS = ((8, 8), (4, 4), (2, 4), (1, 2))
 # Everything that a student is made of.
@@ -219,7 +219,7 @@ def teacher_of(kind: str) -> tuple[nn.Module, Tensor]:
 def quantized(kind: str, widths: tuple[int, int], **options: object) -> tuple[Student, Tensor]:
     network, images = teacher_of(kind)
     student = convert(network, images, native())
-    quantize(student, *widths, [images], **options)  # type: ignore[arg-type]
+    quantize(student, Recipe(*widths), calibration=[images], **options)  # type: ignore[arg-type]
     settle(student)
     return student, images
 
@@ -261,7 +261,7 @@ def test_every_way_alone_computes_the_same(operator, monkeypatch):
         if not any(type(module) is operator for module in floating.operators.values()):
             continue
         student = copy.deepcopy(floating)
-        settle(quantize(student, 2, 4, [images]))
+        settle(quantize(student, Recipe(2, 4), calibration=[images]))
         whole = integers(student, images, everything, "multiplier")
         for way in registry.WAYS[operator]:
             with monkeypatch.context() as patch:
@@ -295,7 +295,7 @@ def test_heads_of_attention_are_lowered(layer, attention):
         assert torch.allclose(deployed(student)(images), student(images), atol=1e-5)
     for widths in ((8, 8), (2, 4)):
         found = copy.deepcopy(student)
-        settle(quantize(found, *widths, [images]))
+        settle(quantize(found, Recipe(*widths), calibration=[images]))
         whole = integers(found, images, native(), "multiplier")
         for target in ("arch5", "arch5_conv"):
             assert np.array_equal(whole, integers(found, images, target, "multiplier")), target
@@ -318,8 +318,9 @@ def test_every_way_of_a_dense_convolution_computes_the_same(way, monkeypatch):
 def test_copies_of_values_are_lowered(kind):
     network, images = teacher_of(kind)
     student = convert(network, images, native())
-    learned = copy_values(student, 2, 2, 4, [images])
-    settle(quantize(student, 2, 4, [images], learned=learned))
+    recipe = Recipe(2, 4, copies=2)
+    learned = copy_values(student, recipe, [images])
+    settle(quantize(student, recipe, calibration=[images], learned=learned))
     whole = integers(student, images, native(("depthwise_conv",)), "multiplier")
     assert np.array_equal(whole, integers(student, images, "arch5", "multiplier"))
     with torch.no_grad():
@@ -510,7 +511,7 @@ def test_what_a_target_computes_by_itself_stays(kind, tmp_path):
     with torch.no_grad():
         assert torch.allclose(student(images), expected, atol=1e-5)
     assert audit(student, "rk3588").violations == ()
-    settle(quantize(student, 8, 8, [images]))
+    settle(quantize(student, Recipe(8, 8), calibration=[images]))
     checks = verify(student, images.numpy(), ["qdq"])
     # A function of float32 may end on the other side of a border, now and then.
     assert all(check.bit_equal > 0.6 for check in checks), checks

@@ -16,6 +16,7 @@ from record import append
 import archnet
 from archnet.hardware import teacher_cost
 from archnet.lower import deployed_cost
+from archnet.quant import Recipe
 from archnet.teachers import member, random_network
 
 TEACHERS = ("resnet18", "resnet50", "mobilenet_v2")
@@ -33,7 +34,7 @@ def measure(name: str, hardware: str, seed: int) -> dict[str, Any]:
         expected = teacher(images)
         error = (student(images) - expected).norm() / expected.norm()
     after_float = deployed_cost(student)
-    archnet.quantize(student, WEIGHT_BITS, ACT_BITS, calibration=[images])
+    archnet.quantize(student, Recipe(WEIGHT_BITS, ACT_BITS, equalize=False), calibration=[images])
     after = deployed_cost(student)
     return {
         "task": f"random images {IMAGE_SIZE}x{IMAGE_SIZE}",

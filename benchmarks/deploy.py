@@ -28,6 +28,7 @@ from archnet.jobs import conductor
 from archnet.jobs.tensors import TensorJob
 from archnet.lower import deployed_cost
 from archnet.ops import Student
+from archnet.quant import Recipe
 from archnet.runs import RunFolder
 
 WIDTHS = ("W8A8", "W4A4", "W2A4", "W3A6")
@@ -104,7 +105,9 @@ def calibrated(job: TensorJob, widths: list[tuple[int, int]]) -> Iterator[tuple[
     batches = job.data.calibration_batches(job.config.quant.calibration_batches)
     for weight_bits, act_bits in widths:
         student = archnet.convert(job.teacher, batches[0][:1], hardware=job.config.hardware)
-        archnet.quantize(student, weight_bits, act_bits, calibration=batches)
+        archnet.quantize(
+            student, Recipe(weight_bits, act_bits, equalize=False), calibration=batches
+        )
         yield weight_bits, act_bits, student.eval()
 
 
@@ -139,7 +142,7 @@ def ceiling(runs: int, threads: int) -> float:
     layers = [nn.Conv2d(256, 256, 3, padding=1) for _ in range(3)]
     network = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU()))).eval()
     student = archnet.convert(network, images)
-    archnet.quantize(student, 8, 8, calibration=[images])
+    archnet.quantize(student, Recipe(8, 8), calibration=[images])
     with tempfile.TemporaryDirectory() as folder:
         sources = {"float": without_quantizers(student), "qdq": student}
         files = {

@@ -46,6 +46,7 @@ from archnet.cli import main as command
 from archnet.errors import ArchnetError
 from archnet.hardware import audit, onnx_cost
 from archnet.ops import Student
+from archnet.quant import Recipe
 
 SECONDS = 10.0  # of the processor, for one reader on one file
 WAITING = 120.0  # on the clock, which other work may slow down
@@ -94,7 +95,7 @@ def seed_files(folder: Path) -> tuple[list[Path], Student]:
     images = torch.randn(4, 3, 12, 12)
     student = archnet.convert(_Convolutions().eval(), images[:1])
     archnet.export(student, folder / "float.onnx")
-    archnet.quantize(student, 4, 4, [images])
+    archnet.quantize(student, Recipe(4, 4), calibration=[images])
     for form in ("qdq", "subbyte", "qonnx"):
         archnet.export(student, folder / f"{form}.onnx", form=form)
     with warnings.catch_warnings():

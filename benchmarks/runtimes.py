@@ -30,7 +30,7 @@ from torch import Tensor
 import archnet
 from archnet.deploy.latency import WARM_UP, export_teacher
 from archnet.deploy.runtime import load_session
-from archnet.quant import settle
+from archnet.quant import Recipe, settle
 from archnet.teachers import random_network
 
 HARDWARE = ("arch5", "rk3588")
@@ -105,7 +105,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
         files = {"teacher": int8_teacher(network, images, Path(place))}
         for hardware in options.hardware:
             student = archnet.convert(network, images[:1], hardware, calibration=images)
-            settle(archnet.quantize(student, 8, 8, [images]))
+            settle(archnet.quantize(student, Recipe(8, 8), calibration=[images]))
             files[hardware] = archnet.export(student, Path(place) / hardware, form="qdq")
         for runtime, opened in RUNTIMES.items():
             made = {name: opened(path, picture) for name, path in files.items()}

@@ -32,6 +32,7 @@ import archnet
 from archnet.capture import capture
 from archnet.compose import compose
 from archnet.distill import distill
+from archnet.quant import Recipe
 
 IMAGE_SIZE, CLASSES = 224, 1000
 WEIGHT_BITS, ACT_BITS = 2, 4
@@ -103,7 +104,9 @@ def measure(schedule: str, batch_size: int, steps: int, threads: int) -> dict[st
     teacher = models.resnet18(weights=None).eval().requires_grad_(False)
     graph = capture(teacher, data.images[:1])
     student = archnet.convert(graph)
-    archnet.quantize(student, WEIGHT_BITS, ACT_BITS, calibration=[data.images[:2]])
+    archnet.quantize(
+        student, Recipe(WEIGHT_BITS, ACT_BITS, equalize=False), calibration=[data.images[:2]]
+    )
     features = graph.features([tap.node for tap in student.taps])
     marks = [time.perf_counter()]
     with torch.no_grad():

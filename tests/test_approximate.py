@@ -24,7 +24,7 @@ from archnet.deploy import audit, export, parity
 from archnet.hardware import student_cost, teacher_cost
 from archnet.lower import deployed_cost
 from archnet.ops import Convolution, WeightedOperator
-from archnet.quant import quantize
+from archnet.quant import Recipe, quantize
 from archnet.teachers.nets import NETS
 
 
@@ -582,7 +582,7 @@ def test_a_norm_by_hinges_holds_at_8_bits_in_every_runtime(tmp_path):
     student = convert(network, x)
     with torch.no_grad():
         wanted = network(fresh)
-        quantize(student, 8, 8, [x])
+        quantize(student, Recipe(8, 8), calibration=[x])
         assert float((student(fresh) - wanted).norm() / wanted.norm()) < 0.15
     export(student, tmp_path / "student.onnx", form="qdq")
     assert parity(student, tmp_path / "student.onnx", fresh).max_abs_diff < 1e-5

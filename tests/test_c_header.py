@@ -26,7 +26,7 @@ from archnet.ops import (
     Reshape,
     Slice,
 )
-from archnet.quant import quantize, settle
+from archnet.quant import Recipe, quantize, settle
 from test_deploy import TO_FIRST, TO_LAST, chain, network, student
 
 FLAGS = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-O1"]
@@ -134,7 +134,11 @@ def test_c_gives_the_integers_of_the_golden_model(name, bits, tmp_path):
     net = NETWORKS[name]()
     x = torch.randn(16, *net.graph.shapes["x"])
     weight_bits, act_bits = bits
-    quantize(net, weight_bits, act_bits, [x], first_bits=min(5, weight_bits), last_bits=8)
+    quantize(
+        net,
+        Recipe(weight_bits, act_bits, first_bits=min(5, weight_bits), last_bits=8),
+        calibration=[x],
+    )
     settle(net)
     assert_same(to_integers(net), 2 * x.numpy(), tmp_path)
 
@@ -143,7 +147,7 @@ def test_c_gives_the_integers_of_the_golden_model(name, bits, tmp_path):
 def test_a_shift_is_a_multiplier_of_one(tmp_path):
     net = residual()
     x = torch.randn(16, 3, 8, 8)
-    quantize(net, 4, 4, [x])
+    quantize(net, Recipe(4, 4), calibration=[x])
     for module in net.modules():
         if hasattr(module, "log_scale"):
             exponents = module.log_scale.data / np.log(2)
@@ -185,7 +189,11 @@ def test_weights_take_their_width():
     for bits in (2, 4, 8):
         torch.manual_seed(0)
         net = residual()
-        quantize(net, bits, 4, [torch.randn(8, 3, 8, 8)], first_bits=bits, last_bits=bits)
+        quantize(
+            net,
+            Recipe(bits, 4, first_bits=bits, last_bits=bits),
+            calibration=[torch.randn(8, 3, 8, 8)],
+        )
         text = to_c(to_integers(net))
         sizes[bits] = [int(n) for n in re.findall(r"int8_t archnet_\d+_\w+_weight\[(\d+)\]", text)]
     assert sizes[8] == [216, 576, 128, 1280]
@@ -195,14 +203,14 @@ def test_weights_take_their_width():
 
 def test_the_header_needs_no_float_requantization():
     net = chain((3, 6, 6), Convolution(3, 4), Activation(0), Convolution(4, 2))
-    quantize(net, 4, 4, [torch.randn(4, 3, 6, 6)])
+    quantize(net, Recipe(4, 4), calibration=[torch.randn(4, 3, 6, 6)])
     with pytest.raises(ExportError, match="requantizes in float: to_integers takes"):
         to_c(to_integers(net, "float"))
 
 
 def test_integers_that_fit_no_byte_name_the_step():
     net = chain((3, 6, 6), Convolution(3, 4), Activation(0), Convolution(4, 2))
-    quantize(net, 4, 4, [torch.randn(4, 3, 6, 6)])
+    quantize(net, Recipe(4, 4), calibration=[torch.randn(4, 3, 6, 6)])
     model = to_integers(net)
     model.grids["s0"] = replace(model.grids["s0"], low=-1, high=200)
     with pytest.raises(ExportError, match="step s0: its integers -1 to 200 fit no byte"):

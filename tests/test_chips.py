@@ -17,7 +17,7 @@ from archnet.deploy import to_integers
 from archnet.deploy.compile import Asked, compile_student
 from archnet.hardware import Layer, Target
 from archnet.ops import Activation, Convolution, MaxPool
-from archnet.quant import quantize
+from archnet.quant import Recipe, quantize
 from test_deploy import chain
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -307,7 +307,7 @@ def small() -> tuple[torch.nn.Module, torch.Tensor]:
     layers = Convolution(3, 8), Activation(0), MaxPool(2), Convolution(8, 4)
     student = chain((3, 8, 8), *layers)
     x = torch.randn(4, 3, 8, 8)
-    quantize(student, 4, 4, [x])
+    quantize(student, Recipe(4, 4), calibration=[x])
     return student, x
 
 

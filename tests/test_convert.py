@@ -14,7 +14,7 @@ from archnet.convert import ConversionError, convert
 from archnet.convert.taps import choose_taps
 from archnet.hardware import student_cost, teacher_cost
 from archnet.ops import BatchNorm, Concat, Convolution
-from archnet.quant import quantize
+from archnet.quant import Recipe, quantize
 from archnet.teachers.nets import CifarResNet
 
 TARGETS = ("arch5", "arch5_conv")
@@ -602,5 +602,5 @@ def test_exact_students_stay_near_the_teachers_cost(name, limit):
     teacher = teacher_cost(network, image, 8, 8)
     assert student_cost(student).macs <= limit * teacher.macs
     if name == "resnet18":
-        quantize(student, 2, 4, [image])
+        quantize(student, Recipe(2, 4), calibration=[image])
         assert student_cost(student).bops <= 0.30 * teacher.bops

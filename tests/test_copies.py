@@ -16,6 +16,7 @@ from archnet.deploy import verify
 from archnet.ops import BatchNorm, Student
 from archnet.quant import (
     QuantizationError,
+    Recipe,
     copied_layers,
     copy_values,
     merge_copies,
@@ -69,8 +70,8 @@ def converted(kind, shape) -> tuple[Student, torch.Tensor]:
 def off(student: Student, x: torch.Tensor, bits: tuple[int, int], copies: int) -> float:
     """The relative error at the result after quantization."""
     quantized = copy.deepcopy(student)
-    grids = copy_values(quantized, copies, *bits, [x]) if copies > 1 else {}
-    quantize(quantized, *bits, [x], learned=grids)
+    grids = copy_values(quantized, Recipe(*bits, copies=copies), [x]) if copies > 1 else {}
+    quantize(quantized, Recipe(*bits, copies=copies), calibration=[x], learned=grids)
     with torch.no_grad():
         expected = student(x)
         return float((quantized(x) - expected).norm() / (expected - expected.mean(0)).norm())
@@ -90,7 +91,7 @@ def test_errors_fall_with_the_number_of_copies(kind, shape, bits) -> None:
 def test_in_floats_nothing_changes_and_merging_undoes_it(kind, shape, copies) -> None:
     student, x = converted(kind, shape)
     expected, taps, steps = student(x), list(student.taps), list(student.graph.steps)
-    copy_values(student, copies, 32, 4, [x])
+    copy_values(student, Recipe(32, 4, copies=copies), [x])
     torch.testing.assert_close(student(x), expected, atol=1e-5, rtol=1e-4)
     assert student.taps == taps
     assert set(copied_layers(student).values()) == {copies}
@@ -110,8 +111,13 @@ def test_a_copied_value_has_levels_between_those_of_its_grid() -> None:
     x = torch.linspace(0, 1, 4001)[:, None]
     for copies, levels in ((1, 16), (2, 31), (3, 46)):
         student = convert(network.eval(), x[:1])
-        grids = copy_values(student, copies, 32, 4, [x]) if copies > 1 else {}
-        quantize(student, 32, 4, [x], first_bits=32, last_bits=32, learned=grids)
+        grids = copy_values(student, Recipe(32, 4, copies=copies), [x]) if copies > 1 else {}
+        quantize(
+            student,
+            Recipe(32, 4, first_bits=32, last_bits=32, copies=copies),
+            calibration=[x],
+            learned=grids,
+        )
         (place,) = [step.name for step in student.graph.steps if step.origin == "2"][-1:]
         (value,) = student.run({student.graph.inputs[0]: x}, [place])
         found = value.detach().round(decimals=4).unique()
@@ -122,14 +128,14 @@ def test_a_copied_value_has_levels_between_those_of_its_grid() -> None:
 
 def test_the_first_and_the_last_layer_and_shared_values() -> None:
     student, x = converted(Maps, (3, 10, 10))
-    copy_values(student, 2, 4, 4, [x])
+    copy_values(student, Recipe(4, 4, copies=2), [x])
     trained = [step.origin for step in student.graph.steps if step.name in copied_layers(student)]
     assert set(trained) == {"first", "depthwise", "project"}
 
 
 def test_what_training_moved_is_merged_too() -> None:
     student, x = converted(Tokens, (7, 6))
-    copy_values(student, 2, 4, 4, [x])
+    copy_values(student, Recipe(4, 4, copies=2), [x])
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -155,16 +161,18 @@ def test_channels_that_a_teacher_repeats_are_no_copies() -> None:
 
 def test_float_activations_need_none_and_a_quantized_student_is_refused() -> None:
     student, x = converted(Tokens, (7, 6))
-    assert copy_values(student, 2, 4, 32, [x]) == {}
+    assert copy_values(student, Recipe(4, 32, copies=2), [x]) == {}
     with pytest.raises(QuantizationError, match="quantized already"):
-        copy_values(quantize(student, 4, 4, [x]), 2, 4, 4, [x])
+        copy_values(quantize(student, Recipe(4, 4), calibration=[x]), Recipe(4, 4, copies=2), [x])
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_integer_files_compute_what_the_golden_model_does(power_of_two) -> None:
     student, x = converted(Maps, (3, 10, 10))
-    grids = copy_values(student, 2, 4, 4, [x], power_of_two=power_of_two)
-    quantize(student, 4, 4, [x], power_of_two=power_of_two, learned=grids)
+    grids = copy_values(student, Recipe(4, 4, copies=2, power_of_two=power_of_two), [x])
+    quantize(
+        student, Recipe(4, 4, power_of_two=power_of_two, copies=2), calibration=[x], learned=grids
+    )
     settle(student)
     forms = ["qdq", "subbyte"]
     forms += [form for form in ("qonnx", "openvino") if importlib.util.find_spec(form)]

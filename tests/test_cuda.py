@@ -9,7 +9,7 @@ from torch import nn
 from archnet.config import Config
 from archnet.convert import Approximation, convert
 from archnet.jobs import conductor
-from archnet.quant import equalize, quantize
+from archnet.quant import Recipe, equalize, quantize
 from archnet.runs import read_json
 from test_plan import Attention, Smooth, gradients
 
@@ -36,8 +36,8 @@ def test_values_and_gradients_are_those_of_the_cpu(network: str, bits: int) -> N
     form = Approximation("pairs")
     student = convert(teacher.eval(), x[:1], calibration=x, approximation=form)
     if bits < 32:
-        equalize(student, bits, bits, [x])
-        quantize(student, bits, bits, [x])
+        equalize(student, Recipe(bits, bits), [x])
+        quantize(student, Recipe(bits, bits), calibration=[x])
     student.double()
     expected = student(x.double())
     theirs = gradients(student, expected)

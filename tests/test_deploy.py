@@ -29,7 +29,7 @@ from archnet.ops import (
     Student,
     StudentGraph,
 )
-from archnet.quant import ActivationLSQ, WeightLSQ, quantize
+from archnet.quant import ActivationLSQ, Recipe, WeightLSQ, quantize
 from archnet.quant.quantizers import signed_range
 
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -170,7 +170,11 @@ def test_moves_that_cancel_are_not_written():
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_integers_give_what_the_student_gives(bits, per_channel, tmp_path):
     net, x = network(), torch.randn(64, 4, 8, 8)
-    quantize(net, bits, bits, [x], first_bits=bits, last_bits=bits, per_channel=per_channel)
+    quantize(
+        net,
+        Recipe(bits, bits, first_bits=bits, last_bits=bits, per_channel=per_channel),
+        calibration=[x],
+    )
     path = export(net, tmp_path / "net.onnx", form="qdq")
     differs = (run(path, x) - net(x).detach()).abs() > 1e-4
     # A value half-way between two integers may be rounded to either.
@@ -206,7 +210,7 @@ def test_the_runtime_fuses_everything_to_integer_kernels(form, tmp_path):
     ]
     net = student((4, 8, 8), *steps)
     # Below 8 bits the Clip to the width stands between a layer and its rounding.
-    quantize(net, 2, 8, [torch.randn(32, 4, 8, 8)])
+    quantize(net, Recipe(2, 8), calibration=[torch.randn(32, 4, 8, 8)])
     path = export(net, tmp_path / "net.onnx", form=form)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -222,7 +226,7 @@ def test_no_float_weight_is_in_the_file(tmp_path):
     net = chain(
         (4, 8, 8), Convolution(4, 8), Activation(0), Reshape((512,)), FullyConnected(512, 3)
     )
-    quantize(net, 3, 6, [torch.randn(8, 4, 8, 8)], first_bits=3, last_bits=5)
+    quantize(net, Recipe(3, 6, first_bits=3, last_bits=5), calibration=[torch.randn(8, 4, 8, 8)])
     model = onnx.load(export(net, tmp_path / "net.onnx", form="qdq"))
     stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     assert {stored[f"{name}.weight"].dtype for name in ("s0", "s3")} == {np.dtype(np.int8)}
@@ -315,14 +319,14 @@ def test_only_students_are_exported(tmp_path):
 
 def test_a_quantized_student_has_no_float_form(tmp_path):
     net = network()
-    quantize(net, 4, 4, [torch.randn(8, 4, 8, 8)])
+    quantize(net, Recipe(4, 4), calibration=[torch.randn(8, 4, 8, 8)])
     with pytest.raises(ExportError, match='export it with form="qdq"'):
         export(net, tmp_path / "net.onnx", form="float")
 
 
 def test_numbers_that_fit_no_integer_name_the_layer():
     net = chain((4, 8, 8), Convolution(4, 8), Activation(0), Convolution(8, 8))
-    quantize(net, 4, 4, [torch.randn(8, 4, 8, 8)])
+    quantize(net, Recipe(4, 4), calibration=[torch.randn(8, 4, 8, 8)])
     with torch.no_grad():
         net.operator("s2").bias[0] = 1e12
     with pytest.raises(ExportError, match=r"s2\.bias does not fit int32"):

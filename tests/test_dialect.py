@@ -22,7 +22,7 @@ from archnet.errors import ConfigError
 from archnet.hardware import Target
 from archnet.lower import target_of
 from archnet.ops import Activation, Student
-from archnet.quant import ActivationLSQ, quantize, settle
+from archnet.quant import ActivationLSQ, Recipe, quantize, settle
 from test_deploy import chain, network
 from test_verify import Network, images, student_of
 
@@ -35,7 +35,7 @@ def every_operator(bits: int) -> Student:
     """Each operator and move once, on grids."""
     torch.manual_seed(0)
     net, x = network(), torch.randn(32, 4, 8, 8)
-    return quantize(net, bits, bits, [x], first_bits=bits, last_bits=bits)
+    return quantize(net, Recipe(bits, bits, first_bits=bits, last_bits=bits), calibration=[x])
 
 
 @cache
@@ -43,7 +43,7 @@ def rk3588_student() -> Student:
     torch.manual_seed(0)
     x = torch.randn(8, 3, 12, 12)
     student = archnet.convert(Network().eval(), x, "rk3588")
-    settle(archnet.quantize(student, 8, 8, [x]))
+    settle(archnet.quantize(student, Recipe(8, 8), calibration=[x]))
     return student
 
 

@@ -19,7 +19,7 @@ from archnet.distill.cache import FeatureCache
 from archnet.distill.comparison import ResidualAdaptation, TapComparison, TeacherAttention
 from archnet.distill.run import newest_checkpoint
 from archnet.distill.schedule import period_at
-from archnet.quant import grid_steps, quantize
+from archnet.quant import Recipe, grid_steps, quantize
 from archnet.tasks import StepBatchSampler
 from archnet.teachers.nets import CifarResNet
 
@@ -112,7 +112,7 @@ def pair(bits=(2, 4)):
     graph = capture(network(), torch.zeros(2, 3, 8, 8))
     student = convert(graph)
     if bits:
-        quantize(student, *bits, [Images().images], first_bits=4, last_bits=4)
+        quantize(student, Recipe(*bits, first_bits=4, last_bits=4), calibration=[Images().images])
     return graph.features([tap.node for tap in student.taps]), student
 
 
@@ -352,7 +352,7 @@ def test_a_block_leaves_the_blocks_before_it_as_they_are(tmp_path):
     torch.manual_seed(0)
     graph = capture(CifarResNet(8, width=4).eval(), torch.zeros(2, 3, 8, 8))
     student = convert(graph)
-    quantize(student, 2, 4, [Images().images])
+    quantize(student, Recipe(2, 4), calibration=[Images().images])
     teacher = graph.features([tap.node for tap in student.taps])
     settings = options("local on the student's own", joint_steps=0)
     module = ArchDistillation(
@@ -533,7 +533,7 @@ def test_taps_inside_of_blocks_are_compared_where_the_whole_network_runs(tmp_pat
         if tap.node in errors:
             error = float((ours - theirs).detach().norm() / theirs.norm())
             assert error == pytest.approx(errors[tap.node], rel=1e-3)
-    quantize(student, 4, 4, [images])
+    quantize(student, Recipe(4, 4), calibration=[images])
     assert [tap.inner for tap in student.taps] == [False] * len(outer) + [True] * len(inner)
     for number, schedule in enumerate(("joint", "progressive", "local on the student's own")):
         folder, settings = tmp_path / str(number), options(schedule)

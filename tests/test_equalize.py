@@ -13,7 +13,7 @@ from archnet.compose import compose
 from archnet.convert import convert
 from archnet.deploy import verify
 from archnet.ops import BatchNorm, Student
-from archnet.quant import QuantizationError, equalize, quantize, settle
+from archnet.quant import QuantizationError, Recipe, equalize, quantize, settle
 from archnet.runs.quant import run_quant
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -65,7 +65,7 @@ def norms(student: Student) -> int:
 
 def off(student: Student, x: torch.Tensor, bits: tuple[int, int]) -> float:
     """The relative error at the result after quantization."""
-    quantized = quantize(copy.deepcopy(student), *bits, [x])
+    quantized = quantize(copy.deepcopy(student), Recipe(*bits, equalize=False), calibration=[x])
     with torch.no_grad():
         expected = student(x)
         return float((quantized(x) - expected).norm() / (expected - expected.mean(0)).norm())
@@ -77,7 +77,7 @@ def test_the_function_stays_and_rounding_costs_less(kind, shape, bits) -> None:
     torch.manual_seed(0)
     student, x = uneven(kind(), *shape)
     before, expected, taps = off(student, x, bits), student(x), list(student.taps)
-    assert len(equalize(student, *bits, [x])) == 1
+    assert len(equalize(student, Recipe(*bits), [x])) == 1
     assert norms(student) == 1
     torch.testing.assert_close(student(x), expected, atol=1e-4, rtol=1e-4)
     assert student.taps == taps
@@ -85,23 +85,32 @@ def test_the_function_stays_and_rounding_costs_less(kind, shape, bits) -> None:
     assert off(student, x, bits) < (1.1 if bits[0] == 2 else 0.9) * before
 
 
+@pytest.mark.parametrize(("recipe", "expected"), [({}, 1), ({"equalize": False}, 0),
+                                                  ({"act_bits": 8}, 0)])  # fmt: skip
+def test_quantize_equalizes_as_its_recipe_says(recipe, expected) -> None:
+    torch.manual_seed(0)
+    student, x = uneven(Uneven(), 3, 8, 8)
+    quantize(student, calibration=[x], **{"weight_bits": 4, "act_bits": 4, **recipe})
+    assert norms(student) == expected
+
+
 def test_channels_of_one_size_stay_without_a_norm() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 3))
     student, x = uneven(network, 3, 9, 9)
-    assert equalize(student, 4, 4, [x]) == []
+    assert equalize(student, Recipe(4, 4), [x]) == []
     assert norms(student) == 0
 
 
 def test_float_activations_need_none() -> None:
     student, x = uneven(Uneven(), 3, 8, 8)
-    assert equalize(student, 4, 32, [x]) == []
+    assert equalize(student, Recipe(4, 32), [x]) == []
 
 
 def test_a_quantized_student_is_refused() -> None:
     student, x = uneven(Uneven(), 3, 8, 8)
     with pytest.raises(QuantizationError, match="quantized already"):
-        equalize(quantize(student, 4, 4, [x]), 4, 4, [x])
+        equalize(quantize(student, Recipe(4, 4), calibration=[x]), Recipe(4, 4), [x])
 
 
 def test_the_first_and_the_last_layer_are_left_alone() -> None:
@@ -111,13 +120,13 @@ def test_the_first_and_the_last_layer_are_left_alone() -> None:
         network[0].weight.mul_(SIZES[:, None])
         network[2].weight.div_(SIZES)
     student, x = uneven(network, 32)
-    assert equalize(student, 4, 4, [x * SIZES.flip(0)]) == []
+    assert equalize(student, Recipe(4, 4), [x * SIZES.flip(0)]) == []
 
 
 def test_a_norm_that_is_there_for_the_layer_alone_is_not_followed_by_another() -> None:
     torch.manual_seed(0)
     student, x = uneven(Uneven(), 3, 8, 8)
-    (value,) = equalize(student, 4, 4, [x])
+    (value,) = equalize(student, Recipe(4, 4), [x])
     expected, norm = student(x), student.operator(f"{value}_equal")
     assert isinstance(norm, BatchNorm)
     with torch.no_grad():
@@ -127,7 +136,7 @@ def test_a_norm_that_is_there_for_the_layer_alone_is_not_followed_by_another() -
             if getattr(module, "groups", 1) == 32:
                 module.weight.div_(SIZES[:, None, None, None])
     torch.testing.assert_close(student(x), expected, atol=1e-3, rtol=1e-3)
-    assert equalize(student, 4, 4, [x]) == [f"{value}_equal"]
+    assert equalize(student, Recipe(4, 4), [x]) == [f"{value}_equal"]
     assert norms(student) == 1
     torch.testing.assert_close(student(x), expected, atol=1e-3, rtol=1e-3)
 
@@ -135,8 +144,8 @@ def test_a_norm_that_is_there_for_the_layer_alone_is_not_followed_by_another() -
 def test_integer_files_compute_what_the_golden_model_does() -> None:
     torch.manual_seed(0)
     student, x = uneven(Uneven(), 3, 8, 8)
-    equalize(student, 4, 4, [x])
-    quantize(student, 4, 4, [x])
+    equalize(student, Recipe(4, 4), [x])
+    quantize(student, Recipe(4, 4), calibration=[x])
     settle(student)
     forms = ["qdq", "subbyte"]
     forms += [form for form in ("qonnx", "openvino") if importlib.util.find_spec(form)]

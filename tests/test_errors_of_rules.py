@@ -24,7 +24,7 @@ from archnet.convert.rules.base import Site
 from archnet.coverage import measure
 from archnet.errors import ArchnetError
 from archnet.hardware import Target
-from archnet.quant import quantize
+from archnet.quant import Recipe, quantize
 
 EXACT = 1e-4  # relative error
 
@@ -480,7 +480,7 @@ def test_attention_takes_constants(name, form):
 def test_constants_as_values_are_quantized():
     network, x = Network(BROADCAST["a constant between"], **TABLES).eval(), torch.randn(8, 8, 5, 5)
     student = convert(network, x)
-    quantize(student, 8, 8, [x])
+    quantize(student, Recipe(8, 8), calibration=[x])
     assert relative_error(student, network, x) < 0.05
 
 

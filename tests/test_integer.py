@@ -16,7 +16,7 @@ from archnet.deploy import ExportError
 from archnet.deploy.integer import IntegerModel, Requantization, to_integers
 from archnet.errors import ArchnetError
 from archnet.ops import Student, WeightedOperator
-from archnet.quant import Quantizer, settle
+from archnet.quant import Quantizer, Recipe, settle
 from archnet.teachers.nets import CifarResNet
 
 # Not shrunk: an example is a network, and the smaller one says no more.
@@ -69,7 +69,7 @@ def student_of(network: nn.Module, weight_bits: int, act_bits: int, **options) -
                 module.bias.normal_(0, 0.3)
     images = torch.randn(8, 3, 12, 12)
     student = archnet.convert(network.eval(), images[:1])
-    archnet.quantize(student, weight_bits, act_bits, [images], **options)
+    archnet.quantize(student, Recipe(weight_bits, act_bits), calibration=[images], **options)
     settle(student)
     return student.eval()
 
@@ -204,7 +204,7 @@ def test_settling_keeps_the_integers_and_leaves_no_rounding_in_doubt(bits):
     torch.manual_seed(0)
     images = torch.randn(8, 3, 12, 12)
     student = archnet.convert(CifarResNet(8, width=4).eval(), images[:1])
-    archnet.quantize(student, bits, bits, [images])
+    archnet.quantize(student, Recipe(bits, bits), calibration=[images])
     layers = [module for module in student.modules() if isinstance(module, WeightedOperator)]
 
     def state() -> list[tuple[Tensor, Tensor]]:
@@ -243,7 +243,7 @@ def steps_apart(network: nn.Module, weight_bits: int, act_bits: int, **options) 
     """The largest difference of PyTorch's result, in float32, from the golden model's."""
     images = torch.randn(8, 3, 4, 4)
     student = archnet.convert(network.eval(), images[:1])
-    archnet.quantize(student, weight_bits, act_bits, [images], **options)
+    archnet.quantize(student, Recipe(weight_bits, act_bits), calibration=[images], **options)
     settle(student)
     model = to_integers(student)
     with torch.no_grad():
@@ -322,7 +322,7 @@ def test_layers_of_any_size_are_quantized_as_well_as_others(size):
             network[3].weight /= factor
             expected = network(images)
             student = archnet.convert(network.eval(), images[:1])
-            archnet.quantize(student, 4, 4, [images])
+            archnet.quantize(student, Recipe(4, 4), calibration=[images])
             found.append(((student(images) - expected).norm() / expected.norm()).item())
             golden = to_integers(student).logits(images.numpy())
             torch.testing.assert_close(
@@ -351,7 +351,7 @@ def test_what_no_float_or_multiplier_holds_names_its_layer(change, message):
     images = torch.rand(8, 3, 4, 4)
     with pytest.raises(ArchnetError, match=message):
         student = archnet.convert(network, images[:1])
-        archnet.quantize(student, 4, 4, [images])
+        archnet.quantize(student, Recipe(4, 4), calibration=[images])
         to_integers(student)
 
 

@@ -36,7 +36,7 @@ from archnet.ops import (
     Segments,
     Student,
 )
-from archnet.quant import copy_values, pack, quantize, settle, unpack
+from archnet.quant import Recipe, copy_values, pack, quantize, settle, unpack
 
 WIDTHS = ((8, 8), (4, 4), (2, 4), (1, 2))
 # Everything that a student is made of.
@@ -232,7 +232,7 @@ def converted(kind: str, target: Target | str = "arch5") -> tuple[Student, Tenso
 
 def quantized(kind: str, widths: tuple[int, int], **options: object) -> tuple[Student, Tensor]:
     student, images = converted(kind, native())
-    quantize(student, *widths, [images], **options)  # type: ignore[arg-type]
+    quantize(student, Recipe(*widths), calibration=[images], **options)  # type: ignore[arg-type]
     settle(student)
     return student, images
 
@@ -267,7 +267,7 @@ def everything_of(kind: str) -> tuple[Student, Student, np.ndarray]:
     """A student in floats and in integers, and what the latter computes in whole operators."""
     floating, images = converted(kind, EVERYTHING)
     student = copy.deepcopy(floating)
-    settle(quantize(student, 2, 4, [images]))
+    settle(quantize(student, Recipe(2, 4), calibration=[images]))
     return floating, student, integers(student, images, EVERYTHING, "multiplier")
 
 
@@ -320,7 +320,7 @@ def test_heads_of_attention_are_lowered(layer, attention):
         assert torch.allclose(deployed(student)(images), student(images), atol=1e-5)
     for widths in ((8, 8), (2, 4)):
         found = copy.deepcopy(student)
-        settle(quantize(found, *widths, [images]))
+        settle(quantize(found, Recipe(*widths), calibration=[images]))
         whole = integers(found, images, native(), "multiplier")
         for target in ("arch5", "arch5_conv"):
             assert np.array_equal(whole, integers(found, images, target, "multiplier")), target
@@ -342,8 +342,9 @@ def test_every_way_of_a_dense_convolution_computes_the_same(way, monkeypatch):
 @pytest.mark.parametrize("kind", ["depthwise", "two groups", "7x7 stride 2", "addition"])
 def test_copies_of_values_are_lowered(kind):
     student, images = converted(kind, native())
-    learned = copy_values(student, 2, 2, 4, [images])
-    settle(quantize(student, 2, 4, [images], learned=learned))
+    recipe = Recipe(2, 4, copies=2)
+    learned = copy_values(student, recipe, [images])
+    settle(quantize(student, recipe, calibration=[images], learned=learned))
     whole = integers(student, images, native(("depthwise_conv",)), "multiplier")
     assert np.array_equal(whole, integers(student, images, "arch5", "multiplier"))
     with torch.no_grad():
@@ -531,7 +532,7 @@ def test_what_a_target_computes_by_itself_stays(kind, tmp_path):
     with torch.no_grad():
         assert torch.allclose(student(images), expected, atol=1e-5)
     assert audit(student, "rk3588").violations == ()
-    settle(quantize(student, 8, 8, [images]))
+    settle(quantize(student, Recipe(8, 8), calibration=[images]))
     checks = verify(student, images.numpy(), ["qdq"])
     # A function of float32 may end on the other side of a border, now and then.
     assert all(check.bit_equal > 0.6 for check in checks), checks

@@ -24,6 +24,7 @@ from archnet.deploy import ExportError, load_session, parity
 from archnet.errors import ConfigError, printable
 from archnet.hardware import AuditError, Target, audit, onnx_cost
 from archnet.hardware.onnx_file import MAX_NODES
+from archnet.quant import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 READERS = {"audit": audit, "cost": onnx_cost}
@@ -570,7 +571,7 @@ def student():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     result = archnet.convert(network.eval(), torch.randn(1, 3, 6, 6))
-    archnet.quantize(result, 4, 4, [torch.randn(4, 3, 6, 6)])
+    archnet.quantize(result, Recipe(4, 4), calibration=[torch.randn(4, 3, 6, 6)])
     return result.eval()
 
 

@@ -21,7 +21,16 @@ from archnet.errors import ConfigError
 from archnet.hardware import Target, student_cost
 from archnet.jobs import conductor
 from archnet.ops import Student
-from archnet.quant import Allocation, QuantizationError, allocate, pack, quantize, settle, unpack
+from archnet.quant import (
+    Allocation,
+    QuantizationError,
+    Recipe,
+    allocate,
+    pack,
+    quantize,
+    settle,
+    unpack,
+)
 from archnet.quant.allocate import Term, bit_operations, cost_of, packed_bytes, solve
 from archnet.quant.attach import insert_activations, shared_grids
 from archnet.quant.sensitivity import sensitivity
@@ -143,13 +152,15 @@ def test_the_solver_stops_at_a_number_of_nodes(monkeypatch: pytest.MonkeyPatch) 
 def test_costs_are_those_of_the_hardware_room(
     student: Student, images: torch.Tensor, macs: dict[str, int], chosen: Allocation
 ) -> None:
-    quantized = quantize(copy.deepcopy(student), 4, 4, [images], widths=chosen.widths)
+    quantized = quantize(
+        copy.deepcopy(student), Recipe(4, 4), calibration=[images], widths=chosen.widths
+    )
     cost = student_cost(quantized)
     network = placed(student)
     assert cost_of(bit_operations(network, macs), chosen.widths) == cost.bops == chosen.spent
     layers = len(cost.steps)
     assert 0 <= cost.weight_bytes - cost_of(packed_bytes(network), chosen.widths) < layers
-    uniform = student_cost(quantize(copy.deepcopy(student), 4, 4, [images]))
+    uniform = student_cost(quantize(copy.deepcopy(student), Recipe(4, 4), calibration=[images]))
     assert chosen.uniform == uniform.bops
     assert cost.bops <= 0.8 * uniform.bops
 
@@ -164,7 +175,7 @@ def test_costs_of_attention() -> None:
     inputs = (tokens, tokens, torch.zeros(2, 6))
     macs = {row.name: row.macs for row in student_cost(student).steps}
     chosen = allocate(student, [inputs], macs, budget=0.9, weight_widths=[2, 8], act_widths=[2, 8])
-    quantize(student, 4, 4, [inputs], widths=chosen.widths)
+    quantize(student, Recipe(4, 4), calibration=[inputs], widths=chosen.widths)
     assert student_cost(student).bops == chosen.spent <= 0.9 * chosen.uniform
 
 
@@ -183,7 +194,9 @@ def test_a_loss_is_that_of_the_student_with_one_layer_rounded(
     for name, losses in found.items():
         for bits, loss in losses.items():
             alone = dict.fromkeys(uniform_widths(network, 32, 32), 32) | {name: bits}
-            rounded = quantize(copy.deepcopy(student), 32, 32, batches, widths=alone)
+            rounded = quantize(
+                copy.deepcopy(student), Recipe(32, 32), calibration=batches, widths=alone
+            )
             with torch.no_grad():  # float32 logs would hold a divergence of 1e-5 to a thousandth
                 nets = (student, rounded)
                 wanted, scores = (net(images).double().log_softmax(-1) for net in nets)
@@ -222,8 +235,10 @@ def test_ends_keep_their_widths_unless_they_are_free(
 
 def test_a_budget_of_bytes(student: Student, images: torch.Tensor, macs: dict[str, int]) -> None:
     found = allocate(student, [images], macs, budget=0.9, budget_of="bytes", act_widths=[4])
-    quantized = quantize(copy.deepcopy(student), 4, 4, [images], widths=found.widths)
-    uniform = quantize(copy.deepcopy(student), 4, 4, [images])
+    quantized = quantize(
+        copy.deepcopy(student), Recipe(4, 4), calibration=[images], widths=found.widths
+    )
+    uniform = quantize(copy.deepcopy(student), Recipe(4, 4), calibration=[images])
     ratio = student_cost(quantized).weight_bytes / student_cost(uniform).weight_bytes
     assert 0.6 < ratio < 0.91
 
@@ -232,7 +247,7 @@ def test_a_budget_of_bytes(student: Student, images: torch.Tensor, macs: dict[st
     ("options", "message"),
     [
         ({"budget": 0.1}, r"quant.budget=0.1 of the bops at W4A4 cannot be met: .* take 0\.\d+"),
-        ({"weight_bits": 32}, "a share of a quantized student, not of W32A4"),
+        ({"recipe": Recipe(32, 4)}, "a share of a quantized student, not of W32A4"),
         ({"act_widths": [4, 9]}, "9 is not a width to choose from"),
     ],
 )
@@ -262,7 +277,7 @@ def test_widths_of_nothing(
 ) -> None:
     named = {name or next(iter(chosen.losses)): bits for name, bits in widths.items()}
     with pytest.raises(QuantizationError, match=message):
-        quantize(copy.deepcopy(student), 4, 4, [images], widths=named)
+        quantize(copy.deepcopy(student), Recipe(4, 4), calibration=[images], widths=named)
 
 
 # What takes them ----------------------------------------------------------------------------
@@ -271,7 +286,9 @@ def test_widths_of_nothing(
 def test_files_and_integers_of_mixed_widths(
     student: Student, images: torch.Tensor, chosen: Allocation, tmp_path
 ) -> None:
-    mixed = quantize(copy.deepcopy(student), 4, 4, [images], widths=chosen.widths).eval()
+    mixed = quantize(
+        copy.deepcopy(student), Recipe(4, 4), calibration=[images], widths=chosen.widths
+    ).eval()
     assert len(set(chosen.widths.values())) > 2
     settle(mixed)
     again = unpack(pack(mixed))

@@ -46,7 +46,7 @@ from archnet.ops import (
     Student,
     StudentGraph,
 )
-from archnet.quant import quantize
+from archnet.quant import Recipe, quantize
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT = TensorProto.FLOAT
@@ -585,7 +585,7 @@ def test_every_form_costs_what_its_student_costs(name, form, bits):
     net = STUDENTS[name]()
     first, inner, acts, last = bits
     inputs = torch.randn(4, *net.graph.shapes["x"])
-    quantize(net, inner, acts, [inputs], first_bits=first, last_bits=last)
+    quantize(net, Recipe(inner, acts, first_bits=first, last_bits=last), calibration=[inputs])
     expected, found = student_cost(net), onnx_cost(to_onnx(net, form))
     assert layers(found) == layers(expected)
     assert (found.macs, found.bops, found.parameters, found.activation_bytes) == (
@@ -762,7 +762,7 @@ def test_a_target_without_types_and_a_float_file_are_as_before():
 @pytest.mark.parametrize("form", ["qdq", "subbyte", "qonnx"])
 def test_a_student_of_a_target_is_pure_there_in_every_form(form):
     net = STUDENTS["plain"]()
-    quantize(net, 8, 8, [torch.randn(4, 3, 8, 8)])
+    quantize(net, Recipe(8, 8), calibration=[torch.randn(4, 3, 8, 8)])
     for name in ("rk3588", "ethos_u55", "arch5"):
         result = audit(to_onnx(net, form), name)
         assert result.pure, result.violations

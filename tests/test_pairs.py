@@ -15,7 +15,7 @@ from archnet.deploy import audit, verify
 from archnet.deploy.integer import to_integers
 from archnet.hardware import teacher_cost
 from archnet.ops import Student, WeightedOperator
-from archnet.quant import quantize, settle
+from archnet.quant import Recipe, quantize, settle
 from test_c_header import assert_same, needs_gcc
 
 PAIRS = Approximation("pairs")
@@ -263,7 +263,7 @@ def test_products_and_curves_have_weights_of_one_sign() -> None:
 
 def quantized(network: nn.Module, x: torch.Tensor, *bits: int) -> Student:
     student = convert(network.eval(), x[:1], calibration=x, approximation=PAIRS)
-    quantize(student, *bits, [x])
+    quantize(student, Recipe(*bits), calibration=[x])
     settle(student)
     return student
 
@@ -272,7 +272,7 @@ def test_few_bits_hold_the_layers_for_pairs() -> None:
     x = torch.randn(64, 12, 6)
     student = convert(Asking().eval(), x[:1], calibration=x, approximation=PAIRS)
     before = {name: op.weight.clone() for name, op in student.operators.items() if is_fixed(op)}
-    quantize(student, 2, 4, [x])
+    quantize(student, Recipe(2, 4), calibration=[x])
     narrow = 0
     for name, weight in before.items():
         layer = student.operator(name)

@@ -13,7 +13,7 @@ from archnet.ops.hinges import HingeFunction
 from archnet.ops.piece import Piece
 from archnet.ops.plan import Split, plan
 from archnet.ops.tables import Tabled
-from archnet.quant import equalize, quantize
+from archnet.quant import Recipe, equalize, quantize
 
 
 def step_by_step(student: Student, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -103,7 +103,7 @@ def test_hinges_of_pairs_run_as_one_function(bits: int) -> None:
     network, x = Attention().eval(), torch.randn(64, 7, 6)
     student = convert(network, x[:1], calibration=x, approximation=Approximation("pairs"))
     if bits < 32:
-        quantize(student, bits, bits, [x])
+        quantize(student, Recipe(bits, bits), calibration=[x])
     found = [piece for piece in pieces(student) if isinstance(piece, HingeFunction)]
     # Scores, exponentials, weights and sums; of one number the rest, a logarithm among it.
     assert sorted(len(piece.reads) for piece in found) == [1, 1, 1, 1, 2, 2, 2, 2]
@@ -138,7 +138,7 @@ def test_under_autocast_hinges_are_no_less_precise_than_one_by_one(bits: int) ->
     network, x = Attention().eval(), torch.randn(64, 7, 6)
     student = convert(network, x[:1], calibration=x, approximation=Approximation("pairs"))
     if bits < 32:
-        quantize(student, bits, bits, [x])
+        quantize(student, Recipe(bits, bits), calibration=[x])
     with torch.no_grad():
         expected = student(x)
         with torch.autocast("cpu", torch.bfloat16):
@@ -172,8 +172,8 @@ def test_functions_of_single_numbers_are_looked_up(bits: int) -> None:
     approximation = Approximation(hinges=3)
     student = convert(network, x[:1], calibration=x, approximation=approximation)
     if bits < 32:
-        equalize(student, bits, bits, [x])
-        quantize(student, bits, bits, [x])
+        equalize(student, Recipe(bits, bits), [x])
+        quantize(student, Recipe(bits, bits), calibration=[x])
         found = [piece for piece in pieces(student) if isinstance(piece, Tabled)]
         assert len(found) == 3
     student.double()
@@ -191,14 +191,14 @@ def test_functions_of_single_numbers_are_looked_up(bits: int) -> None:
 def test_a_function_of_several_numbers_is_not_looked_up() -> None:
     torch.manual_seed(0)
     network, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AvgPool2d(2)).eval(), torch.randn(16, 3, 8, 8)
-    student = quantize(convert(network, x[:1]), 8, 8, [x])
+    student = quantize(convert(network, x[:1]), Recipe(8, 8), calibration=[x])
     assert not any(isinstance(piece, Tabled) for piece in pieces(student))
 
 
 def test_a_table_under_autocast() -> None:
     torch.manual_seed(0)
     network, x = Smooth().eval(), torch.randn(32, 3, 10, 10)
-    student = quantize(convert(network, x[:1], calibration=x), 4, 4, [x])
+    student = quantize(convert(network, x[:1], calibration=x), Recipe(4, 4), calibration=[x])
     with torch.autocast("cpu", torch.bfloat16):
         result = student(x)
     result.float().square().mean().backward()

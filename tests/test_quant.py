@@ -21,6 +21,7 @@ from archnet.quant import (
     BiasQuantizer,
     QuantizationError,
     Quantizer,
+    Recipe,
     Together,
     WeightDoReFa,
     WeightLSQ,
@@ -204,7 +205,7 @@ def test_rounded_together_values_and_gradients_are_those_of_rounding_alone(recip
 
 def test_a_student_is_as_it_was_when_what_runs_together_fails():
     made = student()
-    quantize(made, 3, 4, batches())
+    quantize(made, Recipe(3, 4), calibration=batches())
     with pytest.raises(ZeroDivisionError), Together(made.operators.values()).ready():
         raise ZeroDivisionError
     assert not any(module.on_grid for module in weighted(made).values())
@@ -239,7 +240,7 @@ def test_dead_channels_have_a_scale_and_give_no_nan(method, bits):
             module.weight.data[0] = 0
             module.bias.data[0] = 0
     dead_images = [torch.zeros(4, 3, 16, 16)]
-    quantize(network, bits, bits, dead_images, method=method).train()
+    quantize(network, Recipe(bits, bits, method=method), calibration=dead_images).train()
     result = network(torch.randn(4, 3, 16, 16))
     result.square().sum().backward()
     assert result.isfinite().all()
@@ -259,14 +260,14 @@ def test_wide_enough_students_still_follow_the_float(method, bits, least):
     network, images = student(), batches()
     with torch.no_grad():
         before = network(images[0])
-        after = quantize(network, bits, bits, images, method=method)(images[0])
+        after = quantize(network, Recipe(bits, bits, method=method), calibration=images)(images[0])
     assert not torch.equal(before, after)
     if least is not None and method == "lsq":
         assert F.cosine_similarity(before.flatten(), after.flatten(), dim=0) > least
 
 
 def test_first_and_last_layer_have_their_own_width():
-    network = quantize(student(), 2, 4, batches(), first_bits=7, last_bits=6)
+    network = quantize(student(), Recipe(2, 4, first_bits=7, last_bits=6), calibration=batches())
     trained = [m for m in weighted(network).values() if m.trainable]
     assert [m.weight_quantizer.bits for m in trained] == [7, *[2] * (len(trained) - 2), 6]
     names = [name for name, m in weighted(network).items() if m.trainable]
@@ -278,7 +279,7 @@ def test_first_and_last_layer_have_their_own_width():
 
 def test_scales_are_per_channel_or_per_tensor():
     for per_channel in (True, False):
-        network = quantize(student(), 4, 4, batches(1), per_channel=per_channel)
+        network = quantize(student(), Recipe(4, 4, per_channel=per_channel), calibration=batches(1))
         for module in weighted(network).values():
             expected = module.weight.shape[0] if per_channel else 1
             assert module.weight_quantizer.scale.shape == (expected,)
@@ -288,17 +289,19 @@ def test_32_bits_are_off():
     image = torch.randn(2, 3, 16, 16)
     floating = student()
     before = floating(image)
-    torch.testing.assert_close(quantize(floating, 32, 32, batches(1))(image), before)
-    only_weights = quantize(student(), 4, 32, batches(1))
+    torch.testing.assert_close(
+        quantize(floating, Recipe(32, 32), calibration=batches(1))(image), before
+    )
+    only_weights = quantize(student(), Recipe(4, 32), calibration=batches(1))
     assert all(m.quantizer is None for m in activations(only_weights).values())
     assert all(m.bias_quantizer is None for m in weighted(only_weights).values())
-    only_activations = quantize(student(), 32, 4, batches(1))
+    only_activations = quantize(student(), Recipe(32, 4), calibration=batches(1))
     assert all(m.weight_quantizer is None for m in weighted(only_activations).values())
     assert any(m.quantizer is not None for m in activations(only_activations).values())
 
 
 def test_every_computed_value_lies_on_one_grid_where_it_is_read():
-    network = quantize(student(), 2, 4, batches())
+    network = quantize(student(), Recipe(2, 4), calibration=batches())
     on_grid, read = grids(network), 0
     for step in network.graph.steps:
         if isinstance(network.operator(step.name), WeightedOperator | BatchNorm):
@@ -324,7 +327,7 @@ class Joined(nn.Module):
 
 
 def test_inputs_of_a_concatenation_share_one_quantizer():
-    network = quantize(student(Joined()), 4, 4, batches())
+    network = quantize(student(Joined()), Recipe(4, 4), calibration=batches())
     by_name = {step.name: step for step in network.graph.steps}
     (joint,) = [s for s in by_name.values() if type(network.operator(s.name)).__name__ == "Concat"]
     first, second = (network.operator(name).quantizer for name in joint.inputs)
@@ -362,7 +365,9 @@ def test_a_target_without_zero_points_gets_none():
     lows = []
     for zero_points in (True, False):
         student = convert(network, x[0])
-        quantize(student, 4, 4, x, last_bits=4, sum_bits=4, zero_points=zero_points)
+        quantize(
+            student, Recipe(4, 4, last_bits=4, sum_bits=4, zero_points=zero_points), calibration=x
+        )
         found = {module.quantizer.low for module in activations(student).values()}
         lows.append(found - {0, -8, -128})
     assert lows[0]
@@ -370,7 +375,7 @@ def test_a_target_without_zero_points_gets_none():
 
 
 def test_biases_lie_on_the_accumulators_grid():
-    network = quantize(student(), 2, 4, batches())
+    network = quantize(student(), Recipe(2, 4), calibration=batches())
     for name, module in weighted(network).items():
         quantizer, source = module.bias_quantizer, input_quantizers(network)[name]
         assert isinstance(quantizer, BiasQuantizer)
@@ -384,7 +389,7 @@ def test_biases_lie_on_the_accumulators_grid():
 
 def test_fixed_grids_are_not_trained_and_learned_ones_are():
     for method, learned in (("lsq", True), ("dorefa", False)):
-        network = quantize(student(), 4, 4, batches(1), method=method)
+        network = quantize(student(), Recipe(4, 4, method=method), calibration=batches(1))
         scales = [p for n, p in network.named_parameters() if n.endswith("log_scale")]
         assert scales
         assert {p.requires_grad for p in scales} == {learned}
@@ -409,7 +414,9 @@ def test_the_dorefa_grid(bits):
     ("weight_bits", "act_bits", "method"), [(32, 32, "lsq"), (2, 4, "lsq"), (3, 32, "dorefa")]
 )
 def test_packed_students_come_back_equal(weight_bits, act_bits, method):
-    network = quantize(student(Joined()), weight_bits, act_bits, batches(1), method=method)
+    network = quantize(
+        student(Joined()), Recipe(weight_bits, act_bits, method=method), calibration=batches(1)
+    )
     file = io.BytesIO()
     torch.save(pack(network), file)
     file.seek(0)
@@ -424,21 +431,21 @@ def test_packed_students_come_back_equal(weight_bits, act_bits, method):
 @pytest.mark.parametrize("bits", [(0, 4), (4, 9), (-1, 4), (16, 4)])
 def test_impossible_widths_are_refused(bits):
     with pytest.raises(QuantizationError, match="1 to 8, or 32"):
-        quantize(student(), *bits, batches(1))
+        quantize(student(), Recipe(*bits), calibration=batches(1))
 
 
 @pytest.mark.parametrize("bits", [(2, 4), (4, 32)])
 def test_quantizing_twice_is_refused(bits):
-    network = quantize(student(), *bits, batches(1))
+    network = quantize(student(), Recipe(*bits), calibration=batches(1))
     with pytest.raises(QuantizationError, match="already"):
-        quantize(network, 4, 4, batches(1))
+        quantize(network, Recipe(4, 4), calibration=batches(1))
 
 
 def test_calibration_leaves_the_weights_alone():
     network = student(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3)))
     (conv,) = [m for m in network.modules() if isinstance(m, Convolution)]
     before = conv.weight.clone()
-    quantize(network, 2, 2, batches(1))
+    quantize(network, Recipe(2, 2), calibration=batches(1))
     assert torch.equal(conv.weight, before)
     assert not torch.equal(conv.parameters_on_grid()[0], before)
 
@@ -492,7 +499,7 @@ def test_calibration_takes_the_best_power_of_two():
 
 def test_scales_of_activations_alone_may_be_powers_of_two():
     network = student(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3)))
-    quantize(network, 4, 8, batches(1), act_power_of_two=True)
+    quantize(network, Recipe(4, 8, act_power_of_two=True), calibration=batches(1))
     kept = [m for m in network.modules() if isinstance(m, Quantizer)]
     assert {(isinstance(m, ActivationLSQ), m.power_of_two) for m in kept} == {
         (True, True),
@@ -502,7 +509,7 @@ def test_scales_of_activations_alone_may_be_powers_of_two():
 
 def test_students_of_powers_of_two_come_back_as_such():
     network = student(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3)))
-    quantize(network, 4, 4, batches(1), power_of_two=True)
+    quantize(network, Recipe(4, 4, power_of_two=True), calibration=batches(1))
     again = unpack(pack(network))
     kept = [m for m in again.modules() if isinstance(m, Quantizer)]
     assert kept
@@ -519,7 +526,7 @@ def test_a_step_of_the_grid_is_known_for_every_number_on_it():
         nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)
     )
     student = convert(network.eval(), images[:1])
-    quantize(student, 2, 4, [images], first_bits=2, last_bits=4)
+    quantize(student, Recipe(2, 4, first_bits=2, last_bits=4), calibration=[images])
     first, last = [m for m in student.modules() if isinstance(m, WeightedOperator)]
     (place,) = [
         m for m in student.modules() if isinstance(m, Activation) and m.low == 0 and m.quantizer
@@ -575,7 +582,7 @@ def test_what_no_trained_layer_multiplies_keeps_8_bits():
     images = torch.randn(64, 3, 8, 8)
     for sum_bits in (8, 4):
         student = convert(network, images)
-        quantize(student, 4, 4, calibration=[images], sum_bits=sum_bits)
+        quantize(student, Recipe(4, 4, sum_bits=sum_bits), calibration=[images])
         sums = {"conv2d_conv_grid", "hardswish_segments_grid"}
         found = {name: module.quantizer.bits for name, module in activations(student).items()}
         assert {found[name] for name in sums} == {sum_bits}
@@ -588,7 +595,7 @@ def test_constants_are_as_near_to_their_weights_as_8_bits_are():
     network = nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 4)).eval()
     x = torch.randn(256, 6) * torch.rand(256, 1)
     student = convert(network, x)
-    quantize(student, 2, 4, calibration=[x], last_bits=2)
+    quantize(student, Recipe(2, 4, last_bits=2), calibration=[x])
     constants = [m for m in weighted(student).values() if not m.trainable]
     assert {module.weight_quantizer.bits for module in constants} == {2, 8}
     for module in constants:
@@ -622,7 +629,7 @@ def test_sums_are_finer_than_what_convolutions_read():
     insert_activations(plain, fine_sums=True)
     # In floats a further place changes nothing.
     torch.testing.assert_close(plain(images), network(images), rtol=1e-4, atol=1e-4)
-    quantize(student, 4, 4, calibration=[images])
+    quantize(student, Recipe(4, 4), calibration=[images])
     on_grid, bits = grids(student), {}
     for step in student.graph.steps:
         module = student.operator(step.name)
@@ -643,14 +650,17 @@ def test_a_student_without_its_quantizers_is_the_float_one(network):
     """Steps, taps and weights before rounding; quantized again it is what it would have been."""
     network, images = network.eval(), torch.randn(32, 3, 8, 8)
     student = convert(network, images)
-    plain, once = copy.deepcopy(student), quantize(copy.deepcopy(student), 2, 4, [images])
-    quantize(student, 4, 4, [images])
+    plain, once = (
+        copy.deepcopy(student),
+        quantize(copy.deepcopy(student), Recipe(2, 4), calibration=[images]),
+    )
+    quantize(student, Recipe(4, 4), calibration=[images])
     unquantize(student)
     assert not describe(student)
     assert len(student.graph.steps) == len(plain.graph.steps)
     assert [tap.value for tap in student.taps] == [tap.value for tap in plain.taps]
     assert torch.equal(student(images), plain(images))
-    quantize(student, 2, 4, [images])
+    quantize(student, Recipe(2, 4), calibration=[images])
     assert describe(student) == describe(once)
     assert torch.equal(student(images), once(images))
 
@@ -659,12 +669,12 @@ def test_a_student_without_its_quantizers_is_the_float_one(network):
 def test_grids_that_training_found_are_kept_where_the_width_is(bits):
     """The same widths again: the very student. Others are calibrated as if for the first time."""
     network, images = Residual().eval(), torch.randn(32, 3, 8, 8)
-    student = quantize(convert(network, images), 4, 4, [images])
+    student = quantize(convert(network, images), Recipe(4, 4), calibration=[images])
     for quantizer in set(quantizers(student).values()):
         quantizer.log_scale.data += 0.1 * torch.randn(quantizer.channels)
     trained, learned = copy.deepcopy(student), quantizers(copy.deepcopy(student))
-    plain = quantize(copy.deepcopy(unquantize(student)), *bits, [images])
-    quantize(student, *bits, [images], learned=learned)
+    plain = quantize(copy.deepcopy(unquantize(student)), Recipe(*bits), calibration=[images])
+    quantize(student, Recipe(*bits), calibration=[images], learned=learned)
     if bits == (4, 4):
         assert describe(student) == describe(trained)
         assert torch.equal(student(images), trained(images))
@@ -687,9 +697,9 @@ def test_calibration_that_is_not_finite_is_named(value):
     given = batches(3)
     given[1][0, 0, 0, 0] = value
     with pytest.raises(QuantizationError, match=r"calibration: \w+ of batch 1 has values"):
-        quantize(student(), 2, 4, given)
+        quantize(student(), Recipe(2, 4), calibration=given)
     with pytest.raises(QuantizationError, match="calibration has no batch"):
-        quantize(student(), 2, 4, [])
+        quantize(student(), Recipe(2, 4), calibration=[])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -699,7 +709,7 @@ def test_a_student_that_is_not_finite_is_named(name, value):
     step, module = next(iter(weighted(network).items()))
     getattr(module, name).data.flatten()[0] = value
     with pytest.raises(QuantizationError, match=rf"step {step}.*: its {name} is not finite"):
-        quantize(network, 2, 4, batches())
+        quantize(network, Recipe(2, 4), calibration=batches())
 
 
 @pytest.mark.parametrize("low", [0, -8])

@@ -21,7 +21,7 @@ from archnet.ops import (
     Permute,
     Reshape,
 )
-from archnet.quant import quantize, settle
+from archnet.quant import Recipe, quantize, settle
 from archnet.teachers.nets import CifarResNet, DigitNet
 from test_c_header import NETWORKS
 from test_deploy import TO_LAST, chain, student
@@ -55,7 +55,11 @@ def interpreted(content, integers):
 
 def quantized(net, weight_bits, act_bits):
     x = torch.randn(16, *net.graph.shapes["x"])
-    quantize(net, weight_bits, act_bits, [x], first_bits=min(5, weight_bits), last_bits=8)
+    quantize(
+        net,
+        Recipe(weight_bits, act_bits, first_bits=min(5, weight_bits), last_bits=8),
+        calibration=[x],
+    )
     settle(net)
     return net, 2 * x
 

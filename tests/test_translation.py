@@ -20,7 +20,7 @@ from archnet.deploy.writer import ExportError
 from archnet.distill.text import TextDistillation, plan_text
 from archnet.hardware import Target, student_cost, teacher_cost
 from archnet.ops import Stepwise, Student, TokenEmbedding
-from archnet.quant import describe, pack, quantize, settle, unpack
+from archnet.quant import Recipe, describe, pack, quantize, settle, unpack
 from archnet.tasks.batches import TextBatch
 from archnet.teachers import TappedTeacher, TeacherError, Transformer, load_translator
 from archnet.teachers.fit import teacher_folder
@@ -76,7 +76,7 @@ def make(hardware: str, norm: str = "post", bits: int = 32) -> Made:
     tapped = TappedTeacher(teacher, [norm.path for norm in norms])
     left = fit_norms(student, norms, lambda *batch: tapped(*batch)[0], [inputs()])
     if bits < 32:
-        quantize(student, bits, bits, [inputs()])
+        quantize(student, Recipe(bits, bits), calibration=[inputs()])
         settle(student)
     return Made(teacher, student.requires_grad_(False).eval(), left)
 
@@ -228,7 +228,7 @@ class TestQuantized:
 
     def test_embeddings_and_projection_have_their_own_widths(self) -> None:
         made = make("arch5")
-        quantize(made.student, 2, 4, [inputs()], first_bits=6, last_bits=7)
+        quantize(made.student, Recipe(2, 4, first_bits=6, last_bits=7), calibration=[inputs()])
         weights = describe(made.student)["weights"]
         assert {weights[f"{side}_embed"]["bits"] for side in ("encoder", "decoder")} == {6}
         assert weights["scores"]["bits"] == 7

@@ -27,7 +27,7 @@ from archnet.deploy.verify import RUNNABLE
 from archnet.errors import ArchnetError
 from archnet.jobs import conductor
 from archnet.ops import Student
-from archnet.quant import ActivationLSQ, WeightLSQ, settle
+from archnet.quant import ActivationLSQ, Recipe, WeightLSQ, settle
 from archnet.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +61,7 @@ def _student_of(weight_bits: int, act_bits: int, **options) -> Student:
     torch.manual_seed(0)
     images = torch.randn(16, 3, 12, 12)
     student = archnet.convert(Network().eval(), images[:1])
-    archnet.quantize(student, weight_bits, act_bits, [images], **options)
+    archnet.quantize(student, Recipe(weight_bits, act_bits), calibration=[images], **options)
     settle(student)
     return student.eval()
 
@@ -132,7 +132,7 @@ def test_zero_points_agree_with_the_golden_model(bits, sums):
     torch.manual_seed(0)
     x = torch.randn(32, 3, 12, 12)
     student = archnet.convert(Smooth().eval(), x)
-    archnet.quantize(student, bits, bits, [x], sum_bits=sums or bits)
+    archnet.quantize(student, Recipe(bits, bits, sum_bits=sums or bits), calibration=[x])
     settle(student)
     grids = [m.quantizer for m in student.operators.values() if hasattr(m, "quantizer")]
     assert any(q is not None and -(2 ** (q.bits - 1)) < q.low < 0 for q in grids)
@@ -186,7 +186,7 @@ def test_weight_bytes_match_the_widths(tmp_path):
     bytes_of = {}
     for bits in (2, 4, 8):
         student = archnet.convert(network.eval(), x[:1])
-        archnet.quantize(student, bits, 4, [x], first_bits=bits, last_bits=bits)
+        archnet.quantize(student, Recipe(bits, 4, first_bits=bits, last_bits=bits), calibration=[x])
         bytes_of[bits] = export(student, tmp_path / "net.onnx", form="subbyte").stat().st_size
     assert bytes_of[2] < 0.32 * bytes_of[8]
     assert bytes_of[4] < 0.55 * bytes_of[8]

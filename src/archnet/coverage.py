@@ -21,7 +21,7 @@ from archnet.errors import ArchnetError
 from archnet.hardware import teacher_cost
 from archnet.lower import deployed_cost
 from archnet.ops import Student
-from archnet.quant import quantize
+from archnet.quant import Recipe, quantize
 
 _PACKAGES = ("archnet", "torch", "torchvision", "timm", "onnx")
 # The widths of the comparison of bit operations.
@@ -99,7 +99,8 @@ def measure(
         row.macs_ratio = _ratio(cost.macs, teacher.macs)
         row.parameters_ratio = _ratio(cost.parameters, teacher.parameters)
         row.violations = len(audit(student, hardware).violations)
-        quantize(student, WEIGHT_BITS, ACT_BITS, [tuple(x[:1] for x in examples)])
+        recipe = Recipe(weight_bits=WEIGHT_BITS, act_bits=ACT_BITS, equalize=False)
+        quantize(student, recipe, calibration=[tuple(x[:1] for x in examples)])
         row.bops_ratio = _ratio(deployed_cost(student).bops, teacher.bops)
     except ArchnetError as error:
         row.stopped = str(error)

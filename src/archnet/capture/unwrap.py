@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
@@ -30,8 +29,8 @@ from torch.overrides import TorchFunctionMode
 
 from archnet.capture.simplify import named_arguments, stem
 from archnet.errors import CaptureError
+from archnet.loaders import Inputs, inputs_of
 
-Inputs = Tensor | np.ndarray[Any, Any] | Sequence[Any] | Mapping[str, Any]
 # Where each wrapping keeps the network.
 _WRAPPINGS: dict[type[nn.Module], str] = {
     DataParallel: "module",
@@ -304,56 +303,6 @@ class Call:
             tuple(map(change, self.args)),
             {name: change(x) for name, x in self.kwargs.items()},
         )
-
-
-def inputs_of(given: Inputs, name: str = "example_inputs") -> dict[str, Tensor]:
-    """The tensors of a network's inputs, floating-point ones as float32.
-
-    Args:
-        given: a tensor or an array (B, ...), a sequence of such, or a mapping from the names of
-            the forward's arguments to such.
-        name: what it is called in errors.
-
-    Returns:
-        By name, which is ``name`` or ``name[...]`` where it is no mapping.
-
-    Raises:
-        CaptureError: it holds no samples, something else than tensors, or values that are not
-            finite.
-    """
-    if isinstance(given, Mapping):
-        found = {f"{name}[{key!r}]": value for key, value in given.items()}
-    elif isinstance(given, list | tuple) and not _is_numbers(given):
-        found = {f"{name}[{index}]" if len(given) > 1 else name: x for index, x in enumerate(given)}
-    else:
-        found = {name: given}
-    if not found:
-        raise CaptureError(f"{name} is empty: give one tensor (B, ...) for every input")
-    return {place: _tensor(place, value) for place, value in found.items()}
-
-
-def _is_numbers(given: Sequence[Any]) -> bool:
-    return bool(given) and not any(isinstance(x, Tensor | np.ndarray) for x in given)
-
-
-def _tensor(name: str, value: Any) -> Tensor:
-    if isinstance(value, np.ndarray):
-        try:
-            value = torch.as_tensor(value)
-        except TypeError:
-            raise CaptureError(f"{name} is an array of {value.dtype}, not of numbers") from None
-    if not isinstance(value, Tensor):
-        raise CaptureError(f"{name} is a {type(value).__name__}: give a tensor (B, ...)")
-    if value.is_meta or value.layout != torch.strided or value.is_complex():
-        kind = "meta" if value.is_meta else str(value.dtype if value.is_complex() else value.layout)
-        raise CaptureError(f"{name} is a {kind} tensor: give a dense one of real numbers")
-    if not value.dim() or not len(value):
-        raise CaptureError(f"{name} of shape {tuple(value.shape)} holds no sample: give (B, ...)")
-    if not value.is_floating_point():
-        return value.detach()
-    if not bool(value.isfinite().all()):
-        raise CaptureError(f"{name} has values that are not finite (nan or inf)")
-    return value.detach().float()
 
 
 def call_of(network: nn.Module, given: Inputs) -> Call:

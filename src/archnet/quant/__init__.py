@@ -14,7 +14,7 @@ from archnet.quant.attach import (
 from archnet.quant.calibrate import best_scale, calibrate_weights
 from archnet.quant.copies import copied_layers, copy_values, merge_copies
 from archnet.quant.equalize import equalize
-from archnet.quant.quantize import quantize
+from archnet.quant.quantize import prepare, quantize
 from archnet.quant.quantizers import (
     ActivationDoReFa,
     ActivationLSQ,
@@ -23,6 +23,7 @@ from archnet.quant.quantizers import (
     WeightDoReFa,
     WeightLSQ,
 )
+from archnet.quant.recipe import Recipe
 from archnet.quant.settle import Margin, settle
 from archnet.quant.together import Together
 from archnet.quant.units import grid_steps
@@ -38,6 +39,7 @@ __all__ = [
     "Margin",
     "QuantizationError",
     "Quantizer",
+    "Recipe",
     "Together",
     "WeightDoReFa",
     "WeightLSQ",
@@ -54,6 +56,7 @@ __all__ = [
     "input_quantizers",
     "merge_copies",
     "pack",
+    "prepare",
     "quantize",
     "quantizers",
     "settle",

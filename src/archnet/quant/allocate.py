@@ -20,9 +20,9 @@ from archnet.quant.attach import (
     insert_activations,
     shared_grids,
 )
-from archnet.quant.quantize import Method, Recipe
+from archnet.quant.recipe import Recipe
 from archnet.quant.sensitivity import Batch, sensitivity
-from archnet.quant.widths import FLOAT, end_names, uniform_widths, weighted, width_for
+from archnet.quant.widths import FLOAT, end_names, weighted, width_for
 
 BudgetOf = Literal["bops", "bytes"]
 WIDTHS = (2, 3, 4, 6, 8)
@@ -61,22 +61,13 @@ def allocate(
     student: Student,
     calibration: Iterable[Batch],
     macs: Mapping[str, int],
+    recipe: Recipe | None = None,
     *,
     budget: float,
     budget_of: BudgetOf = "bops",
-    weight_bits: int = 4,
-    act_bits: int = 4,
-    first_bits: int = 8,
-    last_bits: int = 8,
-    sum_bits: int = 8,
     weight_widths: Sequence[int] = WIDTHS,
     act_widths: Sequence[int] = WIDTHS,
     free_ends: bool = False,
-    method: Method = "lsq",
-    per_channel: bool = True,
-    power_of_two: bool = False,
-    act_power_of_two: bool = False,
-    zero_points: bool = True,
 ) -> Allocation:
     """Choose a width for the weights of every layer and for every grid of activations.
 
@@ -88,23 +79,22 @@ def allocate(
         student: float; it is left untouched.
         calibration: unlabelled batches (B, C, H, W), or tuples of all inputs of the student.
         macs: multiply-accumulates of every step (`archnet.hardware.student_cost`).
+        recipe: of the uniform student, and how quantizers are built; W4A4 where absent.
         budget: share of what the uniform student costs, its first and last layer included.
         budget_of: "bops" (MACs x weight bits x activation bits) or "bytes" (of weights, biases
             and norms).
-        weight_bits, act_bits, first_bits, last_bits, sum_bits: the uniform student's, as in
-            `quantize`.
         weight_widths, act_widths: what may be chosen.
         free_ends: whether the first and the last layer may choose as well; else they keep
             ``first_bits`` and ``last_bits``.
-        method, per_channel, power_of_two, act_power_of_two, zero_points: as in `quantize`.
 
     Raises:
         QuantizationError: no choice is within the budget (the message has the smallest that can
             be met), a width is impossible, or the student is quantized already.
     """
-    if FLOAT in (weight_bits, act_bits):
+    recipe = recipe or Recipe(weight_bits=4, act_bits=4)
+    if FLOAT in (recipe.weight_bits, recipe.act_bits):
         raise QuantizationError(
-            f"a budget is a share of a quantized student, not of W{weight_bits}A{act_bits}"
+            f"a budget is a share of a quantized student, not of {recipe.short}"
         )
     for bits in (*weight_widths, *act_widths):
         if not 1 <= bits <= 8:
@@ -112,12 +102,12 @@ def allocate(
     if describe(student):
         raise QuantizationError("the student is quantized already; convert the teacher again")
     student = copy.deepcopy(student).eval()
-    insert_activations(student, fine_sums=act_bits < sum_bits)
-    ends = (first_bits, last_bits)
-    uniform = uniform_widths(student, weight_bits, act_bits, *ends, sum_bits, per_channel)
+    insert_activations(student, fine_sums=recipe.act_bits < recipe.sum_bits)
+    uniform = recipe.widths(student)
+    constants = (recipe.sum_bits, recipe.per_channel)
     bound = set() if free_ends else end_names(student)
     offers = {
-        name: sorted({width_for(module, bits, sum_bits, per_channel) for bits in weight_widths})
+        name: sorted({width_for(module, bits, *constants) for bits in weight_widths})
         for name, module in weighted(student).items()
     } | {group: sorted(set(act_widths)) for group in shared_grids(student).values()}
     offers = {name: widths for name, widths in offers.items() if name not in bound}
@@ -127,11 +117,10 @@ def allocate(
     if smallest > budget * whole:
         least = math.ceil(1e4 * smallest / whole) / 1e4
         raise QuantizationError(
-            f"quant.budget={budget:g} of the {budget_of} at W{weight_bits}A{act_bits} cannot be "
+            f"quant.budget={budget:g} of the {budget_of} at {recipe.short} cannot be "
             f"met: the narrowest widths take {least:g}"
         )
     batches = list(calibration)
-    recipe = Recipe(method, per_channel, power_of_two, act_power_of_two, zero_points)
     losses = sensitivity(student, batches, offers, recipe)
     widths = uniform | solve(losses, terms, uniform, budget * whole)
     return Allocation(

@@ -28,24 +28,16 @@ from archnet.quant.attach import QuantizationError, describe
 from archnet.quant.calibrate import best_scale, lowest_level, observe
 from archnet.quant.equalize import columns_read, norm_along
 from archnet.quant.quantizers import ActivationLSQ, Quantizer, WeightLSQ
+from archnet.quant.recipe import Recipe
 from archnet.quant.widths import FLOAT, weighted
 
 _Place = tuple[str, int]  # a value, and the axis of its channels, counted with the batch as axis 0
 
 
 def copy_values(
-    student: Student,
-    copies: int,
-    weight_bits: int,
-    act_bits: int,
-    calibration: Iterable[Tensor | tuple[Tensor, ...]],
-    *,
-    power_of_two: bool = False,
-    act_power_of_two: bool = False,
-    per_channel: bool = True,
-    zero_points: bool = True,
+    student: Student, recipe: Recipe, calibration: Iterable[Tensor | tuple[Tensor, ...]]
 ) -> dict[str, Quantizer]:
-    """Give what trained layers multiply to them ``copies`` times, in place.
+    """Give what trained layers multiply to them ``recipe.copies`` times, in place.
 
     A concatenation repeats a value, a batch norm moves each copy by a part of the step that its
     grid is going to have, and the layer's columns are repeated and divided. The first and the last
@@ -54,10 +46,8 @@ def copy_values(
     Args:
         student: float, not quantized. It computes the same as before, but for an eighth of both
             steps beside zeros that a convolution pads with.
-        copies: how many, at least 2.
-        weight_bits, act_bits: the widths it is going to have.
+        recipe: how it is going to be quantized, with at least 2 copies.
         calibration: unlabelled batches (B, C, H, W), or tuples of all inputs of the student.
-        power_of_two, act_power_of_two, per_channel, zero_points: as in `quantize`.
 
     Returns:
         Grids of the copies and of the weights that meet them, by step, for `quantize`: as several
@@ -69,17 +59,18 @@ def copy_values(
     """
     if describe(student):
         raise QuantizationError("the student is quantized already; copy its values before")
-    if act_bits == FLOAT:
+    if recipe.act_bits == FLOAT:
         return {}
+    copies = recipe.copies
     readers = _readers(student)
     samples = observe(student, list({name: None for name, _ in readers}), calibration)
-    powers = power_of_two or act_power_of_two
     parts = (torch.arange(copies) - (copies - 1) / 2) / copies  # of a step
     found: dict[str, Quantizer] = {}
     shifts: dict[_Place, Tensor] = {}
     for place, layers in readers.items():
         values = samples[place[0]]
-        grid = ActivationLSQ(act_bits, lowest_level(values, act_bits, powers, zero_points), powers)
+        low = lowest_level(values, recipe.act_bits, recipe.acts_in_powers, recipe.zero_points)
+        grid = ActivationLSQ(recipe.act_bits, low, recipe.acts_in_powers)
         _share(grid, values[None], copies)
         shifts[place] = parts * grid.scale.detach()
         found[f"{_norm(place)}_grid"] = grid
@@ -87,10 +78,10 @@ def copy_values(
             module = student.operator(layer)
             assert isinstance(module, WeightedOperator)
             step = torch.zeros_like(module.weight)
-            if weight_bits != FLOAT:
-                rows = module.weight.detach().flatten(int(per_channel))
+            if recipe.weight_bits != FLOAT:
+                rows = module.weight.detach().flatten(int(recipe.per_channel))
                 rows = rows.reshape(-1, rows.shape[-1])
-                found[layer] = WeightLSQ(weight_bits, len(rows), power_of_two)
+                found[layer] = WeightLSQ(recipe.weight_bits, len(rows), recipe.power_of_two)
                 _share(found[layer], rows, copies)
                 step = found[layer].along(module.weight).detach()
             _widen(module, parts, shifts[place], step)

@@ -31,6 +31,7 @@ from archnet.ops import (
 from archnet.quant.attach import QuantizationError, describe, multiplies
 from archnet.quant.calibrate import SAMPLES, best_scale, lowest_level, observe_channels
 from archnet.quant.quantizers import signed_range
+from archnet.quant.recipe import Recipe
 from archnet.quant.widths import FLOAT, weighted
 
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)  # of a channel's size, tried besides 0 (Lin et al. 2306.00978)
@@ -81,13 +82,7 @@ class _Grid:
 
 
 def equalize(
-    student: Student,
-    weight_bits: int,
-    act_bits: int,
-    calibration: Iterable[Tensor | tuple[Tensor, ...]],
-    *,
-    power_of_two: bool = False,
-    zero_points: bool = True,
+    student: Student, recipe: Recipe, calibration: Iterable[Tensor | tuple[Tensor, ...]]
 ) -> list[str]:
     """Put batch norms where they lessen what rounding to so few bits costs, in place.
 
@@ -99,10 +94,8 @@ def equalize(
 
     Args:
         student: float, not quantized. It computes the same as before.
-        weight_bits, act_bits: the widths it is going to have.
+        recipe: how it is going to be quantized.
         calibration: unlabelled batches (B, C, H, W), or tuples of all inputs of the student.
-        power_of_two: scales are powers of two, for chips that requantize by shifts.
-        zero_points: as in `quantize`.
 
     Returns:
         The values that are equalized, in order.
@@ -112,7 +105,7 @@ def equalize(
     """
     if describe(student):
         raise QuantizationError("the student is quantized already; equalize it before")
-    if act_bits == FLOAT:
+    if recipe.act_bits == FLOAT:
         return []
     places = _places(student)
     samples = observe_channels(student, {p.value: p.axis for p in places}, calibration)
@@ -120,8 +113,8 @@ def equalize(
     for place in places:
         layers = {name: student.operator(name) for name in place.channels}
         columns = [_columns(layers[name], place.channels[name]) for name in layers]
-        grid = _Grid(act_bits, power_of_two, zero_points)
-        sizes = _sizes(samples[place.value], columns, weight_bits, grid)
+        grid = _Grid(recipe.act_bits, recipe.acts_in_powers, recipe.zero_points)
+        sizes = _sizes(samples[place.value], columns, recipe.weight_bits, grid)
         if sizes is not None:
             found.append((place, sizes))
     for place, sizes in found:

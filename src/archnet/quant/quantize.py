@@ -1,17 +1,11 @@
 """`quantize`: put quantizers into a student and calibrate them."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
-
-from archnet.ops import (
-    Activation,
-    Student,
-    Summing,
-    WeightedOperator,
-)
+from archnet.loaders import Loadable, Takes, calibration_batches
+from archnet.ops import Activation, Student, Summing
 from archnet.quant.attach import (
     QuantizationError,
     attach,
@@ -23,126 +17,64 @@ from archnet.quant.attach import (
 from archnet.quant.calibrate import (
     activation_scale,
     calibrate_weights,
-    lowest_level,
     make_room_for_biases,
     observe_grids,
     require_finite,
 )
+from archnet.quant.copies import copied_layers, copy_values, merge_copies
+from archnet.quant.equalize import equalize
 from archnet.quant.quantizers import ActivationLSQ, Quantizer
-from archnet.quant.widths import FLOAT, merged, uniform_widths, weighted, width_for
+from archnet.quant.recipe import Recipe
+from archnet.quant.sensitivity import Batch
+from archnet.quant.widths import FLOAT, merged, weighted, width_for
 
-Method = Literal["lsq", "dorefa"]
-KINDS = {
-    "lsq": ("WeightLSQ", "ActivationLSQ"),
-    "dorefa": ("WeightDoReFa", "ActivationDoReFa"),
-}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How quantizers are built; `quantize` says what each field means."""
-
-    method: Method = "lsq"
-    per_channel: bool = True
-    power_of_two: bool = False
-    act_power_of_two: bool = False
-    zero_points: bool = True
-
-    def weights(self, module: WeightedOperator, bits: int) -> dict[str, Any]:
-        """The description, for `attach`, of a quantizer of a layer's weights."""
-        return {
-            "kind": KINDS[self.method][0],
-            "bits": bits,
-            "channels": module.weight.shape[0] if self.per_channel else 1,
-            "power_of_two": self.power_of_two,
-        }
-
-    def activations(self, bits: int, samples: Tensor) -> dict[str, Any]:
-        """The description, for `attach`, of a quantizer of activations like these."""
-        power_of_two = self.power_of_two or self.act_power_of_two
-        return {
-            "kind": KINDS[self.method][1],
-            "bits": bits,
-            "low": lowest_level(samples, bits, power_of_two, self.zero_points),
-            "power_of_two": power_of_two,
-        }
-
-    def same_kind(self, spec: Mapping[str, Any] | None, quantizer: Quantizer) -> bool:
-        """Whether a quantizer is like the described one, but for where its grid begins."""
-        if spec is None or "like" in spec:
-            return False
-        if self.zero_points and "low" in spec:
-            spec = {**spec, "low": quantizer.low}
-        return quantizer.spec() == spec
+_log = logging.getLogger(__name__)
 
 
 def quantize(
     student: Student,
-    weight_bits: int,
-    act_bits: int,
-    calibration: Iterable[Tensor | tuple[Tensor, ...]],
+    recipe: Recipe | None = None,
     *,
-    method: Method = "lsq",
-    first_bits: int = 8,
-    last_bits: int = 8,
-    sum_bits: int = 8,
-    per_channel: bool = True,
-    power_of_two: bool = False,
-    act_power_of_two: bool = False,
-    zero_points: bool = True,
+    calibration: Loadable,
     widths: Mapping[str, int] | None = None,
     learned: Mapping[str, Quantizer] | None = None,
+    **fields: Any,
 ) -> Student:
     """Quantize a student in place, with scales of least squared error.
 
     Args:
         student: from `convert`; not quantized before.
-        weight_bits, act_bits: widths 1 to 8, or 32 for float.
-        calibration: unlabelled batches (B, C, H, W), or tuples of all inputs of the student.
-        method: "lsq" (learned steps) or "dorefa" (tanh weights, fixed ranges).
-        first_bits, last_bits: width of weights and input of the first and of the last trained
-            layer; 32 leaves them float, and they are float where the layers between are.
-        sum_bits: least width of what no trained layer multiplies. Where it is more than
-            ``act_bits``, an addition reads the finer values, which are rounded again for the
-            convolution beside it; the literature has such additions in floats. Constant
-            weights have it as well, but for those that any width holds exactly (`width_for`).
-        per_channel: a weight scale for every output channel, or one for the layer.
-        power_of_two: scales are powers of two, for chips that requantize by shifts.
-        act_power_of_two: those of activations are, for chips that ask it of these alone.
-        zero_points: activations below 8 bits may have more levels on one side of zero than on
-            the other (`ActivationLSQ`).
+        recipe: widths, kinds of quantizers, equalization; W8A8 where neither it nor ``fields`` say
+            otherwise.
+        calibration: what `archnet.loaders` reads: a batch (B, C, H, W), a list of batches, a
+            DataLoader, an iterable. Labels are dropped. A list is read whole, anything else up to
+            `archnet.loaders.CALIBRATION` samples.
         widths: of single layers and grids by step, as `allocate` chooses them; what they do not
-            name has the widths above.
+            name has the recipe's. They were chosen for the student as it is, which is then neither
+            equalized nor are its values copied (`prepare` does both).
         learned: by step (`quantizers`), of the student as it was trained before. Where width and
             kind are the same as now, their grids are taken as they are, without calibration.
+        fields: of the recipe, by name: ``weight_bits=4, act_bits=4``.
 
     Raises:
-        QuantizationError: a width is impossible, the student is quantized already, or weights or
-            values are not finite or beyond what float32 can scale (naming the step).
+        QuantizationError: a width is impossible, the student is none or is quantized already,
+            the calibration cannot be used, or weights or values are not finite or beyond what
+            float32 can scale (naming the step).
     """
-    for key, bits in (
-        ("weight_bits", weight_bits),
-        ("act_bits", act_bits),
-        ("first_bits", first_bits),
-        ("last_bits", last_bits),
-    ):
-        if bits != FLOAT and not 1 <= bits <= 8:
-            raise QuantizationError(f"{key}={bits} is not a width: 1 to 8, or 32 for float")
-    if not 1 <= sum_bits <= 8:
-        raise QuantizationError(f"sum_bits={sum_bits} is not a width of sums: 1 to 8")
-    if describe(student):
-        raise QuantizationError("the student is quantized already; convert the teacher again")
+    recipe = Recipe.of(recipe, fields)
+    require_float(student)
     require_finite(student)
-    insert_activations(student, fine_sums=act_bits < sum_bits)
-    ends = (first_bits, last_bits)
-    own = uniform_widths(student, weight_bits, act_bits, *ends, sum_bits, per_channel)
+    batches = calibration_batches(calibration, Takes.of(student), QuantizationError)
+    if widths is None:
+        learned = prepare(student, recipe, batches, learned)
+    insert_activations(student, fine_sums=recipe.act_bits < recipe.sum_bits)
+    own = recipe.widths(student)
     own = merged(own, widths) if widths is not None else own
     shared = shared_grids(student)
-    samples, result = observe_grids(student, shared, calibration)
+    samples, result = observe_grids(student, shared, batches)
     student.graph.output_range = float(result.min()), float(result.max())
-    recipe = Recipe(method, per_channel, power_of_two, act_power_of_two, zero_points)
     for module in student.operators.values():
-        if power_of_two and isinstance(module, Summing):
+        if recipe.power_of_two and isinstance(module, Summing):
             module.to_power_of_two()
     activations = {
         name: {"like": group} if group != name else recipe.activations(own[name], samples[name])
@@ -172,3 +104,64 @@ def quantize(
             quantizer.load_state_dict(kept[name].state_dict())
     make_room_for_biases(student)
     return student
+
+
+def require_float(student: Student) -> None:
+    """Raise `QuantizationError` for what is no student, or one that has quantizers."""
+    if not isinstance(student, Student):
+        raise QuantizationError(
+            f"a {type(student).__name__} is no student: convert() makes one of it"
+        )
+    if describe(student):
+        raise QuantizationError("the student is quantized already; convert the teacher again")
+
+
+def prepare(
+    student: Student,
+    recipe: Recipe,
+    batches: Sequence[Batch],
+    learned: Mapping[str, Quantizer] | None = None,
+) -> Mapping[str, Quantizer]:
+    """Equalize a student and copy its values as the recipe asks, in place, before it is quantized.
+
+    Args:
+        student: float. Copies that it has already are kept where they are what the recipe asks
+            for, else merged and made anew.
+        recipe: `equalize` and `copies`, and the widths to come.
+        batches: unlabelled (B, C, H, W), or tuples of all inputs of the student.
+        learned: as in `quantize`.
+
+    Returns:
+        What is still true of ``learned``, and the grids of new copies.
+    """
+    learned = _without_copies(student, recipe, learned or {})
+    grids = {name: q for name, q in learned.items() if isinstance(q, ActivationLSQ)}
+    # A student that was trained at this width has its norms already.
+    is_new_width = all(grid.bits != recipe.act_bits for grid in grids.values())
+    if recipe.equalize and recipe.act_bits < recipe.sum_bits and is_new_width:
+        equalized = equalize(student, recipe, batches)
+        _log.info("equalized: %d values get a batch norm", len(equalized))
+        # Weights behind a norm are others than those that were trained.
+        learned = grids if equalized else learned
+    if recipe.copies == 1 or copied_layers(student):
+        return learned
+    copied = copy_values(student, recipe, batches)
+    count = len(copied_layers(student))
+    _log.info("copied: %d layers read every value %d times", count, recipe.copies)
+    return {**learned, **copied}
+
+
+def _without_copies(
+    student: Student, recipe: Recipe, learned: Mapping[str, Quantizer]
+) -> Mapping[str, Quantizer]:
+    """Merge copies that the student has, unless they are what the recipe asks for; what is still
+    true of ``learned``.
+    """
+    copied = copied_layers(student)
+    acts = {q.bits for q in learned.values() if isinstance(q, ActivationLSQ)}
+    weights = {learned[name].bits if name in learned else FLOAT for name in copied}
+    as_asked = set(copied.values()) == {recipe.copies} and weights == {recipe.weight_bits}
+    if not copied or (as_asked and recipe.act_bits in acts):
+        return learned
+    merge_copies(student)
+    return {name: quantizer for name, quantizer in learned.items() if name not in copied}

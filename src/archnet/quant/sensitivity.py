@@ -11,8 +11,8 @@ from archnet.ops import Operator, Student
 from archnet.ops.scores import Loss
 from archnet.quant.attach import build, shared_grids
 from archnet.quant.calibrate import activation_scale, observe_grids, weight_scale
-from archnet.quant.quantize import Recipe
 from archnet.quant.quantizers import Quantizer
+from archnet.quant.recipe import Recipe
 from archnet.quant.widths import weighted
 
 Batch = Tensor | tuple[Tensor, ...]

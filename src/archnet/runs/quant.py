@@ -11,18 +11,8 @@ from archnet.config import Config, offered
 from archnet.hardware import Target, student_cost
 from archnet.lower import check_layers, check_memory
 from archnet.ops import Student
-from archnet.quant import (
-    ActivationLSQ,
-    Allocation,
-    Quantizer,
-    allocate,
-    copied_layers,
-    copy_values,
-    equalize,
-    merge_copies,
-)
+from archnet.quant import Allocation, Quantizer, Recipe, allocate, prepare
 from archnet.quant.sensitivity import Batch
-from archnet.quant.widths import FLOAT
 
 _log = logging.getLogger(__name__)
 
@@ -68,50 +58,23 @@ def _quantize(
     quant = config.quant
     if quant.method == "none":
         return {}
-    uniform: dict[str, Any] = {
-        "weight_bits": quant.weight_bits,
-        "act_bits": quant.act_bits,
-        "first_bits": quant.first_bits,
-        "last_bits": quant.last_bits,
-        "sum_bits": quant.sum_bits,
-        "method": quant.method,
-        "per_channel": quant.per_channel,
-        "power_of_two": config.hardware.requantization == "power_of_two",
-        "act_power_of_two": config.hardware.act_scales == "power_of_two",
-        "zero_points": config.hardware.zero_points,
-    }
-    learned = _without_copies(config, student, learned)
-    grids = {name: q for name, q in learned.items() if isinstance(q, ActivationLSQ)}
-    # A student that was trained at this width has its norms already.
-    new_width = all(grid.bits != quant.act_bits for grid in grids.values())
-    if quant.equalize and quant.act_bits < quant.sum_bits and new_width:
-        equalized = equalize(
-            student,
-            quant.weight_bits,
-            quant.act_bits,
-            batches,
-            power_of_two=uniform["power_of_two"] or uniform["act_power_of_two"],
-            zero_points=config.hardware.zero_points,
-        )
-        _log.info("equalized: %d values get a batch norm", len(equalized))
-        # Weights behind a norm are others than those that were trained.
-        learned = grids if equalized else learned
-    learned = {**learned, **_with_copies(config, student, batches, uniform)}
+    recipe = recipe_of(config)
     if quant.budget is None:
-        archnet.quantize(student, calibration=batches, learned=learned, **uniform)
+        archnet.quantize(student, recipe, calibration=batches, learned=learned)
         return {}
+    learned = prepare(student, recipe, batches, learned)
     chosen = allocate(
         student,
         first_inputs(batches, quant.sensitivity_inputs),
         {row.name: row.macs for row in student_cost(student).steps},
+        recipe,
         budget=quant.budget,
         budget_of=cast(Any, quant.budget_of),
         weight_widths=offered(quant, config.hardware.weight_bits),
         act_widths=offered(quant, config.hardware.act_bits),
         free_ends=quant.free_ends,
-        **uniform,
     )
-    archnet.quantize(student, calibration=batches, widths=chosen.widths, learned=learned, **uniform)
+    archnet.quantize(student, recipe, calibration=batches, widths=chosen.widths, learned=learned)
     _log.info(
         "widths chosen: %.4f of the %s at W%dA%d",
         chosen.spent / chosen.uniform,
@@ -122,36 +85,23 @@ def _quantize(
     return _described(student, chosen)
 
 
-def _without_copies(
-    config: Config, student: Student, learned: Mapping[str, Quantizer]
-) -> Mapping[str, Quantizer]:
-    """Merge copies that an earlier run made, unless they are what the config asks for; what is
-    still true of ``learned``.
-    """
-    quant, copied = config.quant, copied_layers(student)
-    acts = {q.bits for q in learned.values() if isinstance(q, ActivationLSQ)}
-    weights = {learned[name].bits if name in learned else FLOAT for name in copied}
-    as_asked = set(copied.values()) == {quant.copies} and weights == {quant.weight_bits}
-    if not copied or (as_asked and quant.act_bits in acts):
-        return learned
-    merge_copies(student)
-    return {name: quantizer for name, quantizer in learned.items() if name not in copied}
-
-
-def _with_copies(
-    config: Config, student: Student, batches: Sequence[Batch], uniform: Mapping[str, Any]
-) -> Mapping[str, Quantizer]:
-    """Copy values as the config asks for, if they are not copied yet; grids of the new copies."""
-    quant = config.quant
-    if quant.copies == 1 or copied_layers(student):
-        return {}
-    keys = ("power_of_two", "act_power_of_two", "per_channel", "zero_points")
-    options = {key: uniform[key] for key in keys}
-    widths = (quant.weight_bits, quant.act_bits)
-    found = copy_values(student, quant.copies, *widths, batches, **options)
-    count = len(copied_layers(student))
-    _log.info("copied: %d layers read every value %d times", count, quant.copies)
-    return found
+def recipe_of(config: Config) -> Recipe:
+    """How a run quantizes: its `quant`, and what its target asks of scales and grids."""
+    quant, target = config.quant, config.hardware
+    return Recipe(
+        weight_bits=quant.weight_bits,
+        act_bits=quant.act_bits,
+        first_bits=quant.first_bits,
+        last_bits=quant.last_bits,
+        sum_bits=quant.sum_bits,
+        method=cast(Any, quant.method),
+        per_channel=quant.per_channel,
+        power_of_two=target.requantization == "power_of_two",
+        act_power_of_two=target.act_scales == "power_of_two",
+        zero_points=target.zero_points,
+        equalize=quant.equalize,
+        copies=quant.copies,
+    )
 
 
 def first_inputs(batches: Sequence[Batch], count: int) -> list[Batch]:

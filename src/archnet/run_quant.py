@@ -90,8 +90,9 @@ def _quantize(
             quant.weight_bits,
             quant.act_bits,
             batches,
-            power_of_two=uniform["power_of_two"] or uniform["act_power_of_two"],
-            zero_points=config.hardware.zero_points,
+            power_of_two=uniform["power_of_two"],
+            act_power_of_two=uniform["act_power_of_two"],
+            zero_points=uniform["zero_points"],
         )
         _log.info("equalized: %d values get a batch norm", len(equalized))
         # Weights behind a norm are others than those that were trained.

@@ -73,10 +73,10 @@ def allocate(
     act_widths: Sequence[int] = WIDTHS,
     free_ends: bool = False,
     method: Method = "lsq",
-    per_channel: bool = True,
-    power_of_two: bool = False,
-    act_power_of_two: bool = False,
-    zero_points: bool = True,
+    per_channel: bool | None = None,
+    power_of_two: bool | None = None,
+    act_power_of_two: bool | None = None,
+    zero_points: bool | None = None,
 ) -> Allocation:
     """Choose a width for the weights of every layer and for every grid of activations.
 
@@ -111,13 +111,16 @@ def allocate(
             raise QuantizationError(f"{bits} is not a width to choose from: 1 to 8")
     if describe(student):
         raise QuantizationError("the student is quantized already; convert the teacher again")
+    recipe = Recipe.of(student, method, per_channel, power_of_two, act_power_of_two, zero_points)
     student = copy.deepcopy(student).eval()
     insert_activations(student, fine_sums=act_bits < sum_bits)
     ends = (first_bits, last_bits)
-    uniform = uniform_widths(student, weight_bits, act_bits, *ends, sum_bits, per_channel)
+    uniform = uniform_widths(student, weight_bits, act_bits, *ends, sum_bits, recipe.per_channel)
     bound = set() if free_ends else end_names(student)
     offers = {
-        name: sorted({width_for(module, bits, sum_bits, per_channel) for bits in weight_widths})
+        name: sorted(
+            {width_for(module, bits, sum_bits, recipe.per_channel) for bits in weight_widths}
+        )
         for name, module in weighted(student).items()
     } | {group: sorted(set(act_widths)) for group in shared_grids(student).values()}
     offers = {name: widths for name, widths in offers.items() if name not in bound}
@@ -131,7 +134,6 @@ def allocate(
             f"met: the narrowest widths take {least:g}"
         )
     batches = list(calibration)
-    recipe = Recipe(method, per_channel, power_of_two, act_power_of_two, zero_points)
     losses = sensitivity(student, batches, offers, recipe)
     widths = uniform | solve(losses, terms, uniform, budget * whole)
     return Allocation(

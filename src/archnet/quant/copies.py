@@ -27,6 +27,7 @@ from archnet.ops import (
 from archnet.quant.attach import QuantizationError, describe
 from archnet.quant.calibrate import best_scale, lowest_level, observe
 from archnet.quant.equalize import columns_read, norm_along
+from archnet.quant.quantize import Recipe
 from archnet.quant.quantizers import ActivationLSQ, Quantizer, WeightLSQ
 from archnet.quant.widths import FLOAT, weighted
 
@@ -40,10 +41,10 @@ def copy_values(
     act_bits: int,
     calibration: Iterable[Tensor | tuple[Tensor, ...]],
     *,
-    power_of_two: bool = False,
-    act_power_of_two: bool = False,
-    per_channel: bool = True,
-    zero_points: bool = True,
+    power_of_two: bool | None = None,
+    act_power_of_two: bool | None = None,
+    per_channel: bool | None = None,
+    zero_points: bool | None = None,
 ) -> dict[str, Quantizer]:
     """Give what trained layers multiply to them ``copies`` times, in place.
 
@@ -73,13 +74,15 @@ def copy_values(
         return {}
     readers = _readers(student)
     samples = observe(student, list({name: None for name, _ in readers}), calibration)
-    powers = power_of_two or act_power_of_two
+    recipe = Recipe.of(student, "lsq", per_channel, power_of_two, act_power_of_two, zero_points)
+    powers = recipe.power_of_two or recipe.act_power_of_two
     parts = (torch.arange(copies) - (copies - 1) / 2) / copies  # of a step
     found: dict[str, Quantizer] = {}
     shifts: dict[_Place, Tensor] = {}
     for place, layers in readers.items():
         values = samples[place[0]]
-        grid = ActivationLSQ(act_bits, lowest_level(values, act_bits, powers, zero_points), powers)
+        low = lowest_level(values, act_bits, powers, recipe.zero_points)
+        grid = ActivationLSQ(act_bits, low, powers)
         _share(grid, values[None], copies)
         shifts[place] = parts * grid.scale.detach()
         found[f"{_norm(place)}_grid"] = grid
@@ -88,9 +91,9 @@ def copy_values(
             assert isinstance(module, WeightedOperator)
             step = torch.zeros_like(module.weight)
             if weight_bits != FLOAT:
-                rows = module.weight.detach().flatten(int(per_channel))
+                rows = module.weight.detach().flatten(int(recipe.per_channel))
                 rows = rows.reshape(-1, rows.shape[-1])
-                found[layer] = WeightLSQ(weight_bits, len(rows), power_of_two)
+                found[layer] = WeightLSQ(weight_bits, len(rows), recipe.power_of_two)
                 _share(found[layer], rows, copies)
                 step = found[layer].along(module.weight).detach()
             _widen(module, parts, shifts[place], step)

@@ -30,6 +30,7 @@ from archnet.ops import (
 )
 from archnet.quant.attach import QuantizationError, describe, multiplies
 from archnet.quant.calibrate import SAMPLES, best_scale, lowest_level, observe_channels
+from archnet.quant.quantize import Recipe
 from archnet.quant.quantizers import signed_range
 from archnet.quant.widths import FLOAT, weighted
 
@@ -86,8 +87,9 @@ def equalize(
     act_bits: int,
     calibration: Iterable[Tensor | tuple[Tensor, ...]],
     *,
-    power_of_two: bool = False,
-    zero_points: bool = True,
+    power_of_two: bool | None = None,
+    act_power_of_two: bool | None = None,
+    zero_points: bool | None = None,
 ) -> list[str]:
     """Put batch norms where they lessen what rounding to so few bits costs, in place.
 
@@ -101,8 +103,7 @@ def equalize(
         student: float, not quantized. It computes the same as before.
         weight_bits, act_bits: the widths it is going to have.
         calibration: unlabelled batches (B, C, H, W), or tuples of all inputs of the student.
-        power_of_two: scales are powers of two, for chips that requantize by shifts.
-        zero_points: as in `quantize`.
+        power_of_two, act_power_of_two, zero_points: as in `quantize`.
 
     Returns:
         The values that are equalized, in order.
@@ -114,13 +115,15 @@ def equalize(
         raise QuantizationError("the student is quantized already; equalize it before")
     if act_bits == FLOAT:
         return []
+    recipe = Recipe.of(student, "lsq", None, power_of_two, act_power_of_two, zero_points)
+    powers = recipe.power_of_two or recipe.act_power_of_two
+    grid = _Grid(act_bits, powers, recipe.zero_points)
     places = _places(student)
     samples = observe_channels(student, {p.value: p.axis for p in places}, calibration)
     found = []
     for place in places:
         layers = {name: student.operator(name) for name in place.channels}
         columns = [_columns(layers[name], place.channels[name]) for name in layers]
-        grid = _Grid(act_bits, power_of_two, zero_points)
         sizes = _sizes(samples[place.value], columns, weight_bits, grid)
         if sizes is not None:
             found.append((place, sizes))

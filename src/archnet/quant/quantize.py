@@ -48,6 +48,31 @@ class Recipe:
     act_power_of_two: bool = False
     zero_points: bool = True
 
+    @classmethod
+    def of(
+        cls,
+        student: Student,
+        method: Method = "lsq",
+        per_channel: bool | None = None,
+        power_of_two: bool | None = None,
+        act_power_of_two: bool | None = None,
+        zero_points: bool | None = None,
+    ) -> "Recipe":
+        """The recipe with what the student's target asks for in place of every None.
+
+        A student without a target (`Graph.target` is empty) has what the fields above say.
+        """
+        target = student.graph.target
+        if per_channel is None:
+            per_channel = "per_channel" in target.get("weight_scales", ("per_channel",))
+        if power_of_two is None:
+            power_of_two = target.get("requantization") == "power_of_two"
+        if act_power_of_two is None:
+            act_power_of_two = target.get("act_scales") == "power_of_two"
+        if zero_points is None:
+            zero_points = target.get("zero_points", True)
+        return cls(method, per_channel, power_of_two, act_power_of_two, zero_points)
+
     def weights(self, module: WeightedOperator, bits: int) -> dict[str, Any]:
         """The description, for `attach`, of a quantizer of a layer's weights."""
         return {
@@ -86,10 +111,10 @@ def quantize(
     first_bits: int = 8,
     last_bits: int = 8,
     sum_bits: int = 8,
-    per_channel: bool = True,
-    power_of_two: bool = False,
-    act_power_of_two: bool = False,
-    zero_points: bool = True,
+    per_channel: bool | None = None,
+    power_of_two: bool | None = None,
+    act_power_of_two: bool | None = None,
+    zero_points: bool | None = None,
     widths: Mapping[str, int] | None = None,
     learned: Mapping[str, Quantizer] | None = None,
 ) -> Student:
@@ -110,7 +135,8 @@ def quantize(
         power_of_two: scales are powers of two, for chips that requantize by shifts.
         act_power_of_two: those of activations are, for chips that ask it of these alone.
         zero_points: activations below 8 bits may have more levels on one side of zero than on
-            the other (`ActivationLSQ`).
+            the other (`ActivationLSQ`). This and the three above: None takes what the target
+            that the student was converted for asks for.
         widths: of single layers and grids by step, as `allocate` chooses them; what they do not
             name has the widths above.
         learned: by step (`quantizers`), of the student as it was trained before. Where width and
@@ -133,16 +159,16 @@ def quantize(
     if describe(student):
         raise QuantizationError("the student is quantized already; convert the teacher again")
     require_finite(student)
+    recipe = Recipe.of(student, method, per_channel, power_of_two, act_power_of_two, zero_points)
     insert_activations(student, fine_sums=act_bits < sum_bits)
     ends = (first_bits, last_bits)
-    own = uniform_widths(student, weight_bits, act_bits, *ends, sum_bits, per_channel)
+    own = uniform_widths(student, weight_bits, act_bits, *ends, sum_bits, recipe.per_channel)
     own = merged(own, widths) if widths is not None else own
     shared = shared_grids(student)
     samples, result = observe_grids(student, shared, calibration)
     student.graph.output_range = float(result.min()), float(result.max())
-    recipe = Recipe(method, per_channel, power_of_two, act_power_of_two, zero_points)
     for module in student.operators.values():
-        if power_of_two and isinstance(module, Summing):
+        if recipe.power_of_two and isinstance(module, Summing):
             module.to_power_of_two()
     activations = {
         name: {"like": group} if group != name else recipe.activations(own[name], samples[name])

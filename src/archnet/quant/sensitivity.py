@@ -68,7 +68,7 @@ def sensitivity(
         For every offer by name and width the divergence, in nats an input (or position).
     """
     batches = list(batches)
-    trials = _trials(student, batches, offers, recipe or Recipe())
+    trials = _trials(student, batches, offers, recipe or Recipe.of(student))
     totals = {name: {trial.bits: 0.0 for trial in tried} for name, tried in trials.items()}
     rows = 0
     output, device = student.graph.output, next(student.parameters()).device

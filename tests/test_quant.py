@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from archnet.convert import convert
 from archnet.deploy import to_integers
+from archnet.hardware import Target
 from archnet.ops import Activation, BatchNorm, Convolution, FullyConnected, WeightedOperator
 from archnet.quant import (
     ActivationDoReFa,
@@ -51,9 +52,9 @@ def _seed():
     torch.manual_seed(0)
 
 
-def student(network=None, size=16):
+def student(network=None, size=16, hardware="arch5"):
     network = (network or CifarResNet(14, 4)).eval()
-    return convert(network, torch.zeros(1, 3, size, size))
+    return convert(network, torch.zeros(1, 3, size, size), hardware)
 
 
 def batches(count=2, size=16):
@@ -514,6 +515,31 @@ def test_students_of_powers_of_two_come_back_as_such():
     kept = [m for m in again.modules() if isinstance(m, Quantizer)]
     assert kept
     assert all(quantizer.power_of_two for quantizer in kept)
+
+
+@pytest.mark.parametrize("hardware", Target.names())
+def test_scales_are_those_that_the_students_target_takes(hardware):
+    target = Target.named(hardware)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(), nn.Flatten(), nn.Linear(784, 3))
+    quantized = quantize(student(network, hardware=hardware), Recipe(4, 4), calibration=batches(1))
+    shifts = target.requantization == "power_of_two"
+    for quantizer in quantizers(quantized).values():
+        if isinstance(quantizer, ActivationLSQ):
+            assert quantizer.power_of_two == (shifts or target.act_scales == "power_of_two")
+            assert target.zero_points or quantizer.low in (0, -(2 ** (quantizer.bits - 1)))
+        else:
+            assert quantizer.power_of_two == shifts
+            assert "per_channel" in target.weight_scales or quantizer.scale.numel() == 1
+
+
+def test_what_is_asked_for_goes_before_what_the_target_takes():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3))
+    options = {"per_channel": True, "power_of_two": False, "act_power_of_two": False}
+    quantized = quantize(
+        student(network, hardware="max78000"), Recipe(4, 4, **options), calibration=batches(1)
+    )
+    assert not any(quantizer.power_of_two for quantizer in quantizers(quantized).values())
+    assert max(quantizer.scale.numel() for quantizer in quantizers(quantized).values()) > 1
 
 
 # Units --------------------------------------------------------------------------------------

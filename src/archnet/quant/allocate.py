@@ -91,7 +91,7 @@ def allocate(
         QuantizationError: no choice is within the budget (the message has the smallest that can
             be met), a width is impossible, or the student is quantized already.
     """
-    recipe = recipe or Recipe(weight_bits=4, act_bits=4)
+    recipe = (recipe or Recipe(weight_bits=4, act_bits=4)).on(student)
     if FLOAT in (recipe.weight_bits, recipe.act_bits):
         raise QuantizationError(
             f"a budget is a share of a quantized student, not of {recipe.short}"
@@ -104,7 +104,7 @@ def allocate(
     student = copy.deepcopy(student).eval()
     insert_activations(student, fine_sums=recipe.act_bits < recipe.sum_bits)
     uniform = recipe.widths(student)
-    constants = (recipe.sum_bits, recipe.per_channel)
+    constants = (recipe.sum_bits, bool(recipe.per_channel))
     bound = set() if free_ends else end_names(student)
     offers = {
         name: sorted({width_for(module, bits, *constants) for bits in weight_widths})

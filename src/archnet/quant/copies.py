@@ -61,7 +61,7 @@ def copy_values(
         raise QuantizationError("the student is quantized already; copy its values before")
     if recipe.act_bits == FLOAT:
         return {}
-    copies = recipe.copies
+    recipe, copies = recipe.on(student), recipe.copies
     readers = _readers(student)
     samples = observe(student, list({name: None for name, _ in readers}), calibration)
     parts = (torch.arange(copies) - (copies - 1) / 2) / copies  # of a step
@@ -69,7 +69,7 @@ def copy_values(
     shifts: dict[_Place, Tensor] = {}
     for place, layers in readers.items():
         values = samples[place[0]]
-        low = lowest_level(values, recipe.act_bits, recipe.acts_in_powers, recipe.zero_points)
+        low = lowest_level(values, recipe.act_bits, recipe.acts_in_powers, bool(recipe.zero_points))
         grid = ActivationLSQ(recipe.act_bits, low, recipe.acts_in_powers)
         _share(grid, values[None], copies)
         shifts[place] = parts * grid.scale.detach()
@@ -81,7 +81,7 @@ def copy_values(
             if recipe.weight_bits != FLOAT:
                 rows = module.weight.detach().flatten(int(recipe.per_channel))
                 rows = rows.reshape(-1, rows.shape[-1])
-                found[layer] = WeightLSQ(recipe.weight_bits, len(rows), recipe.power_of_two)
+                found[layer] = WeightLSQ(recipe.weight_bits, len(rows), bool(recipe.power_of_two))
                 _share(found[layer], rows, copies)
                 step = found[layer].along(module.weight).detach()
             _widen(module, parts, shifts[place], step)

@@ -105,6 +105,7 @@ def equalize(
     """
     if describe(student):
         raise QuantizationError("the student is quantized already; equalize it before")
+    recipe = recipe.on(student)
     if recipe.act_bits == FLOAT:
         return []
     places = _places(student)
@@ -113,7 +114,7 @@ def equalize(
     for place in places:
         layers = {name: student.operator(name) for name in place.channels}
         columns = [_columns(layers[name], place.channels[name]) for name in layers]
-        grid = _Grid(recipe.act_bits, recipe.acts_in_powers, recipe.zero_points)
+        grid = _Grid(recipe.act_bits, recipe.acts_in_powers, bool(recipe.zero_points))
         sizes = _sizes(samples[place.value], columns, recipe.weight_bits, grid)
         if sizes is not None:
             found.append((place, sizes))

@@ -63,6 +63,7 @@ def quantize(
     """
     recipe = Recipe.of(recipe, fields)
     require_float(student)
+    recipe = recipe.on(student)
     require_finite(student)
     batches = calibration_batches(calibration, Takes.of(student), QuantizationError)
     if widths is None:
@@ -134,6 +135,7 @@ def prepare(
     Returns:
         What is still true of ``learned``, and the grids of new copies.
     """
+    recipe = recipe.on(student)
     learned = _without_copies(student, recipe, learned or {})
     grids = {name: q for name, q in learned.items() if isinstance(q, ActivationLSQ)}
     # A student that was trained at this width has its norms already.

@@ -24,6 +24,8 @@ KINDS = {
 class Recipe:
     """How a student is quantized; every field has a default.
 
+    Fields that are None become what the target takes that the student was made for (`on`).
+
     Attributes:
         weight_bits, act_bits: widths 1 to 8, or 32 for float.
         first_bits, last_bits: width of weights and input of the first and of the last trained
@@ -53,10 +55,10 @@ class Recipe:
     last_bits: int = 8
     sum_bits: int = 8
     method: Method = "lsq"
-    per_channel: bool = True
-    power_of_two: bool = False
-    act_power_of_two: bool = False
-    zero_points: bool = True
+    per_channel: bool | None = None
+    power_of_two: bool | None = None
+    act_power_of_two: bool | None = None
+    zero_points: bool | None = None
     equalize: bool = True
     copies: int = 1
 
@@ -92,6 +94,17 @@ class Recipe:
                 )
         return replace(recipe or cls(), **changes)
 
+    def on(self, student: Student) -> "Recipe":
+        """The recipe with what the student's target takes in place of every None."""
+        target = student.graph.target
+        taken = {
+            "per_channel": "per_channel" in target.get("weight_scales", ("per_channel",)),
+            "power_of_two": target.get("requantization") == "power_of_two",
+            "act_power_of_two": target.get("act_scales") == "power_of_two",
+            "zero_points": target.get("zero_points", True),
+        }
+        return replace(self, **{key: x for key, x in taken.items() if getattr(self, key) is None})
+
     @property
     def short(self) -> str:
         """Both widths, such as W4A4."""
@@ -101,7 +114,7 @@ class Recipe:
         """The width of every layer and grid (`uniform_widths`)."""
         ends = (self.first_bits, self.last_bits)
         trained = (self.weight_bits, self.act_bits)
-        return uniform_widths(student, *trained, *ends, self.sum_bits, self.per_channel)
+        return uniform_widths(student, *trained, *ends, self.sum_bits, bool(self.per_channel))
 
     def weights(self, module: WeightedOperator, bits: int) -> dict[str, Any]:
         """The description, for `attach`, of a quantizer of a layer's weights."""
@@ -115,14 +128,14 @@ class Recipe:
     @property
     def acts_in_powers(self) -> bool:
         """Whether scales of activations are powers of two."""
-        return self.power_of_two or self.act_power_of_two
+        return bool(self.power_of_two or self.act_power_of_two)
 
     def activations(self, bits: int, samples: Tensor) -> dict[str, Any]:
         """The description, for `attach`, of a quantizer of activations like these."""
         return {
             "kind": KINDS[self.method][1],
             "bits": bits,
-            "low": lowest_level(samples, bits, self.acts_in_powers, self.zero_points),
+            "low": lowest_level(samples, bits, self.acts_in_powers, bool(self.zero_points)),
             "power_of_two": self.acts_in_powers,
         }
 

@@ -69,7 +69,7 @@ def sensitivity(
         For every offer by name and width the divergence, in nats a decision (an input, a position).
     """
     batches = list(batches)
-    trials = _trials(student, batches, offers, recipe or Recipe())
+    trials = _trials(student, batches, offers, (recipe or Recipe()).on(student))
     (axis,), output = student.graph.classes, student.graph.output
     lost = {name: {trial.bits: Loss(axis) for trial in tried} for name, tried in trials.items()}
     device = next(student.parameters()).device

@@ -79,7 +79,7 @@ def copy_values(
             assert isinstance(module, WeightedOperator)
             step = torch.zeros_like(module.weight)
             if recipe.weight_bits != FLOAT:
-                rows = module.weight.detach().flatten(int(recipe.per_channel))
+                rows = module.weight.detach().flatten(int(bool(recipe.per_channel)))
                 rows = rows.reshape(-1, rows.shape[-1])
                 found[layer] = WeightLSQ(recipe.weight_bits, len(rows), bool(recipe.power_of_two))
                 _share(found[layer], rows, copies)

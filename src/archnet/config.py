@@ -150,12 +150,20 @@ class TaskConfig:
     """What the network is for."""
 
     name: str = _name("images")  # names the run folder's parent and the metrics
-    # classification, segmentation, translation, or the place of a job of your own
-    # (package.module:Class).
+    # classification, segmentation, translation, features (any network, without labels), custom
+    # (any data and metric), or a job of your own (package.module:Class).
     kind: str = "classification"
     num_classes: int | None = _number(None, 2)  # null: counted in the data
     # The number that pixels without a class have in masks, for segmentation; null: all have one.
     ignored: int | None = _number(255, 0, 255)
+    # A LightningDataModule of your own (package.module:Class), for custom and features, and its
+    # arguments. It gives batches of inputs, or of inputs and labels; null: images, as in `data`.
+    datamodule: str | None = None
+    datamodule_kwargs: dict[str, Any] = field(default_factory=dict)
+    # A torchmetrics metric (torchmetrics.regression:MeanSquaredError) that compares results with
+    # labels, for custom, and its arguments. null: how far the student is from its teacher.
+    metric: str | None = None
+    metric_kwargs: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
@@ -715,7 +723,8 @@ def validate(config: Config) -> None:
     """
     _validate(config, "")
     data = config.task.data
-    if data.root is None and data.source in ("auto", "folder", "parquet"):
+    is_own = config.task.datamodule is not None
+    if data.root is None and data.source in ("auto", "folder", "parquet") and not is_own:
         raise ConfigError("task.data.root is missing: task.data.root=<folder with the data>")
     for name, values in (("mean", data.mean), ("std", data.std)):
         if values is not None and len(values) != data.channels:

@@ -120,10 +120,10 @@ def job_of(folder: RunFolder) -> Job:
 
 
 def _class_of(folder: RunFolder) -> type[Job]:
-    kind = folder.config().task.kind
-    if foreign := runs_code(kind):
+    task = folder.config().task
+    if foreign := runs_code(task):
         folder.require_trust(foreign)
-    return job_class(kind)
+    return job_class(task.kind)
 
 
 def opened(folder: RunFolder) -> Job:
@@ -364,6 +364,7 @@ def _metrics(job: Job, finished: dict[str, Facts]) -> dict[str, Any]:
         "cost": {key: finished["cost"][key] for key in ("macs", "bops", "weight_bytes")},
         "audit": {key: finished["audit"][key] for key in ("pure", "violations", "not_judged")},
         "parity": parity,
+        **({"outputs": scores["outputs"]} if len(scores.get("outputs", ())) > 1 else {}),
         "data": {
             "unit": job.unit,
             "inputs_seen": finished["distill"]["inputs_seen"],

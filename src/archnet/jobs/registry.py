@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from archnet.config import Config, nearest
+from archnet.config import Config, TaskConfig, nearest
 from archnet.errors import ConfigError
 from archnet.plugins import imported
 
@@ -33,6 +33,8 @@ _KINDS = {
     "segmentation": Kind(
         "archnet.jobs.segmentation:Segmentation", "archnet.tasks.check:check_masks"
     ),
+    "features": Kind("archnet.jobs.features:Features", "archnet.tasks.check:check_features"),
+    "custom": Kind("archnet.jobs.custom:Custom"),
     "translation": Kind("archnet.jobs.translation:Translation", "archnet.tasks.check:check_text"),
 }
 
@@ -56,9 +58,14 @@ def require_kind(name: str) -> None:
         )
 
 
-def runs_code(name: str) -> str:
-    """What making a job runs beyond what archnet brings; empty: nothing."""
-    return "" if name in _KINDS else f"task.kind={name}"
+def runs_code(task: TaskConfig) -> str:
+    """What making a job runs beyond what archnet and torchmetrics bring; empty: nothing."""
+    named = {
+        "kind": "" if task.kind in _KINDS else task.kind,
+        "datamodule": task.datamodule,
+        "metric": "" if (task.metric or "").startswith("torchmetrics.") else task.metric,
+    }
+    return " and ".join(f"task.{key}={place}" for key, place in named.items() if place)
 
 
 def job_class(name: str) -> type[Job]:

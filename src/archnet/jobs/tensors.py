@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -22,7 +22,8 @@ from archnet.distill import distill
 from archnet.errors import ArchnetError
 from archnet.jobs.job import Facts, Inputs, Job
 from archnet.ops import Student
-from archnet.ops.scores import Comparison
+from archnet.ops.scores import Comparison, each
+from archnet.plugins import first_line
 from archnet.quant import FLOAT
 
 PARITY_INPUTS = 500  # on which the exported file is compared with the student
@@ -123,38 +124,71 @@ class TensorJob(Job):
         )
 
     def evaluate(self, student: Student) -> Facts:
+        """As `Job.evaluate`; of results without classes also how far they are from the teacher's.
+
+        Their largest ``relative_error`` (in per cent) and least ``cosine`` are figures of the
+        student; ``outputs`` has those of each.
+        """
         networks = {
             "teacher": self.captured.scores().to(self.device),
             "student": student.to(self.device).eval(),
         }
         judges: dict[str, Mapping[str, Metric]] = {}
-        (axis,) = student.graph.classes
-        beside, count, labelled = Comparison(axis), 0, False
+        beside = [Comparison(axis) for axis in student.graph.classes]
+        count, labelled = 0, False
         with torch.inference_mode():
             for inputs, labels in self._test_batches():
-                results = {name: net(inputs.to(self.device)) for name, net in networks.items()}
-                beside.add(results["teacher"].cpu(), results["student"].cpu())
+                results = {
+                    name: [part.cpu() for part in each(network(inputs.to(self.device)))]
+                    for name, network in networks.items()
+                }
+                for one, *both in zip(beside, results["teacher"], results["student"], strict=True):
+                    one.add(*both)
                 count += len(inputs)
-                for name, result in results.items():
-                    judges.setdefault(name, self.metrics(tuple(result.shape[1:])))
-                if bool((labels >= 0).any()):
+                if _says_something(labels):
                     labelled = True
-                    _judge(judges, results, labels)
+                    _judge(judges, results, labels, self.metrics)
         student.cpu()
         if not count:
             raise ArchnetError("the test split is empty: set task.data.test_fraction above zero")
-        found = {
-            name: {key: points(one.compute()) if labelled else None for key, one in by.items()}
+        if not labelled:  # what would be measured is told without figures
+            shape = student.graph.shapes[student.graph.output]
+            judges = dict.fromkeys(networks, self.metrics(shape))
+        found: Facts = {
+            name: {key: self.figure(one) if labelled else None for key, one in by.items()}
             for name, by in judges.items()
         }
-        agreement = None if beside.agreement is None else points(beside.agreement)
-        return {**found, "agreement": agreement, "inputs": count}
+        return {**found, **self._beside(found["student"], beside), "inputs": count}
 
-    def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def figure(self, metric: Metric) -> float:
+        """What is told of a metric: of shares, points."""
+        return points(metric.compute())
+
+    @staticmethod
+    def _beside(figures: Facts, beside: Sequence[Comparison]) -> Facts:
+        """Agreement of all decisions; what is told of results without classes."""
+        decisions = sum(one.decisions for one in beside)
+        changed = sum(one.changed for one in beside)
+        agreement = points(1 - changed / decisions) if decisions else None
+        numbers = [one for one in beside if one.axis is None]
+        if numbers:
+            figures["relative_error"] = max(points(one.relative_error) for one in numbers)
+            figures["cosine"] = min(round(one.cosine, 6) for one in numbers)
+        outputs = [
+            {
+                "agreement": None if one.agreement is None else points(one.agreement),
+                "relative_error": points(one.relative_error),
+                "cosine": round(one.cosine, 6),
+            }
+            for one in beside
+        ]
+        return {"agreement": agreement, "outputs": outputs}
+
+    def _test_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Those of the test split, up to `trainer.limit_eval` inputs."""
         left = self.config.trainer.limit_eval
         for inputs, labels in self.data.test_dataloader():
-            yield inputs[:left], labels[:left]
+            yield inputs[:left], None if labels is None else labels[:left]
             if left is not None and (left := left - len(inputs)) <= 0:
                 return
 
@@ -203,23 +237,37 @@ class TensorJob(Job):
         return inputs
 
 
+def _says_something(labels: Tensor | None) -> bool:
+    """Whether there is a label in a batch: -1 is an input, or a pixel, without one."""
+    if labels is None or labels.is_floating_point():
+        return labels is not None
+    return bool((labels >= 0).any())
+
+
 def _judge(
-    judges: Mapping[str, Mapping[str, Metric]], results: Mapping[str, Tensor], labels: Tensor
+    judges: dict[str, Mapping[str, Metric]],
+    results: Mapping[str, list[Tensor]],
+    labels: Tensor | None,
+    metrics: Callable[[tuple[int, ...]], Mapping[str, Metric]],
 ) -> None:
-    """Show every metric what its network makes of a batch.
+    """Show every metric what its network makes of a batch; the first batch makes them.
 
     Raises:
         ArchnetError: a metric takes other results or labels than these.
     """
-    for name, metrics in judges.items():
-        for key, metric in metrics.items():
+    for name, parts in results.items():
+        result: Any = parts[0] if len(parts) == 1 else tuple(parts)
+        if name not in judges:
+            judges[name] = metrics(tuple(parts[0].shape[1:]))
+        for key, metric in judges[name].items():
             try:
-                metric.update(results[name].cpu(), labels)
+                metric.update(result, labels)
             except Exception as error:  # whatever a metric of the user's raises
-                line = " ".join(str(error).split())[:200]
+                shapes = " and ".join(str(tuple(part.shape)) for part in parts)
+                given = None if labels is None else tuple(labels.shape)
                 raise ArchnetError(
-                    f"metric {key} does not take results {tuple(results[name].shape)} and labels "
-                    f"{tuple(labels.shape)}: {line}"
+                    f"metric {key} does not take results {shapes} with labels {given}: "
+                    f"{first_line(error)}"
                 ) from error
 
 

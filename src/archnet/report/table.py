@@ -12,9 +12,13 @@ from rich.text import Text
 
 from archnet.errors import ArchnetError, printable
 
+# Of a student, what is told in another way.
+_NO_FIGURES = ("agreement", "per_second")
 METRICS = {
     "accuracy": "accuracy, points",
     "miou": "mean IoU, points",
+    "relative_error": "relative error, %",
+    "cosine": "cosine similarity",
     "bleu": "BLEU",
     "chrf": "chrF",
 }
@@ -71,13 +75,10 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         name = f"mixed, {share}, {quant['method']}"
     lines = [
         ("network", teacher["name"], f"{metrics['hardware']}, {name}"),
-        *(
-            (title, _points(teacher[key]), _points(student[key]))
-            for key, title in METRICS.items()
-            if key in student
-        ),
-        ("agreement, points", "", f"{student['agreement']:.2f}"),
+        *_figures(teacher, student),
     ]
+    if student["agreement"] is not None:
+        lines.append(("agreement, points", "", f"{student['agreement']:.2f}"))
     # Metrics of before have no such figure, nor has what was not made by conversion.
     error = metrics.get("conversion", {}).get("error")
     if error is not None:
@@ -133,8 +134,20 @@ def amount(value: float, unit: str) -> str:
     return f"{value:.3g} T{unit}"
 
 
-def _points(value: float | None) -> str:
-    return "no labels" if value is None else f"{value:.2f}"
+def _figures(
+    teacher: Mapping[str, Any], student: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    """What both networks are judged by; a metric that is not archnet's own has its own name."""
+    for key, value in student.items():
+        if key in METRICS or not (key in _NO_FIGURES or isinstance(value, str)):
+            before = _figure(teacher[key]) if key in teacher else ""
+            yield METRICS.get(key, key), before, _figure(value)
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "no labels"
+    return f"{value:.2f}" if abs(value) >= 1.005 else f"{value:.4g}"
 
 
 def _widths(chosen: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Whether the data of a config can be what its task reads, before torch loads."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from archnet.config import Config
@@ -67,3 +68,10 @@ def check_masks(config: Config) -> None:
             "teacher.train=true needs masks of the training images, and they have none: "
             "teacher.train=false teacher.weights=<file> takes a teacher that is trained"
         )
+
+
+def check_features(config: Config) -> None:
+    """Look for images whose labels say nothing; a datamodule is looked at when it is made."""
+    if config.task.datamodule is None:
+        data = replace(config.task.data, labels="ignore")
+        check_images(replace(config, task=replace(config.task, data=data)))

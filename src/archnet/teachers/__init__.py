@@ -4,7 +4,13 @@ Training one is `archnet.teachers.fit`, which is imported where that is done: it
 """
 
 from archnet.teachers.families import MEMBERS, Member, member, random_network
-from archnet.teachers.load import TeacherError, from_factory, load_teacher, load_translator
+from archnet.teachers.load import (
+    TeacherError,
+    from_factory,
+    load_network,
+    load_teacher,
+    load_translator,
+)
 from archnet.teachers.marian import MarianTokens, load_marian, require_marian
 from archnet.teachers.nets import NETS, CifarResNet, DigitNet, ResNet9
 from archnet.teachers.taps import TappedTeacher
@@ -23,6 +29,7 @@ __all__ = [
     "Transformer",
     "from_factory",
     "load_marian",
+    "load_network",
     "load_teacher",
     "load_translator",
     "member",

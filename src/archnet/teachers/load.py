@@ -82,6 +82,36 @@ def load_teacher(
     return model
 
 
+def load_network(
+    config: TeacherSource, example: Tensor, *, num_classes: int | None = None
+) -> nn.Module:
+    """A teacher with any inputs and results, in eval mode, its parameters frozen.
+
+    Args:
+        config: as of `load_teacher`.
+        example: a batch of inputs (B, ...), which is passed through.
+        num_classes: of a network that is built for a number of classes.
+
+    Raises:
+        TeacherError: as of `load_teacher`, or the network does not take the example.
+    """
+    channels = example.shape[1] if example.dim() > 1 else 1
+    model = _build(config, num_classes, channels)
+    if config.weights not in (None, "published"):
+        fill(model, read_weights(Path(config.weights).expanduser()), config.weights)
+    model.eval().requires_grad_(False)
+    try:
+        with torch.no_grad():
+            model(example)
+    except Exception as error:  # whatever code of others raises
+        raise TeacherError(
+            f"teacher {config.name} does not accept the task's inputs, {tuple(example.shape)} with "
+            f"the batch: {first_line(error)}"
+        ) from error
+    require_finite(config.name, model)
+    return model
+
+
 def load_translator(config: TeacherSource, *, vocabulary: int, positions: int) -> Transformer:
     """A translating teacher in eval mode, its parameters frozen.
 

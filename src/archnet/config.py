@@ -725,7 +725,10 @@ def validate(config: Config) -> None:
     data = config.task.data
     is_own = config.task.datamodule is not None
     if data.root is None and data.source in ("auto", "folder", "parquet") and not is_own:
-        raise ConfigError("task.data.root is missing: task.data.root=<folder with the data>")
+        raise ConfigError(
+            "task.data.root is missing: task.data.root=<folder with the data>, or for task=features "
+            "and task=custom task.datamodule=package.module:MyData"
+        )
     for name, values in (("mean", data.mean), ("std", data.std)):
         if values is not None and len(values) != data.channels:
             raise ConfigError(

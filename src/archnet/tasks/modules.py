@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from archnet.errors import TaskError
 from archnet.loaders import LabelledBatch, Takes
 from archnet.plugins import current_folder, first_line, imported
-from archnet.tasks.sampling import Draw, StepBatchSampler
+from archnet.tasks.sampling import Draw, SequentialBatchSampler, StepBatchSampler
 
 
 class ModuleData:
@@ -46,7 +46,7 @@ class ModuleData:
             raise TaskError(
                 f"{self._key} is a {type(self.module).__name__}, not a LightningDataModule"
             )
-        self._asked("prepare_data", lambda: self.module.prepare_data())
+        self._asked("prepare_data", self.module.prepare_data)
         self._asked("setup", lambda: self.module.setup("fit"))
         self._asked("setup", lambda: self.module.setup("test"))
         self._train = self._loader("train")
@@ -117,14 +117,8 @@ class ModuleData:
 
     def calibration_batches(self, count: int) -> list[Tensor]:
         """The first ``count`` batches of the training part; fewer if it runs out."""
-        size, number = self.config.data.batch_size, len(self._dataset)
-        firsts = islice(range(0, number, size), count)
-        return [
-            self._dataset.__getitems__(
-                [Draw(item, 0) for item in range(first, first + size)[: number - first]]
-            )
-            for first in firsts
-        ]
+        batches = SequentialBatchSampler(len(self._dataset), self.config.data.batch_size)
+        return [self._dataset.__getitems__(draws) for draws in islice(batches, count)]
 
     def calibration_inputs(self, count: int) -> Tensor:
         """The first ``count`` of these inputs as one batch; fewer if they run out."""
@@ -182,9 +176,7 @@ def _shape_of(given: Any, name: str) -> tuple[int, ...]:
         values = list(first.values()) if isinstance(first, Mapping) else first
         first = next((x for x in values if isinstance(x, Tensor)), values[0])
     if not isinstance(first, Tensor) or not first.dim():
-        raise TaskError(
-            f"{name} is a {type(given).__name__} in which no tensor (B, ...) comes first"
-        )
+        raise TaskError(f"{name} is a {type(given).__name__} without a tensor (B, ...) of inputs")
     return tuple(first.shape[1:])
 
 

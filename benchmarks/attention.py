@@ -74,11 +74,11 @@ class Form(nn.Module):
 
 
 class Mixing(Form):
-    """Y = A V: `convert.attention=mixing`."""
+    """y = A V: `convert.attention=mixing`."""
 
 
 class Rectified(Form):
-    """Y = P [A V; A max([Q; K], 0)]: what tokens say of themselves, mixed as the values are."""
+    """y = P [A V; A max([Q; K], 0)]: what tokens say of themselves, mixed as the values are."""
 
     def __init__(self, data: Products) -> None:
         super().__init__(data)
@@ -105,7 +105,7 @@ class Rectified(Form):
 
 
 class Relation(Form):
-    """Y = P [A V; max_j (U q_i + W [k_j; v_j])]: the translation student's, beside the mixing."""
+    """y = P [A V; max_j (U q_i + W [k_j; v_j])]: the translation student's, beside the mixing."""
 
     def __init__(self, data: Products) -> None:
         super().__init__(data)

@@ -170,6 +170,13 @@ class TeacherGraph:
         """
         self.require_free_batch()
         module = self.program.module()
+        # Parameters of its own, in the same memory: a module that moves to another device moves
+        # those it has, and this graph's stay for what reads them next.
+        own: dict[int, nn.Parameter] = {}
+        for part in module.modules():
+            for name, parameter in [*part.named_parameters(recurse=False, remove_duplicate=False)]:
+                fresh = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                part.register_parameter(name, own.setdefault(id(parameter), fresh))
         graph = module.graph
         (result,) = [node for node in graph.nodes if node.op == "output"]
         by_name = {node.name: node for node in graph.nodes}
@@ -195,13 +202,6 @@ class TeacherGraph:
                 # A view asks for strides as they were at capture. Another memory format or
                 # another device's kernels give others.
                 node.target = torch.ops.aten.reshape.default
-        # Parameters of its own, in the same memory: a module that moves to another device moves
-        # those it has, and this graph's stay for what reads them next.
-        own: dict[int, nn.Parameter] = {}
-        for part in module.modules():
-            for name, parameter in [*part.named_parameters(recurse=False, remove_duplicate=False)]:
-                fresh = nn.Parameter(parameter.detach(), parameter.requires_grad)
-                part.register_parameter(name, own.setdefault(id(parameter), fresh))
         module.recompile()
         return _Features(module)
 

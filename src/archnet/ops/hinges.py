@@ -21,7 +21,7 @@ _PART = 2**17  # sums taken at a time on a CPU
 
 
 class HingeLines(WeightedOperator):
-    """K lines w_k z + b_k of z = x, or of z = x + sign * y: (B, ...) -> (B, ..., K).
+    """The K lines w_k z + b_k of z = x, or of z = x + sign * y: (B, ...) -> (B, ..., K).
 
     Both have as many axes; along one where either has a single entry it serves all of the other's.
     Weight (K, 1), or (K, 2) with the columns w and sign * w. All of it is constant.
@@ -180,7 +180,7 @@ class _Line(torch.autograd.Function):
 
 
 def _sums(first: Tensor, second: Tensor, sign: int) -> Iterable[tuple[slice, Tensor]]:
-    """Z = first + sign * second of some samples at a time, few enough for a CPU's cache."""
+    """z = first + sign * second of some samples at a time, few enough for a CPU's cache."""
     size = max(1, first[0].numel())
     some = max(1, _PART // size) if first.device.type == "cpu" else len(first)
     z = torch.empty(first[:some].shape, dtype=first.dtype, device=first.device)

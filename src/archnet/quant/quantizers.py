@@ -325,7 +325,7 @@ class Quantizer(nn.Module):
         return self._rounded(x, self.values(x))
 
     def _rounded(self, x: Tensor, values: int) -> Tensor:
-        """X on the grid, where so many values of one sample share a scale."""
+        """Round x onto the grid, where so many values of one sample share a scale."""
         entry = self.entry or Steps([self]).entries[self]
         share = entry.steps.share(self, self.factor(values))
         where = entry.gain, entry.loss, entry.scale
@@ -422,7 +422,7 @@ class ActivationLSQ(Quantizer):
         super().__init__(bits, low, high, 1, self.learned, power_of_two)
 
     def forward(self, x: Tensor, values: int | None = None) -> Tensor:
-        """X on the grid; ``values`` is how many a sample has, where x is no batch of samples."""
+        """Round x onto the grid; ``values`` counts those of a sample, where x is no batch."""
         return self._rounded(x, self.values(x) if values is None else values)
 
     def spec(self) -> dict[str, Any]:

@@ -29,19 +29,19 @@ from archnet.ops.native import FUNCTIONS
 
 @rule("aten.relu.default")
 def relu(site: Site) -> Value:
-    """Y = max(x, 0)."""
+    """y = max(x, 0)."""
     return site.builder.activation(site.feature("self"), 0.0, math.inf)
 
 
 @rule("aten.relu6.default")
 def relu6(site: Site) -> Value:
-    """Y = min(max(x, 0), 6)."""
+    """y = min(max(x, 0), 6)."""
     return site.builder.activation(site.feature("self"), 0.0, 6.0)
 
 
 @rule("aten.hardtanh.default")
 def hardtanh(site: Site) -> Value:
-    """Y = min(max(x, low), high); torch traces ReLU6 to it with 0 and 6."""
+    """y = min(max(x, low), high); torch traces ReLU6 to it with 0 and 6."""
     low, high = site.argument("min_val"), site.argument("max_val")
     return site.builder.activation(site.feature("self"), float(low), float(high))
 
@@ -55,7 +55,7 @@ def hardtanh(site: Site) -> Value:
     "aten.clamp_max.Tensor",
 )
 def clip(site: Site) -> Value:
-    """Y = min(max(x, low), high); an absent bound is infinite, a tensor has one for each entry."""
+    """y = min(max(x, low), high); an absent bound is infinite, a tensor has one for each entry."""
     low, high = (site.node.arguments.get(bound) for bound in ("min", "max"))
     if any(isinstance(bound, Tensor | Ref) for bound in (low, high)):
         value = site.value("self")
@@ -72,14 +72,14 @@ def clip(site: Site) -> Value:
 
 @rule("aten.hardsigmoid.default")
 def hardsigmoid(site: Site) -> Value:
-    """Y = min(max(x / 6 + 1/2, 0), 1): a scale and a shift that fold, and a clip."""
+    """y = min(max(x / 6 + 1/2, 0), 1): a scale and a shift that fold, and a clip."""
     line = site.form("self").affine(torch.tensor([1 / 6]).double(), torch.tensor([0.5]).double())
     return site.builder.activation(site.builder.build(line), 0.0, 1.0)
 
 
 @rule("aten.threshold.default")
 def threshold(site: Site) -> Value:
-    """X where it is above t, else v: a clip where v is t, and else a jump."""
+    """y = x where x > t, else v: a clip where v is t, and else a jump."""
     low, value = float(site.argument("threshold")), float(site.argument("value"))
     if low != value:
         raise site.error(f"jumps from {value} to {low}; only a clip has a rule: let both be {low}")
@@ -91,7 +91,7 @@ def threshold(site: Site) -> Value:
     "aten.rrelu.default",
 )
 def leaky_relu(site: Site) -> Value:
-    """Y = a x + (1 - a) max(x, 0): a ReLU and its own input, added.
+    """y = a x + (1 - a) max(x, 0): a ReLU and its own input, added.
 
     Of a randomised one (RReLU) the slope is the mean of its two, as in eval mode.
     """
@@ -132,7 +132,7 @@ def absolute(site: Site, x: Feature) -> Form:
 
 @rule("aten.softshrink.default")
 def softshrink(site: Site) -> Value:
-    """Y = max(x - t, 0) - max(-x - t, 0)."""
+    """y = max(x - t, 0) - max(-x - t, 0)."""
     form, t = site.form("self"), float(site.argument("lambd"))
     shift = torch.tensor([-t]).double()
     sides = [

@@ -14,7 +14,7 @@ from archnet.ops import Pad, Permute, Reshape
 
 @rule("aten.conv2d.default", "aten.conv2d.padding")
 def convolution(site: Site) -> Value:
-    """Y = W * x + b, read as a linear form.
+    """y = W * x + b, read as a linear form.
 
     A per-channel scale and shift in front of an unpadded 1x1 convolution goes into its weights.
     In front of any other convolution it stays, because zero padding comes after it.

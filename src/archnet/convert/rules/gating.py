@@ -16,7 +16,7 @@ from archnet.ops import Multiply
 
 
 def gate(site: Site) -> Value:
-    """Y = x s, nearly a x + b s + c for every channel, fitted by least squares.
+    """y = x s, nearly a x + b s + c for every channel, fitted by least squares.
 
     A product around its means is x s = E[s] x + E[x] s - E[x] E[s] + (x - E[x]) (s - E[s]). Where
     that pays, the last term is made of hinges of a sum (`fit.product`); where it does not, least

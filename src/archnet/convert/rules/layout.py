@@ -207,7 +207,10 @@ def _flipped(site: Site, feature: Feature, axes: Iterable[int]) -> Feature:
 
 @rule("aten.rot90.default")
 def quarter_turns(site: Site) -> Value:
-    """K turns from the first axis towards the second: flips, and an exchange where k is odd."""
+    """Turn k times by a quarter, from the first axis towards the second.
+
+    A turn is made of flips, and of an exchange of the axes where k is odd.
+    """
     turns, (first, second) = site.argument("k") % 4, site.argument("dims")
     turned = {0: [], 1: [second], 2: [first, second], 3: [first]}[turns]
     feature = _flipped(site, site.feature("self"), map(site.axis, turned))

@@ -8,7 +8,7 @@ from archnet.convert.rules.base import Site, matrix_on, rule
 
 @rule("aten.linear.default")
 def linear(site: Site) -> Value:
-    """Y = W x + b on the last axis: the fully connected operator itself."""
+    """y = W x + b on the last axis: the fully connected operator itself."""
     weight, bias = site.fixed("weight"), site.fixed("bias")
     assert weight is not None
     rows = torch.atleast_2d(weight)

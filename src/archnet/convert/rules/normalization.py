@@ -24,7 +24,7 @@ from archnet.ops import Activation, Concat, LayerNorm, Reshape
 
 @rule("aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default")
 def batch_norm(site: Site) -> Value:
-    """Y = (x - mean) / sqrt(var + eps) * gamma + beta: a scale and a shift for every channel.
+    """y = (x - mean) / sqrt(var + eps) * gamma + beta: a scale and a shift for every channel.
 
     Behind a convolution or linear layer they go into its weights; in front of a padded
     convolution they become a batch norm operator.
@@ -48,7 +48,7 @@ def batch_norm(site: Site) -> Value:
 
 @rule("aten.layer_norm.default", "aten.rms_norm.default")
 def layer_norm(site: Site) -> Value:
-    """Y = (x - E[x]) / sqrt(V[x]) * gamma + beta over a token, in a compact or a faithful form.
+    """y = (x - E[x]) / sqrt(V[x]) * gamma + beta over a token, in a compact or a faithful form.
 
     Compact, nearly a batch norm: mean and deviation of every token give way to one scale and one
     shift for every channel (the paper's section on Transformers; PowerNorm, Shen et al. 2020, arXiv

@@ -20,7 +20,7 @@ _LEAST = 0.01  # size of an axis that hardly moves, of the largest one
 
 @rule(PRODUCT)
 def matrix_product(site: Site) -> Value:
-    """Y = A B of two features, with hinges for the product of every pair (`fit.product`).
+    """y = A B of two features, with hinges for the product of every pair (`fit.product`).
 
     For every head, with means a and b by inner axis, A B = (A - a)(B - b) + (A - a) b + a B. The
     last two are layers; the first is sum_c f(x_ic + y_cj) - f(x_ic) - f(y_cj), where x and y are

@@ -27,7 +27,7 @@ from archnet.ops import Pad
     "aten.rsub.Scalar",
 )
 def addition(site: Site) -> Value:
-    """Y = a + alpha b, read as one linear form with the terms of both.
+    """y = a + alpha b, read as one linear form with the terms of both.
 
     Built by `Builder.build`: matrices at the same positions join in one layer over the
     concatenated features, [W_a, W_b] [a; b]; whatever stays is concatenated and added by
@@ -60,7 +60,7 @@ def weighted_sum(site: Site, items: Sequence[Any], weights: Sequence[Tensor]) ->
 
 @rule("aten.lerp.Scalar", "aten.lerp.Tensor")
 def interpolation(site: Site) -> Value:
-    """Y = (1 - w) a + w b for a constant w."""
+    """y = (1 - w) a + w b for a constant w."""
     weight = site.fixed("weight")
     assert weight is not None
     return weighted_sum(site, [site.argument("self"), site.argument("end")], [1 - weight, weight])
@@ -68,7 +68,7 @@ def interpolation(site: Site) -> Value:
 
 @rule("aten.addcmul.default", "aten.addcdiv.default")
 def scaled_addition(site: Site) -> Value:
-    """Y = a + v b c, or a + v b / c, of which b or c is a constant, and a may be one."""
+    """y = a + v b c, or a + v b / c, of which b or c is a constant, and a may be one."""
     first, second = (site.argument(name) for name in ("tensor1", "tensor2"))
     is_ratio = "div" in site.node.operator
     if isinstance(second, Ref) and (is_ratio or isinstance(first, Ref)):
@@ -101,7 +101,7 @@ def choice(site: Site) -> Value:
 
 @rule("aten.mul.Tensor", "aten.div.Tensor")
 def scaling(site: Site) -> Value:
-    """Y = c x for a number or a constant tensor (layer scale): goes into the weights.
+    """y = c x for a number or a constant tensor (layer scale): goes into the weights.
 
     A product of two features is a gate; see `archnet.convert.rules.gating`.
     """
@@ -117,13 +117,13 @@ def scaling(site: Site) -> Value:
 
 @rule("aten.neg.default")
 def negation(site: Site) -> Value:
-    """Y = -x."""
+    """y = -x."""
     return affine(site, site.value("self"), number(-1.0), number(0.0))
 
 
 @rule("aten.cat.default")
 def concatenation(site: Site) -> Value:
-    """Y = [x_1; x_2; ...] along any axis but the batch.
+    """y = [x_1; x_2; ...] along any axis but the batch.
 
     A constant at either end (a class token) is a padding with zeros, and then a shift; one between
     features is a value of its own.

@@ -22,7 +22,7 @@ Write = Callable[[Tensor, Tensor], Tensor]
 
 @rule("aten.slice_scatter.default")
 def slice_write(site: Site) -> Value:
-    """Y = x, and then y[start:stop:step] = v along one axis."""
+    """y = x, and then y[start:stop:step] = v along one axis."""
     dim, bounds = site.argument("dim"), [site.argument(key) for key in ("start", "end", "step")]
     axis = _axis(site, dim)
     places = range(*slice(*bounds).indices(site.node.shape[axis - 1]))
@@ -31,7 +31,7 @@ def slice_write(site: Site) -> Value:
 
 @rule("aten.select_scatter.default")
 def entry_write(site: Site) -> Value:
-    """Y = x, and then y[i] = v along an axis that v does not have."""
+    """y = x, and then y[i] = v along an axis that v does not have."""
     dim, index = site.argument("dim"), site.argument("index")
     axis = _axis(site, dim)
     places = [index % site.node.shape[axis - 1]]
@@ -40,7 +40,7 @@ def entry_write(site: Site) -> Value:
 
 @rule("aten.index_put.default")
 def indexed_write(site: Site) -> Value:
-    """Y = x, and then y[indices] = v, or plus v where it accumulates."""
+    """y = x, and then y[indices] = v, or plus v where it accumulates."""
     indices, adds = site.argument("indices"), bool(site.argument("accumulate"))
     held = [_constant_index(site, index) for index in indices]
     axes, dim = [], 0
@@ -63,7 +63,7 @@ def indexed_write(site: Site) -> Value:
 
 @rule("aten.index_fill.int_Scalar", "aten.index_fill.int_Tensor", "aten.index_copy.default")
 def entries_write(site: Site) -> Value:
-    """Y = x, and then y[index] = v along one axis."""
+    """y = x, and then y[index] = v along one axis."""
     dim, index = site.argument("dim"), _constant_index(site, site.argument("index"))
     axis, fills = _axis(site, dim), "fill" in site.node.operator
     assert index is not None
@@ -76,13 +76,13 @@ def entries_write(site: Site) -> Value:
 
 @rule("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
 def masked_write(site: Site) -> Value:
-    """Y = v where a constant mask says so, else x."""
+    """y = v where a constant mask says so, else x."""
     return _chosen(site, "mask", site.argument("value"), site.argument("self"))
 
 
 @rule("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf")
 def choice(site: Site) -> Value:
-    """Y = a where a constant mask says so, else b."""
+    """y = a where a constant mask says so, else b."""
     return _chosen(site, "condition", site.argument("self"), site.argument("other"))
 
 

@@ -726,8 +726,8 @@ def validate(config: Config) -> None:
     is_own = config.task.datamodule is not None
     if data.root is None and data.source in ("auto", "folder", "parquet") and not is_own:
         raise ConfigError(
-            "task.data.root is missing: task.data.root=<folder with the data>, or for task=features "
-            "and task=custom task.datamodule=package.module:MyData"
+            "task.data.root is missing: task.data.root=<folder with the data>; task=features and "
+            "task=custom take task.datamodule=package.module:MyData as well"
         )
     for name, values in (("mean", data.mean), ("std", data.std)):
         if values is not None and len(values) != data.channels:

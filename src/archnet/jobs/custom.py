@@ -46,6 +46,7 @@ class Custom(TensorJob):
 
     def open(self) -> None:
         set_up(self.config.trainer)
+        self.metrics(())  # what cannot be made is said now, not after training
         self.data = self.read()
         lightning.seed_everything(self.config.seed, verbose=False)
         self.teacher = run_teacher(self.config, self.folder, self.data, self._load)

@@ -49,9 +49,10 @@ class ModuleData:
         self._asked("prepare_data", self.module.prepare_data)
         self._asked("setup", lambda: self.module.setup("fit"))
         self._asked("setup", lambda: self.module.setup("test"))
-        self._train = self._loader("train")
-        self._dataset = _Unlabelled(self._train, self._key)
+        self._dataset = _Unlabelled(self._drawn_from(), self._key)
         self.takes = self._dataset.takes
+        for split in ("val", "test"):  # asked now, not after training
+            self._loader(split)
 
     def _asked(self, name: str, ask: Callable[[], Any]) -> Any:
         try:
@@ -63,12 +64,16 @@ class ModuleData:
 
     def _loader(self, split: str) -> Any:
         name = f"{split}_dataloader"
-        kind = type(self.module)
-        if getattr(kind, name, None) is getattr(lightning.LightningDataModule, name):
-            raise TaskError(f"{self._key} has no {name}: a run trains, looks and measures by three")
-        loader = self._asked(name, getattr(self.module, name))
-        if split != "train":
-            return loader
+        if getattr(type(self.module), name) is getattr(lightning.LightningDataModule, name):
+            raise TaskError(
+                f"{self._key} has no {name}: archnet trains with train_dataloader, without labels, "
+                "looks at val_dataloader on the way and measures on test_dataloader"
+            )
+        return self._asked(name, getattr(self.module, name))
+
+    def _drawn_from(self) -> DataLoader[Any]:
+        """The training part's loader, whose dataset gives samples by number."""
+        loader = self._loader("train")
         is_drawn_from = isinstance(loader, DataLoader) and hasattr(loader.dataset, "__getitem__")
         if not is_drawn_from or isinstance(loader.dataset, IterableDataset):
             raise TaskError(

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from archnet.errors import TaskError
-from archnet.tasks import masks, sources
+from archnet.tasks import masks as found_masks
+from archnet.tasks import sources
 from archnet.tasks.image_data import ImageData
 from archnet.tasks.images import FORMATS, Augmentation, Labels, Layout
 
@@ -29,7 +30,7 @@ class SegmentationData(ImageData):
     """Images whose labels are classes of pixels, (B, H, W) int64; -1 is a pixel without one."""
 
     def _read(self) -> sources.Splits:
-        return masks.read(self.config.data, self.config.name)
+        return found_masks.read(self.config.data, self.config.name)
 
     @cached_property
     def num_classes(self) -> int | None:
@@ -43,9 +44,7 @@ class SegmentationData(ImageData):
                 "task.data.augment.resized_crop has no meaning for masks: set it to 0 and take "
                 "crop and flip, or a teacher that is trained"
             )
-        ignored, classes = self.config.ignored, self.num_classes
-        found = part.masks
-        return Masks(found, part.images, items, self._layout, augmentation, ignored, classes)
+        return Masks(part, items, self._layout, augmentation, self.config.ignored, self.num_classes)
 
 
 @dataclass(eq=False)
@@ -53,17 +52,15 @@ class Masks:
     """Masks of images, decoded when they are asked for.
 
     Attributes:
-        masks: files, or uint8 (N, H, W) as large as the images; None: there are none.
-        images: those that they belong to.
-        items: which of them, by place.
+        split: the images and their masks.
+        items: which of them, by number.
         layout: of the images.
         augmentation: of the images.
         ignored: the number of pixels without a class; None: all have one.
         classes: how many there are; None: not known.
     """
 
-    masks: sources.Encoded | NDArray[np.uint8] | None
-    images: sources.Encoded | NDArray[np.uint8]
+    split: sources.Split
     items: Tensor
     layout: Layout
     augmentation: Augmentation | None
@@ -90,12 +87,13 @@ class Masks:
         return labels.masked_fill_(labels == _OUTSIDE, IGNORED)
 
     def _mask(self, item: int) -> NDArray[np.uint8]:
-        if self.masks is None:
+        masks = self.split.masks
+        if masks is None or self.split.labels[item] == sources.UNLABELLED:
             return np.full((self.layout.height, self.layout.width), _OUTSIDE, np.uint8)
-        if isinstance(self.masks, np.ndarray):
-            return self._classes(self.masks[item], f"mask {item}")
-        name = self.masks.name(item)
-        mask, size = _opened(self.masks, item), _opened(self.images, item).size
+        if isinstance(masks, np.ndarray):
+            return self._classes(masks[item], f"mask {item}")
+        name = masks.name(item)
+        mask, size = _opened(masks, item), _opened(self.split.images, item).size
         if mask.mode not in _MODES:
             raise TaskError(
                 f"{name} is {mask.mode}: a mask holds one number a pixel, its class (8 bits, "

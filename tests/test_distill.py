@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from archnet.capture import capture
 from archnet.config import DistillConfig, OptimizerConfig
 from archnet.convert import convert
-from archnet.distill import ArchDistillation, DistillError, distill, plan
+from archnet.distill import ArchDistillation, DistillError, plan
+from archnet.distill import train as distill
 from archnet.distill.cache import FeatureCache
 from archnet.distill.comparison import ResidualAdaptation, TapComparison, TeacherAttention
 from archnet.distill.run import newest_checkpoint

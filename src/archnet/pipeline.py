@@ -29,7 +29,7 @@ from archnet.capture import TeacherGraph, capture
 from archnet.config import Config, LoggerConfig, TeacherConfig
 from archnet.convert import Approximation
 from archnet.deploy import to_integers
-from archnet.distill import distill
+from archnet.distill import train as distill
 from archnet.errors import ArchnetError
 from archnet.files import full_disk
 from archnet.hardware import teacher_cost

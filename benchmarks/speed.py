@@ -31,7 +31,7 @@ from torchvision import models
 import archnet
 from archnet.capture import capture
 from archnet.compose import compose
-from archnet.distill import distill
+from archnet.distill import train
 from archnet.quant import Recipe
 
 IMAGE_SIZE, CLASSES = 224, 1000
@@ -130,9 +130,7 @@ def measure(schedule: str, batch_size: int, steps: int, threads: int) -> dict[st
         ],
     )
     with tempfile.TemporaryDirectory() as folder:
-        distill(
-            features, student, data, config.distill, trainer=config.trainer, folder=Path(folder)
-        )
+        train(features, student, data, config.distill, trainer=config.trainer, folder=Path(folder))
     # Beside the periods `local` asks for one more loader, to write the features from; the first
     # period, which asks for it, waits for it.
     training = data.requests if schedule == "joint" else data.requests[1:]

@@ -49,7 +49,7 @@ import archnet
 from archnet.capture import capture
 from archnet.compose import compose
 from archnet.convert import Approximation
-from archnet.distill import distill
+from archnet.distill import train as distill
 from archnet.ops import Student
 from archnet.runs.quant import run_quant
 from archnet.teachers import NETS, member, random_network

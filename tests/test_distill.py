@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from archnet.capture import capture
 from archnet.config import DistillConfig, OptimizerConfig
 from archnet.convert import convert
-from archnet.distill import ArchDistillation, DistillError, distill, plan
+from archnet.distill import ArchDistillation, DistillError, plan
+from archnet.distill import train as distill
 from archnet.distill.cache import FeatureCache
 from archnet.distill.comparison import ResidualAdaptation, TapComparison, TeacherAttention
 from archnet.distill.run import newest_checkpoint
@@ -268,7 +269,7 @@ def test_training_brings_the_student_nearer(tmp_path, schedule, helpers):
     config = options(schedule, steps=40, attention=helpers, adaptation=helpers)
     after, facts = train(tmp_path, config)
     assert distance(teacher, after) < 0.85 * distance(teacher, before)
-    assert facts["images_seen"] == 40 * BATCH
+    assert facts["inputs_seen"] == 40 * BATCH
     assert facts["unlabelled"] == IMAGES
     assert not (tmp_path / "features").exists()
     for ours, theirs in zip(after.parameters(), before.parameters(), strict=True):

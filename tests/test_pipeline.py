@@ -143,7 +143,7 @@ def test_a_full_disk_says_how_to_continue(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tensors, "distill", full)
+    monkeypatch.setattr(tensors, "train", full)
     with pytest.raises(RunError, match=r"the disk is full; .*resume=") as caught:
         conductor.run(make_config(*DEBUG))
     folder = Path(str(caught.value).rpartition("resume=")[2])

@@ -9,20 +9,44 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from archnet.api import Comparison, Verification, compare, distill, verify
     from archnet.convert import convert
     from archnet.deploy import audit, export, parity
-    from archnet.quant import quantize
+    from archnet.distill import ArchDistillation
+    from archnet.quant import Recipe, quantize, settle
 
 __version__ = "0.1.0"
 
-__all__ = ["audit", "convert", "export", "parity", "quantize"]
+__all__ = [
+    "ArchDistillation",
+    "Comparison",
+    "Recipe",
+    "Verification",
+    "audit",
+    "compare",
+    "convert",
+    "distill",
+    "export",
+    "parity",
+    "quantize",
+    "settle",
+    "verify",
+]
 
 _ROOMS = {
+    "ArchDistillation": "archnet.distill",
+    "Comparison": "archnet.api",
+    "Recipe": "archnet.quant",
+    "Verification": "archnet.api",
     "audit": "archnet.deploy",
+    "compare": "archnet.api",
     "convert": "archnet.convert",
+    "distill": "archnet.api",
     "export": "archnet.deploy",
     "parity": "archnet.deploy",
     "quantize": "archnet.quant",
+    "settle": "archnet.quant",
+    "verify": "archnet.api",
 }
 
 

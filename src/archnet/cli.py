@@ -1,6 +1,7 @@
-"""The `archnet` command: what comes after training."""
+"""The `archnet` command: a run, and what comes after it."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -8,10 +9,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import archnet
-from archnet.commands import COMMANDS
+from archnet.commands import COMMANDS, train
 from archnet.config import nearest
 from archnet.errors import ArchnetError
 from archnet.files import discard_output, full_disk
+from archnet.ranks import RUN_FOLDER
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 when a check finds something; 2 for errors, told in one line.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    if RUN_FOLDER in os.environ or list(given[:1]) == ["train"]:
+        # A run, or a process that takes part in one: its words are Hydra's.
+        return train.start(given[1:])
     try:
         options = _parse([re.sub(r"^(?=[a-z_]+=)", "--", text) for text in given])
         code = int(options.run_command(options))

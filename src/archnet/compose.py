@@ -151,7 +151,11 @@ def check(conf: Path, arguments: Sequence[str]) -> list[str]:
         raise ConfigError("--experimental-rerun is not for archnet: resume=<run folder>")
     overrides = list(options.overrides)
     if options.config_dir:
-        overrides.append(f"hydra.searchpath=[file://{Path(options.config_dir).resolve()}]")
+        own = Path(options.config_dir)
+        if not own.is_dir():
+            raise ConfigError(f"--config-dir={own}: there is no such folder")
+        # In place of what conf/config.yaml says: targets are files of the package.
+        overrides.append(f"hydra.searchpath=[pkg://archnet,file://{own.resolve()}]")
     if options.config_path:
         conf = Path(options.config_path)
     name = options.config_name or "config"

@@ -767,6 +767,15 @@ def pair(weight_bits: int, act_bits: int) -> str:
     return f"w{weight_bits}a{act_bits}"
 
 
+def validate_distill(options: DistillConfig) -> None:
+    """Check the options of a distillation alone.
+
+    Raises:
+        ConfigError: names the first impossible key and the nearest valid value.
+    """
+    _validate(options, "distill.")
+
+
 def validate_hardware(hardware: HardwareConfig) -> None:
     """Check the values of a target alone.
 

@@ -6,7 +6,7 @@ batch is a tensor, a tuple (inputs, labels), or a mapping with the names of the 
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from archnet.errors import ArchnetError, CaptureError, TaskError, printable
 
@@ -24,6 +24,7 @@ Loadable = Tensor | np.ndarray[Any, Any] | Iterable[Any] | Callable[[], Iterable
 Inputs = Tensor | np.ndarray[Any, Any] | Sequence[Any] | Mapping[str, Any]
 # Samples that calibration reads of what is no list: as many as `quant.calibration_batches` of 64.
 CALIBRATION = 512
+FITTING = 256  # that conversion reads, as many as `convert.calibration`
 # Batches that are read where all are asked for; an iterable without a length may have no end.
 MOST_BATCHES = 10_000
 # What a mapping calls the input of a network that has one, and the labels.
@@ -100,8 +101,10 @@ class Takes:
         parts = list(given)
         if not parts:
             raise error(f"{place} is an empty {type(given).__name__}")
-        nested = isinstance(parts[0], tuple | list | Mapping)
-        if nested and not _is_numbers(parts[0]):
+        if isinstance(parts[0], Mapping) or (
+            isinstance(parts[0], tuple | list)
+            and any(isinstance(x, Tensor | np.ndarray | Mapping) for x in parts[0])
+        ):
             inputs, _ = self._parted(parts[0], place, error)
             return inputs, parts[1] if len(parts) > 1 else None
         if wanted == 1:
@@ -200,15 +203,15 @@ class Batches:
             return [data]
         if isinstance(data, Mapping):
             return [data]
-        if isinstance(data, tuple) and self._is_batch(data):
+        if isinstance(data, tuple | list) and self._is_batch(data):
             return [data]
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             raise self.error(
                 f"{self.name} is a {type(data).__name__}, a dataset of single samples: give "
                 f"DataLoader({self.name}, batch_size=64)"
             )
-        readable = callable(data) and not isinstance(data, type | torch.nn.Module)
-        if isinstance(data, str | bytes) or not (isinstance(data, Iterable) or readable):
+        readable = isinstance(data, Iterable) or callable(data)
+        if isinstance(data, str | bytes | type | torch.nn.Module) or not readable:
             kind = "None" if data is None else f"a {type(data).__name__}"
             raise self.error(
                 f"{self.name} is {kind}: give a tensor (B, ...), a list of such batches, or a "
@@ -216,8 +219,8 @@ class Batches:
             )
         return data
 
-    def _is_batch(self, data: tuple[Any, ...]) -> bool:
-        """Whether a tuple is one batch of several inputs: (x, y) may as well be two batches."""
+    def _is_batch(self, data: Sequence[Any]) -> bool:
+        """Whether a sequence is all inputs of a network that takes several."""
         tensors = all(isinstance(x, Tensor | np.ndarray) for x in data)
         return tensors and len(data) == len(self.takes.shapes) > 1
 
@@ -286,10 +289,21 @@ class Batches:
                 )
             yield batch
 
+    @property
+    def known_samples(self) -> int | None:
+        """How many samples a pass has, where the data say so without being read."""
+        if isinstance(self._data, DataLoader) and isinstance(self._data.dataset, Sized):
+            return len(self._data.dataset)
+        if self.is_list:
+            return sum(len(batch.inputs[0]) for batch in self.labelled())
+        return None
+
     def samples(self, most: int) -> int:
         """How many samples a pass has, counted up to ``most``."""
         if self._once:
             return most
+        if self.known_samples is not None:
+            return min(most, self.known_samples)
         found = 0
         for batch in self.labelled():
             found += len(batch.inputs[0])
@@ -299,9 +313,9 @@ class Batches:
 
 
 def calibration_batches(
-    data: Loadable, takes: Takes, error: type[ArchnetError]
+    data: Loadable, takes: Takes, error: type[ArchnetError], most: int = CALIBRATION
 ) -> list[Tensor | tuple[Tensor, ...]]:
-    """Unlabelled batches to calibrate with: of a list all, of anything else `CALIBRATION` samples.
+    """Unlabelled batches to calibrate with: of a list all, of anything else ``most`` samples.
 
     Raises:
         ArchnetError: (``error``) there are none, or they cannot be read.
@@ -311,7 +325,7 @@ def calibration_batches(
     for batch in batches:
         found.append(batch)
         samples += len(batch if isinstance(batch, Tensor) else batch[0])
-        if samples >= CALIBRATION and not batches.is_list:
+        if samples >= most and not batches.is_list:
             break
     return found
 

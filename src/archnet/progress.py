@@ -14,8 +14,8 @@ _log = logging.getLogger(__name__)
 
 
 def in_terminal() -> bool:
-    """Whether a bar can be drawn."""
-    return sys.stdout.isatty() and sys.stderr.isatty()
+    """Whether a bar can be drawn: in a terminal, and in a notebook."""
+    return "ipykernel" in sys.modules or (sys.stdout.isatty() and sys.stderr.isatty())
 
 
 class Lines:

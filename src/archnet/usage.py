@@ -26,6 +26,11 @@ _COMMANDS = (
     ("python train.py -m experiment=demo quant.bits=2,4,8", "a sweep: three runs"),
     ("python train.py resume=<run folder>", "go on with a run that was stopped"),
     ("python train.py ... --cfg job", "print what a command composes to, and run nothing"),
+    ("archnet train ...", "the same as python train.py ..., from any folder once installed"),
+    (
+        "archnet train --config-dir own task=mine",
+        "with groups of your own, as in own/task/mine.yaml",
+    ),
     ("python train.py ... trainer=debug", "every step of a run, with next to no work in it"),
     ("archnet --help", "what comes after training: evaluate, export, verify, audit, ..."),
 )

@@ -2,6 +2,7 @@
 
 from archnet.capture.graph import (
     Batch,
+    Features,
     Ref,
     TeacherGraph,
     TeacherNode,
@@ -16,6 +17,7 @@ __all__ = [
     "CARRIERS",
     "Batch",
     "CaptureError",
+    "Features",
     "Inputs",
     "Ref",
     "TeacherGraph",

@@ -36,6 +36,7 @@ from archnet.capture.unwrap import (
     view,
 )
 from archnet.errors import CaptureError
+from archnet.loaders import Takes
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,14 @@ class TeacherGraph:
     fixed_batch: bool = False
     head: Sequence[TeacherNode] = ()
 
+    @property
+    def takes(self) -> Takes:
+        """What the teacher's inputs are."""
+        values = {node.name: node.meta.get("val") for node in self.program.graph.nodes}
+        given = {name: values[name] for name in self.inputs}
+        whole = {name for name, x in given.items() if not x.is_floating_point()}
+        return Takes(self.inputs, frozenset(whole))
+
     def require_free_batch(self) -> None:
         """
         Raises:
@@ -160,7 +169,7 @@ class TeacherGraph:
                 counts[name] = counts.get(name, 0) + 1
         return counts
 
-    def features(self, nodes: Sequence[str]) -> nn.Module:
+    def features(self, nodes: Sequence[str]) -> "Features":
         """The teacher as a module that returns the values of ``nodes`` and then its scores.
 
         The module shares the captured weights; it is in eval mode, as captured.
@@ -203,7 +212,8 @@ class TeacherGraph:
                 # another device's kernels give others.
                 node.target = torch.ops.aten.reshape.default
         module.recompile()
-        return _Features(module)
+        args, named = self.program.example_inputs
+        return Features(module, len(args), list(named))
 
     def scores(self) -> nn.Module:
         """The teacher as a module that returns its scores: what a student is compared with.
@@ -216,23 +226,29 @@ class TeacherGraph:
         return _Scores(self.features([]))
 
 
-class _Features(nn.Module):
-    """A captured graph that moves to another device as any module does.
+class Features(nn.Module):
+    """A captured graph that returns chosen values, and moves to another device as any module does.
 
     `torch.export` keeps constants as plain attributes, and writes the device of the capture into
     the operators that make tensors.
+
+    Args:
+        captured: the graph.
+        unnamed: how many inputs it was captured with that have no names.
+        names: of the others, which are passed by these.
     """
 
-    def __init__(self, captured: Any) -> None:
+    def __init__(self, captured: Any, unnamed: int, names: Sequence[str]) -> None:
         super().__init__()
-        self.captured = captured
+        self.captured, self.unnamed, self.names = captured, unnamed, names
         for name, value in [*vars(captured).items()]:
             if isinstance(value, Tensor):
                 delattr(captured, name)
                 captured.register_buffer(name, value, persistent=False)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return cast(tuple[Tensor, ...], self.captured(*inputs))
+        named = dict(zip(self.names, inputs[self.unnamed :], strict=True))
+        return cast(tuple[Tensor, ...], self.captured(*inputs[: self.unnamed], **named))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

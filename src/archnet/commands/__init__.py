@@ -13,11 +13,25 @@ from archnet.commands import (
     evaluate,
     export,
     report,
+    train,
     translate,
     verify,
 )
 
+_IN_ORDER = (train, audit, cost, coverage, export, verify, compile, evaluate, translate, report)
+
 COMMANDS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (audit, cost, coverage, export, verify, compile, evaluate, translate, report)
+    for module in (
+        train,
+        audit,
+        cost,
+        coverage,
+        export,
+        verify,
+        compile,
+        evaluate,
+        translate,
+        report,
+    )
 }

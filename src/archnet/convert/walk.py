@@ -25,7 +25,9 @@ from archnet.convert.narrow import narrow
 from archnet.convert.rules import RULES
 from archnet.convert.rules.base import Alternative, Approximation, Site, Values, error_at
 from archnet.convert.taps import choose_taps
+from archnet.errors import CaptureError
 from archnet.hardware import Target, student_cost
+from archnet.loaders import FITTING, Loadable, calibration_batches
 from archnet.lower import lower
 from archnet.ops import NodeReport, Student, Tap, WeightedOperator
 from archnet.ops.scores import axis_of
@@ -43,7 +45,7 @@ def convert(
     taps: Sequence[str] | None = None,
     inner_taps: bool = False,
     seed: int = 0,
-    calibration: Inputs | None = None,
+    calibration: Loadable | None = None,
     approximation: Approximation | None = None,
 ) -> Student:
     """Convert a trained network into a student of the target's operators.
@@ -58,7 +60,8 @@ def convert(
             (block outputs) when absent.
         inner_taps: whether outputs of approximations inside the blocks are compared as well.
         seed: of the random start.
-        calibration: unlabelled inputs, a few hundred samples as one batch; what has no exact form
+        calibration: unlabelled inputs, a few hundred samples: a batch, a list of batches, or a
+            loader, of which `archnet.loaders.FITTING` samples are read. What has no exact form
             is fitted to the teacher's features on them. `example_inputs` when absent.
         approximation: the forms that are fitted; its defaults when absent.
 
@@ -81,12 +84,7 @@ def convert(
         graph = capture(teacher, example_inputs)
     _require_rules(graph)
     tap_nodes = choose_taps(graph, taps)
-    name = "example_inputs" if calibration is None else "calibration"
-    given = example_inputs if calibration is None else calibration
-    if isinstance(given, Mapping) and isinstance(example_inputs, Mapping):
-        # Inputs have the order of the example's.
-        given = {key: given[key] for key in example_inputs if key in given}
-    inputs = None if given is None else tuple(inputs_of(given, name).values())
+    inputs = _fitting_inputs(graph, example_inputs, calibration)
 
     def build(form: Approximation) -> Built:
         return _build(graph, fuse(graph), target, tap_nodes, inputs, form, inner_taps)
@@ -122,6 +120,18 @@ def convert(
 
     compare(built, graph, inputs, search)
     return built.student
+
+
+def _fitting_inputs(
+    graph: TeacherGraph, example: Inputs | None, calibration: Loadable | None
+) -> tuple[Tensor, ...] | None:
+    """What approximations are fitted to, all samples together, in the order of the inputs."""
+    if calibration is None:
+        return None if example is None else tuple(inputs_of(example).values())
+    batches = calibration_batches(calibration, graph.takes, CaptureError, FITTING)
+    parts = [(x,) if isinstance(x, Tensor) else x for x in batches]
+    inputs = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return tuple(inputs_of(inputs, "calibration").values())
 
 
 def _counted_in_macs(target: TargetLimits) -> Target:

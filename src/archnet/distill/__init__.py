@@ -1,7 +1,9 @@
 """Arch-Distillation: the student's features follow the teacher's, without labels."""
 
-from archnet.distill.run import distill
+from archnet.distill.options import options_of
+from archnet.distill.run import train
 from archnet.distill.schedule import DistillError, Period, plan
+from archnet.distill.teacher import captured, require_student
 from archnet.distill.text import TextDistillation, distill_text, plan_text
 from archnet.distill.training import ArchDistillation
 
@@ -10,8 +12,11 @@ __all__ = [
     "DistillError",
     "Period",
     "TextDistillation",
-    "distill",
+    "captured",
     "distill_text",
+    "options_of",
     "plan",
     "plan_text",
+    "require_student",
+    "train",
 ]

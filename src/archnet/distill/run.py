@@ -1,4 +1,4 @@
-"""`distill`: run the schedule with Lightning, from the last checkpoint if there is one."""
+"""`train`: run the schedule with Lightning, from the last checkpoint if there is one."""
 
 import signal
 import time
@@ -15,21 +15,27 @@ from torch import Tensor, nn
 
 from archnet.checkpoints import Checkpoints, resumable
 from archnet.distill.cache import CachedPairs, FeatureCache
-from archnet.distill.schedule import DistillError, Period, plan
-from archnet.distill.training import LOG_EVERY, ArchDistillation, DistillOptions
-from archnet.ops import Student, Tap, WeightedOperator
+from archnet.distill.schedule import DistillError, Period, outer_taps, plan_for
+from archnet.distill.training import LOG_EVERY, ArchDistillation, DistillOptions, channels_last
+from archnet.ops import Student
 from archnet.progress import progress_lines
 
 
 class TrainerOptions(Protocol):
     """What is read of `trainer`."""
 
-    accelerator: str
-    devices: int
-    strategy: str
-    precision: str
-    progress: bool
-    progress_seconds: float
+    @property
+    def accelerator(self) -> str: ...
+    @property
+    def devices(self) -> int | list[int]: ...
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def progress(self) -> bool: ...
+    @property
+    def progress_seconds(self) -> float: ...
 
 
 class UnlabelledData(Protocol):
@@ -126,12 +132,13 @@ class _Distillation(ArchDistillation):
         dataset = self.data.unlabelled()
         rows = min(self.options.cache_images, len(dataset))
         size = self.data.config.data.eval_batch_size
-        loader = self.data.step_loader(dataset, size, -(-rows // size))
-        taps = [f"teacher{index}" for index in range(len(_outer(self.student)))]
+        # As many as there could be at most: the loader of a user's may give smaller batches.
+        loader = self.data.step_loader(dataset, size, rows)
+        taps = [f"teacher{index}" for index in range(len(outer_taps(self.student)))]
 
         def features() -> Iterator[list[Tensor]]:
             for batch in loader:
-                images = batch.contiguous(memory_format=torch.channels_last)
+                images = channels_last(batch)
                 found, scores = self.teacher_features(images.to(self.device))
                 yield [images, *found[: len(taps)], scores]
 
@@ -181,7 +188,7 @@ class Speed(Callback):
         self.steps += 1
 
 
-def distill(
+def train(
     teacher: nn.Module,
     student: Student,
     data: UnlabelledData,
@@ -205,27 +212,27 @@ def distill(
 
     Returns:
         ``steps``, ``inputs_seen`` (images through the whole network, or image-blocks divided by
-        the number of blocks), ``unlabelled`` (distinct images), ``earlier`` (seconds before it was
+        the number of blocks), ``unlabelled`` (distinct images;
+        None of a stream), ``earlier`` (seconds before it was
         resumed) and ``images_per_s`` of this session.
 
     Raises:
         DistillError: a loss is not finite (naming tap and step), or training was interrupted.
     """
-    outer = _outer(student)
-    periods = plan(
-        options,
-        [tap.path for tap in outer],
-        _tail_is_trained(student),
-        len(student.taps) - len(outer),
-    )
+    if options.schedule == "local" and len(student.graph.inputs) > 1:
+        raise DistillError(
+            f"schedule=local is for networks of one input, and this one takes "
+            f"{', '.join(student.graph.inputs)}: take schedule=joint or progressive"
+        )
+    periods = plan_for(student, options)
     batch = data.config.data.batch_size
     facts: dict[str, Any] = {
         "steps": periods[-1].last if periods else 0,
         "inputs_seen": batch * options.steps if periods else 0,
-        "unlabelled": len(data.unlabelled()),
+        "unlabelled": _known_length(data.unlabelled()),
     }
     if periods and all(period.source is not None for period in periods):
-        facts["unlabelled"] = min(facts["unlabelled"], options.cache_images)
+        facts["unlabelled"] = min(len(data.unlabelled()), options.cache_images)
     if not periods:
         return facts
     student.train().to(memory_format=torch.channels_last)
@@ -315,21 +322,17 @@ def newest_checkpoint(folder: Path, module: lightning.LightningModule | None = N
     return next(filter(None, (resumable(path, module) for path in newest)), None)
 
 
-def _outer(student: Student) -> list[Tap]:
-    """The taps at which blocks begin and end; they come first in the student's list."""
-    return [tap for tap in student.taps if not tap.inner]
-
-
-def _tail_is_trained(student: Student) -> bool:
-    outer = _outer(student)
-    source = [outer[-1].value] if outer else student.graph.inputs
-    tail = student.steps_between(source, [student.graph.output])
-    operators = (student.operator(step.name) for step in tail)
-    return any(isinstance(op, WeightedOperator) and op.trainable for op in operators)
+def _known_length(dataset: Any) -> int | None:
+    """How many inputs there are; None of a stream that nobody has counted."""
+    return dataset.known_samples if hasattr(dataset, "known_samples") else len(dataset)
 
 
 def _strategy(options: TrainerOptions) -> Any:
     """Blocks outside a period get no gradient, which DDP has to expect."""
-    if options.devices > 1 and options.strategy in ("auto", "ddp"):
+    if (
+        isinstance(options.devices, int)
+        and options.devices > 1
+        and options.strategy in ("auto", "ddp")
+    ):
         return DDPStrategy(find_unused_parameters=True)
     return options.strategy

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from archnet.errors import ArchnetError
+from archnet.ops import Student, Tap, WeightedOperator
 
 Schedule = Literal["progressive", "joint", "local"]
 
@@ -113,6 +114,22 @@ def plan(
         joint = Period("joint", done, done + joint_steps, even, True, None, options.joint_rate)
         periods.append(joint)
     return [period for period in periods if period.steps > 0]
+
+
+def plan_for(student: Student, options: ScheduleOptions) -> list[Period]:
+    """The periods of a schedule for a student (`plan`)."""
+    outer = outer_taps(student)
+    source = [outer[-1].value] if outer else student.graph.inputs
+    tail = student.steps_between(source, [student.graph.output])
+    operators = (student.operator(step.name) for step in tail)
+    tail_is_trained = any(isinstance(op, WeightedOperator) and op.trainable for op in operators)
+    inner = len(student.taps) - len(outer)
+    return plan(options, [tap.path for tap in outer], tail_is_trained, inner)
+
+
+def outer_taps(student: Student) -> list[Tap]:
+    """The taps at which blocks begin and end; they come first in the student's list."""
+    return [tap for tap in student.taps if not tap.inner]
 
 
 def period_at(periods: Sequence[Period], step: int) -> Period:

@@ -84,6 +84,12 @@ class TextDistillation(ArchDistillation):
         super().__init__(teacher, student, periods, options)
         self.data, self.text = data, text
 
+    def features(self, teacher: nn.Module, student: Student) -> nn.Module:
+        return teacher
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch  # sentences, as `Sentences` has them
+
     def comparison(self, tap: Tap) -> nn.Module:
         if tap.path.endswith(".weights"):
             return AttentionComparison()

@@ -1,5 +1,6 @@
 """The LightningModule: a frozen teacher, a student, and losses at their taps."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -8,12 +9,18 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from archnet.capture import Features
 from archnet.distill.comparison import TapComparison
-from archnet.distill.schedule import DistillError, Period, period_at
+from archnet.distill.options import options_of
+from archnet.distill.schedule import DistillError, Period, period_at, plan_for
+from archnet.distill.teacher import features_of, require_student
+from archnet.loaders import Takes
 from archnet.memory import release
 from archnet.ops import Activation, Student, Tap, WeightedOperator
-from archnet.ops.scores import accuracy, agreement, loss, unexplained
+from archnet.ops.scores import accuracy, agreement, decisions, loss, unexplained
 from archnet.quant import Together, grid_steps
+
+_log = logging.getLogger(__name__)
 
 LOG_EVERY = 10  # steps between two that are logged
 
@@ -57,28 +64,55 @@ class DistillOptions(Protocol):
 class ArchDistillation(lightning.LightningModule):
     """Trains a student so that its features and class scores follow a frozen teacher's.
 
-    Args:
-        teacher: takes images and returns the features at the student's taps, in order, and then
-            the class scores. It is no part of the checkpoints.
-        student: from `convert`, quantized or not.
-        periods: the schedule.
-        options: `distill` of the config.
+    With a trainer of one's own::
 
-    A batch is images (B, C, H, W), or for a period with a source a pair of what a block reads and
-    what the teacher gives there.
+        module = archnet.ArchDistillation(teacher, student, steps=2000)
+        lightning.Trainer(max_steps=2000).fit(module, loader, val_loader)
+        archnet.settle(student.eval().cpu())
+
+    A batch is what `archnet.loaders` reads: the inputs (B, ...), with labels beside them or not,
+    which training drops. In a period with a source, which only `archnet.distill` runs, it is a
+    pair of what a block reads and what the teacher gives there.
+
+    Args:
+        teacher: the network that the student was converted from; it is captured, and stays as it
+            is. Or its `archnet.capture.Features` at the student's taps. It is no part of the
+            checkpoints.
+        student: from `convert`, quantized or not; it is trained in place.
+        periods: the schedule; None: planned from the options.
+        options: `distill` of the config; None: the defaults.
+        fields: keys of `distill` in the config that differ from the defaults: ``steps=2000,
+            schedule="progressive", lr=1e-3``.
+
+    Raises:
+        DistillError: the student is none, or is not this teacher's; the schedule is "local".
+        ConfigError: an unknown or impossible key.
     """
 
     def __init__(
         self,
         teacher: nn.Module,
         student: Student,
-        periods: Sequence[Period],
-        options: DistillOptions,
+        periods: Sequence[Period] | None = None,
+        options: DistillOptions | None = None,
+        **fields: Any,
     ) -> None:
         super().__init__()
+        require_student(student, teacher)
+        if options is None or fields:
+            options = options_of({"schedule": "joint", **fields})
+        if periods is None:
+            periods = plan_for(student, options)
+            if any(period.source is not None for period in periods):
+                raise DistillError(
+                    "schedule=local trains on cached features, which archnet.distill writes: call "
+                    "that, or take schedule=joint or progressive"
+                )
         # Outside the module tree: the teacher's weights belong neither to the checkpoints nor to
         # what DDP and the optimizer look after.
-        self._teacher = [teacher.requires_grad_(False)]
+        self._teacher = [self.features(teacher, student).requires_grad_(False)]
+        self._takes = Takes.of(student)
+        self._told = False
         self.student = student
         # Here, where the student is as calibrated: a resumed run moves in the units of the first.
         self._units = grid_steps(student)
@@ -93,11 +127,36 @@ class ArchDistillation(lightning.LightningModule):
         shape, options = self.student.graph.shapes[tap.value], self.options
         return TapComparison(shape, options.attention, options.adaptation)
 
+    def features(self, teacher: nn.Module, student: Student) -> nn.Module:
+        """What returns the teacher's features at the taps, in order, and then its scores."""
+        return teacher if isinstance(teacher, Features) else features_of(teacher, student)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """What a loader gives, as the steps below read it: inputs, and labels in validation."""
+        if self.trainer.training:
+            if period_at(self.periods, self.global_step).source is not None:
+                return batch
+            found = self._takes.batch(batch, "a batch of the training loader", DistillError)
+            if found.labels is not None and not self._told:
+                _log.warning("labels are dropped, only the inputs are read")
+                self._told = True
+            return found.given
+        found = self._takes.batch(batch, "a batch of the validation loader", DistillError)
+        return found.given, found.labels
+
     @property
     def teacher(self) -> nn.Module:
         return self._teacher[0]
 
     def on_fit_start(self) -> None:
+        most, planned = self.trainer.max_steps, self.periods[-1].last if self.periods else 0
+        if most != planned:
+            _log.warning(
+                "the trainer takes %s steps and the schedule has %d: learning rates follow the "
+                "schedule, so give both the same number",
+                most if most > 0 else "no fixed number of",
+                planned,
+            )
         # As the student's: convolutions on maps with channels last need no reordering.
         self.teacher.to(memory_format=torch.channels_last)
         self.teacher.to(self.device)
@@ -112,10 +171,10 @@ class ArchDistillation(lightning.LightningModule):
         with self._together[key].ready():
             return self.student.run(values, targets)
 
-    def teacher_features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    def teacher_features(self, *inputs: Tensor) -> tuple[list[Tensor], Tensor]:
         """The teacher's features at all taps and its class scores; no gradient."""
         with torch.no_grad():
-            *features, scores = self.teacher(images)
+            *features, scores = self.teacher(*inputs)
         return features, scores
 
     def enter(self, tap: int, feature: Tensor) -> dict[str, Tensor]:
@@ -143,6 +202,11 @@ class ArchDistillation(lightning.LightningModule):
         total = torch.stack(list(losses.values())).sum()
         if not math.isfinite(total.item()):
             culprit = next((k for k, v in losses.items() if not math.isfinite(v.item())), "total")
+            if not all(bool(x.isfinite().all()) for x in _tensors(batch)):
+                raise DistillError(
+                    f"the batch of step {self.global_step} has values that are not finite (nan or "
+                    "inf): look at what the loader gives"
+                )
             raise DistillError(
                 f"the loss at {culprit} is {total.item()} at step {self.global_step}: "
                 "lower distill.optimizer.lr or grid_lr; the last checkpoint is kept"
@@ -177,13 +241,15 @@ class ArchDistillation(lightning.LightningModule):
         earlier = self.student.steps_between(graph.inputs, [start])
         return [p for step in earlier for p in self.student.operator(step.name).parameters()]
 
-    def _through_the_network(self, images: Tensor, period: Period) -> dict[str, Tensor]:
-        images = self._mixed(images).contiguous(memory_format=torch.channels_last)
-        features, scores = self.teacher_features(images)
+    def _through_the_network(
+        self, batch: Tensor | tuple[Tensor, ...], period: Period
+    ) -> dict[str, Tensor]:
+        inputs = [channels_last(self._mixed(x)) for x in _tensors(batch)]
+        features, scores = self.teacher_features(*inputs)
         graph = self.student.graph
         taps = [self.student.taps[index] for index in period.weights]
         targets = [tap.value for tap in taps] + ([graph.output] if period.logits else [])
-        results = self.run({graph.inputs[0]: images}, targets)
+        results = self.run(dict(zip(graph.inputs, inputs, strict=True)), targets)
         losses = self.weighted(
             period,
             {
@@ -207,22 +273,21 @@ class ArchDistillation(lightning.LightningModule):
         weighted = torch.stack(list(losses.values())) * self._shares[period.first]
         return dict(zip(losses, weighted, strict=True))
 
-    def _mixed(self, images_BCHW: Tensor) -> Tensor:
-        """Some batches with every image blended with another (mixup, arXiv 1710.09412).
+    def _mixed(self, x: Tensor) -> Tensor:
+        """Some batches with every sample blended with another (mixup, arXiv 1710.09412).
 
         The teacher is asked what it makes of them, so that few images go further. Drawn from
         seed, step and rank: a resumed run draws the same.
         """
         if not self.options.mixup:
-            return images_BCHW
+            return x
         place = self.global_step * self.trainer.world_size + self.global_rank
         generator = torch.Generator().manual_seed(hash((torch.initial_seed(), place)) % 2**63)
         if float(torch.rand((), generator=generator)) >= self.options.mixup:
-            return images_BCHW
-        share_B111 = torch.rand(len(images_BCHW), 1, 1, 1, generator=generator)
-        order_B = torch.randperm(len(images_BCHW), generator=generator)
-        share_B111, order_B = share_B111.to(images_BCHW), order_B.to(images_BCHW.device)
-        return torch.lerp(images_BCHW[order_B], images_BCHW, share_B111)
+            return x
+        share = torch.rand(len(x), *[1] * (x.dim() - 1), generator=generator).to(x)
+        order_B = torch.randperm(len(x), generator=generator).to(x.device)
+        return torch.lerp(x[order_B], x, share)
 
     def _through_a_block(self, batch: tuple[Tensor, Tensor], period: Period) -> dict[str, Tensor]:
         (source, target), graph = batch, self.student.graph
@@ -245,17 +310,18 @@ class ArchDistillation(lightning.LightningModule):
         (axis,), kind = self.student.graph.classes, self.options.logits_loss
         return self.options.logits_weight * loss(kind, student.float(), teacher.float(), axis, real)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        images = images.contiguous(memory_format=torch.channels_last)
-        _, theirs = self.teacher_features(images)
-        ours = self.student(images)
+    def validation_step(self, batch: tuple[Any, Any], batch_idx: int) -> None:
+        given, labels = batch
+        inputs = [channels_last(x) for x in _tensors(given)]
+        _, theirs = self.teacher_features(*inputs)
+        ours = self.student(*inputs)
         (axis,), figures = self.student.graph.classes, {"val/logits": unexplained(ours, theirs)}
         if axis is not None:
             figures["val/agreement"] = agreement(ours, theirs, axis) * 100
-            if bool((labels >= 0).any()):  # all images of a split have labels, or none has
+            # All inputs of a split have labels, or none has.
+            if are_classes(labels, decisions(ours, axis)) and bool((labels >= 0).any()):
                 figures["val/accuracy"] = accuracy(ours, labels, axis) * 100
-        self.log_dict(figures, prog_bar=True, sync_dist=True, batch_size=len(images))
+        self.log_dict(figures, prog_bar=True, sync_dist=True, batch_size=len(inputs[0]))
 
     def on_validation_end(self) -> None:
         release()
@@ -322,6 +388,26 @@ class ArchDistillation(lightning.LightningModule):
             start, end = bounds[stretch], bounds[stretch + 1]
             position = min(1.0, (position - start) / (end - start))
         return 0.01 + 0.495 * (1 + math.cos(math.pi * position))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Maps (B, C, H, W) with channels last in memory; anything else as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def are_classes(labels: Any, decisions: Tensor) -> bool:
+    """Whether labels are the number of a class for each decision."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return False
+    return labels.shape == decisions.shape
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    """The tensors of a batch; sentences have their own form, and none are looked at."""
+    parts = (
+        [batch] if isinstance(batch, Tensor) else batch if isinstance(batch, tuple | list) else []
+    )
+    return [x for x in parts if isinstance(x, Tensor)]
 
 
 def _zeros(student: Student) -> dict[nn.Parameter, Tensor]:

@@ -18,7 +18,7 @@ from archnet.capture import TeacherGraph, capture
 from archnet.convert import Approximation
 from archnet.deploy import to_integers
 from archnet.deploy.export import form_named
-from archnet.distill import distill
+from archnet.distill import train
 from archnet.errors import ArchnetError
 from archnet.jobs.job import Facts, Inputs, Job
 from archnet.ops import Student
@@ -113,7 +113,7 @@ class TensorJob(Job):
     def distil(self, student: Student, loggers: Sequence[Logger]) -> Facts:
         # The captured teacher gives its features at the taps, by the nodes that conversion named.
         features = self.captured.features([tap.node for tap in student.taps])
-        return distill(
+        return train(
             features,
             student,
             self.data,

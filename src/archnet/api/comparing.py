@@ -1,0 +1,205 @@
+"""`archnet.compare`: teacher and student on the same inputs, and what each costs."""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from archnet.distill import captured, require_student
+from archnet.distill.training import are_classes
+from archnet.errors import ArchnetError
+from archnet.hardware import teacher_cost
+from archnet.loaders import Batches, LabelledBatch, Loadable, Takes
+from archnet.lower import deployed_cost
+from archnet.ops import Student
+from archnet.report.printed import Printed
+from archnet.report.table import amount
+
+
+class CompareError(ArchnetError):
+    """Teacher and student cannot be compared so."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Teacher and student on the same inputs.
+
+    Attributes:
+        inputs: how many.
+        agreement: decisions (the largest score of each sample or position) that are the same, in
+            points (0 to 100).
+        error: |student - teacher| / |teacher| of the results.
+        metric: the name of what follows; "" where the data have no labels.
+        teacher, student: by that metric; accuracy is in points.
+        macs, bops, weight_bytes: of one sample, by "teacher" and "student"; bit operations and
+            bytes of the teacher at W8A8. Those of a float student are at 32 bits.
+    """
+
+    inputs: int
+    agreement: float
+    error: float
+    metric: str
+    teacher: float | None
+    student: float | None
+    macs: dict[str, int]
+    bops: dict[str, int]
+    weight_bytes: dict[str, int]
+
+    def table(self) -> Printed:
+        """The figures, a row each."""
+        rows = []
+        if self.metric:
+            rows.append((self.metric, f"{self.teacher:.4g}", f"{self.student:.4g}"))
+        rows += [
+            ("agreement, points", "", f"{self.agreement:.2f}"),
+            ("relative error of the results", "", f"{self.error:.2e}"),
+        ]
+        for name, cost, unit in (
+            ("MACs", self.macs, ""),
+            ("bit operations (teacher at W8A8)", self.bops, ""),
+            ("weights (teacher at W8A8)", self.weight_bytes, "B"),
+        ):
+            rows.append((name, amount(cost["teacher"], unit), amount(cost["student"], unit)))
+        title = f"teacher and student on {self.inputs:,} inputs"
+        return Printed(title, ("", "teacher", "student"), rows)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook."""
+        return self.table()._repr_html_()
+
+
+def compare(
+    teacher: nn.Module,
+    student: Student,
+    data: Loadable,
+    metric: Metric | None = None,
+    *,
+    batches: int | None = None,
+) -> Comparison:
+    """Run teacher and student on the same inputs.
+
+    Args:
+        teacher: the network that the student was converted from; it stays as it is.
+        student: from `convert`, quantized or not; it runs where it is, in eval mode.
+        data: what `archnet.loaders` reads, with labels or without.
+        metric: any of torchmetrics', which is given scores and labels as it takes them; each
+            network gets a copy. None: accuracy, where labels are classes.
+        batches: how many are read; None: all, which have to end.
+
+    Returns:
+        Figures that print as a table.
+
+    Raises:
+        CompareError: the metric needs labels that are not there, or does not take these.
+        DistillError: student or teacher is none, they are swapped, or of another pair.
+        TaskError: the data do not fit the network, or have no end.
+    """
+    require_student(student, teacher)
+    if metric is not None and not isinstance(metric, Metric):
+        raise CompareError(
+            f"the metric is a {type(metric).__name__}: give one of torchmetrics, such as "
+            "torchmetrics.classification.MulticlassF1Score(num_classes=10)"
+        )
+    takes = Takes.of(student)
+    graph = captured(teacher, student)
+    tally = _Tally(metric)
+    was_training, device = student.training, next(student.parameters()).device
+    networks = graph.scores().to(device), student.eval()
+    try:
+        with torch.inference_mode():
+            for batch in Batches(data, takes).limited(batches, "batches"):
+                inputs = [x.to(device) for x in batch.inputs]
+                tally.add(*(network(*inputs) for network in networks), batch)
+    finally:
+        student.train(was_training)
+    example = tuple(x[:1] for x in takes.example())
+    before, after = teacher_cost(teacher, example, 8, 8), deployed_cost(student)
+    name, figures = tally.figures()
+    return Comparison(
+        inputs=tally.inputs,
+        agreement=100 * tally.same / max(1, tally.decisions),
+        error=math.sqrt(tally.difference / max(tally.size, 1e-300)),
+        metric=name,
+        teacher=figures[0],
+        student=figures[1],
+        macs={"teacher": before.macs, "student": after.macs},
+        bops={"teacher": before.bops, "student": after.bops},
+        weight_bytes={"teacher": before.weight_bytes, "student": after.weight_bytes},
+    )
+
+
+class _Tally:
+    """What is counted batch by batch."""
+
+    def __init__(self, metric: Metric | None) -> None:
+        self.inputs = self.same = self.decisions = self.labels = 0
+        self.right = [0, 0]
+        self.difference = self.size = 0.0
+        self.metrics = None if metric is None else [copy.deepcopy(metric).cpu() for _ in range(2)]
+        for copied in self.metrics or ():
+            copied.reset()
+
+    def add(self, theirs: Tensor, ours: Tensor, batch: LabelledBatch) -> None:
+        theirs, ours = theirs.float().cpu(), ours.float().cpu()
+        self.inputs += len(batch.inputs[0])
+        self.difference += float((ours - theirs).double().square().sum())
+        self.size += float(theirs.double().square().sum())
+        decided = [_decisions(scores) for scores in (theirs, ours)]
+        self.same += int((decided[0] == decided[1]).sum())
+        self.decisions += decided[0].numel()
+        labels = batch.labels.cpu() if isinstance(batch.labels, Tensor) else batch.labels
+        if self.metrics is not None:
+            self._update(theirs, ours, labels)
+        elif are_classes(labels, decided[0]):
+            known = labels >= 0
+            self.labels += int(known.sum())
+            for index, found in enumerate(decided):
+                self.right[index] += int((found == labels)[known].sum())
+
+    def _update(self, theirs: Tensor, ours: Tensor, labels: Any) -> None:
+        assert self.metrics is not None
+        name = type(self.metrics[0]).__name__
+        if labels is None:
+            raise CompareError(f"{name} needs labels: give batches (inputs, labels)")
+        for metric, scores in zip(self.metrics, (theirs, ours), strict=True):
+            try:
+                metric.update(scores, labels)
+            except Exception as error:  # a metric raises whatever its checks raise
+                shape = tuple(getattr(labels, "shape", ())) or type(labels).__name__
+                line = " ".join(str(error).split())[:200]
+                raise CompareError(
+                    f"{name} does not take results {tuple(scores.shape)} and labels {shape}: {line}"
+                ) from error
+
+    def figures(self) -> tuple[str, tuple[float | None, float | None]]:
+        """The name of the metric, and what it says of teacher and student."""
+        if self.metrics is None:
+            if not self.labels:
+                return "", (None, None)
+            teacher, student = (100 * right / self.labels for right in self.right)
+            return "accuracy, points", (teacher, student)
+        name, found = type(self.metrics[0]).__name__, []
+        for metric in self.metrics:
+            value = metric.compute()
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise CompareError(
+                    f"{name} gives no single number: take one that averages over its classes"
+                )
+            found.append(float(value))
+        return name, (found[0], found[1])
+
+
+def _decisions(scores: Tensor) -> Tensor:
+    """The class of the largest score of each sample or position.
+
+    Classes lie along the first axis behind the batch of (B, K) and of maps (B, K, H, W), else
+    along the last.
+    """
+    return scores.argmax(1 if scores.dim() in (2, 4) else -1)

@@ -1,0 +1,49 @@
+"""What `verify` found, as a table."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from archnet.report.printed import Printed
+
+if TYPE_CHECKING:
+    from archnet.deploy import Check
+
+
+def checks_table(title: str, inputs: int, checks: "Sequence[Check]") -> Printed:
+    """A row for every form and runtime; below, where one first differs, and what was skipped."""
+    rows, notes = [], []
+    for check in checks:
+        if check.skipped:
+            notes.append(f"{check.name}: skipped, it {check.skipped}")
+            continue
+        rows.append(
+            (
+                check.name,
+                check.runtime,
+                f"{check.inputs:,}",
+                f"{check.max_steps:g}",
+                percent(check.bit_equal),
+                str(check.changed),
+            )
+        )
+        if check.bit_equal < 1:
+            first = check.first or "not seen again with every step read out"
+            notes.append(f"{check.name}: first difference at {first}")
+            if check.hint:
+                notes.append(f"{check.name}: {check.hint}")
+    legend = (
+        "steps off: largest difference of an output, in units of its accumulator",
+        "bit-equal: outputs without a difference; changed: predictions",
+    )
+    return Printed(
+        f"{title}: against the golden integer model, {inputs:,} inputs",
+        ("", "run by", "inputs", "steps off", "bit-equal", "changed"),
+        rows,
+        (*legend, *notes),
+        left=2,
+    )
+
+
+def percent(share: float) -> str:
+    """Never 100 % where one output differs."""
+    return "100 %" if share == 1 else f"{min(100 * share, 99.999):.3f} %"

@@ -138,8 +138,8 @@ def quantize(
     own = uniform_widths(student, weight_bits, act_bits, *ends, sum_bits, per_channel)
     own = merged(own, widths) if widths is not None else own
     shared = shared_grids(student)
-    samples, result = observe_grids(student, shared, calibration)
-    student.graph.output_range = float(result.min()), float(result.max())
+    samples, results = observe_grids(student, shared, calibration)
+    student.graph.output_ranges = [(float(x.min()), float(x.max())) for x in results]
     recipe = Recipe(method, per_channel, power_of_two, act_power_of_two, zero_points)
     for module in student.operators.values():
         if power_of_two and isinstance(module, Summing):

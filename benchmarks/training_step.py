@@ -242,7 +242,7 @@ def train(teacher: nn.Module, student: Student, data: Any, strategy: Any, steps:
 def counted(teacher: nn.Module, student: Student, batch: Tensor) -> dict[str, int]:
     """Launches of the second step by part, and in all."""
     # Planned here: a plan looks at weights, which the meta device has not.
-    targets = [*(tap.value for tap in student.taps), student.graph.output]
+    targets = [*(tap.value for tap in student.taps), student.graph.outputs[0]]
     with torch.no_grad():
         student.run({student.graph.inputs[0]: batch[:1]}, targets)
     student, teacher = copy.deepcopy(student), copy.deepcopy(teacher)

@@ -100,7 +100,7 @@ class _Teacher:
         for node in self.graph.nodes:
             if node.name not in done:
                 done |= self._write(node)
-        return self.file.content([entry], [self.tensors[self.graph.output]])
+        return self.file.content([entry], [self.tensors[self.graph.outputs[0]]])
 
     def _write(self, node: TeacherNode) -> set[str]:
         """Write a node and those that are fused into it: their names."""
@@ -142,7 +142,7 @@ class _Teacher:
         """The node and its only readers of these kinds; the batch norm's arguments, if any."""
         names, norm = [node.name], {}
         uses = self.graph.uses()
-        while uses[names[-1]] == 1 and names[-1] != self.graph.output:
+        while uses[names[-1]] == 1 and names[-1] != self.graph.outputs[0]:
             (reader,) = [other for other in self.graph.nodes if names[-1] in other.refs()]
             kind = _READERS.get(reader.operator)
             if kind not in kinds:

@@ -124,7 +124,8 @@ def assert_same(model, images, folder):
     entry = model.steps[0].name
     values = model.run(images, keep=[entry])
     found = run(compiled(model, folder), values[entry])
-    np.testing.assert_array_equal(found, values[model.output].reshape(-1))
+    wanted = [values[name].reshape(len(images), -1) for name in model.outputs]
+    np.testing.assert_array_equal(found, np.concatenate(wanted, 1).reshape(-1))
 
 
 @needs_gcc

@@ -315,13 +315,13 @@ def small() -> tuple[torch.nn.Module, torch.Tensor]:
 def test_results_are_held_against_the_golden_model(off_by: int, changed: int, place: Path) -> None:
     student, x = small()
     model = to_integers(student)
-    golden = np.concatenate([model.run(x.numpy())[model.output]])
-    found = golden * model.output_unit
+    golden = np.concatenate([model.run(x.numpy())[model.outputs[0]]])
+    found = golden * model.unit(model.outputs[0])
     # The winner of each row falls by so many steps.
     found = found.reshape(-1, found.shape[-1])
     scores = found.copy()
     rows = np.arange(len(scores))
-    scores[rows, scores.argmax(-1)] -= off_by * float(model.output_unit.min())
+    scores[rows, scores.argmax(-1)] -= off_by * float(model.unit(model.outputs[0]).min())
     np.save(place.parent / "scores.npy", scores.reshape(golden.shape))
     installed(
         place,

@@ -48,7 +48,7 @@ def student(shape, *steps):
     """A student on the input "x"; each step is (name, module, *inputs), its weights random."""
     graph = StudentGraph(
         inputs=["x"],
-        output=steps[-1][0],
+        outputs=[steps[-1][0]],
         steps=[Step(name, inputs, f"teacher.{name}") for name, _, *inputs in steps],
         shapes={"x": shape},
         classes=[1],

@@ -100,7 +100,7 @@ def test_files_load_with_default_options_and_are_the_golden_model(bits, form):
     golden = to_integers(student)
     options = EXACT if 8 in bits else {}
     found = run(to_onnx(student, form), x, **options)
-    assert np.array_equal(np.rint(found / golden.output_unit), golden.run(x)[golden.output])
+    assert np.array_equal(np.rint(found / golden.unit(golden.outputs[0])), golden.results(x)[0])
 
 
 @given(
@@ -131,7 +131,7 @@ def test_clips_are_exact_at_every_border(bits, share, scale, relu, high, clip, f
     x = np.concatenate([halves, *near])[:, None]
     golden = to_integers(net)
     found = run(to_onnx(net, form, dialect=DialectConfig(clip=clip)), x)
-    assert np.array_equal(np.rint(found / step), golden.run(x)[golden.output])
+    assert np.array_equal(np.rint(found / step), golden.run(x)[golden.outputs[0]])
 
 
 def test_the_form_follows_from_the_student(tmp_path):
@@ -211,7 +211,8 @@ def test_biases_may_be_floats():
     kinds = {item.data_type for name, item in stored.items() if name.endswith(".bias")}
     assert kinds == {TensorProto.FLOAT}
     golden = to_integers(student)
-    assert np.array_equal(np.rint(run(model, x) / golden.output_unit), golden.run(x)[golden.output])
+    found = np.rint(run(model, x) / golden.unit(golden.outputs[0]))
+    assert np.array_equal(found, golden.results(x)[0])
 
 
 @pytest.mark.parametrize("bits", [(2, 4), (8, 8)])
@@ -220,20 +221,22 @@ def test_a_result_may_be_on_a_grid_of_what_calibration_saw(bits, tmp_path):
     student.graph.target = replace(
         Target.named("arch5"), dialect=DialectConfig(output="integer")
     ).description()
-    low, high = student.graph.output_range
+    ((low, high),) = student.graph.output_ranges
     assert low < 0 < high
-    assert Student.from_spec(student.spec()).graph.output_range == (low, high)
+    assert Student.from_spec(student.spec()).graph.output_ranges == [(low, high)]
     model = to_onnx(student)
     last = [node.op_type for node in model.graph.node][-4:]
     assert last == ["Gemm", "Clip", "QuantizeLinear", "DequantizeLinear"]
-    found, golden = run(model, images(100), **EXACT), to_integers(student).logits(images(100))
+    integers = to_integers(student)
+    found = run(model, images(100), **EXACT)
+    golden = integers.results(images(100))[0] * integers.unit(integers.outputs[0])
     step = (high - low) / 255
     inside = np.clip(golden, low, high)
     assert np.abs(found - inside).max() < 0.5001 * step
     (*_, check) = verify(student, images(100), ["qdq"])
     assert check.max_steps <= (0 if max(bits) <= 4 else 1)
     # Float students, and those of versions before, have no range: they keep a float result.
-    student.graph.output_range = None
+    student.graph.output_ranges = []
     assert to_onnx(student).graph.node[-1].op_type == "Gemm"
 
 

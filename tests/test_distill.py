@@ -130,7 +130,7 @@ def distance(teacher, student):
     images = Images().images
     with torch.no_grad():
         *features, scores = teacher(images)
-        values = [*(tap.value for tap in student.taps), student.graph.output]
+        values = [*(tap.value for tap in student.taps), student.graph.outputs[0]]
         ours = student.eval().run({student.graph.inputs[0]: images}, values)
     pairs = zip(ours, [*features, scores], strict=True)
     return sum(((a - b).square().mean() / b.var()).item() for a, b in pairs)

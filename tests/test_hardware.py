@@ -140,7 +140,7 @@ def residual_student():
     """Steps that come from two modules of a teacher."""
     graph = StudentGraph(
         inputs=["x"],
-        output="fc",
+        outputs=["fc"],
         steps=[
             Step("conv", ("x",), "stem.conv"),
             Step("pool", ("conv",), "stem.pool"),
@@ -231,7 +231,7 @@ def student(shape, steps, output=None):
     """A student from (name, module, inputs) on the input "x" of the given shape."""
     graph = StudentGraph(
         inputs=["x"],
-        output=output or steps[-1][0],
+        outputs=[output or steps[-1][0]],
         steps=[Step(name, tuple(inputs), "") for name, _, inputs in steps],
         shapes={"x": shape},
     )

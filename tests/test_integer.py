@@ -87,7 +87,7 @@ def pytorch_integers(
         twin = student.double()
         (value,) = twin.run({entry: start.double()}, [name])
         student.float()
-    unit = model.output_unit if name == model.output else model.grids[name].scale
+    unit = model.unit(model.outputs[0]) if name == model.outputs[0] else model.grids[name].scale
     return np.rint(value.numpy() / unit).astype(np.int64)
 
 
@@ -149,11 +149,11 @@ def test_every_value_agrees_with_pytorch_bit_for_bit(
     model = to_integers(student)
     images = torch.randn(16, 3, 12, 12)
     # A rounded value may carry another name in the student: that of its activation.
-    names = [*model.aliases, model.output]
+    names = [*model.aliases, model.outputs[0]]
     found = model.run(images.numpy(), [model.aliases.get(name, name) for name in names])
     for name in names:
         inside = model.aliases.get(name, name)
-        if name != model.output:
+        if name != model.outputs[0]:
             model.grids[name] = model.grids[inside]
         np.testing.assert_array_equal(
             found[inside], pytorch_integers(student, model, images, name), err_msg=name
@@ -167,9 +167,9 @@ def test_a_batch_norm_before_a_padded_convolution_is_an_affine_step(act_bits, se
     student = student_of(PreActivation(8), 4, act_bits)
     model = to_integers(student)
     images = torch.randn(16, 3, 12, 12)
-    found = model.run(images.numpy())[model.output]
+    found = model.run(images.numpy())[model.outputs[0]]
     np.testing.assert_array_equal(
-        found, pytorch_integers(student, model, images, student.graph.output)
+        found, pytorch_integers(student, model, images, student.graph.outputs[0])
     )
 
 
@@ -182,7 +182,7 @@ def test_up_to_four_bits_float32_agrees_too(method):
     with torch.no_grad():
         floats = student(images).numpy()
     np.testing.assert_array_equal(
-        model.run(images.numpy())[model.output], np.rint(floats / model.output_unit)
+        model.run(images.numpy())[model.outputs[0]], np.rint(floats / model.unit(model.outputs[0]))
     )
 
 
@@ -191,9 +191,7 @@ def test_runtime_rounding_and_fixed_point_agree_on_settled_scales():
     student = student_of(CifarResNet(8, width=4), 2, 4)
     images = torch.randn(64, 3, 12, 12).numpy()
     by_multiplier, by_float = to_integers(student), to_integers(student, "float")
-    np.testing.assert_array_equal(
-        by_multiplier.run(images)[by_multiplier.output], by_float.run(images)[by_float.output]
-    )
+    np.testing.assert_array_equal(by_multiplier.results(images)[0], by_float.results(images)[0])
 
 
 # Settling -----------------------------------------------------------------------------------
@@ -249,8 +247,8 @@ def steps_apart(network: nn.Module, weight_bits: int, act_bits: int, **options) 
     with torch.no_grad():
         floats = student(images).double().numpy()
     assert np.isfinite(floats).all()
-    found = model.run(images.numpy())[model.output]
-    return float(np.abs(np.rint(floats / model.output_unit) - found).max())
+    found = model.run(images.numpy())[model.outputs[0]]
+    return float(np.abs(np.rint(floats / model.unit(model.outputs[0])) - found).max())
 
 
 CHANGES = {
@@ -324,7 +322,8 @@ def test_layers_of_any_size_are_quantized_as_well_as_others(size):
             student = archnet.convert(network.eval(), images[:1])
             archnet.quantize(student, Recipe(4, 4), calibration=[images])
             found.append(((student(images) - expected).norm() / expected.norm()).item())
-            golden = to_integers(student).logits(images.numpy())
+            model = to_integers(student)
+            golden = model.results(images.numpy())[0] * model.unit(model.outputs[0])
             torch.testing.assert_close(
                 torch.from_numpy(golden).float(), student(images), rtol=1e-4, atol=1e-5
             )
@@ -440,9 +439,9 @@ def test_scales_that_are_powers_of_two_need_nothing_but_shifts(weight_bits, act_
             multiplier = np.abs(step.requantization.multiplier)
             assert not (multiplier & (multiplier - 1)).any()  # 1, or more where it goes left
     images = torch.randn(8, 3, 12, 12)
-    found = shifts.run(images.numpy())[shifts.output]
-    assert np.array_equal(found, multipliers.run(images.numpy())[multipliers.output])
-    assert np.array_equal(found, pytorch_integers(student, shifts, images, shifts.output))
+    found = shifts.run(images.numpy())[shifts.outputs[0]]
+    assert np.array_equal(found, multipliers.run(images.numpy())[multipliers.outputs[0]])
+    assert np.array_equal(found, pytorch_integers(student, shifts, images, shifts.outputs[0]))
 
 
 def test_an_unknown_requantization_is_an_error():

@@ -239,7 +239,7 @@ def quantized(kind: str, widths: tuple[int, int], **options: object) -> tuple[St
 
 def integers(student: Student, images: Tensor, target: Target | str, kind: str) -> np.ndarray:
     model = to_integers(student, kind, target=target)  # type: ignore[arg-type]
-    return model.run(images.numpy())[model.output] * model.output_unit
+    return model.run(images.numpy())[model.outputs[0]] * model.unit(model.outputs[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -536,7 +536,8 @@ def test_what_a_target_computes_by_itself_stays(kind, tmp_path):
     checks = verify(student, images.numpy(), ["qdq"])
     # A function of float32 may end on the other side of a border, now and then.
     assert all(check.bit_equal > 0.6 for check in checks), checks
-    unit = to_integers(student).output_unit
+    model = to_integers(student)
+    unit = model.unit(model.outputs[0])
     assert all(check.max_steps * unit.max() < 0.1 * expected.abs().max() for check in checks)
     for form in ("c", "tflite"):
         with pytest.raises(ArchnetError, match=r"hardware\.keeps_functions=false"):

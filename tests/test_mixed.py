@@ -301,7 +301,7 @@ def test_files_and_integers_of_mixed_widths(
         assert same.mismatches == 0
         assert same.max_abs_diff < 1e-4
     model = to_integers(again)
-    scores = torch.as_tensor(model.run(images.numpy())[model.output])
+    scores = torch.as_tensor(model.run(images.numpy())[model.outputs[0]])
     assert torch.equal(scores.argmax(1), mixed(images).argmax(1))
 
 

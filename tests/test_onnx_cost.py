@@ -504,7 +504,7 @@ def student(shape, *steps):
     """A student on "x"; each step is (name, module, *inputs), its weights random."""
     graph = StudentGraph(
         inputs=["x"],
-        output=steps[-1][0],
+        outputs=[steps[-1][0]],
         steps=[Step(name, inputs, "") for name, _, *inputs in steps],
         shapes={"x": shape},
     )

@@ -24,7 +24,7 @@ def step_by_step(student: Student, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def pieces(student: Student) -> list[Piece]:
-    return student._pieces(tuple(student.graph.inputs), (student.graph.output,))
+    return student._pieces(tuple(student.graph.inputs), tuple(student.graph.outputs))
 
 
 def gradients(student: Student, result: torch.Tensor) -> list[torch.Tensor]:
@@ -70,7 +70,7 @@ def test_parts_are_one_split() -> None:
     student = convert(Parted().eval(), x := torch.randn(2, 48, 6, 6))
     (split,) = [piece for piece in pieces(student) if isinstance(piece, Split)]
     assert len(split.names) == 3
-    torch.testing.assert_close(student(x), step_by_step(student, x)[student.graph.output])
+    torch.testing.assert_close(student(x), step_by_step(student, x)[student.graph.outputs[0]])
 
 
 def test_a_copy_runs_its_own_weights() -> None:
@@ -110,7 +110,7 @@ def test_hinges_of_pairs_run_as_one_function(bits: int) -> None:
     student.double()
     result, expected = (
         student(x.double()),
-        step_by_step(student, x.double())[student.graph.output],
+        step_by_step(student, x.double())[student.graph.outputs[0]],
     )
     torch.testing.assert_close(result, expected)
     for ours, theirs in zip(gradients(student, result), gradients(student, expected), strict=True):
@@ -142,7 +142,7 @@ def test_under_autocast_hinges_are_no_less_precise_than_one_by_one(bits: int) ->
     with torch.no_grad():
         expected = student(x)
         with torch.autocast("cpu", torch.bfloat16):
-            one_by_one = step_by_step(student, x)[student.graph.output]
+            one_by_one = step_by_step(student, x)[student.graph.outputs[0]]
     with torch.autocast("cpu", torch.bfloat16):
         result = student(x)
     result.float().square().mean().backward()
@@ -179,7 +179,7 @@ def test_functions_of_single_numbers_are_looked_up(bits: int) -> None:
     student.double()
     for batch in (x.double(), x[:2].double()):  # of two samples no table is made
         result = student(batch)
-        expected = step_by_step(student, batch)[student.graph.output]
+        expected = step_by_step(student, batch)[student.graph.outputs[0]]
         torch.testing.assert_close(result, expected)
         ours, theirs = gradients(student, result), gradients(student, expected)
         for mine, other in zip(ours, theirs, strict=True):

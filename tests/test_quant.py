@@ -312,7 +312,7 @@ def test_every_computed_value_lies_on_one_grid_where_it_is_read():
             assert input_quantizers(network)[step.name] is not None
             read += 1
     assert read > 10
-    assert isinstance(network.operator(network.graph.output), FullyConnected)
+    assert isinstance(network.operator(network.graph.outputs[0]), FullyConnected)
 
 
 class Joined(nn.Module):
@@ -666,7 +666,7 @@ def test_sums_are_finer_than_what_convolutions_read():
     convolutions = [name for name in bits if name.startswith("conv2d")]
     assert [bits[name] for name in convolutions] == [8, 4, 4, 8]
     assert sum(name.endswith("_narrow") for name in student.operators) >= 1
-    steps = student.steps_between(student.graph.inputs, [student.graph.output])
+    steps = student.steps_between(student.graph.inputs, [student.graph.outputs[0]])
     assert len(steps) == len(student.graph.steps)
     to_integers(student)
 

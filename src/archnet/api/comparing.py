@@ -1,7 +1,7 @@
 """`archnet.compare`: teacher and student on the same inputs, and what each costs."""
 
 import copy
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from archnet.errors import ArchnetError
 from archnet.hardware import teacher_cost
 from archnet.loaders import Batches, LabelledBatch, Loadable, Takes
 from archnet.lower import deployed_cost
-from archnet.ops import Student
+from archnet.ops import Student, scores
+from archnet.ops.scores import Axis, each
+from archnet.plugins import first_line
 from archnet.report.printed import Printed
 from archnet.report.table import amount
 
@@ -30,9 +32,9 @@ class Comparison:
 
     Attributes:
         inputs: how many.
-        agreement: decisions (the largest score of each sample or position) that are the same, in
-            points (0 to 100).
-        error: |student - teacher| / |teacher| of the results.
+        agreement: decisions (the class of each sample, pixel or position) that are the same, in
+            points (0 to 100); None where results have no classes.
+        error: |student - teacher| / |teacher| of the results; of several, the largest.
         metric: the name of what follows; "" where the data have no labels.
         teacher, student: by that metric; accuracy is in points.
         macs, bops, weight_bytes: of one sample, by "teacher" and "student"; bit operations and
@@ -40,7 +42,7 @@ class Comparison:
     """
 
     inputs: int
-    agreement: float
+    agreement: float | None
     error: float
     metric: str
     teacher: float | None
@@ -54,10 +56,9 @@ class Comparison:
         rows = []
         if self.metric:
             rows.append((self.metric, f"{self.teacher:.4g}", f"{self.student:.4g}"))
-        rows += [
-            ("agreement, points", "", f"{self.agreement:.2f}"),
-            ("relative error of the results", "", f"{self.error:.2e}"),
-        ]
+        if self.agreement is not None:
+            rows.append(("agreement, points", "", f"{self.agreement:.2f}"))
+        rows.append(("relative error of the results", "", f"{self.error:.2e}"))
         for name, cost, unit in (
             ("MACs", self.macs, ""),
             ("bit operations (teacher at W8A8)", self.bops, ""),
@@ -109,14 +110,15 @@ def compare(
         )
     takes = Takes.of(student)
     graph = captured(teacher, student)
-    tally = _Tally(metric)
+    tally = _Tally(metric, student.graph.classes)
     was_training, device = student.training, next(student.parameters()).device
     networks = graph.scores().to(device), student.eval()
     try:
         with torch.inference_mode():
             for batch in Batches(data, takes).limited(batches, "batches"):
                 inputs = [x.to(device) for x in batch.inputs]
-                tally.add(*(network(*inputs) for network in networks), batch)
+                found = [[x.float().cpu() for x in each(net(*inputs))] for net in networks]
+                tally.add(found[0], found[1], batch)
     finally:
         student.train(was_training)
     example = tuple(x[:1] for x in takes.example())
@@ -124,8 +126,8 @@ def compare(
     name, figures = tally.figures()
     return Comparison(
         inputs=tally.inputs,
-        agreement=100 * tally.same / max(1, tally.decisions),
-        error=math.sqrt(tally.difference / max(tally.size, 1e-300)),
+        agreement=tally.agreement,
+        error=max(one.relative_error for one in tally.beside),
         metric=name,
         teacher=figures[0],
         student=figures[1],
@@ -138,44 +140,56 @@ def compare(
 class _Tally:
     """What is counted batch by batch."""
 
-    def __init__(self, metric: Metric | None) -> None:
-        self.inputs = self.same = self.decisions = self.labels = 0
+    def __init__(self, metric: Metric | None, classes: Sequence[Axis]) -> None:
+        self.inputs = self.labels = 0
         self.right = [0, 0]
-        self.difference = self.size = 0.0
+        self.beside = [scores.Comparison(axis) for axis in classes]
         self.metrics = None if metric is None else [copy.deepcopy(metric).cpu() for _ in range(2)]
         for copied in self.metrics or ():
             copied.reset()
 
-    def add(self, theirs: Tensor, ours: Tensor, batch: LabelledBatch) -> None:
-        theirs, ours = theirs.float().cpu(), ours.float().cpu()
+    @property
+    def agreement(self) -> float | None:
+        """Of the decisions of all results, in points."""
+        decisions = sum(one.decisions for one in self.beside)
+        same = decisions - sum(one.changed for one in self.beside)
+        return 100 * same / decisions if decisions else None
+
+    def add(self, theirs: Sequence[Tensor], ours: Sequence[Tensor], batch: LabelledBatch) -> None:
+        """The results of both networks for a batch."""
         self.inputs += len(batch.inputs[0])
-        self.difference += float((ours - theirs).double().square().sum())
-        self.size += float(theirs.double().square().sum())
-        decided = [_decisions(scores) for scores in (theirs, ours)]
-        self.same += int((decided[0] == decided[1]).sum())
-        self.decisions += decided[0].numel()
+        for one, *both in zip(self.beside, theirs, ours, strict=True):
+            one.add(*both)
         labels = batch.labels.cpu() if isinstance(batch.labels, Tensor) else batch.labels
         if self.metrics is not None:
             self._update(theirs, ours, labels)
-        elif are_classes(labels, decided[0]):
+            return
+        axes = [index for index, one in enumerate(self.beside) if one.axis is not None]
+        if len(axes) != 1:
+            return  # labels are of one result with classes
+        axis = self.beside[axes[0]].axis
+        assert axis is not None
+        decided = [scores.decisions(results[axes[0]], axis) for results in (theirs, ours)]
+        if are_classes(labels, decided[0]):
             known = labels >= 0
             self.labels += int(known.sum())
             for index, found in enumerate(decided):
                 self.right[index] += int((found == labels)[known].sum())
 
-    def _update(self, theirs: Tensor, ours: Tensor, labels: Any) -> None:
+    def _update(self, theirs: Sequence[Tensor], ours: Sequence[Tensor], labels: Any) -> None:
         assert self.metrics is not None
         name = type(self.metrics[0]).__name__
         if labels is None:
             raise CompareError(f"{name} needs labels: give batches (inputs, labels)")
-        for metric, scores in zip(self.metrics, (theirs, ours), strict=True):
+        for metric, results in zip(self.metrics, (theirs, ours), strict=True):
+            found: Any = results[0] if len(results) == 1 else tuple(results)
             try:
-                metric.update(scores, labels)
+                metric.update(found, labels)
             except Exception as error:  # a metric raises whatever its checks raise
                 shape = tuple(getattr(labels, "shape", ())) or type(labels).__name__
-                line = " ".join(str(error).split())[:200]
+                given = " and ".join(str(tuple(x.shape)) for x in results)
                 raise CompareError(
-                    f"{name} does not take results {tuple(scores.shape)} and labels {shape}: {line}"
+                    f"{name} does not take results {given} and labels {shape}: {first_line(error)}"
                 ) from error
 
     def figures(self) -> tuple[str, tuple[float | None, float | None]]:
@@ -194,12 +208,3 @@ class _Tally:
                 )
             found.append(float(value))
         return name, (found[0], found[1])
-
-
-def _decisions(scores: Tensor) -> Tensor:
-    """The class of the largest score of each sample or position.
-
-    Classes lie along the first axis behind the batch of (B, K) and of maps (B, K, H, W), else
-    along the last.
-    """
-    return scores.argmax(1 if scores.dim() in (2, 4) else -1)

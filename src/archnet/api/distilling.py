@@ -136,7 +136,10 @@ class _Trainer:
         devices: int | list[int] = 1
         if accelerator not in ("auto", "cpu", "gpu", "mps"):
             raise DistillError(f"accelerator={accelerator} is not one of auto, cpu, gpu, mps")
-        there: dict[str, Callable[[], bool]] = {"gpu": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+        there: dict[str, Callable[[], bool]] = {
+            "gpu": torch.cuda.is_available,
+            "mps": torch.backends.mps.is_available,
+        }
         if accelerator in there and not there[accelerator]():
             raise DistillError(
                 f"accelerator={accelerator}, but torch finds none: take auto or cpu, or install a "

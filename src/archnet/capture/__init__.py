@@ -10,7 +10,14 @@ from archnet.capture.graph import (
 )
 from archnet.capture.nodes import place, stem
 from archnet.capture.simplify import CARRIERS
-from archnet.capture.unwrap import Inputs, answer, inputs_of, only_result, unwrap
+from archnet.capture.unwrap import (
+    Inputs,
+    answer,
+    inputs_of,
+    only_result,
+    outputs_of,
+    unwrap,
+)
 from archnet.errors import CaptureError
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "capture",
     "inputs_of",
     "only_result",
+    "outputs_of",
     "place",
     "stem",
     "unwrap",

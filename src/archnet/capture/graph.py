@@ -27,7 +27,7 @@ from archnet.capture.unwrap import (
     Inputs,
     call_of,
     from_script,
-    only_result,
+    outputs_of,
     reason,
     require_finite,
     require_known,
@@ -124,17 +124,22 @@ class TeacherGraph:
     """The captured teacher.
 
     ``program`` is what `torch.export` gave: it runs with any batch size, and from it the values
-    at taps are read while distilling. ``fixed_batch`` says that the teacher's own code has turned
-    the batch size into a number (`len(x)`, `int(x.shape[0])`), so that it does not. ``head`` has
-    what follows on the scores in the program and was peeled (`head.peel`), in order.
+    at taps are read while distilling. ``outputs`` are the nodes (or inputs) that it returns,
+    ``names`` what they are called in its result, and ``classes`` the axis of the classes of each,
+    where a softmax or a decision that was peeled tells; else None. ``fixed_batch`` says that the
+    teacher's own code has turned the batch size into a number (`len(x)`, `int(x.shape[0])`), so
+    that it does not. ``head`` has what follows on the scores in the program and was peeled
+    (`head.peel`), in order.
     """
 
     inputs: dict[str, tuple[int, ...]]
     nodes: list[TeacherNode]
-    output: str
+    outputs: list[str]
     program: ExportedProgram
     fixed_batch: bool = False
     head: Sequence[TeacherNode] = ()
+    names: Sequence[str] = ("output",)
+    classes: Sequence[int | None] = (None,)
 
     @property
     def takes(self) -> Takes:
@@ -162,15 +167,16 @@ class TeacherGraph:
         return found | {node.name: node.batch for node in self.nodes}
 
     def uses(self) -> dict[str, int]:
-        """How many times each value is read (the result of the network counts as a reader)."""
-        counts = {self.output: 1}
+        """How many times each value is read (a result of the network counts as a reader)."""
+        counts = dict.fromkeys(self.outputs, 1)
         for node in self.nodes:
             for name in node.refs():
                 counts[name] = counts.get(name, 0) + 1
         return counts
 
     def features(self, nodes: Sequence[str]) -> "Features":
-        """The teacher as a module that returns the values of ``nodes`` and then its scores.
+        """The teacher as a module that returns the values of ``nodes`` and then its results, as a
+        student gives them: scores where its head was peeled.
 
         The module shares the captured weights; it is in eval mode, as captured.
 
@@ -199,8 +205,7 @@ class TeacherGraph:
             by_name[head.name].replace_all_uses_with(by_name[head.refs()[0]])
             graph.erase_node(by_name[head.name])
         # torch.export returns the results as a tuple inside the output's single argument.
-        (final,) = result.args[0]
-        result.args = ((*[by_name[name] for name in nodes], final),)
+        result.args = (tuple(by_name[name] for name in (*nodes, *self.outputs)),)
         # Without pytree information the tuple is returned as it is.
         graph._codegen = torch.fx.graph.CodeGen()
         # `torch.fx` calls a graph's inputs placeholders.
@@ -218,7 +223,8 @@ class TeacherGraph:
     def scores(self) -> nn.Module:
         """The teacher as a module that returns its scores: what a student is compared with.
 
-        They are its result, or where its head was peeled, what stood before that.
+        They are its result, or where its head was peeled, what stood before that; a tuple where
+        there are several.
 
         Raises:
             CaptureError: the teacher fixes the size of its batches.
@@ -262,14 +268,15 @@ class Features(nn.Module):
 
 
 class _Scores(nn.Module):
-    """The last of the values that `TeacherGraph.features` gives."""
+    """The results that `TeacherGraph.features` gives: one tensor, or a tuple of several."""
 
     def __init__(self, features: nn.Module) -> None:
         super().__init__()
         self.features = features
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return cast(Tensor, self.features(*inputs)[-1])
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found = cast(tuple[Tensor, ...], self.features(*inputs))
+        return found[0] if len(found) == 1 else found
 
 
 def capture(teacher: nn.Module, example_inputs: Inputs) -> TeacherGraph:
@@ -286,9 +293,9 @@ def capture(teacher: nn.Module, example_inputs: Inputs) -> TeacherGraph:
             is fixed.
 
     Raises:
-        CaptureError: the network has data-dependent control flow or several results, does not run
-            on such inputs, or holds numbers that are not finite; or what was captured gives other
-            results on the examples.
+        CaptureError: the network has data-dependent control flow, does not run on such inputs,
+            returns no tensor, or holds numbers that are not finite; or what was captured gives
+            other results on the examples.
     """
     network = unwrap(teacher)
     frozen = view(network)
@@ -296,7 +303,14 @@ def capture(teacher: nn.Module, example_inputs: Inputs) -> TeacherGraph:
     is_script = isinstance(frozen, torch.jit.ScriptModule)
     if isinstance(frozen, torch.jit.ScriptModule):
         frozen = from_script(frozen, call.args)
-    hook = frozen.register_forward_hook(only_result)
+    names: list[str] = []
+
+    def flat(module: nn.Module, inputs: Any, result: Any) -> tuple[Tensor, ...]:
+        found = outputs_of(result)
+        names[:] = found
+        return tuple(found.values())
+
+    hook = frozen.register_forward_hook(flat)
     shapes = ShapesCollection()
     for x in call.tensors:
         shapes[x] = {0: Dim.AUTO}
@@ -317,12 +331,12 @@ def capture(teacher: nn.Module, example_inputs: Inputs) -> TeacherGraph:
     require_known(program)
     require_finite(program)
     simplify(program)
-    graph = _read(program)
+    graph = _read(program, names)
     require_same(frozen, program, call)
     return peel(graph)
 
 
-def _read(program: ExportedProgram) -> TeacherGraph:
+def _read(program: ExportedProgram, names: Sequence[str]) -> TeacherGraph:
     own = states(program)
     inputs: dict[str, tuple[int, ...]] = {}
     batches: dict[str, Batch] = {}
@@ -391,14 +405,17 @@ def _read(program: ExportedProgram) -> TeacherGraph:
             batches[node.name] = batch
         elif node.op == "output":
             results = node.args[0]
-    if len(results) != 1:
-        raise CaptureError(
-            f"the teacher returns {len(results)} values; wrap it so that it returns one tensor"
-        )
-    result = resolve(results[0])
-    if not isinstance(result, Ref):
-        raise CaptureError("the teacher's result does not depend on its input")
-    return TeacherGraph(inputs, nodes, result.name, program, fixed_batch)
+    # What was converted from TorchScript runs no hook that names them.
+    several = [f"output_{index}" for index in range(len(results))]
+    names = names or (several if len(results) > 1 else ["output"])
+    outputs = []
+    for name, result in zip(names, map(resolve, results), strict=True):
+        if not isinstance(result, Ref):
+            said = "" if len(names) == 1 else f" '{name}'"
+            raise CaptureError(f"the teacher's result{said} does not depend on its input")
+        outputs.append(result.name)
+    none = (None,) * len(outputs)
+    return TeacherGraph(inputs, nodes, outputs, program, fixed_batch, (), tuple(names), none)
 
 
 _ARITHMETIC = ("add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "clamp")

@@ -29,20 +29,38 @@ def peel(graph: TeacherGraph) -> TeacherGraph:
 
     A softmax or an argmax is peeled where it is the last that the network does and goes along an
     axis of each sample; a sigmoid where a sample's result is a vector. On maps it makes pixels or
-    a gate, which are no scores.
+    a gate, which are no scores. What is read elsewhere as well stays, and results that are the
+    same once their heads are gone (scores and probabilities) are one.
     """
+    before, graph = list[str](), _once(graph)
+    while before != graph.outputs:
+        before = graph.outputs
+        for output in before:
+            graph = _peeled(graph, output)
+        graph = _once(graph)
+    return graph
+
+
+def _peeled(graph: TeacherGraph, result: str) -> TeacherGraph:
+    """The same with the head of one result peeled."""
     by_name = {node.name: node for node in graph.nodes}
-    batches = graph.batches()
+    batches, readers = graph.batches(), _readers(graph)
     head: list[TeacherNode] = []
     moves: list[TeacherNode] = []
-    output, node = graph.output, by_name.get(graph.output)
+    output, node, passed = result, by_name.get(result), set[str]()
+    axis: int | None = None
     while node is not None:
-        read = by_name.get(_read(node, by_name))
+        read, ends = by_name.get(_read(node, by_name)), _decision(node, by_name)
         if read is None:
             break  # The network's input is no score.
-        if _is_decision(node, by_name, batches[read.name].axis, batches[read.name].rank):
-            head += [*moves, *_decision(node, by_name)]
-            moves, output = [], read.name
+        passed.update(end.name for end in ends)
+        is_result = node.name != result and node.name in graph.outputs
+        if is_result or any(not readers.get(end.name, passed) <= passed for end in ends):
+            break
+        batch = batches[read.name]
+        if _is_decision(node, by_name, batch.axis, batch.rank):
+            head += [*moves, *ends]
+            moves, output, axis = [], read.name, ends[-1].arguments["dim"] % batch.rank
         elif _is_monotonic(node, by_name, batches[node.name].axis):
             head.append(node)
             if moves:
@@ -50,14 +68,47 @@ def peel(graph: TeacherGraph) -> TeacherGraph:
                 by_name[moves[-1].name] = moves[-1]
             else:
                 output = read.name
+                axis = node.arguments["dim"] % batch.rank if "dim" in node.arguments else axis
         elif stem(node.operator) in _MOVES:
             moves.append(node)
         else:
             break
         node = read
-    peeled = {node.name for node in head}
+    peeled, place = {node.name for node in head}, graph.outputs.index(result)
+    outputs, classes = list(graph.outputs), list(graph.classes)
+    outputs[place] = output
+    if axis is not None and batches[output].plain:
+        classes[place] = axis
     nodes = [by_name[node.name] for node in graph.nodes if node.name not in peeled]
-    return replace(graph, nodes=nodes, output=output, head=head[::-1])
+    return replace(
+        graph, nodes=nodes, outputs=outputs, classes=classes, head=[*head[::-1], *graph.head]
+    )
+
+
+def _readers(graph: TeacherGraph) -> dict[str, set[str]]:
+    """For every value the nodes that read it, of those that a result depends on."""
+    wanted, readers = set(graph.outputs), dict[str, set[str]]()
+    for node in reversed(graph.nodes):
+        if node.name in wanted:
+            wanted.update(node.refs())
+            for name in node.refs():
+                readers.setdefault(name, set()).add(node.name)
+    return readers
+
+
+def _once(graph: TeacherGraph) -> TeacherGraph:
+    """Every result once: of those that are one value the first, with the classes that any told."""
+    kept: dict[str, int] = {}
+    classes = list(graph.classes)
+    for index, name in enumerate(graph.outputs):
+        first = kept.setdefault(name, index)
+        classes[first] = classes[index] if classes[first] is None else classes[first]
+    return replace(
+        graph,
+        outputs=[*kept],
+        names=[graph.names[index] for index in kept.values()],
+        classes=[classes[index] for index in kept.values()],
+    )
 
 
 def _read(node: TeacherNode, by_name: Mapping[str, TeacherNode]) -> str:

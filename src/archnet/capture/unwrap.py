@@ -1,4 +1,4 @@
-"""From what users hold to what can be captured: the network, its inputs, its one result.
+"""From what users hold to what can be captured: the network, its inputs, its results.
 
 Networks come in wrappings (`DataParallel`, `torch.compile`, TorchScript), inputs as arrays and
 mappings, results as mappings and dataclasses. What is wrapped is unwrapped; what cannot be is one
@@ -7,6 +7,7 @@ line that says what to give instead.
 
 import copy
 import inspect
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,16 +172,21 @@ def from_script(script: torch.jit.ScriptModule, args: tuple[Tensor, ...]) -> nn.
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             module = TS2EPConverter(script, args).convert().module()
-            ours, theirs = (answer(network(*args)) for network in (module, script))
+            both = [[*outputs_of(network(*args)).values()] for network in (module, script)]
     except CaptureError:
         raise
     except Exception as error:
         raise CaptureError(
             f"the TorchScript of {name} cannot be converted ({_line(error)}): {advice}"
         ) from error
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, 1e-4, 1e-6, equal_nan=True):
+    if not all(map(_alike, *both)) or len(both[0]) != len(both[1]):
         raise CaptureError(f"the TorchScript of {name} becomes another function: {advice}")
     return module
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    is_close = ours.shape == theirs.shape
+    return is_close and torch.allclose(ours, theirs, 1e-4, 1e-6, equal_nan=True)
 
 
 def _live(program: ExportedProgram) -> list[torch.fx.Node]:
@@ -358,7 +364,37 @@ def call_of(network: nn.Module, given: Inputs) -> Call:
     return call
 
 
-# Its result ----------------------------------------------------------------------------------
+# Its results ---------------------------------------------------------------------------------
+
+
+def outputs_of(result: Any) -> dict[str, Tensor]:
+    """Every tensor in a network's result, by name: "output" for a tensor alone, else what is
+    written to reach it (the key of a mapping, the place in a list).
+
+    Raises:
+        CaptureError: there is none.
+    """
+    named: dict[str, Tensor] = {}
+    for place, tensor in _found(result):
+        # A name of an ONNX value, unlike those of the others.
+        words = re.sub(r"\W+", "_", place, flags=re.ASCII).strip("_")
+        name = f"output_{words}".rstrip("_") if not words or words[0].isdigit() else words
+        while name in named:
+            name += "_"
+        named[name] = tensor
+    return named
+
+
+def _found(result: Any) -> list[tuple[str, Tensor]]:
+    """The tensors of a result, each once, with what is written behind the result to reach them."""
+    # By memory: a mapping may hold one tensor under two names.
+    found = {id(tensor): (place, tensor) for place, tensor in reversed([*_tensors(result)])}
+    if not found:
+        raise CaptureError(
+            f"the teacher returns {_name(result)}, in which there is no tensor: its forward has "
+            "to return its scores"
+        )
+    return [*found.values()][::-1]
 
 
 def answer(result: Any) -> Tensor:
@@ -367,17 +403,9 @@ def answer(result: Any) -> Tensor:
     Raises:
         CaptureError: there is none, or there are several.
     """
-    # By memory: a mapping may hold one tensor under two names.
-    found = {id(tensor): (name, tensor) for name, tensor in reversed([*_tensors(result)])}
-    if len(found) == 1:
-        ((_, tensor),) = found.values()
-        return tensor
-    if not found:
-        raise CaptureError(
-            f"the teacher returns {_name(result)}, in which there is no tensor: its forward has "
-            "to return its scores"
-        )
-    several = [*found.values()][::-1]
+    several = _found(result)
+    if len(several) == 1:
+        return several[0][1]
     shown = ", ".join(f"result{name} {_shape(tensor)}" for name, tensor in several)
     raise CaptureError(
         f"the teacher returns {len(several)} values, {shown}: wrap it in a module whose forward "

@@ -11,7 +11,7 @@ for as long as they fit: the greedy answer to a knapsack. One that saves next to
 
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -30,14 +30,14 @@ class Built:
         form: what it has; asked for again, no faithful form is judged anew.
         alternatives: by teacher node, what could have been built in a compact form instead.
         exact: the teacher's nodes that depend on no approximation.
-        scores: what the teacher gives for the calibration inputs, if that is known.
+        scores: results of the teacher for the calibration inputs, by node, as far as known.
     """
 
     student: Student
     form: Approximation
     alternatives: Mapping[str, Alternative]
     exact: Set[str]
-    scores: Tensor | None = None
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Builder:
 
     def __init__(self, target: TargetLimits) -> None:
         self.target = target
-        self.graph = StudentGraph(inputs=[], output="")
+        self.graph = StudentGraph(inputs=[], outputs=[])
         self.modules: dict[str, Operator] = {}
         self.owner = ""
         self.owners: dict[str, str] = {}

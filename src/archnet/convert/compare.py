@@ -26,7 +26,8 @@ def compare(
     calibration: tuple[Tensor, ...] | None,
     search: Callable[[tuple[Tensor, ...]], None],
 ) -> None:
-    """Compare a new student with its teacher; the error at its output is kept in its graph.
+    """Compare a new student with its teacher; the error at its output, the largest of several,
+    is kept in its graph.
 
     What depends on no approximation is compared at taps and at the output, on the example and on
     a sample that is drawn; the output of a student with approximations on a few samples that it
@@ -48,10 +49,10 @@ def compare(
     inputs = samples(examples)
     batches = graph.batches()
     places = [(tap.path, tap.node, tap.value) for tap in student.taps if tap.node in built.exact]
-    is_exact = graph.output in built.exact
-    if is_exact:
-        places.append(("", graph.output, student.graph.output))
+    outputs = list(zip(graph.outputs, student.graph.outputs, strict=True))
+    places += [("", node, value) for node, value in outputs if node in built.exact]
     peeled = {node.name for node in graph.head}
+    errors: list[float] = []
     theirs = run(graph.program, inputs, [node for _, node, _ in places], peeled)
     ours = _values(student, inputs, [value for _, _, value in places])
     shapes = {node.name: node.shape for node in graph.nodes} | graph.inputs
@@ -60,24 +61,33 @@ def compare(
         error = difference(ours[value], wanted)
         if not is_rounding(error, graph.program, inputs, node, peeled):
             search(inputs)
-            where = f"at '{path}'" if path else "at its output"
+            where = f"at '{path}'" if path else f"at its output {_name(student, value)}".rstrip()
             raise ConversionError(
                 f"the student is another function than the teacher {where}: relative error "
                 f"{error:.1e}, although every rule up to there is exact. That is a fault of "
                 "archnet: please report it with the network"
             )
-    if is_exact:
-        student.graph.error = error
+        errors += [] if path else [error]
+    fitted = [(node, value) for node, value in outputs if node not in built.exact]
+    if not fitted:
+        student.graph.error = max(errors)
         return
     if calibration is not None and not graph.fixed_batch:
         inputs = tuple(x[:FITTED].to(y) for x, y in zip(calibration, examples, strict=True))
-    scores = built.scores
-    if scores is None:
-        scores = run(graph.program, inputs, [graph.output], peeled)[graph.output]
-    ours = _values(student, inputs, [student.graph.output])
-    student.graph.error = difference(ours[student.graph.output], scores)
+    scores = dict(built.scores)
+    if unknown := [node for node, _ in fitted if node not in scores]:
+        scores |= run(graph.program, inputs, unknown, peeled)
+    ours = _values(student, inputs, [value for _, value in fitted])
+    errors += [difference(ours[value], scores[node]) for node, value in fitted]
+    student.graph.error = max(errors, key=lambda error: math.inf if math.isnan(error) else error)
     if not student.graph.error <= 1:
         _log.warning("%s", _explosion(student.graph.error, student.report))
+
+
+def _name(student: Student, value: str) -> str:
+    """Which of several outputs a value is, in quotes; "" where there is one."""
+    names, outputs = student.graph.output_names, student.graph.outputs
+    return f"'{names[outputs.index(value)]}'" if len(names) > 1 else ""
 
 
 def _values(student: Student, inputs: tuple[Tensor, ...], names: list[str]) -> dict[str, Tensor]:

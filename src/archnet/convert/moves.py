@@ -25,7 +25,7 @@ def shorten(student: Student) -> None:
         for step in graph.steps
         if isinstance(module := student.operator(step.name), Permute | Reshape)
     }
-    kept = {graph.output, *(tap.value for tap in graph.taps)}
+    kept = {*graph.outputs, *(tap.value for tap in graph.taps)}
     ends = kept | {name for step in graph.steps if step.name not in moves for name in step.inputs}
     steps: list[Step] = []
     added: dict[str, Operator] = {}
@@ -48,9 +48,7 @@ def shorten(student: Student) -> None:
                 name = made[key]
             instead[step.name] = name
     if len(steps) < len(graph.steps) or added.keys() - moves.keys():
-        taps = [replace(tap, value=instead.get(tap.value, tap.value)) for tap in graph.taps]
-        output = instead.get(graph.output, graph.output)
-        student.rewire(steps, added=added, output=output, taps=taps)
+        student.rewire(steps, added=added, renamed=instead)
 
 
 def _shortest(

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ def narrow(student: Student) -> None:
     added: dict[str, Operator] = {}
     instead: dict[str, str] = {}  # of every slice that goes, what its readers read
     readers, by_name = student.consumers(), {step.name: step for step in graph.steps}
-    kept = {graph.output, *(tap.value for tap in student.taps)}
+    kept = {*graph.outputs, *(tap.value for tap in student.taps)}
     for cut in [step for step in graph.steps if isinstance(student.operator(step.name), Slice)]:
         chain = _chain(student, cut, readers, by_name, kept)
         smaller = chain and _narrowed(student, *chain, cut)
@@ -35,9 +34,7 @@ def narrow(student: Student) -> None:
             for s in graph.steps
             if s.name not in instead
         ]
-        taps = [replace(tap, value=instead.get(tap.value, tap.value)) for tap in graph.taps]
-        output = instead.get(graph.output, graph.output)
-        student.rewire(steps, added=added, output=output, taps=taps)
+        student.rewire(steps, added=added, renamed=instead)
 
 
 def _chain(

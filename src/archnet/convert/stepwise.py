@@ -47,7 +47,7 @@ def _encoder(student: Student, steps: list[Step], memory: tuple[str, ...]) -> St
     kept = [Step(s.name, _without_marks(s.inputs), s.origin) for s in steps]
     graph = StudentGraph(
         inputs=["source"],
-        output=memory[0],
+        outputs=[memory[0]],
         steps=kept,
         shapes={"source": student.graph.shapes["source"]},
         indices=["source"],
@@ -95,7 +95,7 @@ def _decoder(
             rewritten.append(Step(name, read, origin))
     graph = StudentGraph(
         inputs=list(inputs),
-        output=student.graph.output,
+        outputs=student.graph.outputs,
         steps=rewritten,
         shapes=inputs,
         indices=["target", "position"],

@@ -75,7 +75,7 @@ def choose_taps(
 
 def _cuts(graph: TeacherGraph) -> set[int]:
     """Indices of nodes after which no other value is read."""
-    last_read: dict[str, float] = {graph.output: math.inf}
+    last_read: dict[str, float] = dict.fromkeys(graph.outputs, math.inf)
     for index, node in enumerate(graph.nodes):
         for name in node.refs():
             last_read[name] = max(last_read.get(name, -1), index)

@@ -162,7 +162,7 @@ def convert_translator(
         output = _Translator(builder, teacher, attends).build()
     graph = StudentGraph(
         inputs=["source", "target", "pad"],
-        output=output,
+        outputs=[output],
         steps=builder.steps,
         shapes=dict.fromkeys(("source", "target", "pad"), (EXAMPLE,)),
         taps=builder.taps,

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,10 @@ from archnet.hardware import Target, student_cost
 from archnet.loaders import FITTING, Loadable, calibration_batches
 from archnet.lower import lower
 from archnet.ops import NodeReport, Student, Tap, WeightedOperator
-from archnet.ops.scores import axis_of
+from archnet.ops.scores import Axis, axis_of
 
 _log = logging.getLogger(__name__)
+Classes = Literal["auto"] | Axis | Mapping[str, Axis]  # where those of each result lie
 PEELED = "peeled"  # the rule of a head behind the scores, in a student's report
 
 
@@ -47,6 +49,7 @@ def convert(
     seed: int = 0,
     calibration: Loadable | None = None,
     approximation: Approximation | None = None,
+    classes: Classes = "auto",
 ) -> Student:
     """Convert a trained network into a student of the target's operators.
 
@@ -64,6 +67,10 @@ def convert(
             loader, of which `archnet.loaders.FITTING` samples are read. What has no exact form
             is fitted to the teacher's features on them. `example_inputs` when absent.
         approximation: the forms that are fitted; its defaults when absent.
+        classes: along which axis of a result its classes lie, the batch being axis 0; None: it has
+            none, as a regression or an embedding. For each of several results by its name. "auto":
+            where a softmax or an argmax behind it says so; else, of a single result, along axis 1
+            of (B, K) and (B, K, H, W) and the last of (B, T, K); several results have none.
 
     Returns:
         The student in eval mode, on the CPU, float32; ``student.report`` tells what became of
@@ -72,8 +79,8 @@ def convert(
 
     Raises:
         CaptureError: the teacher cannot be captured.
-        ConversionError: an operator has no rule, a tap's path does not exist, or the student
-            differs from the teacher where it should not.
+        ConversionError: an operator has no rule, a tap's path or a result's name does not exist,
+            or the student differs from the teacher where it should not.
     """
     target = Target.named(hardware) if isinstance(hardware, str) else hardware
     if isinstance(teacher, TeacherGraph):
@@ -106,6 +113,7 @@ def convert(
         return found
 
     built = within_budget(build, graph, form, budgets)
+    built.student.graph.classes = _classes(built.student, graph, classes)
     for node in graph.head:
         _log.info("peeled %s at '%s': the student gives the scores", node.operator, node.path)
         built.student.report.append(NodeReport(node.path, node.operator, PEELED, True, 0, 0))
@@ -132,6 +140,31 @@ def _fitting_inputs(
     parts = [(x,) if isinstance(x, Tensor) else x for x in batches]
     inputs = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     return tuple(inputs_of(inputs, "calibration").values())
+
+
+def _classes(student: Student, graph: TeacherGraph, asked: Classes) -> list[Axis]:
+    """Where the classes of each result lie: as asked, as the teacher's head says, or by rule."""
+    names = student.graph.output_names
+    shapes = [student.graph.shapes[name] for name in student.graph.outputs]
+    found = list(graph.classes)
+    if len(names) == 1 and found[0] is None:
+        found[0] = axis_of(shapes[0])
+    if isinstance(asked, Mapping):
+        for name in asked:
+            if name not in names:
+                raise ConversionError(
+                    f"classes names '{name}', and the results are {', '.join(names)}"
+                )
+        found = [asked.get(name, axis) for name, axis in zip(names, found, strict=True)]
+    elif asked != "auto":
+        found = [asked for _ in names]
+    for name, axis, shape in zip(names, found, shapes, strict=True):
+        if axis is not None and not (axis and -len(shape) <= axis <= len(shape)):
+            sizes = ", ".join(map(str, ("B", *shape)))
+            raise ConversionError(
+                f"classes={axis} is no axis of the result '{name}' ({sizes}) beside its batch"
+            )
+    return found
 
 
 def _counted_in_macs(target: TargetLimits) -> Target:
@@ -195,7 +228,7 @@ def _build(
     built_once: set[str] = set()
     tapped = {node.name for _, node in tap_nodes}
     last_reader = {name: reader for reader, names in live.items() for name in names}
-    last_reader[graph.output] = ""
+    last_reader.update(dict.fromkeys(graph.outputs, ""))
     for node in graph.nodes:
         if node.name not in live:
             continue
@@ -256,15 +289,18 @@ def _build(
     if any(now[name] == 1 for name in built_once):
         # Its reader would be one layer with it, had the other one not been taken out since.
         return _build(written, graph, target, tap_nodes, inputs, form, inner_taps, check=check)
-    builder.owner = graph.output
-    if not batches[graph.output].plain:
-        raise ConversionError(
-            "the teacher's result does not have its samples along its first axis, or moves values "
-            "between the samples of a batch: return it with the batch first (permute)"
-        )
-    (result,) = _each(values[graph.output])
-    builder.graph.output = builder.first(builder.build(result))
-    builder.graph.classes = [axis_of(builder.graph.shapes[builder.graph.output])]
+    for output, name in zip(graph.outputs, graph.names, strict=True):
+        builder.owner = output
+        if not batches[output].plain:
+            said = f" '{name}'" if len(graph.outputs) > 1 else ""
+            raise ConversionError(
+                f"the teacher's result{said} does not have its samples along its first axis, or "
+                "moves values between the samples of a batch: return it with the batch first "
+                "(permute)"
+            )
+        (result,) = _each(values[output])
+        builder.graph.outputs.append(builder.first(builder.build(result)))
+    builder.graph.output_names = list(graph.names)
     builder.graph.taps = [
         Tap(path or node.name, node.name, taps[node.name]) for path, node in tap_nodes
     ]
@@ -289,7 +325,7 @@ def _build(
             )
     owners = dict(builder.owners)
     for step in student.graph.steps:  # moves that were made of others belong to what is moved
-        owners.setdefault(step.name, owners.get(step.inputs[0], graph.output))
+        owners.setdefault(step.name, owners.get(step.inputs[0], graph.outputs[-1]))
     ways: dict[str, dict[str, None]] = {}
     for name, way in lowered.ways.items():
         ways.setdefault(owners[name], {})[f"{way} ({lowered.reasons[name]})"] = None
@@ -315,9 +351,10 @@ def _build(
             row = NodeReport(node.path, operators[node.name], rule, exact, before[node.name], 0)
         report.append(row)
     student.graph.report = _with_fused(report, written)
-    scores = None
+    scores = {}
     if fitting is not None and fitting.has_run and fitting.count <= FITTED:
-        scores = fitting.target(next(n for n in graph.nodes if n.name == graph.output))
+        found = [node for node in graph.nodes if node.name in graph.outputs]
+        scores = {node.name: fitting.target(node) for node in found}
     return Built(student, form, alternatives, unspoilt, scores)
 
 
@@ -356,9 +393,9 @@ def _needed(
 
 
 def _uses(graph: TeacherGraph, live: Mapping[str, Sequence[str]]) -> Counter[str]:
-    """How often each value is read; the result of the network counts as a reader."""
+    """How often each value is read; a result of the network counts as a reader."""
     uses = Counter(name for names in live.values() for name in names)
-    uses[graph.output] += 1
+    uses.update(graph.outputs)
     return uses
 
 
@@ -396,7 +433,7 @@ def _inner_taps(
             inner=True,
         )
         for node in nodes
-        if (first := fitted[node.name].first) is not None and node.name != graph.output
+        if (first := fitted[node.name].first) is not None and node.name not in graph.outputs
     ]
 
 
@@ -413,12 +450,12 @@ def _reads(node: TeacherNode, form: Approximation) -> list[str]:
 
 
 def _live(graph: TeacherGraph, reads: Callable[[TeacherNode], list[str]]) -> list[TeacherNode]:
-    """The nodes that the result depends on, in forward order.
+    """The nodes that a result depends on, in forward order.
 
     In the student what an approximation does without (queries, keys and masks of an attention) is
     not among them.
     """
-    wanted, found = {graph.output}, []
+    wanted, found = set(graph.outputs), []
     for node in reversed(graph.nodes):
         if node.name in wanted:
             wanted.update(reads(node))

@@ -111,22 +111,25 @@ class _Header:
                 self._step(step)
         grid = self.model.grids[self.entry.name]
         shape = self.model.shapes[self.entry.name]
-        result = self.model.shapes[self.model.output]
+        results = [self.model.shapes[name] for name in self.model.outputs]
         values = {
             "INPUTS": math.prod(shape),
             "INPUT_SCALE": f"{np.float32(grid.scale):.9e}f",
             "INPUT_LOW": grid.low,
             "INPUT_HIGH": grid.high,
-            "OUTPUTS": math.prod(result),
+            "OUTPUTS": sum(map(math.prod, results)),
             "ARENA_BYTES": self.arena,
             "LONGEST_ROW": self.longest_row,
             "RANK": self.rank,
         }
-        scales = self.model.output_unit.reshape(-1).astype(np.float32)
+        shapes = ", ".join(map(_shape, results))
+        units = [self.model.unit(name).reshape(-1) for name in self.model.outputs]
+        scales = np.concatenate(units).astype(np.float32)
         kind = "int8_t" if grid.low < 0 else "uint8_t"
         outputs = _array("float", "archnet_output_scale", [f"{s:.9e}f" for s in scales])
         parts = [
-            f"/* Written by archnet. Input {_shape(shape)}, output {_shape(result)}.",
+            f"/* Written by archnet. Input {_shape(shape)}, output {shapes}.",
+            *([" * Outputs stand one behind another, in this order."] if len(results) > 1 else []),
             " * Include it in one file. Activations are static: archnet_run() is not reentrant.",
             " * Weights below 8 bits are packed at their width, least significant bits first.",
             " */",
@@ -184,7 +187,7 @@ class _Header:
             for name in (step.name, *step.inputs):
                 if name in self.roots:
                     last[self.roots[name]] = index
-        last[self.roots[self.model.output]] = len(self.model.steps)
+        last.update({self.roots[name]: len(self.model.steps) for name in self.model.outputs})
         size = {
             name: math.prod(self.model.shapes[name])
             for name in first
@@ -212,8 +215,9 @@ class _Header:
             return _Buffer("(const uint8_t *)input", grid)
         if grid is not None:
             return _Buffer(f"arena + {self.offsets[root]}", grid)
-        if root == self.roots[self.model.output]:
-            return _Buffer("output", None)
+        places = [at for name, at in self._outputs() if self.roots[name] == root]
+        if places:
+            return _Buffer(places[0], None)
         return _Buffer(f"{self.names[root]}_raw", None)
 
     def _raw_buffers(self) -> Iterator[str]:
@@ -222,10 +226,20 @@ class _Header:
             if name == root and place.endswith("_raw"):
                 yield f"static int32_t {place}[{math.prod(self.model.shapes[name])}];"
 
+    def _outputs(self) -> Iterator[tuple[str, str]]:
+        """Every result, and where it stands in C."""
+        first = 0
+        for name in self.model.outputs:
+            yield name, f"output + {first}" if first else "output"
+            first += math.prod(self.model.shapes[name])
+
     def _result(self) -> Iterator[str]:
-        buffer = self._buffer(self.model.output)
-        if buffer.grid is not None:
-            yield f"archnet_widen({buffer.place}, {buffer.signed}, output, ARCHNET_OUTPUTS);"
+        for name, at in self._outputs():
+            buffer, size = self._buffer(name), math.prod(self.model.shapes[name])
+            if buffer.grid is not None:
+                yield f"archnet_widen({buffer.place}, {buffer.signed}, {at}, {size});"
+            elif buffer.place != at:  # one that is another result as well
+                yield f"memcpy({at}, {buffer.place}, {size} * sizeof(int32_t));"
 
     # Steps ----------------------------------------------------------------------------------
 

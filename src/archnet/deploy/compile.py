@@ -26,7 +26,7 @@ from archnet.deploy.writer import ExportError
 from archnet.hardware.onnx_file import load
 from archnet.lower import target_of
 from archnet.ops import Student
-from archnet.ops.scores import Axis, axis_of, changed
+from archnet.ops.scores import Axis, axis_of, changed, each
 
 BATCH = 64
 
@@ -39,7 +39,8 @@ class Judged:
 
     Args:
         compiled: what the tool said.
-        against: what the results were expected from.
+        against: what the results were expected from. Of several outputs, tools' bridges hand back
+            the first, and it is named here.
         inputs: how many were run; 0: none.
         changed: decisions that are others; None where results decide nothing.
         bit_equal: share of the results that are those expected exactly, 0 to 1; None where these
@@ -145,7 +146,8 @@ def compile_student(
         doubt = doubts(file).get(asked.bridge.name, "")
     compiled = asked.compile(content, not quantized, log, origins)
     if model is None:
-        return judged(compiled, asked.images, "the float student", _of(student), axis)
+        against = _first("the float student", len(student.graph.outputs))
+        return judged(compiled, asked.images, against, _of(student), axis)
     return replace(against_golden(compiled, asked.images, model, axis), doubt=doubt)
 
 
@@ -266,14 +268,13 @@ def against_golden(
     compiled: Compiled, images: Images, model: IntegerModel, classes: Axis
 ) -> Judged:
     """The results of a quantized student against its integer model."""
-    found, against = compiled.scores, "the golden model"
+    found, against = compiled.scores, _first("the golden model", len(model.outputs))
     if found is None or not len(found):
         return Judged(compiled, against)
-    parts = [images[first : first + BATCH] for first in range(0, len(images), BATCH)]
-    expected = np.concatenate([model.run(part)[model.output] for part in parts])
+    expected = model.results(images, BATCH)[0]
     if found.size != expected.size:
         return Judged(_with_shape(compiled, found, expected), against)
-    found, unit = found.reshape(expected.shape), model.output_unit
+    found, unit = found.reshape(expected.shape), model.unit(model.outputs[0])
     difference = steps_off(found / unit, expected)
     wrong = _changed(expected * unit, found, classes)
     return Judged(
@@ -284,6 +285,10 @@ def against_golden(
         float((difference == 0).mean()),
         float(difference.max()),
     )
+
+
+def _first(against: str, outputs: int) -> str:
+    return against if outputs == 1 else f"{against} (the first of {outputs} outputs)"
 
 
 def _with_shape(compiled: Compiled, found: NDArray[Any], expected: NDArray[Any]) -> Compiled:
@@ -297,7 +302,7 @@ def _changed(expected: NDArray[Any], found: NDArray[Any], classes: Axis) -> int 
 
 
 def _of(network: nn.Module) -> Callable[[Images], NDArray[Any]]:
-    """What a float network gives, batch by batch."""
+    """What a float network gives, batch by batch; of several results the first."""
 
     def run(images: Images) -> NDArray[Any]:
         was_training = network.training
@@ -306,7 +311,8 @@ def _of(network: nn.Module) -> Callable[[Images], NDArray[Any]]:
         try:
             with torch.no_grad():
                 parts: list[Tensor] = [
-                    network(part.to(device)).cpu() for part in torch.from_numpy(images).split(BATCH)
+                    each(network(part.to(device)))[0].cpu()
+                    for part in torch.from_numpy(images).split(BATCH)
                 ]
         finally:
             network.train(was_training)

@@ -1,6 +1,7 @@
 """Student to file: ONNX written operator by operator (nothing is traced), and what others read."""
 
 import difflib
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -169,8 +170,17 @@ def write(
                 graph.shapes[step.name],
                 *(values[name] for name in step.inputs),
             )
-    values[graph.output] = writer.result(values[graph.output], graph.output_range)
-    return writer.model(inputs, values[graph.output]), values
+    for name, seen in itertools.zip_longest(graph.outputs, graph.output_ranges):
+        values[name] = writer.result(values[name], seen)
+    results = [values[name] for name in graph.outputs]
+    names = writer.results(inputs, list(zip(graph.output_names, results, strict=True)))
+    shapes = [value.moved_shape[1:] for value in results]
+    model = writer.model(inputs, dict(zip(names, shapes, strict=True)))
+    renamed = {old: new for new, old in reversed(names.items())}
+    return model, {
+        name: replace(value, tensor=renamed.get(value.tensor, value.tensor))
+        for name, value in values.items()
+    }
 
 
 def _splits(student: Student) -> dict[str, Mapping[str, Slice]]:

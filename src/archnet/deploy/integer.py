@@ -185,7 +185,7 @@ class IntegerModel:
 
     Attributes:
         input: name of the float input, (B, C, H, W).
-        output: name of the result.
+        outputs: names of the results.
         steps: in order; the first one quantizes the input.
         grids: of every value but raw accumulators.
         shapes: of every value, without the batch.
@@ -193,7 +193,7 @@ class IntegerModel:
     """
 
     input: str
-    output: str
+    outputs: list[str]
     steps: list[IntegerStep]
     grids: dict[str, IntegerGrid]
     shapes: dict[str, tuple[int, ...]]
@@ -213,16 +213,16 @@ class IntegerModel:
         return readers[0]
 
     def run(self, images: NDArray[Any], keep: Sequence[str] = ()) -> dict[str, Integers]:
-        """Compute the result, and the values named in ``keep``, in integer arithmetic.
+        """Compute the results, and the values named in ``keep``, in integer arithmetic.
 
         Args:
             images: (B, C, H, W) floats; they are quantized, and nothing after that is a float.
             keep: further values to return.
 
         Returns:
-            name -> (B, ...) int32; the result is ``output``.
+            name -> (B, ...) int32; the results are ``outputs``.
         """
-        wanted = {self.output, *keep}
+        wanted = {*self.outputs, *keep}
         last_reader = {name: step.name for step in self.steps for name in step.inputs}
         live: dict[str, NDArray[Any]] = {self.input: np.asarray(images, np.float32)}
         for step in self.steps:
@@ -232,18 +232,15 @@ class IntegerModel:
                     del live[name]
         return {name: live[name] for name in wanted}
 
-    def logits(self, images: NDArray[Any], batch_size: int = 64) -> NDArray[np.float64]:
-        """The result as numbers: integers times their unit, (B, K)."""
-        parts = [
-            self.run(images[first : first + batch_size])[self.output]
-            for first in range(0, len(images), batch_size)
-        ]
-        return np.concatenate(parts) * self.output_unit
+    def results(self, images: NDArray[Any], batch_size: int = 64) -> list[Integers]:
+        """The integers of each result, (B, ...), in the order of ``outputs``."""
+        firsts = range(0, len(images), batch_size)
+        parts = [self.run(images[first : first + batch_size]) for first in firsts]
+        return [np.concatenate([part[name] for part in parts]) for name in self.outputs]
 
-    @property
-    def output_unit(self) -> NDArray[np.float64]:
-        """Value of one integer of each result, (1, ...), from the layer behind it."""
-        by_name, name, moves = {s.name: s for s in self.steps}, self.output, list[IntegerStep]()
+    def unit(self, name: str) -> NDArray[np.float64]:
+        """Value of one integer of a result, (1, ...), from the layer behind it."""
+        by_name, moves = {step.name: step for step in self.steps}, list[IntegerStep]()
         while name not in self.grids and by_name[name].unit is None:
             moves.append(by_name[name])
             name = by_name[name].inputs[0]
@@ -349,11 +346,12 @@ class _Integers:
         graph = self.student.graph
         for step in graph.steps:
             self._add(step, self.student.operator(step.name))
-        if graph.output in self.pending:
-            self._settle(self.pending.pop(graph.output), None)
+        for name in graph.outputs:
+            if name in self.pending:
+                self._settle(self.pending.pop(name), None)
         return IntegerModel(
             input=graph.inputs[0],
-            output=self._now(graph.output),
+            outputs=[self._now(name) for name in graph.outputs],
             steps=self.steps,
             grids=self.grids,
             shapes=dict(graph.shapes),

@@ -19,19 +19,26 @@ from archnet.deploy.writer import ExportError
 from archnet.errors import printable
 from archnet.hardware.onnx_file import AuditError, drop_trailing_names, load
 from archnet.ops import Student
-from archnet.ops.scores import Comparison
+from archnet.ops.scores import Comparison, each
 
 
 @dataclass(frozen=True)
 class Parity:
-    """A file against PyTorch: largest difference of an output, and decisions that changed, of
-    ``count``: samples, pixels or tokens; 0 of a result without classes.
+    """A file against PyTorch, all its outputs together.
+
+    Attributes:
+        runtime: what ran the file, with its version.
+        max_abs_diff: the largest difference of an output.
+        mismatches: decisions that changed, of ``count``: samples, pixels or tokens; an output
+            without classes decides nothing.
+        relative_error: |file - student| / |student|, the largest of an output.
     """
 
     runtime: str
     max_abs_diff: float
     mismatches: int
     count: int
+    relative_error: float = 0.0
 
 
 def load_session(
@@ -138,7 +145,7 @@ def run_qonnx(
         tensors: names of values to give beside the output.
 
     Returns:
-        The output and the values ``tensors``, by name.
+        The outputs and the values ``tensors``, by name.
     """
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.core.onnx_exec import execute_onnx
@@ -152,7 +159,8 @@ def run_qonnx(
     wrapped = ModelWrapper(fixed).transform(InferShapes())
     feed = {fixed.graph.input[0].name: images}
     found = execute_onnx(wrapped, feed, return_full_exec_context=True)
-    return {name: found[name] for name in (fixed.graph.output[0].name, *tensors)}
+    outputs = [item.name for item in fixed.graph.output]
+    return {name: found[name] for name in (*outputs, *tensors)}
 
 
 def missing_extra(package: str) -> str:
@@ -191,39 +199,57 @@ def parity(
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     was_training = student.training
     student.eval()
-    total = Comparison(student.graph.classes[0])
+    totals = [Comparison(axis) for axis in student.graph.classes]
     try:
         with torch.no_grad():
             for batch in inputs.split(batch_size):
-                expected = student(batch.to(device)).cpu().numpy()
+                expected = [x.cpu().numpy() for x in each(student(batch.to(device)))]
                 found = run(batch.cpu().numpy())
-                if found.shape != expected.shape:
-                    raise ExportError(
-                        f"{printable(path)} gives {found.shape}, the student {expected.shape}: "
-                        "it is another student's file"
-                    )
-                total.add(expected, found)
+                require_shapes(printable(os.fspath(path)), found, expected)
+                for total, ours, theirs in zip(totals, expected, found, strict=True):
+                    total.add(ours, theirs)
     finally:
         student.train(was_training)
     name = f"{runtime} {version(runtime)}"
-    return Parity(name, total.largest, total.changed, total.decisions)
+    return Parity(
+        name,
+        float(np.max([total.largest for total in totals])),  # which keeps a NaN
+        sum(total.changed for total in totals),
+        sum(total.decisions for total in totals),
+        float(np.max([total.relative_error for total in totals])),
+    )
+
+
+def require_shapes(
+    name: str, found: Sequence[NDArray[Any]], expected: Sequence[NDArray[Any]]
+) -> None:
+    """
+    Raises:
+        ExportError: results are not of the shapes of the student's.
+    """
+    ours, theirs = ([x.shape for x in results] for results in (expected, found))
+    if ours != theirs:
+        shown = (", ".join(map(str, shapes)) for shapes in (theirs, ours))
+        raise ExportError(
+            "{} gives {}, the student {}: it is another student's file".format(name, *shown)
+        )
 
 
 def _runner(
     path: str | os.PathLike[str],
-) -> tuple[str, Callable[[NDArray[np.float32]], NDArray[Any]]]:
-    """The package that runs a file, and how: images to the file's first output."""
+) -> tuple[str, Callable[[NDArray[np.float32]], list[NDArray[Any]]]]:
+    """The package that runs a file, and how: images to the file's outputs."""
     name = printable(os.fspath(path))
     model = _load(path)
     if not any(node.domain == QonnxWriter.domain for node in model.graph.node):
         session = load_session(path)
-        return "onnxruntime", lambda images: run_session(session, images, name)[0]
+        return "onnxruntime", lambda images: run_session(session, images, name)
     if missing := missing_extra("qonnx"):
         raise ExportError(f"{name} is of form qonnx, which {missing}")
 
-    def run(images: NDArray[np.float32]) -> NDArray[Any]:
+    def run(images: NDArray[np.float32]) -> list[NDArray[Any]]:
         try:
-            return run_qonnx(model, images, [])[model.graph.output[0].name]
+            return [*run_qonnx(model, images, []).values()]
         except Exception as error:  # It raises whatever its operators raise.
             raise ExportError(f"qonnx cannot run {name}: {_first_line(error)}") from error
 

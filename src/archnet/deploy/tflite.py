@@ -257,8 +257,8 @@ class _Emitter:
     def content(self) -> bytes:
         for step in self.model.steps:
             self.values[step.name] = self._value(step)
-        result = self._tensor(self.values[self.model.output])
-        return self.file.content([self.model.input], [result])
+        results = [self._tensor(self.values[name]) for name in self.model.outputs]
+        return self.file.content([self.model.input], results)
 
     # What stands where ------------------------------------------------------------------------
 

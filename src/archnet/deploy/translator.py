@@ -225,7 +225,7 @@ def _decoder(parts: Stepwise, form: str, memory: Mapping[str, Value]) -> onnx.Mo
         inputs.append(_declared(name, sizes, grid))
     values["position"] = values["target"]
     _emit(student, writer, values, free=False)
-    scores = values[student.graph.output]
+    scores = values[student.graph.outputs[0]]
     outputs = [_declared(writer.floating(scores), ["batch", 1, scores.moved_shape[-1]], None)]
     for name, state in parts.states.items():
         result = lowered.values[state]

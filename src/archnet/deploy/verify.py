@@ -20,6 +20,7 @@ from archnet.deploy.runtime import (
     compile_openvino,
     load_session,
     missing_extra,
+    require_shapes,
     run_qonnx,
     run_session,
 )
@@ -175,9 +176,7 @@ class _Golden:
         self.student, self.images = student, images
         self.lowered = lower(student)
         self.model = to_integers(student, requantization)
-        batches = [images[first : first + BATCH] for first in range(0, len(images), BATCH)]
-        parts = [self.model.run(batch)[self.model.output] for batch in batches]
-        self.integers = np.concatenate(parts)
+        self.integers = self.model.results(images, BATCH)
         self.places = _places(self.lowered.student, self.model)
         # Those of the student itself: values that are rounded in both.
         self.whole_places = {
@@ -191,27 +190,27 @@ class _Golden:
     ) -> Check:
         """Run ``subject`` on the first ``limit`` images."""
         count = int(min(limit, len(self.images)))
-        images, expected = self.images[:count], self.integers[:count]
-        found = subject.run(images, [])[subject.output]
-        if found.shape != expected.shape:
-            raise ExportError(
-                f"{name} gives {found.shape}, the student {expected.shape}: "
-                "it is another student's file"
-            )
-        unit: Any = self.model.output_unit
-        wrong = changed(expected * unit, found, self.student.graph.classes[0])
-        if (grid := subject.output_grid) is not None:
-            expected, unit = _on_grid(expected * unit, grid), grid.scale
-        difference = steps_off(found / unit, expected)
-        differing = np.flatnonzero((difference > 0).reshape(count, -1).any(1))
+        images, golden = self.images[:count], [integers[:count] for integers in self.integers]
+        values = subject.run(images, [])
+        results = [values[name] for name in subject.outputs]
+        require_shapes(name, results, golden)
+        wrong, differences = [], []
+        for place, (found, integers) in enumerate(zip(results, golden, strict=True)):
+            expected, unit = integers, self.model.unit(self.model.outputs[place])
+            wrong.append(changed(expected * unit, found, self.student.graph.classes[place]))
+            if (grid := subject.grids[place]) is not None:
+                expected, unit = _on_grid(expected * unit, grid), np.array(grid.scale)
+            differences.append(steps_off(found / unit, expected).reshape(count, -1))
+        difference = np.concatenate(differences, 1)
+        differing = np.flatnonzero((difference > 0).any(1))
         return Check(
             name,
             f"{package} {version(package)}",
             count,
             float(difference.max()),
             float((difference == 0).mean()),
-            int(wrong.sum()),
-            wrong.numel(),
+            sum(int(decisions.sum()) for decisions in wrong),
+            sum(decisions.numel() for decisions in wrong),
             self._explain(subject, images[differing[:EXPLAINED]]) if differing.size else None,
         )
 
@@ -227,11 +226,11 @@ class _Golden:
         for step in student.graph.steps:
             if step.name not in found:
                 continue
-            place = places.get(step.name, self.model.output)
-            is_output = step.name == subject.output
-            unit = self.model.output_unit if is_output else self.model.grids[place].scale
+            results = [i for i, name in enumerate(subject.outputs) if name == step.name]
+            place = self.model.outputs[results[0]] if results else places[step.name]
+            unit: Any = self.model.unit(place) if results else self.model.grids[place].scale
             wanted = expected[place]
-            if is_output and (grid := subject.output_grid) is not None:
+            if results and (grid := subject.grids[results[0]]) is not None:
                 wanted, unit = _on_grid(wanted * unit, grid), grid.scale
             difference = steps_off(found[step.name] / unit, wanted)
             if difference.any():
@@ -286,12 +285,12 @@ class _PyTorch:
 
     def __init__(self, student: Student, model: IntegerModel, dtype: torch.dtype) -> None:
         self.student, self.model, self.dtype = copy.deepcopy(student).to(dtype), model, dtype
-        self.output = student.graph.output
-        self.output_grid: Grid | None = None
+        self.outputs = student.graph.outputs
+        self.grids: list[Grid | None] = [None for _ in self.outputs]
 
     def run(self, images: NDArray[np.float32], names: Sequence[str]) -> Tensors:
-        """The result and the values ``names``, (N, ...)."""
-        wanted = list(dict.fromkeys([*names, self.output]))
+        """The results and the values ``names``, (N, ...)."""
+        wanted = list(dict.fromkeys([*names, *self.outputs]))
         parts = []
         with torch.inference_mode():
             for first in range(0, len(images), BATCH):
@@ -338,18 +337,19 @@ class _File:
     ) -> None:
         written, self.values = write(student, form)
         self.model, self.execute = model or written, execute
-        self.output = deployed(student).graph.output
-        # That of the dialect, where the golden model has none.
-        self.output_grid = self.values[self.output].grid
+        self.outputs = deployed(student).graph.outputs
+        # Those of the dialect, where the golden model has none.
+        self.grids = [self.values[name].grid for name in self.outputs]
 
     def run(self, images: NDArray[np.float32], names: Sequence[str]) -> Tensors:
-        """The result and those of the values ``names`` that the file holds, (N, ...)."""
+        """The results and those of the values ``names`` that the file holds, (N, ...)."""
         graph = self.model.graph
         held = {output for node in graph.node for output in node.output}
         values = {name: self.values[name] for name in names if self.values[name].tensor in held}
         found = self.execute(self.model, images, [value.tensor for value in values.values()])
         tensors = {name: _moved(found[value.tensor], value) for name, value in values.items()}
-        return {**tensors, self.output: found[graph.output[0].name]}
+        results = [found[item.name] for item in graph.output]
+        return {**tensors, **dict(zip(self.outputs, results, strict=False))}
 
 
 def _moved(tensor: NDArray[Any], value: Value) -> NDArray[Any]:

@@ -1,7 +1,7 @@
 """Collects the nodes of an ONNX graph, and keeps layout moves back until somebody reads them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -132,7 +132,8 @@ class Value:
 
 
 class Writer:
-    """An ONNX graph that grows node by node. Every node is named after the tensor it writes.
+    """An ONNX graph that grows node by node. Every node is named after the tensor it writes, but
+    for those of results, which have names of their own.
 
     ``origin`` is the teacher's module path that the nodes being written come from; each node
     carries it in its metadata.
@@ -349,7 +350,7 @@ class Writer:
 
         Args:
             value: of the result.
-            seen: its range (`StudentGraph.output_range`); None: of a float student.
+            seen: its range (`StudentGraph.output_ranges`); None: of a float student.
         """
         if self.dialect.output == "float" or value.grid is not None or seen is None:
             return value
@@ -406,16 +407,46 @@ class Writer:
         """Metadata of the model. Some tools insist on another producer than who wrote the file."""
         return {"form": self.form, "written_by": "archnet"}
 
-    def model(self, inputs: dict[str, tuple[int, ...]], output: Value) -> onnx.ModelProto:
-        """The graph as a checked model; shapes come without the batch, which stays free."""
-        result = self.floating(output)
-        if result in inputs:
-            result = self.node("Identity", [result], f"{result}.output")
+    def results(
+        self, inputs: Mapping[str, Any], outputs: Sequence[tuple[str, Value]]
+    ) -> dict[str, str]:
+        """Give the tensors of results the names of these.
+
+        Args:
+            inputs: of the graph, by name.
+            outputs: name and value of each result.
+
+        Returns:
+            By the name of each result's tensor, in order, what it was called before.
+        """
+        found: dict[str, str] = {}
+        tensors = [self.floating(value) for _, value in outputs]
+        for tensor, (wanted, _) in zip(tensors, outputs, strict=True):
+            made = {output for node in self.nodes for output in node.output}
+            name = wanted
+            while name != tensor and (name in made or name in self.constants or name in inputs):
+                name += "_"
+            if tensor not in made or tensor in found:
+                # An input of the graph, or a tensor that is another result as well.
+                self.node("Identity", [tensor], name)
+            else:
+                for node in self.nodes:
+                    for names in (node.input, node.output):
+                        names[:] = [name if used == tensor else used for used in names]
+            found[name] = tensor
+        return found
+
+    def model(
+        self, inputs: Mapping[str, tuple[int, ...]], outputs: Mapping[str, Sequence[int]]
+    ) -> onnx.ModelProto:
+        """The graph as a checked model, of inputs and results by name; shapes come without the
+        batch, which stays free.
+        """
         graph = helper.make_graph(
             self.nodes,
             "student",
             [self._described(name, shape) for name, shape in inputs.items()],
-            [self._described(result, output.moved_shape[1:])],
+            [self._described(name, shape) for name, shape in outputs.items()],
             list(self.constants.values()),
         )
         opsets = [helper.make_opsetid("", self.opset)]

@@ -144,18 +144,18 @@ def _checksum(path: Path) -> int:
     return found
 
 
-class CachedPairs(Dataset[tuple[Tensor, Tensor]]):
-    """Rows of two arrays: what a block reads, and what it should give."""
+class CachedRows(Dataset[list[Tensor]]):
+    """Rows of several arrays: what a block reads, and what it should give."""
 
-    def __init__(self, source: np.memmap, target: np.memmap) -> None:
-        self.source, self.target = source, target
+    def __init__(self, source: np.memmap, *targets: np.memmap) -> None:
+        self.source, self.targets = source, targets
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[Tensor]:
         index = np.fromiter((draw[0] for draw in draws), np.int64)
-        return _rows(self.source, index), _rows(self.target, index)
+        return [_rows(array, index) for array in (self.source, *self.targets)]
 
 
 def _rows(array: np.memmap, index: np.ndarray) -> Tensor:

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from archnet.checkpoints import Checkpoints, resumable
-from archnet.distill.cache import CachedPairs, FeatureCache
+from archnet.distill.cache import CachedRows, FeatureCache
 from archnet.distill.schedule import DistillError, Period, outer_taps, plan_for
 from archnet.distill.training import LOG_EVERY, ArchDistillation, DistillOptions, channels_last
 from archnet.ops import Student
@@ -110,22 +110,26 @@ class _Distillation(ArchDistillation):
             world=trainer.world_size,
         )
 
-    def _pairs(self, period: Period) -> CachedPairs:
+    def _pairs(self, period: Period) -> CachedRows:
         """What the block reads beside what the teacher gives behind it.
 
         Rank 0 writes what is missing while the others wait.
         """
         assert period.source is not None
-        target = "scores" if period.logits else f"teacher{period.source + 1}"
+        targets = self._results() if period.logits else [f"teacher{period.source + 1}"]
         source = "images" if period.source < 0 else f"teacher{period.source}"
-        if self.trainer.is_global_zero and not all(n in self.cache for n in (source, target)):
+        if self.trainer.is_global_zero and not all(n in self.cache for n in (source, *targets)):
             self._write_teacher()
         if self.options.inputs == "student" and period.source >= 0:
             before, source = period.source - 1, f"student{period.source}"
             if self.trainer.is_global_zero and source not in self.cache:
                 self._write_student(before, source)
         self.trainer.strategy.barrier("features")
-        return CachedPairs(self.cache.read(source), self.cache.read(target))
+        return CachedRows(self.cache.read(source), *map(self.cache.read, targets))
+
+    def _results(self) -> list[str]:
+        """What the teacher's results are called in the cache."""
+        return [f"scores{index}" for index in range(len(self.student.graph.outputs))]
 
     def _write_teacher(self) -> None:
         """One pass of the teacher over the cached images; all taps at once."""
@@ -139,10 +143,10 @@ class _Distillation(ArchDistillation):
         def features() -> Iterator[list[Tensor]]:
             for batch in loader:
                 images = channels_last(batch)
-                found, scores = self.teacher_features(images.to(self.device))
-                yield [images, *found[: len(taps)], scores]
+                found, results = self.teacher_features(images.to(self.device))
+                yield [images, *found[: len(taps)], *results]
 
-        self.cache.write(["images", *taps, "scores"], rows, features())
+        self.cache.write(["images", *taps, *self._results()], rows, features())
 
     def _write_student(self, before: int, name: str) -> None:
         """What the trained block behind tap ``before`` makes of its own cached input."""
@@ -201,7 +205,7 @@ def train(
     """Train the student in place, without labels.
 
     Args:
-        teacher: returns the features at the student's taps, in order, and then the class scores.
+        teacher: returns the features at the student's taps, in order, and then its results.
         student: from `convert`, quantized or not.
         data: the task; only its unlabelled images train, its validation split is looked at.
         options: `distill` of the config.

@@ -120,7 +120,7 @@ def plan_for(student: Student, options: ScheduleOptions) -> list[Period]:
     """The periods of a schedule for a student (`plan`)."""
     outer = outer_taps(student)
     source = [outer[-1].value] if outer else student.graph.inputs
-    tail = student.steps_between(source, [student.graph.output])
+    tail = student.steps_between(source, student.graph.outputs)
     operators = (student.operator(step.name) for step in tail)
     tail_is_trained = any(isinstance(op, WeightedOperator) and op.trainable for op in operators)
     inner = len(student.taps) - len(outer)

@@ -44,7 +44,8 @@ def captured(teacher: nn.Module, student: Student) -> TeacherGraph:
     graph = capture(teacher, dict(zip(takes.shapes, example, strict=True)) if by_name else example)
     shapes = {node.name: node.shape for node in graph.nodes} | graph.inputs
     wanted = {tap.node: student.graph.shapes[tap.value] for tap in student.taps}
-    wanted[graph.output] = student.graph.shapes[student.graph.output]
+    results = zip(graph.outputs, student.graph.outputs, strict=False)
+    wanted |= {theirs: student.graph.shapes[ours] for theirs, ours in results}
     for name, shape in wanted.items():
         if shapes.get(name) != shape:
             found = f"gives {shapes[name]}" if name in shapes else "is missing"

@@ -127,13 +127,13 @@ class TextDistillation(ArchDistillation):
         losses = self.weighted(period, losses)
         if scores is not None:
             real = asked.real["decoder"]
-            losses["logits"] = self._compare_scores(scores, asked.scores, real)
+            losses |= self._compare_results([scores], [asked.scores], real)
         return losses
 
     def _through_the_network(self, batch: Any, period: Period) -> dict[str, Tensor]:
         asked, graph = self._asked(batch), self.student.graph
         targets = [self.student.taps[index].value for index in period.weights]
-        targets += [graph.output] if period.logits else []
+        targets += graph.outputs if period.logits else []
         results = self.run(asked.values, targets)
         scores = results[-1] if period.logits else None
         by_tap = dict(zip(period.weights, results, strict=False))
@@ -152,7 +152,7 @@ class TextDistillation(ArchDistillation):
             results |= dict(zip(waiting, found, strict=True))
             waiting = []
             known |= self.enter(index, asked.features[tap.path])
-        (scores,) = self.run(known, [graph.output])
+        (scores,) = self.run(known, graph.outputs)
         return self._losses(period, asked, results, scores)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -17,7 +17,7 @@ from archnet.distill.teacher import features_of, require_student
 from archnet.loaders import Takes
 from archnet.memory import release
 from archnet.ops import Activation, Student, Tap, WeightedOperator
-from archnet.ops.scores import accuracy, agreement, decisions, loss, unexplained
+from archnet.ops.scores import accuracy, agreement, decisions, each, loss, unexplained
 from archnet.quant import Together, grid_steps
 
 _log = logging.getLogger(__name__)
@@ -171,11 +171,12 @@ class ArchDistillation(lightning.LightningModule):
         with self._together[key].ready():
             return self.student.run(values, targets)
 
-    def teacher_features(self, *inputs: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The teacher's features at all taps and its class scores; no gradient."""
+    def teacher_features(self, *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The teacher's features at all taps and its results; no gradient."""
         with torch.no_grad():
-            *features, scores = self.teacher(*inputs)
-        return features, scores
+            values = list(self.teacher(*inputs))
+        taps = len(values) - len(self.student.graph.outputs)
+        return values[:taps], values[taps:]
 
     def enter(self, tap: int, feature: Tensor) -> dict[str, Tensor]:
         """A feature of tap ``tap`` as the student's next block reads it: rounded to its grid."""
@@ -245,10 +246,10 @@ class ArchDistillation(lightning.LightningModule):
         self, batch: Tensor | tuple[Tensor, ...], period: Period
     ) -> dict[str, Tensor]:
         inputs = [channels_last(self._mixed(x)) for x in _tensors(batch)]
-        features, scores = self.teacher_features(*inputs)
+        features, wanted = self.teacher_features(*inputs)
         graph = self.student.graph
         taps = [self.student.taps[index] for index in period.weights]
-        targets = [tap.value for tap in taps] + ([graph.output] if period.logits else [])
+        targets = [tap.value for tap in taps] + (graph.outputs if period.logits else [])
         results = self.run(dict(zip(graph.inputs, inputs, strict=True)), targets)
         losses = self.weighted(
             period,
@@ -258,7 +259,7 @@ class ArchDistillation(lightning.LightningModule):
             },
         )
         if period.logits:
-            losses["logits"] = self._compare_scores(results[-1], scores)
+            losses |= self._compare_results(results[len(taps) :], wanted)
         return losses
 
     def weighted(self, period: Period, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -289,37 +290,53 @@ class ArchDistillation(lightning.LightningModule):
         order_B = torch.randperm(len(x), generator=generator).to(x.device)
         return torch.lerp(x[order_B], x, share)
 
-    def _through_a_block(self, batch: tuple[Tensor, Tensor], period: Period) -> dict[str, Tensor]:
-        (source, target), graph = batch, self.student.graph
+    def _through_a_block(self, batch: Sequence[Tensor], period: Period) -> dict[str, Tensor]:
+        (source, *targets), graph = batch, self.student.graph
         assert period.source is not None
         if period.source < 0:
             values = {graph.inputs[0]: source}
         else:
             values = self.enter(period.source, source)
         if period.logits:
-            (scores,) = self.run(values, [graph.output])
-            return {"logits": self._compare_scores(scores, target)}
+            return self._compare_results(self.run(values, graph.outputs), targets)
         ((index, weight),) = period.weights.items()
         tap = self.student.taps[index]
         (feature,) = self.run(values, [tap.value])
-        return {tap.path: weight * self.comparisons[index](feature, target)}
+        return {tap.path: weight * self.comparisons[index](feature, targets[0])}
 
-    def _compare_scores(
-        self, student: Tensor, teacher: Tensor, real: Tensor | None = None
-    ) -> Tensor:
-        (axis,), kind = self.student.graph.classes, self.options.logits_loss
-        return self.options.logits_weight * loss(kind, student.float(), teacher.float(), axis, real)
+    def _compare_results(
+        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], real: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The loss of each result: of class scores their divergence, of others the share of
+        unexplained variance. All of them together weigh `distill.logits_weight`.
+        """
+        options, graph = self.options, self.student.graph
+        pairs = zip(ours, theirs, graph.classes, strict=True)
+        return {
+            self._named("logits", name): options.logits_weight
+            / len(graph.outputs)
+            * loss(options.logits_loss, student.float(), teacher.float(), axis, real)
+            for name, (student, teacher, axis) in zip(graph.output_names, pairs, strict=True)
+        }
+
+    def _named(self, figure: str, output: str) -> str:
+        """What a figure of a result is called: where there are several, with the result's name."""
+        return figure if len(self.student.graph.outputs) == 1 else f"{figure}/{output}"
 
     def validation_step(self, batch: tuple[Any, Any], batch_idx: int) -> None:
         given, labels = batch
         inputs = [channels_last(x) for x in _tensors(given)]
-        _, theirs = self.teacher_features(*inputs)
-        ours = self.student(*inputs)
-        (axis,), figures = self.student.graph.classes, {"val/logits": unexplained(ours, theirs)}
-        if axis is not None:
-            figures["val/agreement"] = agreement(ours, theirs, axis) * 100
-            # All inputs of a split have labels, or none has.
-            if are_classes(labels, decisions(ours, axis)) and bool((labels >= 0).any()):
+        _, wanted = self.teacher_features(*inputs)
+        graph, figures = self.student.graph, dict[str, Tensor]()
+        lone = graph.classes.count(None) == len(graph.classes) - 1
+        pairs = zip(each(self.student(*inputs)), wanted, graph.classes, strict=True)
+        for name, (ours, theirs, axis) in zip(graph.output_names, pairs, strict=True):
+            figures[self._named("val/logits", name)] = unexplained(ours, theirs)
+            if axis is None:
+                continue
+            figures[self._named("val/agreement", name)] = agreement(ours, theirs, axis) * 100
+            # Labels are of the one result with classes; all inputs of a split have them, or none.
+            if lone and are_classes(labels, decisions(ours, axis)) and bool((labels >= 0).any()):
                 figures["val/accuracy"] = accuracy(ours, labels, axis) * 100
         self.log_dict(figures, prog_bar=True, sync_dist=True, batch_size=len(inputs[0]))
 

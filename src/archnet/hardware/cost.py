@@ -409,7 +409,7 @@ def _live_bytes(student: Student, bits: dict[str, int]) -> dict[str, int]:
     }
     accesses = [[buffer[name] for name in (*step.inputs, step.name)] for step in steps]
     held = [buffer[name] for name in student.graph.inputs]
-    live = live_bytes(accesses, size, held, [buffer[student.graph.output]])
+    live = live_bytes(accesses, size, held, [buffer[name] for name in student.graph.outputs])
     return {step.name: amount for step, amount in zip(steps, live, strict=True)}
 
 

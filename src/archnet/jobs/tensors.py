@@ -152,7 +152,7 @@ class TensorJob(Job):
         if not count:
             raise ArchnetError("the test split is empty: set task.data.test_fraction above zero")
         if not labelled:  # what would be measured is told without figures
-            shape = student.graph.shapes[student.graph.output]
+            shape = student.graph.shapes[student.graph.outputs[0]]
             judges = dict.fromkeys(networks, self.metrics(shape))
         found: Facts = {
             name: {key: self.figure(one) if labelled else None for key, one in by.items()}

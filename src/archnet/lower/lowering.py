@@ -103,7 +103,7 @@ class _Lowering:
                 self._step(step)
         changed = replace(
             graph,
-            output=self.values[graph.output],
+            outputs=[self.values[name] for name in graph.outputs],
             steps=draft.steps,
             shapes=dict(draft.shapes),
             taps=[],
@@ -162,7 +162,7 @@ class _Lowering:
         read it, or nothing rounds it.
         """
         found, name = list[Step](), step.name
-        kept = {self.student.graph.output}
+        kept = set(self.student.graph.outputs)
         while name not in kept and len(readers := self.readers.get(name, [])) == 1:
             (reader,) = readers
             found.append(reader)

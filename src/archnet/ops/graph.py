@@ -78,18 +78,19 @@ class Refinement:
 class StudentGraph:
     """The student without its weights: plain data.
 
-    ``classes`` says for every result along which axis its classes lie, the batch being axis 0;
-    None: it has none (`archnet.ops.scores`).
+    ``outputs`` are the values that it returns, each with a name of its own in ``output_names``,
+    which files have as well. ``classes`` says for each along which axis its classes lie, the batch
+    being axis 0; None: it has none (`archnet.ops.scores`).
     ``indices`` are the inputs that hold token numbers or marks instead of features;
     ``refinements`` are there where a budget has chosen between forms (`convert.max_cost`);
     ``error`` is |student - teacher| / |teacher| at the output when the student was made, in floats
     and before any training; None where they were not compared. ``target`` describes the hardware
-    that it was made for (`archnet.hardware.Target.description`); empty: arch5. ``output_range``
-    are the least and the largest number of the result on calibration inputs; None: not quantized.
+    that it was made for (`archnet.hardware.Target.description`); empty: arch5. ``output_ranges``
+    are the least and the largest number of each result on calibration inputs; []: not quantized.
     """
 
     inputs: list[str]
-    output: str
+    outputs: list[str]
     steps: list[Step] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     taps: list[Tap] = field(default_factory=list)
@@ -98,5 +99,13 @@ class StudentGraph:
     refinements: list[Refinement] = field(default_factory=list)
     error: float | None = None
     target: dict[str, Any] = field(default_factory=dict)
-    output_range: tuple[float, float] | None = None
-    classes: list[Axis] = field(default_factory=lambda: [None])
+    output_ranges: list[tuple[float, float]] = field(default_factory=list)
+    classes: list[Axis] = field(default_factory=list)
+    output_names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        several = len(self.outputs) > 1
+        self.classes = self.classes or [None for _ in self.outputs]
+        self.output_names = self.output_names or [
+            f"output_{index}" if several else "output" for index in range(len(self.outputs))
+        ]

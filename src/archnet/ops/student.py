@@ -1,7 +1,7 @@
 """The student: a list of steps, each one operator applied to named values."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from archnet.ops import hinges, layout, native, operators, sequence
 from archnet.ops.graph import NodeReport, Refinement, Step, StudentGraph, Tap
 from archnet.ops.operators import Operator
 from archnet.ops.plan import Piece, plan
-from archnet.ops.scores import axis_of
+from archnet.ops.scores import Axis, axis_of
 from archnet.ops.shapes import result_shape
 
 OPERATORS: dict[str, type[Operator]] = {
@@ -55,7 +55,9 @@ class Student(nn.Module):
     """A network of whole operators, run step by step.
 
     ``graph.shapes`` holds the shape of every value for one sample (no batch axis). The forward
-    pass takes (B, C, H, W) and returns what the teacher returns, for class scores (B, K).
+    pass takes (B, C, H, W) and returns what the teacher returns, for class scores (B, K): one
+    tensor, or where the teacher has several results a tuple of them, in the order of
+    ``graph.outputs``.
     """
 
     def __init__(self, graph: StudentGraph, modules: Mapping[str, Operator]) -> None:
@@ -86,9 +88,10 @@ class Student(nn.Module):
                 readers.setdefault(name, []).append(step)
         return readers
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        (result,) = self.run(dict(zip(self.graph.inputs, inputs, strict=True)), [self.graph.output])
-        return result
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        values = dict(zip(self.graph.inputs, inputs, strict=True))
+        results = self.run(values, self.graph.outputs)
+        return results[0] if len(results) == 1 else tuple(results)
 
     def steps_between(self, sources: Sequence[str], targets: Sequence[str]) -> list[Step]:
         """The steps that compute ``targets`` from ``sources``, in order.
@@ -143,14 +146,17 @@ class Student(nn.Module):
         steps: Sequence[Step],
         *,
         added: Mapping[str, Operator] | None = None,
-        output: str | None = None,
-        taps: Sequence[Tap] | None = None,
+        renamed: Mapping[str, str] | None = None,
     ) -> None:
-        """Replace the list of steps (in place), add operators, and measure the new values."""
+        """Replace the list of steps (in place), add operators, and measure the new values.
+
+        ``renamed`` says which value stands for another one now, at taps and as a result.
+        """
+        now = renamed or {}
         self._plans = {}
         self.graph.steps = list(steps)
-        self.graph.output = output or self.graph.output
-        self.graph.taps = list(taps) if taps is not None else self.graph.taps
+        self.graph.outputs = [now.get(name, name) for name in self.graph.outputs]
+        self.graph.taps = [replace(tap, value=now.get(tap.value, tap.value)) for tap in self.taps]
         for name, module in (added or {}).items():
             self.operators[name] = module
         for name in set(self.operators) - {step.name for step in steps}:
@@ -158,9 +164,9 @@ class Student(nn.Module):
         self.measure()
 
     def drop_unread(self) -> None:
-        """Take out steps that neither the result nor a tap depends on."""
+        """Take out steps that neither a result nor a tap depends on."""
         inputs = self.graph.inputs
-        ends = (self.graph.output, *(tap.value for tap in self.graph.taps))
+        ends = (*self.graph.outputs, *(tap.value for tap in self.graph.taps))
         steps = self.steps_between(inputs, [name for name in ends if name not in inputs])
         if len(steps) < len(self.graph.steps):
             self.rewire(steps)
@@ -197,9 +203,12 @@ class Student(nn.Module):
             step["name"]: OPERATORS[step["operator"]](**step["arguments"]) for step in spec["steps"]
         }
         steps = [Step(s["name"], tuple(s["inputs"]), s["origin"]) for s in spec["steps"]]
+        # Students of before they had several results say less of their one.
+        outputs = list(spec["outputs"] if "outputs" in spec else [spec["output"]])
+        ranges = spec.get("output_ranges", [spec.get("output_range")])
         graph = StudentGraph(
             inputs=list(spec["inputs"]),
-            output=spec["output"],
+            outputs=outputs,
             steps=steps,
             shapes={name: tuple(shape) for name, shape in spec["shapes"].items()},
             taps=[Tap(**tap) for tap in spec["taps"]],
@@ -208,8 +217,20 @@ class Student(nn.Module):
             refinements=[Refinement(**row) for row in spec.get("refinements", [])],
             error=spec.get("error"),
             target=dict(spec.get("target", {})),
-            output_range=tuple(spec.get("output_range") or ()) or None,
-            # Students before 0.4 do not say it.
-            classes=list(spec.get("classes") or [axis_of(spec["shapes"][spec["output"]])]),
+            output_ranges=[(seen[0], seen[1]) for seen in ranges if seen],
+            classes=_classes(spec, outputs),
+            output_names=list(spec.get("output_names", [])),
         )
         return cls(graph, modules)
+
+
+def _classes(spec: Mapping[str, Any], outputs: Sequence[str]) -> list[Axis]:
+    """Where the classes of each result lie; where nothing is said, by the rule of their shape."""
+    shapes = [tuple(spec["shapes"][name]) for name in outputs]
+    found: list[Axis] = list(spec.get("classes") or map(axis_of, shapes))
+    for name, axis, shape in zip(outputs, found, shapes, strict=True):
+        if axis is not None and not (
+            isinstance(axis, int) and axis and -len(shape) <= axis <= len(shape)
+        ):
+            raise ArchnetError(f"{name} has its classes along axis {axis}, of {len(shape)} axes")
+    return found

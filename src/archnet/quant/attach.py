@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from archnet.errors import ArchnetError
@@ -12,6 +11,7 @@ from archnet.ops import (
     Activation,
     Add,
     AddConstant,
+    BatchNorm,
     Concat,
     HingeLines,
     LayoutMove,
@@ -43,9 +43,9 @@ def insert_activations(student: Student, fine_sums: bool = False) -> None:
     """Give every computed value an `Activation` step, so that it has a place for a quantizer.
 
     Where a ReLU or clip follows (through layout moves that nobody else reads), that is the place;
-    elsewhere an activation without bounds is inserted. The network's result gets none: the chip
-    gives its accumulators; nor does what a softmax reads, constants that are added to a product
-    on the way to it included.
+    elsewhere an activation without bounds is inserted. A result that nobody reads gets none, unless
+    it is that of a batch norm: the chip gives its accumulators; nor does what a softmax reads,
+    constants that are added to a product on the way to it included.
 
     Args:
         student: float.
@@ -55,15 +55,15 @@ def insert_activations(student: Student, fine_sums: bool = False) -> None:
     consumers, graph = student.consumers(), student.graph
     operators = {step.name: student.operator(step.name) for step in graph.steps}
 
-    def has_place(name: str) -> bool:
+    def has_place(name: str, raw: bool) -> bool:
         readers = consumers.get(name, [])
-        if name == graph.output and not readers:
-            return True
-        if len(readers) != 1 or name == graph.output:
+        if name in graph.outputs and not readers:
+            return raw
+        if len(readers) != 1 or name in graph.outputs:
             return False
         module = student.operator(readers[0].name)
         if isinstance(module, LayoutMove):
-            return has_place(readers[0].name)
+            return has_place(readers[0].name, raw)
         if isinstance(module, AddConstant):
             return isinstance(operators.get(name), MatMul) and are_scores(readers[0].name)
         return isinstance(module, Activation | Softmax)
@@ -83,16 +83,17 @@ def insert_activations(student: Student, fine_sums: bool = False) -> None:
         renamed[name] = place
 
     for name in graph.inputs:
-        if name not in graph.indices and not has_place(name):
+        if name not in graph.indices and not has_place(name, raw=False):
             insert_after(name, "")
     for step in graph.steps:
         inputs = tuple(renamed.get(name, name) for name in step.inputs)
         steps.append(Step(step.name, inputs, step.origin))
-        computes = isinstance(student.operator(step.name), COMPUTING)
-        if computes and not has_place(step.name):
+        module = student.operator(step.name)
+        # What a batch norm gives are no sums of integers.
+        raw = not isinstance(module, BatchNorm)
+        if isinstance(module, COMPUTING) and not has_place(step.name, raw):
             insert_after(step.name, step.origin)
-    taps = [replace(tap, value=renamed.get(tap.value, tap.value)) for tap in graph.taps]
-    student.rewire(steps, added=added, output=renamed.get(graph.output), taps=taps)
+    student.rewire(steps, added=added, renamed=renamed)
     if fine_sums:
         _part(student)
 

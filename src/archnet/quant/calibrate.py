@@ -245,7 +245,7 @@ def _seen(
     student: Student, names: Sequence[str], parts: Sequence[tuple[Tensor, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
     """The named values on each of the parts, one after another."""
-    device = next(student.parameters()).device
+    device = next((p.device for p in student.parameters()), torch.device("cpu"))
     for inputs in parts:
         given = zip(student.graph.inputs, (x.to(device) for x in inputs), strict=True)
         with torch.no_grad():
@@ -260,8 +260,8 @@ def _seen(
 
 def observe_grids(
     student: Student, shared: Mapping[str, str], batches: Iterable[Tensor | tuple[Tensor, ...]]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Samples of what meets on every shared grid, by the first activation step of it, and of the
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Samples of what meets on every shared grid, by the first activation step of it, and of each
     result.
 
     Args:
@@ -270,11 +270,13 @@ def observe_grids(
         batches: unlabelled (B, C, H, W), or tuples of all inputs.
     """
     groups: dict[str, list[Tensor]] = {}
-    output = student.graph.output
-    found = observe(student, list(dict.fromkeys([*shared, output])), batches)
+    outputs = student.graph.outputs
+    found = observe(student, list(dict.fromkeys([*shared, *outputs])), batches)
     for name, group in shared.items():
         groups.setdefault(group, []).append(found[name])
-    return {group: torch.cat(parts) for group, parts in groups.items()}, found[output]
+    return {group: torch.cat(parts) for group, parts in groups.items()}, [
+        found[name] for name in outputs
+    ]
 
 
 def lowest_level(samples: Tensor, bits: int, power_of_two: bool, zero_points: bool) -> int:

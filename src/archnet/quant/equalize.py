@@ -330,7 +330,7 @@ def norm_along(name: str, norm: BatchNorm, axis: int, rank: int) -> dict[str, Op
 def _serves(student: Student, place: _Place) -> bool:
     """Whether a value is there for the readers of its place alone."""
     consumers, open_ = student.consumers(), [place.value]
-    kept = {student.graph.output, *(tap.value for tap in student.taps)}
+    kept = {*student.graph.outputs, *(tap.value for tap in student.taps)}
     while open_:
         name = open_.pop()
         if name in kept:

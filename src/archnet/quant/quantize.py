@@ -72,8 +72,8 @@ def quantize(
     own = recipe.widths(student)
     own = merged(own, widths) if widths is not None else own
     shared = shared_grids(student)
-    samples, result = observe_grids(student, shared, batches)
-    student.graph.output_range = float(result.min()), float(result.max())
+    samples, results = observe_grids(student, shared, batches)
+    student.graph.output_ranges = [(float(x.min()), float(x.max())) for x in results]
     for module in student.operators.values():
         if recipe.power_of_two and isinstance(module, Summing):
             module.to_power_of_two()

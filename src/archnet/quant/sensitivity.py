@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from archnet.ops import Operator, Student
-from archnet.ops.scores import Loss
+from archnet.ops.scores import Loss, each
 from archnet.quant.attach import build, shared_grids
 from archnet.quant.calibrate import activation_scale, observe_grids, weight_scale
 from archnet.quant.quantizers import Quantizer
@@ -51,7 +51,8 @@ def sensitivity(
         loss(layer, b) = E_x KL(softmax f(x) || softmax f_{layer at b bits}(x))
 
     over unlabelled x, with the scales that `quantize` starts from. Of a result without classes it
-    is the share of variance that is no longer explained (`archnet.ops.scores.Loss`). ZeroQ (Cai et
+    is the share of variance that is no longer explained (`archnet.ops.scores.Loss`); of several
+    results the losses are added. ZeroQ (Cai et
     al. 2020, arXiv 2001.00281, section 3.2) measures layers so; HAWQ (Dong et al. 2019, arXiv
     1905.03696) and HAWQ-V2 (1911.03852) estimate the same from the Hessian, to second order.
 
@@ -70,26 +71,32 @@ def sensitivity(
     """
     batches = list(batches)
     trials = _trials(student, batches, offers, (recipe or Recipe()).on(student))
-    (axis,), output = student.graph.classes, student.graph.output
-    lost = {name: {trial.bits: Loss(axis) for trial in tried} for name, tried in trials.items()}
+    graph = student.graph
+    lost = {
+        name: {trial.bits: [Loss(axis) for axis in graph.classes] for trial in tried}
+        for name, tried in trials.items()
+    }
     device = next(student.parameters()).device
     last_read = {name: step.name for step in student.graph.steps for name in step.inputs}
     with torch.no_grad():
         for batch in batches:
             inputs = [x.to(device) for x in ((batch,) if isinstance(batch, Tensor) else batch)]
-            reference = student(*inputs)
+            references = each(student(*inputs))
             live = dict(zip(student.graph.inputs, inputs, strict=True))
             for step in student.graph.steps:
                 for trial in trials.get(step.name, ()):
                     with trial.in_place():
-                        (scores,) = student.run(live, [output])
-                    lost[step.name][trial.bits].add(scores, reference)
+                        results = student.run(live, graph.outputs)
+                    losses = lost[step.name][trial.bits]
+                    for loss, scores, reference in zip(losses, results, references, strict=True):
+                        loss.add(scores, reference)
                 live[step.name] = student.operator(step.name)(*[live[n] for n in step.inputs])
                 for name in set(step.inputs):
-                    if last_read[name] == step.name and name != output:
+                    if last_read[name] == step.name and name not in graph.outputs:
                         del live[name]
     return {
-        name: {bits: loss.value for bits, loss in found.items()} for name, found in lost.items()
+        name: {bits: sum(loss.value for loss in losses) for bits, losses in found.items()}
+        for name, found in lost.items()
     }
 
 

@@ -1,7 +1,6 @@
 """Back from a quantized student to a float one: where training at few bits begins with more."""
 
 import json
-from dataclasses import replace
 
 from archnet.ops import (
     Activation,
@@ -49,9 +48,7 @@ def unquantize(student: Student) -> Student:
             steps.append(Step(step.name, inputs, step.origin))
         else:
             renamed[step.name] = same_as
-    graph = student.graph
-    taps = [replace(tap, value=renamed.get(tap.value, tap.value)) for tap in graph.taps]
-    student.rewire(steps, output=renamed.get(graph.output), taps=taps)
+    student.rewire(steps, renamed=renamed)
     return student
 
 

@@ -4,7 +4,7 @@ Widths are named by steps: of a weighted layer the bits of its weights, of an ac
 of its grid. Activations whose values meet in a concatenation share a grid; the first one names it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -105,9 +105,9 @@ def width_for(
 
 
 def _not_multiplied(student: Student) -> list[str]:
-    """Grids that no trained layer reads, nor the network's result; nor one that shares them."""
+    """Grids that no trained layer reads, nor a result of the network; nor one that shares them."""
     on_grid, shared = grids(student), shared_grids(student)
-    multiplied = set(on_grid[student.graph.output])
+    multiplied = {place for name in student.graph.outputs for place in on_grid[name]}
     for step in student.graph.steps:
         if multiplies(student.operator(step.name)):
             multiplied.update(*(on_grid[name] for name in step.inputs))
@@ -116,20 +116,35 @@ def _not_multiplied(student: Student) -> list[str]:
 
 
 def _ends(student: Student, first_bits: int, last_bits: int) -> dict[str, int]:
-    """Own widths of the first and last layer's weights, and of the activations that they read."""
+    """Own widths of the weights of the first layer and of the last one before each result, and of
+    the activations that they read.
+    """
     trained = [name for name, module in weighted(student).items() if module.trainable]
     if not trained:
         return {}
     # Token embeddings all read the input.
     embeddings = [name for name in trained if isinstance(student.operator(name), TokenEmbedding)]
-    first, last = embeddings or trained[:1], trained[-1]
-    found = {last: last_bits} | dict.fromkeys(first, first_bits)
+    first = embeddings or trained[:1]
+    last, behind = _last(student, trained)
+    found = dict.fromkeys(last, last_bits) | dict.fromkeys(first, first_bits)
     on_grid = grids(student)
-    reached_last = False
     for step in student.graph.steps:
-        if step.name in (*first, last):
+        if step.name in (*first, *last):
             found |= dict.fromkeys(on_grid[step.inputs[0]], found[step.name])
-        if reached_last and isinstance(student.operator(step.name), Activation):
+        if step.name in behind and isinstance(student.operator(step.name), Activation):
             found[step.name] = last_bits
-        reached_last = reached_last or step.name == last
     return found
+
+
+def _last(student: Student, trained: Sequence[str]) -> tuple[list[str], set[str]]:
+    """The last trained layer before each result, and the steps between them and the results."""
+    last, behind = list[str](), set[str]()
+    for output in student.graph.outputs:
+        if output in student.graph.inputs:
+            continue
+        names = [step.name for step in student.steps_between(student.graph.inputs, [output])]
+        layers = [place for place, name in enumerate(names) if name in trained]
+        if layers:
+            last.append(names[layers[-1]])
+            behind.update(names[layers[-1] + 1 :])
+    return list(dict.fromkeys(last)), behind

@@ -110,7 +110,7 @@ def _require_sound(packed: Any) -> None:
     for name, shape in ghost.graph.shapes.items():
         if shapes.get(name) != shape:
             raise ValueError(f"{name} is {shape}, not {shapes.get(name)}")
-    for name in (ghost.graph.output, *(tap.value for tap in ghost.taps)):
+    for name in (*ghost.graph.outputs, *(tap.value for tap in ghost.taps)):
         if name not in shapes:
             raise ValueError(f"{name} is no value of it")
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -43,7 +43,7 @@ class StudentTranslator:
         states = self.parts.states
         values = {"target": tokens_B[:, None], **state}
         scores, *after = self._baked[1].run(
-            values, [self.parts.decoder.graph.output, *states.values()]
+            values, [*self.parts.decoder.graph.outputs, *states.values()]
         )
         grown = dict(zip(states, after, strict=True))
         return scores[:, 0], {**state, **grown, POSITION: state[POSITION] + 1}

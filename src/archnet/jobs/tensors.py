@@ -16,6 +16,7 @@ from torchmetrics import Metric
 import archnet
 from archnet.capture import TeacherGraph, capture
 from archnet.convert import Approximation
+from archnet.convert.walk import Classes
 from archnet.deploy import to_integers
 from archnet.deploy.export import form_named
 from archnet.distill import train
@@ -71,6 +72,11 @@ class TensorJob(Job):
             shape: of the result for one sample.
         """
 
+    @property
+    def classes(self) -> Classes:
+        """Where the classes of the results lie, as `archnet.convert` takes it."""
+        return "auto" if self.config.task.classes == "auto" else None
+
     @cached_property
     def captured(self) -> TeacherGraph:
         """The teacher as it is compared with the student: up to its scores."""
@@ -86,6 +92,7 @@ class TensorJob(Job):
             taps=asked.taps,
             inner_taps=asked.inner_taps,
             seed=config.seed,
+            classes=self.classes,
             calibration=self.data.calibration_inputs(asked.calibration),
             approximation=Approximation(
                 asked.attention,
@@ -158,14 +165,14 @@ class TensorJob(Job):
             name: {key: self.figure(one) if labelled else None for key, one in by.items()}
             for name, by in judges.items()
         }
-        return {**found, **self._beside(found["student"], beside), "inputs": count}
+        return {**found, **self._beside(student, found["student"], beside), "inputs": count}
 
     def figure(self, metric: Metric) -> float:
         """What is told of a metric: of shares, points."""
         return points(metric.compute())
 
     @staticmethod
-    def _beside(figures: Facts, beside: Sequence[Comparison]) -> Facts:
+    def _beside(student: Student, figures: Facts, beside: Sequence[Comparison]) -> Facts:
         """Agreement of all decisions; what is told of results without classes."""
         decisions = sum(one.decisions for one in beside)
         changed = sum(one.changed for one in beside)
@@ -176,11 +183,12 @@ class TensorJob(Job):
             figures["cosine"] = min(round(one.cosine, 6) for one in numbers)
         outputs = [
             {
+                "name": name,
                 "agreement": None if one.agreement is None else points(one.agreement),
                 "relative_error": points(one.relative_error),
                 "cosine": round(one.cosine, 6),
             }
-            for one in beside
+            for name, one in zip(student.graph.output_names, beside, strict=True)
         ]
         return {"agreement": agreement, "outputs": outputs}
 

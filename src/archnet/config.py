@@ -154,8 +154,8 @@ class TaskConfig:
     # (any data and metric), or a job of your own (package.module:Class).
     kind: str = "classification"
     num_classes: int | None = _number(None, 2)  # null: counted in the data
-    # What results are. auto: scores of classes, along axis 1 of (B, K) and (B, K, H, W) and along the
-    # last of (B, T, K). none: numbers, of which the error counts, for they decide nothing.
+    # What results are. auto: scores of classes, along axis 1 of (B, K) and (B, K, H, W) and along
+    # the last of (B, T, K). none: numbers, of which the error counts, for they decide nothing.
     classes: str = _choice("auto", "auto", "none")
     # The number that pixels without a class have in masks, for segmentation; null: all have one.
     ignored: int | None = _number(255, 0, 255)

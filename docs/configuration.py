@@ -48,9 +48,10 @@ def comments() -> dict[int, str]:
 
 
 def meanings() -> dict[str, dict[str, str]]:
-    """For every dataclass of the config, the meaning of its fields."""
+    """For every dataclass of the config, the meaning of its fields that are no groups of keys."""
     text, lines = comments(), SOURCE.read_text().splitlines()
     found: dict[str, dict[str, str]] = {}
+    groups = [name for name, value in vars(module).items() if is_dataclass(value)]
     for node in ast.parse(SOURCE.read_text()).body:
         if not isinstance(node, ast.ClassDef):
             continue
@@ -61,7 +62,8 @@ def meanings() -> dict[str, dict[str, str]]:
             while lines[first - 2].strip().startswith("#"):
                 first -= 1
             said = [text[line] for line in range(first, (item.end_lineno or 0) + 1) if line in text]
-            found.setdefault(node.name, {})[item.target.id] = " ".join(said)
+            if ast.unparse(item.annotation) not in groups:
+                found.setdefault(node.name, {})[item.target.id] = " ".join(said)
     return found
 
 

@@ -1,23 +1,42 @@
-"""The tables of the README, from the rows of ``benchmarks/results``.
+"""The tables of results, from the rows of ``benchmarks/results``.
 
     python benchmarks/tables.py
 
-rewrites what stands between the two markers in README.md. Of rows that differ in nothing but their
-figures the last one counts; a table without rows is left out.
+writes docs/results.md, and the rows of `SELECTED` between the two markers in README.md. Of rows
+that differ in nothing but their figures the last one counts; a table without rows is left out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from record import ROOT, read
 
 BEGIN, END = "<!-- results: benchmarks/tables.py -->", "<!-- end of results -->"
+INTRODUCTION = """# Results
+
+`python benchmarks/tables.py` writes this page from the rows of `benchmarks/results/*.csv`. Each row
+carries the command that reproduces it, versions, seed, data and cost;
+`python benchmarks/record.py <run folder> --into <table>` adds one for a finished run. What was
+tried on the way, and what the figures mean, is in [experiments.md](experiments.md); what vendors'
+compilers make of students is in [chips.md](chips.md).
+
+How to read the tables:
+
+- *bits*: W2A4 means 2-bit weights and 4-bit activations. The first and the last layer have 8 bits.
+- *agreement*: the share of test inputs on which student and teacher predict the same.
+- *MACs* are multiply-accumulates. *BOPs* are MACs times weight bits times activation bits, given as
+  a multiple of those of the teacher at 8 bits. *weights* are bytes, packed to their width.
+- *image-steps* (*sentence-steps*): how many training inputs went through the whole student.
+  *unlabelled*: how many different ones there were.
+- *minutes* are those of distillation, on two CPU cores where no other device is named.
+
+"""
 Row = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the README: rows of one file, told apart by ``keys``."""
+    """A table of results: rows of one file, told apart by ``keys``."""
 
     name: str
     title: str
@@ -25,21 +44,25 @@ class Table:
     keys: tuple[str | Callable[[Row], str], ...]
     columns: Mapping[str, Callable[[Row], str]]
 
-    def markdown(self) -> str:
-        """Title, text and table; empty without rows."""
+    def rows(self) -> list[Row]:
+        """The rows that count; those that share the first key are neighbours."""
         last = {
             tuple(row.get(key, "") if isinstance(key, str) else key(row) for key in self.keys): row
             for row in read(self.name)
         }
-        if not last:
-            return ""
-        lines = [" | ".join(self.columns), " | ".join("---" for _ in self.columns)]
-        # Rows that share the first key stand together.
         order = list(dict.fromkeys(key[0] for key in last))
-        rows = [last[key] for key in sorted(last, key=lambda key: order.index(key[0]))]
-        lines += [" | ".join(show(row) for show in self.columns.values()) for row in rows]
-        table = "\n".join(f"| {line} |" for line in lines)
-        return f"### {self.title}\n\n{self.text}\n\n{table}\n\n"
+        return [last[key] for key in sorted(last, key=lambda key: order.index(key[0]))]
+
+    def markdown(self) -> str:
+        """Title, text and table; empty without rows."""
+        rows = self.rows()
+        return f"## {self.title}\n\n{self.text}\n\n{_lines(self.columns, rows)}" if rows else ""
+
+
+def _lines(columns: Mapping[str, Callable[[Row], str]], rows: Iterable[Row]) -> str:
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(show(row) for show in columns.values()) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def _bits(row: Row) -> str:
@@ -105,31 +128,50 @@ TABLES = (
     Table(
         "digits",
         "Digits (mnist5k)",
-        "What `make demo` does: 5,000 MNIST digits, 1,000 of them for the test. Then a ConvNeXt as "
-        "its conversion leaves it, without any training; with `convert.norm_hinges=0` 89.50 % of "
-        "its float student's predictions agree.",
+        "`make demo` gives the first row: 5,000 MNIST digits, 1,000 of them for the test. The rows "
+        "of the ConvNeXt are right after its conversion, without any training; with "
+        "`convert.norm_hinges=0` 89.50 % of its float student's predictions agree.",
         ("teacher", "weight_bits", "act_bits", "budget", "budget_of"),
         _ACCURACY,
     ),
     Table(
         "cifar10",
         "CIFAR-10 (JPEG re-encoding)",
-        "Test split of a JPEG copy, which costs accuracy: not comparable with published figures "
-        "for CIFAR-10. No labels, at most 30,000 images; schedules were chosen on a validation "
-        "split.",
+        "The images are a copy that was re-encoded as JPEG, which costs accuracy, so the figures "
+        "cannot be compared with published ones for CIFAR-10. Distillation sees at most 30,000 "
+        "images and no labels; schedules were chosen on a validation split.",
         ("teacher", "weight_bits", "act_bits", "budget", "budget_of"),
         _ACCURACY,
     ),
     Table(
         "approximate",
         "Teachers without an exact form, CIFAR-10",
-        "The same split. ConvNeXt (7x7 depthwise, layer norm, GELU), ViT (patches of 4x4, class "
-        "token) and inverted residuals with squeeze-excitation and hardswish, trained here. No "
-        "image-steps: right after the fit to 256 unlabelled images. A command with "
-        "`convert.student` goes on from another row's student, whose steps come on top. Rows of "
-        "earlier and of cheaper forms are in `benchmarks/results/approximate.csv`.",
+        "These teachers have operators that five operators can only approximate: a ConvNeXt (7x7 "
+        "depthwise, layer norm, GELU), a ViT (patches of 4x4, class token) and inverted residuals "
+        "with squeeze-excitation and hardswish, all trained here on the same split. A row with no "
+        "image-steps was measured right after the fit to 256 unlabelled images. A command with "
+        "`convert.student` starts from the student of another row, whose steps come on top. "
+        "Earlier and cheaper variants are in `benchmarks/results/approximate.csv`.",
         ("teacher", _bits, _fitted),
         _ACCURACY,
+    ),
+    Table(
+        "scenes",
+        "Segmentation of scenes of digits",
+        "`python train.py experiment=scenes`: generated pictures of digits with masks. Mean "
+        "intersection over union, and the share of pixels that student and teacher decide alike.",
+        ("teacher", "weight_bits", "act_bits", "budget", "budget_of"),
+        {
+            "teacher": _plain("teacher"),
+            "bits": _bits,
+            "teacher, mIoU": _number("teacher_value"),
+            "student, mIoU": _number("student_value"),
+            "pixels alike, %": _number("agreement"),
+            **_COST,
+            "image-steps": _number("inputs_seen", ",.0f"),
+            "minutes": _minutes,
+            "command": lambda row: f"`{row['command']}`",
+        },
     ),
     *(
         Table(
@@ -155,17 +197,17 @@ TABLES = (
                 "multi30k",
                 "Multi30k, English to German",
                 "sacreBLEU on test_2016_flickr, raw text, beam 5; the signature is in the rows. "
-                "Trained on the teacher's own translations of the training sources. `arch5_matmul` "
-                "keeps attention, `arch5` has five operators and nothing else. Costs are of "
-                "reading and writing 16 tokens; the student's one-hot embeddings count as layers. "
-                "A command with `convert.student` goes on from another row's student, whose steps "
-                "and minutes come on top.",
+                "Students are trained on the teacher's own translations of the training sources. "
+                "`arch5_matmul` keeps attention, `arch5` has five operators and nothing else. "
+                "Costs are those of reading and writing 16 tokens, and the student's embeddings "
+                "count as layers on one-hot inputs. A command with `convert.student` starts from "
+                "the student of another row, whose steps and minutes come on top.",
             ),
             (
                 "phrases",
-                "Phrases out of CLDR",
-                "`python train.py experiment=phrases`: a check that the path works, not a figure "
-                "of real text.",
+                "Phrases generated from CLDR",
+                "`python train.py experiment=phrases`: dates, quantities and names. The row shows "
+                "that the way from teacher to file works; it says nothing of real text.",
             ),
         )
     ),
@@ -185,8 +227,9 @@ TABLES = (
     Table(
         "imagenet_sample",
         "Published ImageNet teachers, float students",
-        "500 images, probably of ImageNet's training split: a check that nothing changes, not an "
-        "ImageNet accuracy. The last two columns compare the exported file with the student.",
+        "The 500 images are probably of ImageNet's training split: the table shows that conversion "
+        "changes nothing, not an accuracy on ImageNet. The last two columns compare the exported "
+        "file with the student.",
         ("teacher",),
         {
             "teacher": _plain("teacher"),
@@ -202,7 +245,7 @@ TABLES = (
         "cost",
         "Cost of exact students at 224x224",
         "`python benchmarks/cost.py`; target `arch5`, W2A4 with 8 bits in the first and the last "
-        "layer. Weights beside those of the teacher at 8 bits.",
+        "layer. The teacher's weights are counted at 8 bits.",
         ("teacher", "hardware"),
         {
             "teacher": _plain("teacher"),
@@ -217,7 +260,8 @@ TABLES = (
         "speed",
         "Speed of distillation",
         "`python benchmarks/speed.py`; ResNet-18 at 224x224, W2A4, all block taps with TAM and "
-        "RFA. Under `local` an image counts when it has been through every block once.",
+        "RFA, the adapters of the paper. With `local` an image "
+        "counts once it has been through every block.",
         ("schedule", "threads", "batch_size"),
         {
             "schedule": _plain("schedule"),
@@ -230,10 +274,10 @@ TABLES = (
     ),
     Table(
         "attention",
-        "Forms of attention",
-        "`python benchmarks/attention.py <run>`; |form - attention| / |attention| on images that "
-        "had no part in fit or training, mean over the teacher's attentions; `context` is what "
-        "conversion builds.",
+        "What attention becomes",
+        "`python benchmarks/attention.py <run>`; error of each replacement, |replacement - "
+        "attention| / |attention|, on images that neither the fit nor the training saw, averaged "
+        "over the teacher's attentions. `convert.attention` chooses; `context` is its default.",
         ("teacher", "form"),
         {
             "teacher": _plain("teacher"),
@@ -267,8 +311,8 @@ TABLES = (
         "deploy",
         "Files and latency in ONNX Runtime",
         "`python benchmarks/deploy.py <run>`; one thread, batch 1, median of interleaved "
-        "runs, on the CPU that the row names. The last but one column is what its kernels give at "
-        "best.",
+        "runs, on the CPU that the row names. The last column but one is the most that its 8-bit "
+        "kernels gain.",
         ("task", "weight_bits", "act_bits", "as_trained"),
         {
             "task": _plain("task"),
@@ -333,15 +377,60 @@ TABLES = (
 )
 
 
+# The rows of the README: a table, and how the command of its row begins.
+SELECTED = (
+    ("digits", "python train.py experiment=demo"),
+    ("cifar10", "python train.py experiment=cifar10_w4a4"),
+    ("multi30k", "python train.py experiment=multi30k_w4a4"),
+)
+_METRICS = {"accuracy": "accuracy, %", "bleu": "BLEU"}
+_COLUMNS: Mapping[str, Callable[[Row], str]] = {
+    "data": _plain("task"),
+    "teacher": lambda row: row["teacher"].split(",")[0],
+    "bits": _bits,
+    "metric": lambda row: _METRICS.get(row["metric"].lower(), row["metric"]),
+    "teacher's": _number("teacher_value"),
+    "student's": _number("student_value"),
+    "MACs, x teacher": _number("macs_ratio"),
+    "BOPs, x W8A8 teacher": _number("bops_ratio", ".3f"),
+    "minutes": _minutes,
+    "command": lambda row: f"`{row['command']}`",
+}
+
+
+def selected() -> str:
+    """The table of the README.
+
+    Raises:
+        ValueError: a row of `SELECTED` is not there.
+    """
+    named = {table.name: table for table in TABLES}
+    rows = []
+    for name, command in SELECTED:
+        found = [
+            row for row in named[name].rows() if f"{row['command']} ".startswith(f"{command} ")
+        ]
+        if not found:
+            raise ValueError(f"benchmarks/results/{name}.csv has no row of {command}")
+        rows.append(found[-1])
+    return _lines(_COLUMNS, rows)
+
+
+def page() -> str:
+    """docs/results.md as the rows are now."""
+    return INTRODUCTION + "\n".join(filter(None, (table.markdown() for table in TABLES)))
+
+
 def filled(readme: str) -> str:
-    """The text of the README with its tables as the rows are now."""
+    """The text of the README with its table as the rows are now."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{''.join(table.markdown() for table in TABLES)}{END}{after}"
+    return f"{before}{BEGIN}\n\n{selected()}\n{END}{after}"
 
 
 def main() -> None:
-    """Rewrite the README's tables."""
+    """Write the page, and the README's table."""
+    (ROOT / "docs" / "results.md").write_text(page())
     path = ROOT / "README.md"
     path.write_text(filled(path.read_text()))
 

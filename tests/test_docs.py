@@ -1,4 +1,4 @@
-"""What the README says runs: its Python, its commands, its tables."""
+"""What README and docs say is true: their Python and commands run, their tables are current."""
 
 import csv
 import re
@@ -9,45 +9,81 @@ from pathlib import Path
 
 import pytest
 
+import archnet
 from archnet.chips import tools
 from archnet.cli import main as archnet_command
 from archnet.compose import check, compose
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-DOCS = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
+    if path.is_file()
+}
+# What the README leaves to its reader: a network and data.
+BROUGHT = """
+import torch
+from torch import nn
+
+torch.manual_seed(0)
+teacher = nn.Sequential(
+    nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+)
+images = torch.randn(32, 3, 16, 16)
+example, batches = images[:1], [images]
+loader = torch.utils.data.DataLoader(list(zip(images, torch.zeros(32))), batch_size=8)
+val_loader = torch.utils.data.DataLoader(images, batch_size=8)
+"""
 
 
-def blocks(language: str) -> list[str]:
-    pattern = rf"```{language}\n(.*?)```"
-    return [block for text in DOCS for block in re.findall(pattern, text, flags=re.DOTALL)]
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    """Every command of README and docs, in blocks and in the README's running text, as words.
+    """Every command of the pages, in blocks and in running text, as words.
 
-    benchmarks/readme_commands.py runs those in blocks.
+    benchmarks/readme_commands.py runs those in blocks. Commands of results are those of the rows,
+    which have a test of their own.
     """
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
-    lines += re.findall(r"`((?:python|archnet|make) [^`<…]+)`", README)
-    return [shlex.split(line, comments=True) for line in lines]
+    lines: list[str] = []
+    for page, text in PAGES.items():
+        lines += [line for block in blocks(page, "bash") for line in block.splitlines()]
+        if page not in ("CHANGELOG.md", "docs/results.md"):
+            lines += re.findall(r"`((?:python|archnet|make) [^`<…]+)`", text)
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 TRAIN = [words[2:] for words in commands() if words[:2] == ["python", "train.py"]]
 
 
-def test_python_runs(tmp_path: Path) -> None:
-    # In order and in one folder: the last one runs the file that the first one writes.
-    for snippet in blocks("python"):
-        ran = subprocess.run(
-            [sys.executable, "-c", snippet],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ran.returncode == 0, ran.stderr
-        assert (tmp_path / "student.onnx").is_file()
+def run_python(snippet: str, folder: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.skipif("distill" not in archnet.__all__, reason="archnet.distill is not there yet")
+def test_python_of_the_readme_runs(tmp_path: Path) -> None:
+    (snippet,) = blocks("README.md", "python")
+    shortened = snippet.replace("steps=2000", "steps=4")
+    assert shortened != snippet
+    run_python(BROUGHT + shortened, tmp_path)
+    assert (tmp_path / "student.onnx").is_file()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
+def test_python_of_the_docs_runs(page: str, tmp_path: Path) -> None:
+    # In order and in one folder: a later block runs the file that an earlier one writes.
+    for snippet in blocks(page, "python"):
+        run_python(snippet, tmp_path)
 
 
 @pytest.mark.parametrize("arguments", TRAIN, ids=" ".join)
@@ -89,8 +125,16 @@ def test_targets_and_files_exist() -> None:
             assert not tool or tool in tools()
         elif words[0] == "python" and words[1].endswith(".py"):
             assert (ROOT / words[1]).is_file()
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / link).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)", PAGES[page]):
+        assert (ROOT / page).parent.joinpath(link).is_file(), link
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
 
 
 def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +142,18 @@ def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> Non
     import tables
 
     assert tables.filled(README) == README, "run python benchmarks/tables.py"
+    assert tables.page() == PAGES["docs/results.md"], "run python benchmarks/tables.py"
+
+
+def test_the_page_of_keys_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import configuration
+
+    assert configuration.page() == PAGES["docs/configuration.md"], (
+        "run python docs/configuration.py"
+    )
+    for name, keys in configuration.meanings().items():
+        assert all(keys.values()), f"{name}: a key has no comment that says what it means"
 
 
 def test_recorded_commands_compose() -> None:

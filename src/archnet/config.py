@@ -132,8 +132,8 @@ class TextConfig:
     source: str = "en"  # language that is read
     target: str = "de"  # language that is written
     train: str = "train"  # name of the training files, without the language
-    valid: str = "valid"
-    test: str = "test"
+    valid: str = "valid"  # the same of the validation split
+    test: str = "test"  # the same of the test split
     vocabulary: int = _number(32000, 32, 65535)  # BPE tokens, of both languages together
     tokenizer_sentences: int = _number(1_000_000, 100)  # drawn to learn them from: bounds memory
     # Longest sentence in tokens: longer training pairs are dropped and counted, longer input is
@@ -179,13 +179,13 @@ class FitConfig:
     """How a teacher is trained on labels, or on translations, with a one-cycle rate."""
 
     optimizer: str = _choice("sgd", "sgd", "adam")  # sgd has Nesterov momentum
-    epochs: int = _number(10, 1)
+    epochs: int = _number(10, 1)  # passes over the training data in the first cycle
     restarts: list[int] = _numbers(1)  # epochs of further cycles, each from where the last ended
     batch_size: int = _number(128, 1)  # images; text has task.text.batch_tokens
     lr: float = _number(0.4, 0)  # the peak rate of the cycle
-    momentum: float = _number(0.9, 0, 1)
-    weight_decay: float = _number(5e-4, 0)
-    label_smoothing: float = _number(0.1, 0, 1)
+    momentum: float = _number(0.9, 0, 1)  # of sgd
+    weight_decay: float = _number(5e-4, 0)  # of the optimizer
+    label_smoothing: float = _number(0.1, 0, 1)  # of the cross-entropy
     warmup: float = _number(0.2, 0, 1)  # part of the steps spent rising to `lr`
     average: int = _number(0, 0)  # last epochs whose weights are averaged in the end; 0: none
 
@@ -220,29 +220,30 @@ class QuantConfig:
     # lsq: learned step sizes (1902.08153); dorefa: tanh weights, clipped activations (1606.06160).
     method: str = _choice("lsq", "lsq", "dorefa", "none")
     bits: int = _width(8)  # sets `weight_bits` and `act_bits` where these are not given (conf/)
-    weight_bits: int = _width(8)
-    act_bits: int = _width(8)
+    weight_bits: int = _width(8)  # of the weights of trained layers
+    act_bits: int = _width(8)  # of the inputs of trained layers
     first_bits: int = _width(8)  # weights and input of the first layer
     last_bits: int = _width(8)  # weights and input of the last layer
-    # Least width of what additions, norms and averages read (trained layers read it rounded again)
-    # and of constant weights, but for those of one magnitude, which are exact at any width.
+    # Least width of values read only by additions, averages and norms. A trained layer that reads
+    # such a value reads it rounded again, to `act_bits`. Constant weights have this width as well,
+    # unless all have one magnitude, which is exact at any width.
     sum_bits: int = _number(8, 1, 8)
     per_channel: bool = True  # one weight scale an output channel; false: one a tensor
-    # A batch norm divides what is rounded for trained layers by a size per channel, where that
-    # halves their error, and act_bits < sum_bits; false: all channels of a value as they are.
+    # Divide the channels of a value by a size of their own (a batch norm) before a trained layer
+    # rounds them, where that halves the rounding error. It acts where act_bits < sum_bits.
     equalize: bool = True
-    # How often a trained layer is given each value: k copies on grids that begin a k-th of a step
-    # apart have k times the levels, and the layer k times the multiplications.
+    # How often a trained layer reads each value. k copies, on grids that begin a k-th of a step
+    # apart, give k times the levels; the layer has k times the multiplications.
     copies: int = _number(1, 1, 8)
     calibration_batches: int = _number(8, 1)  # unlabelled batches that set the first scales
-    # Mixed widths: every layer and every grid of activations gets its own of `widths`, so that the
-    # student costs at most this share of one with the widths above; null: the widths above.
+    # Mixed widths: every layer and every activation gets a width of its own from `widths`, so that
+    # the student costs at most this share of one with `weight_bits` and `act_bits`. null: those.
     budget: float | None = _number(None, 0)
     # bops: MACs x weight bits x activation bits; bytes: of weights, biases and norms.
     budget_of: str = _choice("bops", "bops", "bytes")
-    widths: list[int] = _numbers(1, 2, 3, 4, 6, 8, high=8)  # on offer, where the target has them
-    free_ends: bool = False  # the first and the last layer choose too, instead of keeping theirs
-    sensitivity_inputs: int = _number(256, 1)  # unlabelled, on which each width's loss is measured
+    widths: list[int] = _numbers(1, 2, 3, 4, 6, 8, high=8)  # that a budget chooses from
+    free_ends: bool = False  # a budget also chooses for the first and the last layer
+    sensitivity_inputs: int = _number(256, 1)  # unlabelled inputs that measure each width's loss
 
 
 # The operators of `arch5`, then what chips have beside them. `conv3x3`, `conv1x1` and
@@ -389,7 +390,7 @@ class LimitsConfig:
 
 @dataclass
 class CostsConfig:
-    """What work costs on a target, in cycles: by it the cheapest of several ways is taken.
+    """What an operator costs on a target, in cycles. Of several lowerings the cheapest is used.
 
     The form and all defaults but two are what the compiler of Rockchip's RK3588 (rknn-toolkit2
     2.5.0, INT8) says of itself: 144 rows of its tables for ResNets, MobileNetV2, a DenseNet and a
@@ -445,11 +446,11 @@ class DialectConfig:
 class HardwareConfig:
     """A target: what its operators are and what it holds. What is not stated is not checked."""
 
-    name: str = "arch5"
+    name: str = "arch5"  # of the target, for messages and the report
     operators: list[str] = _choices(OPERATORS, *OPERATORS[:5])  # all that a network may contain
     lacks: list[str] = _choices((*OPERATORS, *ONNX_OPERATORS))  # what its source says it lacks
-    # Whether it runs nothing but its operators, as a target does that is told in full; false: of
-    # what is in neither list nothing is stated, and an audit does not judge it.
+    # true: the target runs `operators` and nothing else. false: nothing is stated of an operator in
+    # neither list, and an audit does not judge it.
     complete: bool = True
     limits: dict[str, LimitsConfig] = field(default_factory=dict)  # of single operators, by name
     costs: CostsConfig = field(default_factory=CostsConfig)  # of work, in cycles
@@ -457,17 +458,17 @@ class HardwareConfig:
     fc_per_position: bool = True  # a fully connected layer at every position is cheap here
     max_channels: int | None = _number(None, 1)  # widest map a convolution takes; null: no limit
     lanes: int = _number(16, 1)  # channels a slice of a depthwise convolution, one dense 3x3 each
-    # Whether functions, norms and products of features that it lists stay as they are; false where
-    # its tool reads files that archnet writes of the five operators alone (tflite).
+    # Whether a student keeps functions, norms and products of features that the target runs. false
+    # where its tool reads a form that archnet writes with the five operators alone (tflite).
     keeps_functions: bool = True
-    # Widths the target computes with.
+    # Widths of weights that the target computes with.
     weight_bits: list[int] = _numbers(1, *range(1, 9), 32, high=64)
-    act_bits: list[int] = _numbers(1, *range(1, 9), 32, high=64)
+    act_bits: list[int] = _numbers(1, *range(1, 9), 32, high=64)  # the same of activations
     # Widths of weights and activations that go together, as w8a8; empty: any of those above.
     width_pairs: list[str] = _list()
-    # Types in which it stores weights and activations; empty: not stated.
+    # Types in which it stores weights; empty: not stated.
     weight_types: list[str] = _choices(TYPES)
-    act_types: list[str] = _choices(TYPES)
+    act_types: list[str] = _choices(TYPES)  # the same of activations
     # Scales of weights: one for a tensor, or one for each output channel.
     weight_scales: list[str] = _choices(SCALES, *SCALES)
     # Scales of activations: any, or powers of two alone.
@@ -500,28 +501,31 @@ class ConvertConfig:
     # Whether outputs of approximations inside a block are compared as well, in those stages of
     # distillation that train the whole network.
     inner_taps: bool = False
-    # What attention becomes: fixed weights over tokens (mixing), or those between two rectified
-    # layers, which let a query meet keys and values (context), which is dearer and nearer; or
-    # attention itself, made of hinges for every pair of tokens (pairs), the dearest and nearest.
+    # What attention becomes on a target without it. mixing: fixed weights over tokens, the
+    # cheapest. context: fixed weights between two layers with ReLU, in which queries meet keys and
+    # values. pairs: attention itself, its products and softmax approximated for every pair of
+    # tokens, the most accurate and the most expensive.
     attention: str = _choice("context", "mixing", "context", "pairs")
-    # Hinges of every product of two numbers in pairs.
+    # Hinges (shifted ReLUs) that approximate each product of two numbers in `pairs`.
     attention_hinges: int = _number(8, 2, 16)
-    # Hinges of a smooth activation, where one clipped line is much farther off; 0: none.
+    # Hinges that approximate a smooth activation where one clipped line is much less accurate; 0:
+    # always the line.
     hinges: int = _number(3, 0, 8)
-    # Hinges of a layer norm, where one scale and shift a channel is much farther off; 0: none.
-    # Their terms nearly cancel: with quant.sum_bits below 8, none are better.
+    # Hinges that approximate a layer norm where one scale and shift for each channel is much less
+    # accurate; 0: always those. Their terms nearly cancel: use 0 with quant.sum_bits below 8.
     norm_hinges: int = _number(3, 0, 8)
-    # Hinges of a feature times its gate, where a sum of both is much farther off; 0: none.
+    # Hinges that approximate a feature times its gate where a weighted sum of both is much less
+    # accurate; 0: always the sum.
     gate_hinges: int = _number(4, 0, 16)
-    # Share of the compact form's error that a faithful form (hinges, a context of attention, a
-    # context path of a gate) must save, or it is not built; 0: every one is.
+    # Share of the compact approximation's error that a faithful one (hinges, attention's context, a
+    # gate's context path) must save to be built; 0: all are built.
     min_gain: float = _number(0.03, 0, 1)
-    # Most multiply-accumulates of the student, as a multiple of the teacher's. Hinges, contexts of
-    # attention and context paths of gates are then taken where they save most error for their
-    # cost; the rest has its compact form. null: all that are worth it.
+    # Most multiply-accumulates of the student, as a multiple of the teacher's. Faithful
+    # approximations are then built where they save most error for their cost, compact ones
+    # elsewhere. null: no bound, and faithful ones wherever `min_gain` allows.
     max_macs: float | None = _number(None, 0)
-    # The same of cycles by the target's own costs (hardware.costs), as a multiple of what they give
-    # the teacher on a target that has every operator. null: no such bound.
+    # The same bound on cycles, estimated by the target's costs (hardware.costs), as a multiple of
+    # the teacher's cycles on a target that runs every operator. null: no bound.
     max_cost: float | None = _number(None, 0)
     # Unlabelled training inputs that approximate rules are fitted to, held in memory at once.
     calibration: int = _number(256, 2)
@@ -532,21 +536,21 @@ class ConvertConfig:
 
 @dataclass
 class OptimizerConfig:
-    """What moves the weights."""
+    """The optimizer of distillation."""
 
-    name: str = _choice("adam", "adam", "adamw", "sgd")
-    lr: float = _number(1e-3, 0)  # of what is float: unquantized weights, TAM, RFA
-    # Of quantized weights, their biases and scales, in steps of their grid: one value serves all
-    # widths. null: as `lr`.
+    name: str = _choice("adam", "adam", "adamw", "sgd")  # of torch.optim
+    lr: float = _number(1e-3, 0)  # learning rate of what is float: unquantized weights, TAM, RFA
+    # Learning rate of quantized weights, their biases and scales, in steps of their grid, so that
+    # one value suits all widths. null: `lr`.
     grid_lr: float | None = _number(0.01, 0)
-    weight_decay: float = _number(0.0, 0)
+    weight_decay: float = _number(0.0, 0)  # of all of them
 
 
 @dataclass
 class DistillConfig:
     """Arch-Distillation: the student's features follow the teacher's. No label takes part."""
 
-    # progressive: taps one after another, each with those before it (2111.01135);
+    # progressive: taps (points of comparison) are added one after another (2111.01135);
     # joint: all taps at once; local: each block alone, then a short joint stage.
     schedule: str = _choice("joint", "progressive", "joint", "local")
     # Steps of the whole network, or as much work: under `local` every block takes
@@ -560,6 +564,7 @@ class DistillConfig:
     adaptation: bool = True  # Residual Feature Adaptation: a light map between the features
     inputs: str = _choice("teacher", "teacher", "student")  # what a block reads under `local`
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    # Course of the learning rate over a period, after its warm-up.
     lr_schedule: str = _choice("cosine", "cosine", "warm_restarts", "constant")
     warmup: int = _number(20, 0)  # steps at the start of every period while the rate rises
     mixup: float = _number(0.0, 0, 1)  # share of whole-network batches blended in pairs; paper: 0.1
@@ -568,14 +573,12 @@ class DistillConfig:
     logits_weight: float = _number(1.0, 0)  # of that distance beside the mean loss of the taps
     cache_images: int = _number(8192, 1)  # images whose features `local` keeps on disk
     val_every: int = _number(250, 1)  # steps between validations
-    val_images: int = _number(
-        1000, 1
-    )  # images a validation while training looks at; text: all sentences
+    # Images of a validation while training; for text all sentences are used.
+    val_images: int = _number(1000, 1)
     checkpoint_every: int = _number(100, 1)  # steps between checkpoints
     average: float = _number(0.0, 0, 0.9999)  # decay of a moving average of the weights; 0: off
-    # Weights that conversion leaves at zero (beside the identities of an addition, between groups
-    # of channels) stay zero. Free, they help a float student; small beside a one, few bits lose
-    # them.
+    # Keep weights at zero that conversion sets to zero (beside the identities of an addition,
+    # between groups of channels). Training would make them small, and few bits round that away.
     keep_zeros: bool = False
 
 
@@ -586,9 +589,10 @@ class DistillConfig:
 class TrainerConfig:
     """Where the work runs."""
 
-    accelerator: str = _choice("auto", "auto", "cpu", "gpu", "mps")
+    accelerator: str = _choice("auto", "auto", "cpu", "gpu", "mps")  # auto: a GPU if there is one
     devices: int = _number(1, 1)  # processes, one a device
-    strategy: str = _choice("auto", "auto", "ddp")
+    strategy: str = _choice("auto", "auto", "ddp")  # of several processes, as Lightning names it
+    # Of training, as Lightning names it.
     precision: str = _choice("32-true", "32-true", "bf16-mixed", "16-mixed")
     threads: int | None = _number(None, 1)  # CPU threads a process; null: torch's choice
     progress: bool = True  # the time left: a bar, or lines where the output is no terminal
@@ -600,8 +604,8 @@ class TrainerConfig:
 class WandbConfig:
     """Weights & Biases."""
 
-    enabled: bool = False
-    project: str = "archnet"
+    enabled: bool = False  # log to it
+    project: str = "archnet"  # in which runs appear
     # auto: online where a key is set (WANDB_API_KEY), else offline.
     mode: str = _choice("auto", "auto", "online", "offline", "disabled")
 
@@ -610,21 +614,21 @@ class WandbConfig:
 class LoggerConfig:
     """Where losses and figures are logged. The report's plots read the CSV."""
 
-    csv: bool = True
-    tensorboard: bool = False
+    csv: bool = True  # files in the run folder
+    tensorboard: bool = False  # event files in the run folder
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 @dataclass
 class Config:
-    """The whole of a run."""
+    """Keys of the run itself."""
 
     seed: int = _number(0, 0, 2**32 - 1)  # of every random choice
     output_dir: str = "outputs"  # run folders go to <output_dir>/<task>/<date>_<time>_<id>
     name: str | None = _name(None)  # the <id> of the run folder; null: drawn
     resume: str | None = None  # a run folder to continue, with its own config
-    # With `resume`: whatever that folder's config names may be imported and run, such as a
-    # teacher's factory, although this user has not made the folder.
+    # With `resume`: import and run code that the folder's config names, such as a teacher's
+    # factory, even if somebody else made the folder.
     trust: bool = False
     task: TaskConfig = field(default_factory=TaskConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

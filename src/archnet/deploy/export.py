@@ -179,7 +179,7 @@ def _splits(student: Student) -> dict[str, Mapping[str, Slice]]:
     """Slices that part the first axis one behind the other, by the name of the first.
 
     Those of a last axis stay slices: Rockchip's compiler (rknn-toolkit2 2.5.0) takes a Split of
-    tokens, and its simulator then gives something else (benchmarks/rknn.py, cifar_vit).
+    tokens, and its simulator then gives something else (benchmarks/chips.py, cifar_vit).
     """
     return {
         next(iter(parting.cuts)): parting.cuts

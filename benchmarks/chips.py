@@ -2,6 +2,7 @@
 
     python benchmarks/chips.py                   # all networks, every tool that is installed
     python benchmarks/chips.py cifar_vit --tools rknn:rv1106 openvino
+    python benchmarks/chips.py resnet50 --tools rknn:rk3588 --students rk3588 arch5 arch5_conv
     python benchmarks/chips.py --write           # docs/chips.md from the rows
 
 Weights and pictures are random. The teacher's file is torch's own export. A tool that quantizes by
@@ -17,11 +18,13 @@ import argparse
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from lowering import size_of
 from record import RESULTS, append, read
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer
@@ -32,7 +35,9 @@ from archnet.chips import Bridge, Compiled, Placed, bridge, tools
 from archnet.convert import Approximation
 from archnet.deploy.compile import Asked, Judged, compile_student, compile_teacher
 from archnet.errors import ArchnetError, printable
+from archnet.hardware import Target
 from archnet.teachers import MEMBERS, Member, random_network
+from archnet.teachers.nets import NETS
 
 SMALL, CALIBRATION, PICTURES = 64, 20, 50
 # Name in the table -> name among archnet's own teachers or torchvision's, side of the pictures.
@@ -63,6 +68,8 @@ def network_named(name: str, seed: int) -> nn.Module:
     found = next((item for item in MEMBERS if item.name == name), None)
     if found is not None:
         return random_network(found, seed=seed)
+    if name not in NETS:
+        raise ArchnetError(f"{name} is neither in archnet.teachers.MEMBERS nor an own teacher")
     own = Member("archnet", name, 32, "archnet")
     return random_network(own, num_classes=10, seed=seed)
 
@@ -100,6 +107,14 @@ class Students:
             self.made[key] = student
         return self.made[key]
 
+    def judged(self, asked: Asked, hardware: str, quantized: bool) -> Judged:
+        """What a tool makes of a student.
+
+        Raises:
+            ArchnetError: the network cannot be converted, or not be handed over.
+        """
+        return compile_student(self.of(hardware, quantized), asked)
+
 
 def teacher_by(asked: Asked, network: nn.Module) -> Judged:
     """What a tool makes of the teacher.
@@ -127,10 +142,8 @@ def more_off(student: Compiled, teacher: Compiled) -> int:
     return sum((Counter(row.operator for row in student.off) - before).values())
 
 
-def columns(side: str, one: Judged | None) -> dict[str, Any]:
+def columns(side: str, one: Judged) -> dict[str, Any]:
     """The figures of one network in the row."""
-    if one is None:
-        return {}
     found, row = one.compiled, {}
     if found.operators:
         row = {"rows": len(found.operators), "off": len(found.off), "off_what": counted(found.off)}
@@ -147,7 +160,7 @@ def columns(side: str, one: Judged | None) -> dict[str, Any]:
 
 def measure(name: str, options: argparse.Namespace) -> None:
     """Add the rows of one network."""
-    side = NETWORKS[name]
+    side = side_of(name)
     generator = torch.Generator().manual_seed(options.seed)
     images = torch.randn(CALIBRATION + PICTURES, 3, side, side, generator=generator)
     calibration, pictures = images.split([CALIBRATION, PICTURES])
@@ -162,51 +175,77 @@ def measure(name: str, options: argparse.Namespace) -> None:
             print(f"{name}, {label}: {tool.missing}")
             continue
         asked = Asked(tool, chip, pictures.numpy(), calibration.numpy(), options.timeout)
-        quantized = not tool.says("QUANTIZES")
-        hardware = target or "arch5"
-        row: dict[str, Any] = {
-            "task": f"random images {side}x{side}",
-            "teacher": name,
-            "hardware": hardware,
-            "weight_bits": 8,
-            "act_bits": 8,
-            "seed": options.seed,
-            "command": f"python benchmarks/chips.py {name} --tools {label}{bound} "
-            f"--seed {options.seed}",
-            "max_cost": "" if options.max_cost is None else options.max_cost,
-            "tool": label,
-            "chip": chip,
-            "student_form": "W8A8" if quantized else "float, INT8 by the tool",
-            "answers": answers,
-        }
-        judged: dict[str, Judged | None] = {"teacher": None, "student": None}
-        for which in list(judged):
-            try:
-                judged[which] = (
-                    teacher_by(asked, network)
-                    if which == "teacher"
-                    else compile_student(students.of(hardware, quantized), asked)
-                )
-            except ArchnetError as error:
-                row[f"{which}_error"] = printable(error)
-            row |= columns(which, judged[which])
-        before, after = judged["teacher"], judged["student"]
-        if before is not None and after is not None:
-            row["compiler"] = after.compiled.version
-            if before.compiled.operators and after.compiled.operators:
-                row["off_more"] = more_off(after.compiled, before.compiled)
-            for key in ("cycles", "milliseconds"):
-                if row.get(f"teacher_{key}") and row.get(f"student_{key}"):
-                    ratio = row[f"student_{key}"] / row[f"teacher_{key}"]
-                    row[f"{key}_ratio"] = round(ratio, 3)
-        append("chips", row)
-        shown = [key for key in row if key.startswith(("teacher_", "student_", "off_more"))]
-        print(f"{name}, {label}: " + ", ".join(f"{k} {row[k]}" for k in shown if row[k] != ""))
+        quantized = not tool.says("QUANTIZES") or tool.says("FORM") is not None
+        before, teacher = judged_of("teacher", teacher_by, asked, network)
+        own = target or "arch5"
+        dialect = Target.named(own).dialect
+        for hardware in options.students or [own]:
+            beside = "" if hardware == own else f" --students {hardware}"
+            row: dict[str, Any] = {
+                "task": f"random images {side}x{side}",
+                "teacher": name,
+                "hardware": hardware,
+                "weight_bits": 8,
+                "act_bits": 8,
+                "seed": options.seed,
+                "command": f"python benchmarks/chips.py {name} --tools {label}{beside}{bound} "
+                f"--seed {options.seed}",
+                "max_cost": "" if options.max_cost is None else options.max_cost,
+                "tool": label,
+                "chip": chip,
+                "student_form": "W8A8" if quantized else "float, INT8 by the tool",
+                "answers": answers,
+                **teacher,
+            }
+            after, student = judged_of(
+                "student", students.judged, replace(asked, dialect=dialect), hardware, quantized
+            )
+            row |= student
+            if before is not None and after is not None:
+                row |= compared(row, before.compiled, after.compiled)
+            append("chips", row)
+            shown = [key for key in row if key.startswith(("teacher_", "student_", "off_more"))]
+            print(
+                f"{name}, {label}, {hardware}: "
+                + ", ".join(f"{k} {row[k]}" for k in shown if row[k] != "")
+            )
+
+
+def side_of(name: str) -> int:
+    """The side of a network's pictures."""
+    return NETWORKS[name] if name in NETWORKS else size_of(name)
+
+
+def judged_of(
+    side: str, run: Callable[..., Judged], *given: Any
+) -> tuple[Judged | None, dict[str, Any]]:
+    """What a tool made of one network, if anything, and its columns in the row."""
+    try:
+        found = run(*given)
+    except ArchnetError as error:
+        return None, {f"{side}_error": printable(error)}
+    return found, columns(side, found)
+
+
+def compared(row: dict[str, Any], before: Compiled, after: Compiled) -> dict[str, Any]:
+    """Columns of the student beside its teacher."""
+    found: dict[str, Any] = {"compiler": after.version}
+    if before.operators and after.operators:
+        found["off_more"] = more_off(after, before)
+    for key in ("cycles", "milliseconds"):
+        if row.get(f"teacher_{key}") and row.get(f"student_{key}"):
+            found[f"{key}_ratio"] = round(row[f"student_{key}"] / row[f"teacher_{key}"], 3)
+    return found
 
 
 def newest() -> list[dict[str, str]]:
     """The last row of every network and tool, in the order of the networks."""
-    last = {(row["teacher"], row["tool"]): row for row in read("chips")}
+    last = {
+        (row["teacher"], row["tool"]): row
+        for row in read("chips")
+        if row["teacher"] in NETWORKS
+        and row["hardware"] == (row["tool"].partition(":")[2] or "arch5")
+    }
     order = list(NETWORKS)
     return sorted(last.values(), key=lambda row: (row["tool"], order.index(row["teacher"])))
 
@@ -285,8 +324,13 @@ def write() -> None:
 def main() -> None:
     """Measure and add the rows to ``results/chips.csv``, each network in its own process."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("networks", nargs="*", choices=[[], *NETWORKS], help="(default: all)")
+    parser.add_argument(
+        "networks", nargs="*", help="of the table, or in archnet.teachers (default: the table's)"
+    )
     parser.add_argument("--tools", nargs="*", default=[], help="tool or tool:target (default: all)")
+    parser.add_argument(
+        "--students", nargs="*", default=[], help="targets of the students (default: the tool's)"
+    )
     parser.add_argument("--max-cost", type=float, help="convert.max_cost of the students")
     parser.add_argument("--seed", type=int, default=0, help="of weights and pictures")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one file")
@@ -296,6 +340,13 @@ def main() -> None:
         write()
         return
     names = options.networks or list(NETWORKS)
+    try:
+        for name in names:
+            network_named(name, options.seed)
+        for target in options.students:
+            Target.named(target)
+    except ArchnetError as error:
+        parser.error(str(error))
     if len(names) == 1:
         torch.set_num_threads(1)
         measure(names[0], options)
@@ -303,8 +354,9 @@ def main() -> None:
     given = ["--seed", str(options.seed), "--timeout", str(options.timeout)]
     if options.max_cost is not None:
         given += ["--max-cost", str(options.max_cost)]
-    if options.tools:
-        given += ["--tools", *options.tools]
+    for key in ("tools", "students"):
+        if getattr(options, key):
+            given += [f"--{key}", *getattr(options, key)]
     for name in names:
         subprocess.run([sys.executable, __file__, name, *given], check=False)
 

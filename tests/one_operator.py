@@ -7,6 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 NAME = "probe"
 B, C, H, W = 1, 16, 8, 8
 OPSET = 17
+OPSETS = {"gelu": 20}  # the first that has it, where that is later
 
 # Operator of a target -> (ONNX operator, attributes, shapes of constant inputs).
 PLAIN = {
@@ -29,6 +30,7 @@ PLAIN = {
     "mean": ("ReduceMean", {"axes": [2, 3], "keepdims": 1}, []),
     "reduce_max": ("ReduceMax", {"axes": [1], "keepdims": 1}, []),
     "reduce_min": ("ReduceMin", {"axes": [1], "keepdims": 1}, []),
+    "reduce_sum": ("ReduceSum", {"keepdims": 1}, []),
     "softmax": ("Softmax", {"axis": 1}, []),
     "add": ("Add", {}, [(1, C, 1, 1)]),
     "sub": ("Sub", {}, [(1, C, 1, 1)]),
@@ -40,6 +42,9 @@ PLAIN = {
     "exp": ("Exp", {}, []),
     "sqrt": ("Sqrt", {}, []),
     "abs": ("Abs", {}, []),
+    "neg": ("Neg", {}, []),
+    "log": ("Log", {}, []),
+    "gelu": ("Gelu", {"approximate": "none"}, []),
     "floor": ("Floor", {}, []),
     "sin": ("Sin", {}, []),
     "cos": ("Cos", {}, []),
@@ -116,6 +121,8 @@ def model(operator: str) -> onnx.ModelProto:
     else:
         kind, attributes, shapes = PLAIN[operator]
         given = [floats(f"k{index}", shape) for index, shape in enumerate(shapes)]
+        if operator == "reduce_sum":
+            given = [constant("axes", np.array([2, 3], np.int64))]
         nodes.append(helper.make_node(kind, [source, *given], ["z"], name=NAME, **attributes))
         channels = {"reduce_max": 1, "reduce_min": 1}.get(operator, C)
         channels = {"depth_to_space": C // 4, "space_to_depth": 4 * C}.get(operator, channels)
@@ -128,7 +135,8 @@ def model(operator: str) -> onnx.ModelProto:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         constants,
     )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
+    opset = OPSETS.get(operator, OPSET)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
     made = onnx.shape_inference.infer_shapes(made, strict_mode=True)
     onnx.checker.check_model(made, full_check=True)
     return made

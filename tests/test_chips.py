@@ -263,6 +263,36 @@ def test_an_environment_is_made_once_and_anew_for_other_requirements(
     assert "--no-deps" in pip
 
 
+@pytest.mark.parametrize(
+    ("printed", "rows"),
+    [
+        (
+            "2026-11-28 04:11:31,528 ERROR : CODE: [INVOP] The network is not aligned with SDSP "
+            "converter's restrictions. Errors are:\nNode [Framework.nnir] op: FullyConnected, id: "
+            "pool_fc, [Framework.onnx] op: MatMul, id: pool_fc, errors:\n\tInput error - input "
+            "index: 0, input node: pool, reason: Only 2d input (N,D) is supported\n-----\nNode "
+            "[Framework.nnir] op: Pad, id: pad, [Framework.onnx] op: Pad, id: pad, errors:\n"
+            "\tParam error - name: pads, reason: negative pads [/home/x/logger.py:185]\n",
+            [
+                ("pool_fc", "FullyConnected", "Only 2d input (N,D) is supported"),
+                ("pad", "Pad", "negative pads"),
+            ],
+        ),
+        (
+            "ERROR: CODE: [VE] Verification Error: Quantization verification failed: \n"
+            "2026-11-28 04:08:14.018 ERROR: CODE: [GE] Layer MatMulBias: fc is not quantized \n",
+            [("fc", "MatMulBias", "is not quantized")],
+        ),
+        ("INFO : Converted successfully", []),
+    ],
+)
+def test_layers_that_sonys_converter_refuses_are_named(
+    printed: str, rows: list[tuple[str, str, str]]
+) -> None:
+    found = bridge("imx500").module.refused(printed)
+    assert [(row["name"], row["operator"], row["why"]) for row in found] == rows
+
+
 # What runs in the tool's interpreter ------------------------------------------------------------
 
 

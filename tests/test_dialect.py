@@ -247,6 +247,81 @@ def test_another_producer_is_said_in_the_metadata():
     assert facts == {"form": "qdq", "written_by": "archnet"}
 
 
+def without_nodes_of_sony(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model with the quantizers as mct-quantizers defines them, in operators of ONNX."""
+    nodes, stored = [], {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+
+    def number(name: str, value: object) -> str:
+        array = np.asarray(value, np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+        return name
+
+    for node in model.graph.node:
+        if node.domain != "mct_quantizers":
+            nodes.append(node)
+            continue
+        about = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+        source, (out,), levels = node.input[0], node.output, 2 ** about["num_bits"]
+        if node.op_type == "WeightsSymmetricQuantizer":
+            values, threshold = stored[source], stored[node.input[1]]
+            step = 2 * threshold / np.float32(levels)
+            step = step.reshape([-1, *[1] * (values.ndim - 1)])
+            number(out, np.rint(values / step).clip(-levels // 2, levels // 2 - 1) * step)
+            continue
+        low = -levels // 2 if about["signed"] else 0
+        step = about["threshold"] / (low + levels)
+        ends = number(f"{out}.sony_low", low), number(f"{out}.sony_high", low + levels - 1)
+        step = number(f"{out}.sony_step", step)
+        nodes += [
+            helper.make_node("Div", [source, step], [f"{out}.sony_steps"]),
+            helper.make_node("Round", [f"{out}.sony_steps"], [f"{out}.sony_rounded"]),
+            helper.make_node("Clip", [f"{out}.sony_rounded", *ends], [f"{out}.sony_held"]),
+            helper.make_node("Mul", [f"{out}.sony_held", step], [out]),
+        ]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+@pytest.mark.parametrize("bits", [(2, 8), (4, 8), (8, 8), (8, 4)])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_files_for_sonys_converter_are_the_golden_model(bits, per_channel):
+    torch.manual_seed(0)
+    x = torch.randn(16, 4, 8, 8)
+    student = quantize(
+        network(), *bits, [x], per_channel=per_channel, act_power_of_two=True, zero_points=False
+    )
+    dialect = replace(Target.named("imx500").dialect, batch="open")
+    model = to_onnx(student, "mct", dialect=dialect)
+    reshapes = [node for node in model.graph.node if node.op_type == "Reshape"]
+    stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    assert {int(stored[node.input[1]][0]) for node in reshapes} <= {-1, 1}  # the batch is kept
+    (low, high), last = student.graph.output_range, model.graph.node[-1]
+    threshold = helper.get_attribute_value(last.attribute[-1])
+    assert last.op_type == "ActivationPOTQuantizer"
+    assert np.log2(threshold) == np.rint(np.log2(threshold))
+    assert threshold / 2 < max(-low, high) <= threshold
+    golden = to_integers(student).logits(x.numpy())
+    found = run(without_nodes_of_sony(model), x.numpy())
+    step = threshold / 2 ** (8 - (low < 0))
+    assert np.abs(found - golden.clip(-threshold, threshold - step)).max() <= 0.5001 * step
+
+
+@pytest.mark.parametrize(
+    ("options", "bits", "message"),
+    [
+        ({}, (4, 8), "its scale is no power of two"),
+        ({"act_power_of_two": True}, (4, 4), "fit no type of form=mct"),
+        ({"act_power_of_two": True, "zero_points": False}, (1, 8), "-1 to 1 fit no type"),
+    ],
+)
+def test_what_sonys_quantizers_do_not_hold_is_one_line(options, bits, message):
+    torch.manual_seed(0)
+    student = quantize(network(), *bits, [torch.randn(16, 4, 8, 8) + 1], **options)
+    with pytest.raises(ExportError, match=message):
+        to_onnx(student, "mct")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -20,6 +20,7 @@ from archnet.deploy.doubts import doubts
 from archnet.deploy.export import is_quantized, of_five, to_onnx
 from archnet.deploy.integer import IntegerModel, Kind, to_integers
 from archnet.deploy.latency import export_teacher
+from archnet.deploy.mct import MctWriter
 from archnet.deploy.runtime import load_session, run_session
 from archnet.deploy.verify import steps_off
 from archnet.deploy.writer import ExportError
@@ -141,7 +142,8 @@ def compile_student(
         model = to_integers(student, requantization) if quantized else None
         dialect = target_of(student).dialect if asked.dialect is None else asked.dialect
         opset = min(asked.bridge.says("OPSET", dialect.opset), dialect.opset)
-        file = for_one(to_onnx(student, opset=opset, dialect=dialect), asked.bridge)
+        form = asked.bridge.says("FORM") if quantized else None
+        file = for_one(to_onnx(student, form, opset, dialect), asked.bridge)
         content, origins = file.SerializeToString(), layers_of(file)
         doubt = doubts(file).get(asked.bridge.name, "")
     compiled = asked.compile(content, not quantized, log, origins)
@@ -195,6 +197,8 @@ def compile_file(path: Path, asked: Asked, log: Path | None = None) -> Judged:
     quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     content = for_one(model, asked.bridge).SerializeToString()
     compiled = asked.compile(content, not quantized, log, layers_of(model))
+    if any(node.domain == MctWriter.domain for node in model.graph.node):
+        return Judged(compiled, "")  # ONNX Runtime knows no such nodes
     doubt = doubts(model).get(asked.bridge.name, "")
     session = load_session(content)
 

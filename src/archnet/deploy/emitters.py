@@ -106,16 +106,20 @@ def _convolution(
 def _fully_connected(
     writer: Writer, name: str, op: FullyConnected, shape: tuple[int, ...], x: Value
 ) -> Value:
-    if len(shape) > 2 and op.weight_quantizer is None:
+    if len(shape) > 2 and (op.weight_quantizer is None or not writer.rows):
         # Compilers know it so, as torch writes it; a Gemm would want rows, and reshapes around it.
-        bias = op.bias.detach().cpu() if bool(op.bias.any()) else None
-        weight = writer.constant(f"{name}.weight", op.weight.t().detach().cpu(), np.float32)
-        product = name if bias is None else f"{name}.product"
-        writer.node("MatMul", [writer.floating(x), weight], product)
-        if bias is not None:
-            offset = writer.constant(f"{name}.bias", bias, np.float32)
-            writer.node("Add", [product, offset], name)
-        return Value(name, name, shape)
+        weight, bias = parameters(writer, name, op)
+        wide = writer.widened(shape)
+        if wide != shape:
+            x = x.reshaped((*wide[:-1], op.in_features), f"{name}.wide")
+        tensor = name if wide == shape else f"{name}.flat"
+        factors = [writer.floating(x), writer.turned(weight)]
+        if bool(op.bias.any()):
+            writer.node("Add", [writer.node("MatMul", factors, f"{name}.product"), bias], tensor)
+        else:
+            writer.node("MatMul", factors, tensor)
+            del writer.constants[bias]
+        return Value(name, tensor, wide).reshaped(shape, name)
     # Quantized, it is a Gemm on (positions, features): runtimes have integer kernels that take the
     # bias for a Gemm, and none for a MatMul.
     rows = x.reshaped((-1, op.in_features), f"{name}.rows")
@@ -205,6 +209,7 @@ _FUNCTIONS = {
     "sin": ("Sin", 13),
     "cos": ("Cos", 13),
 }
+_ATTRIBUTES: dict[str, dict[str, Any]] = {"gelu": {"approximate": "none"}, "elu": {"alpha": 1.0}}
 
 
 @emits(Function)
@@ -225,7 +230,7 @@ def _function(writer: Writer, name: str, op: Function, shape: tuple[int, ...], x
     elif writer.opset < opset:
         raise ExportError(f"step {name}: {kind} needs opset={opset} or more")
     else:
-        writer.node(kind, [source], tensor)
+        writer.node(kind, [source], tensor, **_ATTRIBUTES.get(op.kind, {}))
     return Value(name, tensor, x.shape, None, x.moves)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from archnet.config import DialectConfig
 from archnet.deploy.emitters import emit, emit_split
 from archnet.deploy.integer import IntegerModel, to_integers
+from archnet.deploy.mct import MctWriter
 from archnet.deploy.qonnx import QonnxWriter
 from archnet.deploy.runtime import compile_openvino
 from archnet.deploy.subbyte import SubbyteWriter
@@ -87,6 +88,7 @@ FORMS: Mapping[str, Form] = {
     "qdq": Form("8-bit integers between QuantizeLinear and DequantizeLinear, for most tools"),
     "subbyte": Form("qdq with weights packed in INT2 and INT4", writer=SubbyteWriter, opset=25),
     "qonnx": Form("Quant nodes of any width, for FINN and hls4ml", writer=QonnxWriter),
+    "mct": Form("Sony's quantizer nodes, for its IMX500 converter", writer=MctWriter, opset=15),
     "openvino": Form("qdq, compiled by OpenVINO to check it", content=_openvino),
     "c": Form("C header: integer weights and requantization", ".h", _c_header),
     "tflite": Form("int8 TensorFlow Lite, for Vela and other chips", ".tflite", _tflite),
@@ -187,7 +189,7 @@ def _splits(student: Student) -> dict[str, Mapping[str, Slice]]:
     """Slices that part the first axis one behind the other, by the name of the first.
 
     Those of a last axis stay slices: Rockchip's compiler (rknn-toolkit2 2.5.0) takes a Split of
-    tokens, and its simulator then gives something else (benchmarks/rknn.py, cifar_vit).
+    tokens, and its simulator then gives something else (benchmarks/chips.py, cifar_vit).
     """
     return {
         next(iter(parting.cuts)): parting.cuts

@@ -148,6 +148,7 @@ class Writer:
     form = "qdq"
     domain = ""  # of operators that are not ONNX's own
     bias_zeros = True  # whether zero points stand beside biases
+    rows = True  # whether a quantized layer at every position is a Gemm on rows
 
     def __init__(self, dialect: DialectConfig) -> None:
         self.dialect, self.opset = dialect, dialect.opset
@@ -178,6 +179,17 @@ class Writer:
             tensor = numpy_helper.from_array(array, name)
         self.constants[name] = tensor
         return name
+
+    def widened(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in which a product of tokens and a constant matrix is written."""
+        return shape
+
+    def turned(self, matrix: str) -> str:
+        """The transposed of a constant matrix of floats."""
+        if matrix in self.constants:
+            values = numpy_helper.to_array(self.constants[matrix])
+            return self.constant(matrix, values.T, np.float32)
+        return self.node("Transpose", [matrix], f"{matrix}.turned", perm=[1, 0])
 
     def integers(self, name: str, values: Tensor, dtype: Any) -> str:
         """Store a float tensor of integers as ``dtype``; no value may be lost."""

@@ -289,14 +289,16 @@ def test_files_for_sonys_converter_are_the_golden_model(bits, per_channel):
     torch.manual_seed(0)
     x = torch.randn(16, 4, 8, 8)
     student = quantize(
-        network(), *bits, [x], per_channel=per_channel, act_power_of_two=True, zero_points=False
+        network(),
+        Recipe(*bits, per_channel=per_channel, act_power_of_two=True, zero_points=False),
+        calibration=[x],
     )
     dialect = replace(Target.named("imx500").dialect, batch="open")
     model = to_onnx(student, "mct", dialect=dialect)
     reshapes = [node for node in model.graph.node if node.op_type == "Reshape"]
     stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     assert {int(stored[node.input[1]][0]) for node in reshapes} <= {-1, 1}  # the batch is kept
-    (low, high), last = student.graph.output_range, model.graph.node[-1]
+    (low, high), last = student.graph.output_ranges[0], model.graph.node[-1]
     threshold = helper.get_attribute_value(last.attribute[-1])
     assert last.op_type == "ActivationPOTQuantizer"
     assert np.log2(threshold) == np.rint(np.log2(threshold))
@@ -317,7 +319,9 @@ def test_files_for_sonys_converter_are_the_golden_model(bits, per_channel):
 )
 def test_what_sonys_quantizers_do_not_hold_is_one_line(options, bits, message):
     torch.manual_seed(0)
-    student = quantize(network(), *bits, [torch.randn(16, 4, 8, 8) + 1], **options)
+    student = quantize(
+        network(), Recipe(*bits, **options), calibration=[torch.randn(16, 4, 8, 8) + 1]
+    )
     with pytest.raises(ExportError, match=message):
         to_onnx(student, "mct")
 

@@ -12,7 +12,7 @@ import archnet
 from archnet.convert import ConversionError
 from archnet.deploy import parity, to_integers, verify
 from archnet.ops import Student
-from archnet.quant import quantize, settle, unquantize
+from archnet.quant import Recipe, quantize, settle, unquantize
 from archnet.quant.attach import pack, unpack
 from archnet.quant.sensitivity import sensitivity
 from test_c_header import assert_same, needs_gcc
@@ -160,7 +160,7 @@ def test_files_give_what_the_student_gives(name, bits, tmp_path):
     _, student, x = converted(name)
     path = archnet.export(student, tmp_path / "float.onnx")
     assert parity(student, path, x).max_abs_diff < 1e-5
-    quantize(student, *bits, [x])
+    quantize(student, Recipe(*bits), calibration=[x])
     settle(student)
     path = archnet.export(student, tmp_path / "student.onnx")
     assert [item.name for item in onnx.load(path).graph.output] == student.graph.output_names
@@ -177,7 +177,7 @@ def test_files_give_what_the_student_gives(name, bits, tmp_path):
 @pytest.mark.parametrize("name", ["two", "detector", "features", "parts"])
 def test_c_gives_all_results(name, tmp_path):
     _, student, x = converted(name)
-    quantize(student, 4, 4, [x])
+    quantize(student, Recipe(4, 4), calibration=[x])
     settle(student)
     model = to_integers(student)
     assert_same(model, x.numpy(), tmp_path)
@@ -186,7 +186,7 @@ def test_c_gives_all_results(name, tmp_path):
 @pytest.mark.parametrize("name", ["two", "detector", "parts"])
 def test_tflite_gives_all_results(name):
     _, student, x = converted(name)
-    quantize(student, 8, 8, [x])
+    quantize(student, Recipe(8, 8), calibration=[x])
     assert differences(student, x) <= 1
 
 
@@ -194,7 +194,7 @@ def test_tflite_gives_all_results(name):
 def test_a_student_is_packed_and_unquantized_with_its_results(name):
     _, student, x = converted(name)
     before = flat(student(x))
-    quantize(student, 4, 4, [x])
+    quantize(student, Recipe(4, 4), calibration=[x])
     again = unpack(pack(student))
     assert again.graph == student.graph
     assert all(map(torch.equal, flat(again(x)), flat(student(x))))
@@ -205,7 +205,7 @@ def test_a_student_is_packed_and_unquantized_with_its_results(name):
 
 def test_a_student_file_of_before_is_read():
     _, student, x = converted("pixels")
-    quantize(student, 8, 8, [x])
+    quantize(student, Recipe(8, 8), calibration=[x])
     old = pack(student)
     graph = old["architecture"]
     (graph["output"],), (graph["output_range"],) = graph.pop("outputs"), graph.pop("output_ranges")
@@ -218,7 +218,7 @@ def test_a_student_file_of_before_is_read():
 
 def test_the_last_layers_of_all_results_keep_their_width():
     _, student, x = converted("detector")
-    quantize(student, 2, 3, [x], first_bits=8, last_bits=8)
+    quantize(student, Recipe(2, 3, first_bits=8, last_bits=8), calibration=[x])
     model = to_integers(student)
     by_name = {step.name: step for step in model.steps}
     assert len(model.outputs) == 4
@@ -260,5 +260,5 @@ def test_an_input_that_is_a_result_is_given_as_it_is_read(alone, tmp_path):
     student = archnet.convert(teacher.eval(), x)
     path = archnet.export(student, tmp_path / "float.onnx")
     assert parity(student, path, x).max_abs_diff < 1e-5
-    quantize(student, 8, 8, [x])
+    quantize(student, Recipe(8, 8), calibration=[x])
     assert verify(student, x.numpy(), ["qdq"])[-1].bit_equal == 1

@@ -23,7 +23,6 @@ import archnet
 from archnet import pipeline
 from archnet.cli import main
 from archnet.commands import verify as verify_command
-from archnet.compose import compose
 from archnet.deploy import FORMS, Check, ExportError, export, load_session, parity, to_onnx, verify
 from archnet.deploy.verify import RUNNABLE
 from archnet.errors import ArchnetError
@@ -411,17 +410,8 @@ def test_a_damaged_file_is_a_clear_error_or_runs(files, form, data):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """An untrained run."""
-    overrides = [
-        "trainer=debug",
-        "trainer.progress=false",
-        "teacher.train=false",
-        "distill.steps=0",
-        "distill.joint_steps=0",
-        f"output_dir={tmp_path_factory.mktemp('run')}",
-    ]
-    return pipeline.run(compose(ROOT / "conf", overrides))
+def run(untrained: RunFolder) -> RunFolder:
+    return untrained
 
 
 def test_verify_prints_a_table_and_keeps_it(run, capsys):

@@ -8,8 +8,8 @@ READY := .venv/.ready
 demo: $(READY)  ## the main job on the embedded digits: train, convert, distil to W2A4, export, report
 	$(BIN)/python train.py experiment=demo
 
-test: $(READY)  ## all tests, a file at a time on each of two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(READY)  ## all tests, a file at a time on each of two cores, the slowest first
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: $(READY)  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"

@@ -13,7 +13,10 @@ import tempfile
 _STATE = tempfile.TemporaryDirectory(prefix="archnet-tests-")
 os.environ["XDG_STATE_HOME"] = _STATE.name
 
+import copy
+import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,24 +24,70 @@ from hypothesis import HealthCheck, settings
 
 from archnet.compose import compose
 from archnet.config import Config
+from archnet.runs import RunFolder
 
 # No test depends on the clock: other work may hold up any of them for any time.
 settings.register_profile("any_load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any_load")
 
+# Files that take longest, roughly in that order.
+SLOWEST = (
+    *("translation_run", "pipeline", "lower", "convert", "foreign_folders", "translation", "ranks"),
+    *("quant", "verify", "teachers", "mixed", "distill", "approximate", "onnx_cost", "own_data"),
+    *("coverage", "errors_of_rules", "pairs", "unwrap", "integer", "tflite", "c_header", "tasks"),
+)
+
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files begin first, so that no worker is left with one of them at the end."""
+    rank = {f"test_{name}": place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> Config:
+    return compose(CONF, overrides)
+
+
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Config]:
-    """The config that a command line composes to; its outputs and caches go to ``tmp_path``."""
+    """The config that a command line composes to; its outputs and caches go to ``tmp_path``.
+
+    Each command line is composed once: Hydra takes a fifth of a second for it.
+    """
 
     def make(*overrides: str) -> Config:
-        paths = (f"output_dir={tmp_path}/outputs", f"teacher.cache_dir={tmp_path}/teachers")
-        return compose(CONF, [*paths, *overrides])
+        config = copy.deepcopy(_composed(overrides))
+        given = {override.partition("=")[0] for override in overrides}
+        if "output_dir" not in given:
+            config.output_dir = f"{tmp_path}/outputs"
+        if "teacher.cache_dir" not in given:
+            config.teacher.cache_dir = f"{tmp_path}/teachers"
+        return config
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _untrained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    from archnet.jobs import conductor
+
+    options = ["trainer=debug", "trainer.progress=false", "teacher.train=false"]
+    options += ["distill.steps=0", "distill.joint_steps=0"]
+    return conductor.run(
+        compose(CONF, [*options, f"output_dir={tmp_path_factory.mktemp('untrained')}"])
+    )
+
+
+@pytest.fixture(scope="module")
+def untrained(_untrained: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A finished run without any training, a module's own: what is asked for are its files."""
+    path = tmp_path_factory.mktemp("run") / "mnist5k" / _untrained.path.name
+    shutil.copytree(_untrained.path, path)
+    return RunFolder.open(path)
 
 
 def killed_at(step: int) -> list[str]:

@@ -10,8 +10,6 @@ import torch
 
 import archnet
 from archnet.cli import main
-from archnet.compose import compose
-from archnet.jobs import conductor
 from archnet.quant import settle
 from archnet.runs import RunFolder
 from archnet.runs.student import load_student
@@ -20,22 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """An untrained run: the commands ask for its files, not for its accuracy."""
-    root = tmp_path_factory.mktemp("run")
-    return conductor.run(
-        compose(
-            ROOT / "conf",
-            [
-                "trainer=debug",
-                "trainer.progress=false",
-                "teacher.train=false",
-                "distill.steps=0",
-                "distill.joint_steps=0",
-                f"output_dir={root}",
-            ],
-        )
-    )
+def run(untrained: RunFolder) -> RunFolder:
+    return untrained
 
 
 def test_audit_finds_the_student_pure(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

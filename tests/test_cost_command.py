@@ -11,11 +11,9 @@ from torch import nn
 
 import archnet
 from archnet.cli import main
-from archnet.compose import compose
 from archnet.deploy import ExportError
 from archnet.deploy.latency import export_teacher, latencies, without_quantizers
 from archnet.hardware import student_cost
-from archnet.jobs import conductor
 from archnet.runs import RunFolder
 from archnet.runs.student import load_student
 
@@ -23,12 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """An untrained run: what it costs does not depend on its weights."""
-    root = tmp_path_factory.mktemp("run")
-    keys = ["trainer=debug", "trainer.progress=false", "teacher.train=false"]
-    steps = ["distill.steps=0", "distill.joint_steps=0", f"output_dir={root}"]
-    return conductor.run(compose(ROOT / "conf", [*keys, *steps]))
+def run(untrained: RunFolder) -> RunFolder:
+    return untrained
 
 
 def lines(capsys: pytest.CaptureFixture[str], name: str) -> list[list[str]]:

@@ -3,6 +3,7 @@
 import shutil
 from collections import namedtuple
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -108,9 +109,15 @@ def network():
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 4)).eval()
 
 
+@cache
+def captured():
+    return capture(network(), torch.zeros(2, 3, 8, 8))
+
+
 def pair(bits=(2, 4)):
     """The teacher with its taps, and a student of it, quantized where bits are given."""
-    graph = capture(network(), torch.zeros(2, 3, 8, 8))
+    graph = captured()
+    network()  # leaves the generator where it is without the cache
     student = convert(graph)
     if bits:
         quantize(student, Recipe(*bits, first_bits=4, last_bits=4), calibration=[Images().images])

@@ -47,8 +47,7 @@ def table(*shape):
     return nn.Parameter(torch.rand(shape, generator=generator) + 0.5)
 
 
-def relative_error(student, network, x):
-    graph = capture(network, x)
+def relative_error(student, network, graph, x):
     # A softmax or a place of the largest at the end is peeled.
     teacher = graph.scores() if graph.head else network
     with torch.no_grad():
@@ -372,13 +371,14 @@ def outcome(seed):
     drawn = Draw(seed)
     network = drawn.network()
     try:
-        student = convert(network, drawn.x)
+        graph = capture(network, drawn.x)
+        student = convert(graph, drawn.x)
     except ArchnetError as error:
         line = str(error)
         assert "\n" not in line, drawn.text
         assert "a fault" not in line, (drawn.text, line)
         return drawn, line
-    error = relative_error(student, network, drawn.x)
+    error = relative_error(student, network, graph, drawn.x)
     if all(row.exact for row in student.report):
         assert error <= EXACT, (drawn.text, error)
     assert not math.isnan(error), drawn.text
@@ -432,9 +432,10 @@ def len_of(x):
 @pytest.mark.parametrize("name", BROADCAST)
 def test_constants_broadcast_and_are_values(name):
     network, x = Network(BROADCAST[name], **TABLES).eval(), torch.randn(4, 8, 5, 5)
-    student = convert(network, x)
+    graph = capture(network, x)
+    student = convert(graph, x)
     assert all(row.exact for row in student.report)
-    assert relative_error(student, network, x) <= 1e-5
+    assert relative_error(student, network, graph, x) <= 1e-5
     assert archnet.audit(student, "arch5").pure
 
 
@@ -472,16 +473,18 @@ def test_attention_takes_constants(name, form):
     torch.manual_seed(0)
     network, x = ATTENTION[name].eval(), torch.randn(12, 5, 8)
     form = Approximation(form, attention_hinges=4, min_gain=0)
-    student = convert(network, x, approximation=form)
-    assert relative_error(student, network, x) < (0.9 if form.attention == "mixing" else 0.5)
+    graph = capture(network, x)
+    student = convert(graph, x, approximation=form)
+    assert relative_error(student, network, graph, x) < (0.9 if form.attention == "mixing" else 0.5)
     assert archnet.audit(student, "arch5").pure
 
 
 def test_constants_as_values_are_quantized():
     network, x = Network(BROADCAST["a constant between"], **TABLES).eval(), torch.randn(8, 8, 5, 5)
-    student = convert(network, x)
+    graph = capture(network, x)
+    student = convert(graph, x)
     quantize(student, Recipe(8, 8), calibration=[x])
-    assert relative_error(student, network, x) < 0.05
+    assert relative_error(student, network, graph, x) < 0.05
 
 
 # Lines --------------------------------------------------------------------------------------

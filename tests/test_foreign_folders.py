@@ -42,12 +42,8 @@ Make = Callable[..., Config]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """An untrained run: what is asked for are its files."""
-    root = tmp_path_factory.mktemp("run")
-    options = ["trainer=debug", "trainer.progress=false", "teacher.train=false"]
-    options += ["distill.steps=0", "distill.joint_steps=0", f"output_dir={root}"]
-    return conductor.run(compose(ROOT / "conf", options))
+def finished(untrained: RunFolder) -> RunFolder:
+    return untrained
 
 
 def edit(folder: RunFolder, change: Callable[[dict], object]) -> None:

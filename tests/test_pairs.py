@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from archnet.capture import capture
 from archnet.convert import Approximation, ConversionError, convert
 from archnet.convert.fit import balanced, curve, product
 from archnet.deploy import audit, verify
@@ -73,9 +74,9 @@ def errors(network: nn.Module, x: torch.Tensor, **forms: Approximation) -> dict[
     network, half = network.eval(), len(x) // 2
     with torch.no_grad():
         wanted = network(x[half:])
-    found = {}
+    graph, found = capture(network, x[:1]), {}
     for name, form in forms.items():
-        student = convert(network, x[:1], calibration=x[:half], approximation=form)
+        student = convert(graph, x[:1], calibration=x[:half], approximation=form)
         assert not audit(student, "arch5").violations
         with torch.no_grad():
             found[name] = float((student(x[half:]) - wanted).norm() / wanted.norm())

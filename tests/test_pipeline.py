@@ -138,24 +138,28 @@ def test_ctrl_c_says_how_to_continue(
 
 
 def test_a_full_disk_says_how_to_continue(
-    make_config: Make, monkeypatch: pytest.MonkeyPatch
+    make_config: Make, finished: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tensors, "train", full)
+    cache = finished.config().teacher.cache_dir
     with pytest.raises(RunError, match=r"the disk is full; .*resume=") as caught:
-        conductor.run(make_config(*DEBUG))
+        conductor.run(make_config(*DEBUG, f"teacher.cache_dir={cache}"))
     folder = Path(str(caught.value).rpartition("resume=")[2])
     assert (folder / "stages" / "convert.json").is_file()
     assert not (folder / "stages" / "distill.json").exists()
 
 
-def test_an_accumulator_too_narrow_ends_before_training(make_config: Make) -> None:
+def test_an_accumulator_too_narrow_ends_before_training(
+    make_config: Make, finished: RunFolder
+) -> None:
+    options = (*DEBUG, f"teacher.cache_dir={finished.config().teacher.cache_dir}")
     with pytest.raises(
         ArchnetError, match=r"step \w+, from .* need \d+ bits and the target has 12"
     ):
-        conductor.run(make_config(*DEBUG, "hardware.accumulator_bits=12"))
+        conductor.run(make_config(*options, "hardware.accumulator_bits=12"))
 
 
 def test_a_target_of_shifts_gets_scales_of_powers_of_two(
@@ -220,9 +224,9 @@ def test_a_killed_run_ends_with_the_weights_of_one_never_stopped(
     make_config: Make, finished: RunFolder, tmp_path: Path
 ) -> None:
     cache = finished.config().teacher.cache_dir
-    options = [*DEBUG, "distill.steps=60", f"teacher.cache_dir={cache}"]
+    options = [*DEBUG, "distill.steps=24", f"teacher.cache_dir={cache}"]
     whole = conductor.run(make_config(*options))
-    command = [*killed_at(31), *options, f"output_dir={tmp_path}/killed"]
+    command = [*killed_at(13), *options, f"output_dir={tmp_path}/killed"]
     assert subprocess.run(command, cwd=tmp_path, check=False).returncode == -signal.SIGKILL
     (killed,) = (tmp_path / "killed" / "mnist5k").iterdir()
     assert list((killed / "checkpoints").glob("step*.ckpt"))

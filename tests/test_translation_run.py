@@ -5,7 +5,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,12 @@ from archnet.cli import main as archnet
 from archnet.config import Config
 from archnet.jobs import conductor
 from archnet.runs import RunError, RunFolder, read_json
-from conftest import ROOT, killed_at
+from conftest import killed_at
 
 Make = Callable[..., Config]
 SHORT = [
     "experiment=phrases",
-    "teacher.fit.epochs=4",
+    "teacher.fit.epochs=2",
     "distill.steps=6",
     "distill.val_every=3",
     "distill.checkpoint_every=1",
@@ -29,6 +29,14 @@ SHORT = [
     "trainer.accelerator=cpu",
     "trainer.progress=false",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_sentences() -> Iterator[None]:
+    """Forty sentences, some five hundred tokens, tell as much of the files as two hundred do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_pipeline, "PARITY_SENTENCES", 40)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +210,9 @@ def test_evaluate_and_export_know_translators(
         assert "this command is for classifiers" in capsys.readouterr().err
 
 
-def test_a_killed_run_ends_with_the_same_student(finished: RunFolder, places: list[str]) -> None:
+def test_a_killed_run_ends_with_the_same_student(
+    finished: RunFolder, places: list[str], make_config: Make
+) -> None:
     command = [*killed_at(3), *SHORT, *places, "name=killed"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
@@ -210,13 +220,7 @@ def test_a_killed_run_ends_with_the_same_student(finished: RunFolder, places: li
     (folder,) = outputs.glob("phrases/*_killed")
     assert list((folder / "checkpoints").glob("step*.ckpt"))
     assert not (folder / "metrics.json").exists()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), f"resume={folder}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    conductor.run(make_config(f"resume={folder}"), ["resume"])
     ours, theirs = (
         torch.load(path / "checkpoints" / "student.pt", weights_only=True)["state"]
         for path in (folder, finished.path)

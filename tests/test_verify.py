@@ -21,7 +21,6 @@ from torch import nn
 
 import archnet
 from archnet.cli import main
-from archnet.compose import compose
 from archnet.deploy import FORMS, Check, ExportError, export, load_session, parity, to_onnx, verify
 from archnet.deploy.verify import RUNNABLE
 from archnet.errors import ArchnetError
@@ -410,17 +409,8 @@ def test_a_damaged_file_is_a_clear_error_or_runs(files, form, data):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """An untrained run."""
-    overrides = [
-        "trainer=debug",
-        "trainer.progress=false",
-        "teacher.train=false",
-        "distill.steps=0",
-        "distill.joint_steps=0",
-        f"output_dir={tmp_path_factory.mktemp('run')}",
-    ]
-    return conductor.run(compose(ROOT / "conf", overrides))
+def run(untrained: RunFolder) -> RunFolder:
+    return untrained
 
 
 def test_verify_prints_a_table_and_keeps_it(run, capsys):

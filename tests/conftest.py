@@ -32,7 +32,7 @@ settings.load_profile("any_load")
 
 # Files that take longest, roughly in that order.
 SLOWEST = (
-    *("translation_run", "pipeline", "lower", "convert", "foreign_folders", "translation", "ranks"),
+    *("translation_run", "conductor", "lower", "convert", "foreign_folders", "translation", "ranks"),
     *("quant", "verify", "teachers", "mixed", "distill", "approximate", "onnx_cost", "own_data"),
     *("coverage", "errors_of_rules", "pairs", "unwrap", "integer", "tflite", "c_header", "tasks"),
 )

@@ -13,7 +13,7 @@ import torch
 
 from archnet.cli import main as archnet
 from archnet.config import Config
-from archnet.jobs import conductor
+from archnet.jobs import conductor, translation
 from archnet.runs import RunError, RunFolder, read_json
 from conftest import killed_at
 
@@ -35,7 +35,7 @@ SHORT = [
 def _few_sentences() -> Iterator[None]:
     """Forty sentences, some five hundred tokens, tell as much of the files as two hundred do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_pipeline, "PARITY_SENTENCES", 40)
+        patch.setattr(translation, "PARITY_SENTENCES", 40)
         yield
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning
 import numpy as np
+import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -499,4 +500,10 @@ def test_a_segmenter_goes_the_whole_way(make_config: Make) -> None:
     assert main(["verify", str(folder.path), "inputs=20"]) == 0
     for form in ("c", "tflite"):
         assert main(["export", str(folder.path), f"form={form}"]) == 0
+    # How a picture becomes the input stands in the files.
+    kept = {item.key: item.value for item in onnx.load(folder.onnx).metadata_props}
+    stated = json.loads(kept["preprocessing"])
+    assert stated["height"] == stated["width"] == masks.SCENE
+    assert stated == metrics["preprocessing"]
+    assert '"mean": [0.1307]' in (folder.path / "student_c.h").read_text()
     assert json.loads((folder.path / "stages" / "evaluate.json").read_text())["inputs"] == 60

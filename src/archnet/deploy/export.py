@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,7 +53,9 @@ class Form:
 def _c_header(student: Student) -> bytes:
     from archnet.deploy.c_header import to_c
 
-    return to_c(of_five(student, "c")).encode()
+    stated = student.graph.preprocessing
+    head = f"/* preprocessing of the input: {json.dumps(stated)} */\n" if stated else ""
+    return (head + to_c(of_five(student, "c"))).encode()
 
 
 def _tflite(student: Student) -> bytes:
@@ -149,8 +152,11 @@ def write(
     if not 13 <= opset <= 25:
         raise ExportError(f"opset={opset} is out of range: 13 to 25 run on onnxruntime")
     _check_quantized(student, form)
+    stated = student.graph.preprocessing
     student = deployed(student)
     graph, writer = student.graph, kind.writer(replace(dialect, opset=opset))
+    if stated:
+        writer.properties["preprocessing"] = json.dumps(stated)
     inputs = {name: graph.shapes[name] for name in graph.inputs}
     values = {name: Value(name, name, (-1, *shape)) for name, shape in inputs.items()}
     splits = _splits(student)

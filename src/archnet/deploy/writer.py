@@ -155,6 +155,8 @@ class Writer:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.origin = ""
+        # Metadata of the model. Some tools insist on another producer than who wrote the file.
+        self.properties = {"form": self.form, "written_by": "archnet"}
         self._moved: dict[tuple[str, tuple[Transpose | Reshape, ...]], str] = {}
         self._floats: dict[str, str] = {}
 
@@ -413,11 +415,6 @@ class Writer:
         """Who wrote the model, as its header says."""
         name, _, version = self.dialect.producer.partition(" ")
         return {"producer_name": name, "producer_version": version}
-
-    @property
-    def properties(self) -> dict[str, str]:
-        """Metadata of the model. Some tools insist on another producer than who wrote the file."""
-        return {"form": self.form, "written_by": "archnet"}
 
     def results(
         self, inputs: Mapping[str, Any], outputs: Sequence[tuple[str, Value]]

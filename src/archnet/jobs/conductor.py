@@ -240,6 +240,7 @@ def _convert(job: Job) -> tuple[Student, Facts]:
     else:
         student, facts = job.convert()
         facts["error"] = student.graph.error
+    student.graph.preprocessing = job.preprocessing()
     facts["mixed"] = run_quant(config, student, batches, learned)
     job.require_computable(student)
     inexact = sorted({row.rule for row in student.report if not row.exact})
@@ -365,6 +366,7 @@ def _metrics(job: Job, finished: dict[str, Facts]) -> dict[str, Any]:
         "audit": {key: finished["audit"][key] for key in ("pure", "violations", "not_judged")},
         "parity": parity,
         **({"outputs": scores["outputs"]} if len(scores.get("outputs", ())) > 1 else {}),
+        "preprocessing": job.preprocessing(),
         "data": {
             "unit": job.unit,
             "inputs_seen": finished["distill"]["inputs_seen"],

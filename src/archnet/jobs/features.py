@@ -9,8 +9,9 @@ from torchmetrics import Metric
 
 from archnet.config import Config
 from archnet.jobs.custom import Custom
+from archnet.jobs.job import Facts
 from archnet.jobs.tensors import TensorData
-from archnet.runs.preprocessing import as_recorded, with_preprocessing
+from archnet.runs.preprocessing import as_recorded, stated, with_preprocessing
 from archnet.tasks import ClassificationData
 
 
@@ -30,6 +31,9 @@ class Features(Custom):
     @classmethod
     def as_recorded(cls, config: Config, stored: Config) -> Config:
         return as_recorded(config, stored)
+
+    def preprocessing(self) -> Facts:
+        return {} if self.config.task.datamodule else stated(self.config.task.data)
 
     def read(self) -> TensorData:
         if self.config.task.datamodule:

@@ -11,7 +11,7 @@ from archnet.config import Config, TeacherConfig
 from archnet.jobs.job import Facts
 from archnet.jobs.tensors import TensorJob
 from archnet.runs.device import set_up
-from archnet.runs.preprocessing import as_recorded, with_preprocessing
+from archnet.runs.preprocessing import as_recorded, stated, with_preprocessing
 from archnet.runs.teacher import run_teacher
 from archnet.tasks.image_data import ImageData
 
@@ -46,6 +46,9 @@ class ImageJob(TensorJob):
         # A teacher without weights is the same one whenever the run is opened again.
         lightning.seed_everything(self.config.seed, verbose=False)
         self.teacher = run_teacher(self.config, self.folder, self.data, self.load)
+
+    def preprocessing(self) -> Facts:
+        return stated(self.config.task.data)
 
     def data_facts(self) -> Facts:
         return {"skipped": self.data.skipped}

@@ -80,6 +80,10 @@ class Job(ABC):
     def convert(self) -> tuple[Student, Facts]:
         """The float student of the teacher, and what is to be known of the conversion."""
 
+    def preprocessing(self) -> Facts:
+        """How a sample becomes the input, for exported files and the report; {}: not stated."""
+        return {}
+
     @abstractmethod
     def calibration(self, count: int) -> list[Inputs]:
         """The first ``count`` unlabelled batches; fewer if there are no more."""

@@ -87,6 +87,8 @@ class StudentGraph:
     and before any training; None where they were not compared. ``target`` describes the hardware
     that it was made for (`archnet.hardware.Target.description`); empty: arch5. ``output_ranges``
     are the least and the largest number of each result on calibration inputs; []: not quantized.
+    ``preprocessing`` says how a sample becomes the input, as whoever made the student states it;
+    files carry it on.
     """
 
     inputs: list[str]
@@ -102,6 +104,7 @@ class StudentGraph:
     output_ranges: list[tuple[float, float]] = field(default_factory=list)
     classes: list[Axis] = field(default_factory=list)
     output_names: list[str] = field(default_factory=list)
+    preprocessing: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         several = len(self.outputs) > 1

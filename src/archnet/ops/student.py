@@ -220,6 +220,7 @@ class Student(nn.Module):
             output_ranges=[(seen[0], seen[1]) for seen in ranges if seen],
             classes=_classes(spec, outputs),
             output_names=list(spec.get("output_names", [])),
+            preprocessing=dict(spec.get("preprocessing", {})),
         )
         return cls(graph, modules)
 

@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from archnet.config import Config, sides, validate
+from archnet.config import Config, DataConfig, sides, validate
 from archnet.tasks import sources
 from archnet.tasks.images import common_size
 from archnet.teachers.preprocessing import Preprocessing, preprocessing_of
@@ -55,6 +55,21 @@ def with_preprocessing(config: Config) -> Config:
             config.teacher.name,
         )
     return known
+
+
+def stated(data: DataConfig) -> dict[str, Any]:
+    """How an image becomes a network's input, with every key filled in: plain data."""
+    height, width = sides("task.data.image_size", data.image_size or 0, low=0)
+    return {
+        "height": height,
+        "width": width,
+        "channels": data.channels,
+        "resize": data.resize,
+        "interpolation": data.interpolation or "bilinear",
+        "order": "resized, its centre cut, divided by 255, mean subtracted, divided by std",
+        "mean": data.mean,
+        "std": data.std,
+    }
 
 
 def as_recorded(config: Config, stored: Config) -> Config:

@@ -262,3 +262,47 @@ def test_an_input_that_is_a_result_is_given_as_it_is_read(alone, tmp_path):
     assert parity(student, path, x).max_abs_diff < 1e-5
     quantize(student, 8, 8, [x])
     assert verify(student, x.numpy(), ["qdq"])[-1].bit_equal == 1
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4)])
+def test_scores_that_are_enlarged_stay_exact_in_integers(factor, bits):
+    """The weights of a bilinear enlargement are on their grids, and are not trained."""
+    teacher = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+        nn.Upsample(scale_factor=factor, mode="bilinear"),
+    )
+    x = images("pixels")
+    student = archnet.convert(teacher.eval(), x)
+    floats = {n: m.weight.detach().clone() for n, m in student.operators.items() if "fc" in n}
+    assert len(floats) == 2  # over rows, and over columns
+    assert not any(student.operator(name).trainable for name in floats)
+    quantize(student, *bits, [x])
+    for name, weight in floats.items():
+        module = student.operator(name)
+        torch.testing.assert_close(
+            module.weight_quantizer(module.weight), weight, rtol=1e-6, atol=0
+        )
+    classifier = student.operator("conv2d_1_conv")
+    assert classifier.weight_quantizer.bits == 8  # it is the last layer that is trained
+    settle(student)
+    assert verify(student, x.numpy(), ["qdq"])[-1].bit_equal == 1
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"])
+def test_segmenters_of_torchvision_convert(name):
+    from torchvision.models import segmentation
+
+    build = getattr(segmentation, name)
+    teacher = build(weights=None, weights_backbone=None, num_classes=5).eval()
+    for module in teacher.modules():  # so that values keep their size up to the end
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    x = torch.randn(1, 3, 64, 64)
+    student = archnet.convert(teacher, x, "rk3588")
+    assert (student.graph.output_names, student.graph.classes) == (["out"], [1])
+    assert all(row.exact for row in student.report)
+    with torch.no_grad():
+        torch.testing.assert_close(student(x), teacher(x)["out"], rtol=1e-3, atol=1e-4)

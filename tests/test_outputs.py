@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 import archnet
+from archnet.capture import capture
 from archnet.convert import ConversionError
 from archnet.deploy import parity, to_integers, verify
+from archnet.distill import ArchDistillation, distill
 from archnet.ops import Student
+from archnet.ops.scores import loss
 from archnet.quant import quantize, settle, unquantize
 from archnet.quant.attach import pack, unpack
 from archnet.quant.sensitivity import sensitivity
 from test_c_header import assert_same, needs_gcc
+from test_distill import TRAINER, Data, Images, options
 from test_tflite import differences
 
 
@@ -306,3 +310,32 @@ def test_segmenters_of_torchvision_convert(name):
     assert all(row.exact for row in student.report)
     with torch.no_grad():
         torch.testing.assert_close(student(x), teacher(x)["out"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["joint", "local"])
+def test_every_result_is_distilled(schedule, tmp_path, monkeypatch):
+    """Class scores by their divergence, a map without classes by its unexplained variance."""
+    teacher, x = two().eval(), Images().images
+    graph = capture(teacher, x[:2])
+    student = archnet.convert(graph, calibration=x, classes={"scores": 1})
+    quantize(student, 2, 3, [x], first_bits=3, last_bits=3)
+    features = graph.features([tap.node for tap in student.taps])
+    assert student.graph.classes == [1, None]
+
+    def far() -> list[float]:
+        with torch.no_grad():
+            theirs, ours = graph.scores()(x), student.eval()(x)
+        pairs = zip(ours, theirs, student.graph.classes, strict=True)
+        return [float(loss("kl", a, b, axis)) for a, b, axis in pairs]
+
+    logged: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(
+        ArchDistillation, "log_dict", lambda self, values, **_: logged.update(values)
+    )
+    before = far()
+    config = options(schedule, steps=20, val_every=10)
+    distill(features, student, Data(), config, trainer=TRAINER, folder=tmp_path)
+    assert all(after < least for after, least in zip(far(), before, strict=True))
+    assert {"loss/logits/scores", "loss/logits/map", "val/agreement/scores"} <= logged.keys()
+    assert "val/accuracy" in logged  # the labels are of the one result with classes
+    assert "val/agreement/map" not in logged

@@ -13,6 +13,7 @@ from archnet.capture import capture
 from archnet.convert import ConversionError
 from archnet.deploy import parity, to_integers, verify
 from archnet.distill import ArchDistillation, distill
+from archnet.errors import ArchnetError
 from archnet.ops import Student
 from archnet.ops.scores import loss
 from archnet.quant import quantize, settle, unquantize
@@ -218,6 +219,26 @@ def test_a_student_file_of_before_is_read():
     assert again.graph.classes == [1]
     assert again.graph.output_ranges == student.graph.output_ranges
     assert torch.equal(again(x), student(x))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"outputs": ["other", "map"]}, "its result other is no value of it"),
+        ({"outputs": []}, "each needs a name of its own"),
+        ({"output_names": ["one", "one"]}, "each needs a name of its own"),
+        ({"classes": [1, 4]}, "has its classes along axis 4, of 3 axes"),
+        ({"classes": [1, "map"]}, "has its classes along axis map"),
+    ],
+)
+def test_a_student_file_with_damaged_results_is_one_line(damage, message):
+    _, student, _ = converted("two")
+    spec = student.spec()
+    outputs = [student.graph.outputs[1] if n == "map" else n for n in damage.get("outputs", [])]
+    with pytest.raises(ArchnetError, match=message):
+        Student.from_spec(
+            {**spec, **damage, **({"outputs": outputs} if "outputs" in damage else {})}
+        )
 
 
 def test_the_last_layers_of_all_results_keep_their_width():

@@ -88,7 +88,7 @@ def _show(title: str, inputs: int, checks: "list[Check]") -> None:
         title=f"{title}: against the golden integer model, {inputs:,} inputs",
         title_justify="left",
         caption="steps off: largest difference of an output, in units of its accumulator\n"
-        "bit-equal: outputs without a difference; changed: predictions",
+        "bit-equal: numbers without a difference; changed: decisions (samples, pixels or tokens)",
         caption_justify="left",
     )
     table.add_column("")
@@ -103,7 +103,7 @@ def _show(title: str, inputs: int, checks: "list[Check]") -> None:
                 f"{check.inputs:,}",
                 f"{check.max_steps:g}",
                 percent(check.bit_equal),
-                str(check.changed),
+                f"{check.changed:,} of {check.decisions:,}" if check.decisions else "",
             )
     shown = plain_console()
     shown.print(table)

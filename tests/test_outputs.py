@@ -9,13 +9,18 @@ import torch
 from torch import nn
 
 import archnet
+from archnet.capture import capture
 from archnet.convert import ConversionError
 from archnet.deploy import parity, to_integers, verify
+from archnet.distill import ArchDistillation, train
+from archnet.errors import ArchnetError
 from archnet.ops import Student
+from archnet.ops.scores import loss
 from archnet.quant import Recipe, quantize, settle, unquantize
 from archnet.quant.attach import pack, unpack
 from archnet.quant.sensitivity import sensitivity
 from test_c_header import assert_same, needs_gcc
+from test_distill import TRAINER, Data, Images, options
 from test_tflite import differences
 
 
@@ -216,6 +221,22 @@ def test_a_student_file_of_before_is_read():
     assert torch.equal(again(x), student(x))
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"outputs": ["other"]}, "its result other is no value of it"),
+        ({"outputs": []}, "each needs a name of its own"),
+        ({"output_names": ["one", "one"]}, "each needs a name of its own"),
+        ({"classes": [1, 4]}, "has its classes along axis 4, of 3 axes"),
+        ({"classes": [1, "map"]}, "has its classes along axis map"),
+    ],
+)
+def test_a_student_file_with_damaged_results_is_one_line(damage, message):
+    _, student, _ = converted("two")
+    with pytest.raises(ArchnetError, match=message):
+        Student.from_spec({**student.spec(), **damage})
+
+
 def test_the_last_layers_of_all_results_keep_their_width():
     _, student, x = converted("detector")
     quantize(student, Recipe(2, 3, first_bits=8, last_bits=8), calibration=[x])
@@ -262,3 +283,76 @@ def test_an_input_that_is_a_result_is_given_as_it_is_read(alone, tmp_path):
     assert parity(student, path, x).max_abs_diff < 1e-5
     quantize(student, Recipe(8, 8), calibration=[x])
     assert verify(student, x.numpy(), ["qdq"])[-1].bit_equal == 1
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4)])
+def test_scores_that_are_enlarged_stay_exact_in_integers(factor, bits):
+    """The weights of a bilinear enlargement are on their grids, and are not trained."""
+    teacher = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+        nn.Upsample(scale_factor=factor, mode="bilinear"),
+    )
+    x = images("pixels")
+    student = archnet.convert(teacher.eval(), x)
+    floats = {n: m.weight.detach().clone() for n, m in student.operators.items() if "fc" in n}
+    assert len(floats) == 2  # over rows, and over columns
+    assert not any(student.operator(name).trainable for name in floats)
+    quantize(student, Recipe(*bits), calibration=[x])
+    for name, weight in floats.items():
+        module = student.operator(name)
+        torch.testing.assert_close(
+            module.weight_quantizer(module.weight), weight, rtol=1e-6, atol=0
+        )
+    classifier = student.operator("conv2d_1_conv")
+    assert classifier.weight_quantizer.bits == 8  # it is the last layer that is trained
+    settle(student)
+    assert verify(student, x.numpy(), ["qdq"])[-1].bit_equal == 1
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"])
+def test_segmenters_of_torchvision_convert(name):
+    from torchvision.models import segmentation
+
+    build = getattr(segmentation, name)
+    teacher = build(weights=None, weights_backbone=None, num_classes=5).eval()
+    for module in teacher.modules():  # so that values keep their size up to the end
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    x = torch.randn(1, 3, 64, 64)
+    student = archnet.convert(teacher, x, "rk3588")
+    assert (student.graph.output_names, student.graph.classes) == (["out"], [1])
+    assert all(row.exact for row in student.report)
+    with torch.no_grad():
+        torch.testing.assert_close(student(x), teacher(x)["out"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["joint", "local"])
+def test_every_result_is_distilled(schedule, tmp_path, monkeypatch):
+    """Class scores by their divergence, a map without classes by its unexplained variance."""
+    teacher, x = two().eval(), Images().images
+    graph = capture(teacher, x[:2])
+    student = archnet.convert(graph, calibration=x, classes={"scores": 1})
+    quantize(student, Recipe(2, 3, first_bits=3, last_bits=3), calibration=[x])
+    features = graph.features([tap.node for tap in student.taps])
+    assert student.graph.classes == [1, None]
+
+    def far() -> list[float]:
+        with torch.no_grad():
+            theirs, ours = graph.scores()(x), student.eval()(x)
+        pairs = zip(ours, theirs, student.graph.classes, strict=True)
+        return [float(loss("kl", a, b, axis)) for a, b, axis in pairs]
+
+    logged: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(
+        ArchDistillation, "log_dict", lambda self, values, **_: logged.update(values)
+    )
+    before = far()
+    config = options(schedule, steps=20, val_every=10)
+    train(features, student, Data(), config, trainer=TRAINER, folder=tmp_path)
+    assert all(after < least for after, least in zip(far(), before, strict=True))
+    assert {"loss/logits/scores", "loss/logits/map", "val/agreement/scores"} <= logged.keys()
+    assert "val/accuracy" in logged  # the labels are of the one result with classes
+    assert "val/agreement/map" not in logged

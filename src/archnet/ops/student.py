@@ -227,6 +227,11 @@ class Student(nn.Module):
 
 def _classes(spec: Mapping[str, Any], outputs: Sequence[str]) -> list[Axis]:
     """Where the classes of each result lie; where nothing is said, by the rule of their shape."""
+    if lost := [name for name in outputs if name not in spec["shapes"]]:
+        raise ArchnetError(f"its result {lost[0]} is no value of it")
+    names = spec.get("output_names", outputs)
+    if not outputs or sorted({str(name) for name in names}) != sorted(names):
+        raise ArchnetError(f"its results are called {names}: each needs a name of its own")
     shapes = [tuple(spec["shapes"][name]) for name in outputs]
     found: list[Axis] = list(spec.get("classes") or map(axis_of, shapes))
     for name, axis, shape in zip(outputs, found, shapes, strict=True):

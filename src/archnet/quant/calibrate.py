@@ -28,6 +28,7 @@ AT_ONCE = 2**26  # numbers in the largest value that is observed at once
 # roundings of a sum.
 LARGEST_BIAS = 2.0**20
 LARGEST_SHARE = 16  # of a bias beside what weights usually add up to, which at 8 bits is more
+ROUNDING = 1e-6  # of a row's largest number: what float32 leaves of numbers that are on a grid
 SMALLEST_UNIT, LARGEST_UNIT = 2.0**-126, 2.0**96  # of accumulators that float32 holds
 ZERO_POINTS = 8  # lowest levels tried between 0 and half of the grid
 _WORTH = 0.9  # of the squared error on a symmetric grid: an offset costs the chip something
@@ -73,16 +74,39 @@ def _power_of_two(peak: Tensor) -> Tensor:
     return ((127 - exponent) << 23).view(torch.float32).to(peak.dtype)
 
 
-def weight_scale(quantizer: Quantizer, weight: Tensor) -> Tensor:
-    """The scale a weight quantizer starts from, (channels,)."""
-    rows = weight.detach().reshape(quantizer.channels, -1)
+def weight_scale(quantizer: Quantizer, module: WeightedOperator) -> Tensor:
+    """The scale that the quantizer of a layer's weights starts from, (channels,)."""
+    weight = module.weight.detach()
+    rows = weight.reshape(quantizer.channels, -1)
     if isinstance(quantizer, WeightDoReFa):
         # Levels and weights have the same mean magnitude (DoReFa takes its scale from mean |w|).
         levels = quantizer.integers(weight).reshape(quantizer.channels, -1)
         return rows.abs().mean(1) / levels.abs().mean(1).clamp_min(SCALE_FLOOR)
     if quantizer.bits == 1:
         return rows.abs().mean(1)
-    return best_scale(rows, quantizer.low, quantizer.high, quantizer.power_of_two)
+    best = best_scale(rows, quantizer.low, quantizer.high, quantizer.power_of_two)
+    return best if module.trainable else _exact_scale(rows, quantizer.low, quantizer.high, best)
+
+
+def _exact_scale(rows: Tensor, low: int, high: int, best: Tensor) -> Tensor:
+    """The largest power of two of which a row's numbers are whole multiples on the grid; the best
+    scale where there is none, or where that holds them exactly as well.
+
+    Enlarging by a whole factor has such rows: a bilinear one by r weighs pixels by multiples of
+    1 / (2 r).
+    """
+
+    def error(scale: Tensor) -> Tensor:
+        levels = (rows / scale[:, None]).round().clamp(low, high)
+        return (levels * scale[:, None] - rows).abs().amax(1) / rows.abs().amax(1).clamp_min(1e-30)
+
+    found, open_ = best, error(best) > ROUNDING
+    scale = 1 / _power_of_two(rows.abs().amax(1))
+    for _ in range(high.bit_length() + 1):
+        fits = open_ & (error(scale) == 0)
+        found, open_ = torch.where(fits, scale, found), open_ & ~fits
+        scale = scale / 2
+    return found
 
 
 def calibrate_weights(student: Student) -> None:
@@ -90,7 +114,7 @@ def calibrate_weights(student: Student) -> None:
     for module in student.modules():
         if isinstance(module, WeightedOperator) and isinstance(module.weight_quantizer, Quantizer):
             quantizer = module.weight_quantizer
-            quantizer.set_scale(weight_scale(quantizer, module.weight))
+            quantizer.set_scale(weight_scale(quantizer, module))
 
 
 def make_room_for_biases(student: Student) -> None:

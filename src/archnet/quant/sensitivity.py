@@ -111,7 +111,7 @@ def _trials(
     for name, module in weighted(student).items():
         for bits in offers.get(name, ()):
             quantizer = build(recipe.weights(module, bits)).to(device)
-            quantizer.set_scale(weight_scale(quantizer, module.weight))
+            quantizer.set_scale(weight_scale(quantizer, module))
             trials[name].append(_Trial(bits, [module], "weight_quantizer", quantizer))
     for group, samples in seen.items():
         members = [student.operator(name) for name in shared if shared[name] == group]

@@ -23,7 +23,7 @@ def checks_table(title: str, inputs: int, checks: "Sequence[Check]") -> Printed:
                 f"{check.inputs:,}",
                 f"{check.max_steps:g}",
                 percent(check.bit_equal),
-                str(check.changed),
+                f"{check.changed:,} of {check.decisions:,}" if check.decisions else "",
             )
         )
         if check.bit_equal < 1:
@@ -33,7 +33,7 @@ def checks_table(title: str, inputs: int, checks: "Sequence[Check]") -> Printed:
                 notes.append(f"{check.name}: {check.hint}")
     legend = (
         "steps off: largest difference of an output, in units of its accumulator",
-        "bit-equal: outputs without a difference; changed: predictions",
+        "bit-equal: numbers without a difference; changed: decisions (samples, pixels or tokens)",
     )
     return Printed(
         f"{title}: against the golden integer model, {inputs:,} inputs",

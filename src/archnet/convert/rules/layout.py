@@ -404,7 +404,7 @@ def upsample_linear(site: Site) -> Value:
         matrix = response[:, 0, :, 0].T
         along = Feature(feature.shape, first=builder.first(feature), axis=axis)
         zeros = torch.zeros(len(matrix), dtype=torch.float64)
-        feature = builder.matrix_at_positions(along, matrix, zeros)
+        feature = builder.matrix_at_positions(along, matrix, zeros, trainable=False)
     return Feature(feature.shape, first=builder.first(feature), axis=1)
 
 

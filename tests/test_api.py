@@ -440,12 +440,9 @@ def test_the_page_about_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     blocks = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
-        if "Recipe" in block:
-            one, other = block.splitlines()
-            for line in (one, other):
-                exec(line, names | {"student": made(None)})
-        else:
-            exec(block.replace("2000", "4"), names)
+        # The second one quantizes, and the student of the first is quantized.
+        found = {**names, "student": made(None)} if "Recipe" in block else names
+        exec(block.replace("2000", "4"), found)
     assert archnet.verify(names["student"], "student.onnx", loader(), inputs=9).inputs == 9
 
 

@@ -275,7 +275,7 @@ def lines(judged: "Sequence[Judged]") -> list[list[str]]:
 
 
 def _share(value: float | None) -> str:
-    from archnet.commands.verify import percent
+    from archnet.report.checks import percent
 
     return "" if value is None else percent(value)
 

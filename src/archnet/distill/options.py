@@ -41,7 +41,7 @@ def options_of(given: Mapping[str, Any]) -> DistillConfig:
     schedule = SCHEDULES.get(str(given.get("schedule", "joint")), {})
     try:
         tree = OmegaConf.merge(
-            OmegaConf.structured(DistillConfig), {**schedule, **found, "optimizer": optimizer}
+            OmegaConf.structured(DistillConfig), dict(schedule) | found | {"optimizer": optimizer}
         )
         options = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:

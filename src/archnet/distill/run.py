@@ -22,14 +22,20 @@ from archnet.progress import progress_lines
 
 
 class TrainerOptions(Protocol):
-    """What is read of `trainer`."""
+    """What is read of `trainer`; ``devices`` are how many, or which."""
 
-    accelerator: str
-    devices: int | list[int]
-    strategy: str
-    precision: str
-    progress: bool
-    progress_seconds: float
+    @property
+    def accelerator(self) -> str: ...
+    @property
+    def devices(self) -> int | list[int]: ...
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def progress(self) -> bool: ...
+    @property
+    def progress_seconds(self) -> float: ...
 
 
 class UnlabelledData(Protocol):

@@ -118,7 +118,8 @@ def compare(
         with torch.inference_mode():
             for batch in Batches(data, takes).limited(batches, "batches"):
                 inputs = [x.to(device) for x in batch.inputs]
-                tally.add(*(network(*inputs) for network in networks), batch)
+                theirs, ours = (network(*inputs) for network in networks)
+                tally.add(theirs, ours, batch)
     finally:
         student.train(was_training)
     example = tuple(x[:1] for x in takes.example())

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +66,15 @@ def progress_lines(what: str, shown: bool, seconds: float) -> list[ProgressBar]:
     """
     if not shown or in_terminal():
         return []
-    return [TQDMProgressBar(refresh_rate=10)] if in_notebook() else [TrainingLines(what, seconds)]
+    return [NotebookBar(refresh_rate=10)] if in_notebook() else [TrainingLines(what, seconds)]
+
+
+class NotebookBar(TQDMProgressBar):
+    """Lightning's bar without those of validations, each of which a notebook would keep."""
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """A bar that shows nothing."""
+        return Tqdm(disable=True)
 
 
 class TrainingLines(ProgressBar):

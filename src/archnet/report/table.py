@@ -30,8 +30,16 @@ def plain_console(width: int | None = None, file: IO[str] | None = None) -> Cons
     Brackets and colons in them mark up nothing, and control characters are shown, not obeyed.
     What goes to a ``file`` goes nowhere else, in a notebook either.
     """
-    jupyter = False if file is not None else None
-    return _PlainConsole(width=width, file=file, force_jupyter=jupyter, markup=False, emoji=False)
+    # None: rich finds out by itself, also by what a notebook sets for its kernel.
+    shown = False if file is not None else None
+    return _PlainConsole(
+        width=width,
+        file=file,
+        force_jupyter=shown,
+        force_terminal=shown,
+        markup=False,
+        emoji=False,
+    )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import logging
+import re
 from collections import UserDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from archnet.distill import options_of
 from archnet.errors import ArchnetError, ConfigError, TaskError
 from archnet.loaders import Batches, Takes
 from archnet.quant import QuantizationError, Recipe, describe
-from conftest import CONF
+from conftest import CONF, ROOT
 
 SHAPE, CLASSES, ROWS = (3, 8, 8), 4, 48
 TAKES = Takes({"x": SHAPE})
@@ -427,6 +428,22 @@ def test_the_file_of_a_distilled_student_verifies(tmp_path: Path):
     found = archnet.verify(other, path, loader())
     assert not found.equal
     assert "first difference at" in str(found)
+
+
+def test_the_page_about_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "python.md").read_text()
+    names = {
+        "archnet": archnet, "lightning": lightning, "teacher": network(), "example": images(2),
+        "batches": [images()], "loader": loader(), "val_loader": loader(),
+    }  # fmt: skip
+    blocks = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        # The second one quantizes, and the student of the first is quantized.
+        found = {**names, "student": made(None)} if "Recipe" in block else names
+        exec(block.replace("2000", "4"), found)
+    assert archnet.verify(names["student"], "student.onnx", loader(), inputs=9).inputs == 9
 
 
 def test_arrays_are_read_too():

@@ -8,14 +8,20 @@ from datetime import timedelta
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 _log = logging.getLogger(__name__)
 
 
 def in_terminal() -> bool:
-    """Whether a bar can be drawn: in a terminal, and in a notebook."""
-    return "ipykernel" in sys.modules or (sys.stdout.isatty() and sys.stderr.isatty())
+    """Whether a bar can be drawn."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def in_notebook() -> bool:
+    """Whether the output is a notebook's."""
+    return "ipykernel" in sys.modules
 
 
 class Lines:
@@ -50,14 +56,25 @@ class Lines:
 
 
 def progress_lines(what: str, shown: bool, seconds: float) -> list[ProgressBar]:
-    """The callback that stands in for Lightning's bar where the output is no terminal.
+    """The callback that stands in for Lightning's bar where the output is no terminal: a bar that a
+    notebook shows with and without widgets, else lines.
 
     Args:
         what: is trained.
         shown: whether progress is shown at all.
         seconds: least time between two lines.
     """
-    return [] if not shown or in_terminal() else [TrainingLines(what, seconds)]
+    if not shown or in_terminal():
+        return []
+    return [NotebookBar(refresh_rate=10)] if in_notebook() else [TrainingLines(what, seconds)]
+
+
+class NotebookBar(TQDMProgressBar):
+    """Lightning's bar without those of validations, each of which a notebook would keep."""
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """A bar that shows nothing."""
+        return Tqdm(disable=True)
 
 
 class TrainingLines(ProgressBar):

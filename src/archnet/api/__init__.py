@@ -1,7 +1,7 @@
 """What callers from Python use on data of their own, beside the functions of single rooms."""
 
-from archnet.api.comparing import Comparison, compare
+from archnet.api.comparison import Comparison, compare
 from archnet.api.distilling import distill
-from archnet.api.verifying import Verification, verify
+from archnet.api.verification import Verification, verify
 
 __all__ = ["Comparison", "Verification", "compare", "distill", "verify"]

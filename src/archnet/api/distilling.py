@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -136,19 +136,16 @@ class _Trainer:
         devices: int | list[int] = 1
         if accelerator not in ("auto", "cpu", "gpu", "mps"):
             raise DistillError(f"accelerator={accelerator} is not one of auto, cpu, gpu, mps")
-        there: dict[str, Callable[[], bool]] = {
-            "gpu": torch.cuda.is_available,
-            "mps": torch.backends.mps.is_available,
-        }
-        if accelerator in there and not there[accelerator]():
+        found = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not found.get(accelerator, True):
             raise DistillError(
                 f"accelerator={accelerator}, but torch finds none: take auto or cpu, or install a "
                 "torch that is built for it"
             )
         for network in (student, teacher):
-            found = next((p.device for p in network.parameters()), torch.device("cpu"))
-            if accelerator == "auto" and found.type == "cuda":
-                accelerator, devices = "gpu", [found.index or 0]
+            device = next((p.device for p in network.parameters()), torch.device("cpu"))
+            if accelerator == "auto" and device.type == "cuda":
+                accelerator, devices = "gpu", [device.index or 0]
         return cls(accelerator, devices, precision, progress)
 
 

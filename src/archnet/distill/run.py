@@ -22,7 +22,7 @@ from archnet.progress import progress_lines
 
 
 class TrainerOptions(Protocol):
-    """What is read of `trainer`."""
+    """What is read of `trainer`; ``devices`` are how many, or which."""
 
     @property
     def accelerator(self) -> str: ...

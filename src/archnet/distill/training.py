@@ -157,6 +157,7 @@ class ArchDistillation(lightning.LightningModule):
                 most if most > 0 else "no fixed number of",
                 planned,
             )
+        self.student.train()  # as `convert` and `quantize` do not leave it
         # As the student's: convolutions on maps with channels last need no reordering.
         self.teacher.to(memory_format=torch.channels_last)
         self.teacher.to(self.device)

@@ -41,9 +41,8 @@ class Printed:
     def __str__(self) -> str:
         from archnet.report.table import plain_console
 
-        console = plain_console(WIDTH)
-        console.file = written = StringIO()
-        console.print(self)
+        written = StringIO()
+        plain_console(WIDTH, written).print(self)
         return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
     def _repr_html_(self) -> str:

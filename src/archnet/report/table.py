@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jinja2 import TemplateError
 from rich.console import Console
@@ -33,12 +33,22 @@ class _PlainConsole(Console):
         return super().render_str("\n".join(lines), **options)
 
 
-def plain_console(width: int | None = None) -> Console:
+def plain_console(width: int | None = None, file: IO[str] | None = None) -> Console:
     """A console that shows names as they are, in its tables too.
 
     Brackets and colons in them mark up nothing, and control characters are shown, not obeyed.
+    What goes to a ``file`` goes nowhere else, in a notebook either.
     """
-    return _PlainConsole(width=width, markup=False, emoji=False)
+    # None: rich finds out by itself, also by what a notebook sets for its kernel.
+    shown = False if file is not None else None
+    return _PlainConsole(
+        width=width,
+        file=file,
+        force_jupyter=shown,
+        force_terminal=shown,
+        markup=False,
+        emoji=False,
+    )
 
 
 @contextmanager

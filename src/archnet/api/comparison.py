@@ -26,7 +26,7 @@ class CompareError(ArchnetError):
     """Teacher and student cannot be compared so."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Teacher and student on the same inputs.
 
@@ -70,6 +70,8 @@ class Comparison:
 
     def __str__(self) -> str:
         return str(self.table())
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """The table in a notebook."""

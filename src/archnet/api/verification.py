@@ -20,7 +20,7 @@ from archnet.report.checks import checks_table
 INPUTS = 2000  # that are read, as `archnet verify` does
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """What was compared, a `Check` each: PyTorch in two precisions, the file, further forms."""
 
@@ -35,6 +35,8 @@ class Verification:
 
     def __str__(self) -> str:
         return str(checks_table(self.name, self.inputs, self.checks))
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """The table in a notebook."""

@@ -815,7 +815,7 @@ def _validate_quant(quant: QuantConfig, hardware: HardwareConfig) -> None:
     scale = "per_channel" if quant.per_channel else "per_tensor"
     if scale not in hardware.weight_scales:
         raise ConfigError(
-            f"quant.per_channel={str(quant.per_channel).lower()} asks for scales {scale}, and "
+            f"quant.per_channel={str(quant.per_channel).lower()} makes {scale} scales, and "
             f"hardware={hardware.name} has {', '.join(hardware.weight_scales)}; "
             f"nearest valid: {str(not quant.per_channel).lower()}"
         )
@@ -824,11 +824,11 @@ def _validate_quant(quant: QuantConfig, hardware: HardwareConfig) -> None:
 def _validate_copies(quant: QuantConfig) -> None:
     asked = f"quant.copies={quant.copies}"
     if quant.method != "lsq" or quant.budget is not None:
-        raise ConfigError(f"{asked} is for quant=lsq, at one width for all layers")
+        raise ConfigError(f"{asked} works with quant=lsq and one width for all layers only")
     if quant.act_bits >= quant.sum_bits:
         raise ConfigError(
-            f"{asked} makes more of values that are known to quant.sum_bits={quant.sum_bits}: "
-            f"quant.act_bits={quant.act_bits} has to be less; nearest valid: quant.copies=1"
+            f"{asked} needs quant.act_bits={quant.act_bits} below quant.sum_bits={quant.sum_bits}, "
+            "the width of the values that it copies; nearest valid: quant.copies=1"
         )
 
 
@@ -838,7 +838,7 @@ def _require_width(
     if bits in allowed:
         return
     if not allowed:
-        raise ConfigError(f"hardware.{side}=[] leaves hardware={hardware.name} no width at all")
+        raise ConfigError(f"hardware.{side}=[] is empty: list the widths of {hardware.name}")
     # A chip may compute with widths that no quantizer here has, such as 16.
     possible = [width for width in allowed if nearest_width(width) == width] or allowed
     best = min(possible, key=lambda width: abs(width - bits))

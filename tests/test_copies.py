@@ -213,7 +213,7 @@ def test_a_run_goes_on_with_its_copies_and_makes_them_anew_for_other_widths() ->
     ("options", "message"),
     [
         (["quant.bits=8"], "needs quant.act_bits=8 below quant.sum_bits"),
-        (["quant.sum_bits=4"], "known to quant.sum_bits=4"),
+        (["quant.sum_bits=4"], "below quant.sum_bits=4"),
         (["quant=dorefa"], "works with quant=lsq"),
         (["quant=mixed", "quant.budget=0.8"], "one width for all layers"),
     ],

@@ -17,8 +17,8 @@ HELP = "compare every form of a run's student with its golden integer model"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     folder_arguments(parser)
-    parser.add_argument("--inputs", type=int, default=2000, help="images (default: 2000)")
-    parser.add_argument("--forms", help="names, comma-separated (default: all that can be run)")
+    parser.add_argument("--inputs", type=int, default=2000, help="inputs to run (default: 2000)")
+    parser.add_argument("--forms", help="forms, comma-separated (default: all that run here)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -70,7 +70,7 @@ def _show(title: str, inputs: int, checks: "list[Check]") -> None:
     from archnet.report.table import plain_console
 
     table = Table(
-        title=f"{title}: against the golden integer model, {inputs:,} inputs",
+        title=f"{title}: compared with the integer model on {inputs:,} inputs",
         title_justify="left",
         caption="steps off: largest difference of an output, in units of its accumulator\n"
         "bit-equal: outputs without a difference; changed: predictions",
@@ -96,7 +96,7 @@ def _show(title: str, inputs: int, checks: "list[Check]") -> None:
         if check.skipped:
             shown.print(f"{check.name}: skipped, it {check.skipped}")
         elif check.bit_equal < 1:
-            first = check.first or "not seen again with every step read out"
+            first = check.first or "no step: it does not recur when every step is an output"
             shown.print(f"{check.name}: first difference at {first}")
             if check.hint:
                 shown.print(f"{check.name}: {check.hint}")

@@ -413,9 +413,9 @@ class DialectConfig:
     # Size of the batch in the file: open, or one, as compilers for chips want it (rknn-toolkit2
     # refuses an open one; onnxruntime-qnn 2.7.0 leaves every node of such a file to the CPU).
     batch: str = _choice("open", "open", "one")
-    # Clips on floats in front of QuantizeLinear. always: one to the 8-bit container everywhere,
+    # Clips on floats before QuantizeLinear. always: one to the 8-bit container everywhere,
     # which ONNX Runtime leaves out again, so that layers become integer ones, and without which
-    # OpenCV 5.0 computes them wrongly; below 8 bits another one behind it, on integers that are
+    # OpenCV 5.0 computes them wrongly; below 8 bits another one after it, on integers that are
     # dequantized. needed: a single one, where rounding does not saturate at the bounds by itself,
     # for which rknn-toolkit2 counts fewer cycles.
     clip: str = _choice("always", "always", "needed")
@@ -426,7 +426,7 @@ class DialectConfig:
     # tools that leave a last layer without one to the CPU (onnxruntime-qnn). Scores closer to each
     # other than a step are then equal.
     output: str = _choice("float", "float", "integer")
-    # Who wrote the file, as its header says, and the version behind a space: Sony's converter
+    # Who wrote the file, as its header says, and the version after a space: Sony's converter
     # reads files of pytorch alone, from 2.0.0 on. The metadata say archnet in any case.
     producer: str = "archnet"
 

@@ -50,7 +50,7 @@ class Lines:
 
 
 def progress_lines(what: str, shown: bool, seconds: float) -> list[ProgressBar]:
-    """The callback that stands in for Lightning's bar where the output is no terminal.
+    """The callback that replaces Lightning's bar where the output is no terminal.
 
     Args:
         what: is trained.

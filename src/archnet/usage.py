@@ -91,7 +91,7 @@ def _options(conf: Path, group: str) -> dict[str, str]:
 
 
 def _table(rows: Iterable[tuple[str, str]], column: int = 24) -> list[str]:
-    """Names in one column, what they mean in the next; a long name stands on a line alone."""
+    """Names in one column, what they mean in the next; a long name has a line of its own."""
     lines = []
     for name, meaning in rows:
         indent = " " * column

@@ -418,7 +418,7 @@ def _plain_yaml(path: Path) -> DictConfig:
         if isinstance(event, yaml.ScalarEvent) and "${" in event.value:
             raise RunError(
                 f"{line}: {event.value[:80]} is an interpolation, and a stored config holds values "
-                "alone: write there what it stands for"
+                "alone: write its value"
             )
     tree = OmegaConf.load(io.StringIO(text))
     if not isinstance(tree, DictConfig) or not tree:

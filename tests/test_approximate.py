@@ -465,7 +465,7 @@ def test_a_teacher_that_fixes_its_batch_is_told_how_not_to():
     [
         (lambda m, x: x.softmax(1), "more than two values"),
         (lambda m, x: x[:, :2].log_softmax(1) * 2, "more than two values"),
-        (lambda m, x: x.mean((2, 3)).softmax(1) * 2, "end with its class scores"),
+        (lambda m, x: x.mean((2, 3)).softmax(1) * 2, "return its class scores"),
     ],
 )
 def test_other_softmaxes_are_errors(function, message):

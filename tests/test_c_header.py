@@ -205,7 +205,7 @@ def test_weights_take_their_width():
 def test_the_header_needs_no_float_requantization():
     net = chain((3, 6, 6), Convolution(3, 4), Activation(0), Convolution(4, 2))
     quantize(net, Recipe(4, 4), calibration=[torch.randn(4, 3, 6, 6)])
-    with pytest.raises(ExportError, match="requantizes in float: to_integers takes"):
+    with pytest.raises(ExportError, match="requantizes in float: call to_integers with"):
         to_c(to_integers(net, "float"))
 
 
@@ -214,5 +214,5 @@ def test_integers_that_fit_no_byte_name_the_step():
     quantize(net, Recipe(4, 4), calibration=[torch.randn(4, 3, 6, 6)])
     model = to_integers(net)
     model.grids["s0"] = replace(model.grids["s0"], low=-1, high=200)
-    with pytest.raises(ExportError, match="step s0: its integers -1 to 200 fit no byte"):
+    with pytest.raises(ExportError, match="step s0: its integers -1 to 200 do not fit a byte"):
         to_c(model)

@@ -162,7 +162,7 @@ def test_a_target_accepts_what_it_computes_with(overrides: list[str]) -> None:
         ),
         (
             ["hardware.weight_scales=[per_tensor]"],
-            "quant.per_channel=true asks for scales per_channel, and hardware=arch5 has per_tensor",
+            "quant.per_channel=true makes per_channel scales, and hardware=arch5 has per_tensor",
         ),
         (["hardware.act_scales=powers"], "nearest: power_of_two"),
         (["hardware.act_types=[int9]"], "nearest: int8"),

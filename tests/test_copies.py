@@ -212,10 +212,10 @@ def test_a_run_goes_on_with_its_copies_and_makes_them_anew_for_other_widths() ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["quant.bits=8"], "quant.act_bits=8 has to be less"),
-        (["quant.sum_bits=4"], "known to quant.sum_bits=4"),
-        (["quant=dorefa"], "is for quant=lsq"),
-        (["quant=mixed", "quant.budget=0.8"], "at one width for all layers"),
+        (["quant.bits=8"], "needs quant.act_bits=8 below quant.sum_bits"),
+        (["quant.sum_bits=4"], "below quant.sum_bits=4"),
+        (["quant=dorefa"], "works with quant=lsq"),
+        (["quant=mixed", "quant.budget=0.8"], "one width for all layers"),
     ],
 )
 def test_what_cannot_be_copied_is_an_error_before_work_starts(options, message) -> None:

@@ -313,7 +313,7 @@ def test_impossible_arguments(arguments, message, tmp_path):
 
 
 def test_only_students_are_exported(tmp_path):
-    with pytest.raises(ExportError, match=r"a Linear is no student: convert\(\) makes one"):
+    with pytest.raises(ExportError, match=r"a Linear is not a student: call convert\(\)"):
         export(nn.Linear(2, 2), tmp_path / "net.onnx")
 
 

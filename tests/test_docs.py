@@ -60,7 +60,8 @@ def commands() -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-TRAIN = [words[2:] for words in commands() if words[:2] == ["python", "train.py"]]
+STARTS = (["python", "train.py"], ["archnet", "train"])
+TRAIN = [words[2:] for words in commands() if words[:2] in STARTS]
 
 
 def run_python(snippet: str, folder: Path) -> None:
@@ -104,7 +105,11 @@ def test_cfg_job_prints_the_config_of_the_readme() -> None:
 
 
 # Coverage alone needs no file: it would measure every family.
-ARCHNET = [w for w in commands() if w[0] == "archnet" and w[1:] != ["coverage"]]
+ARCHNET = [
+    words
+    for words in commands()
+    if words[0] == "archnet" and words[1:] != ["coverage"] and words[:2] not in STARTS
+]
 
 
 @pytest.mark.parametrize("words", ARCHNET, ids=" ".join)

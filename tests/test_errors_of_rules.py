@@ -505,21 +505,22 @@ LINES = {
     "weights of x": (lambda x: F.conv2d(x, KERNEL * x.mean((1, 2, 3))[0]),
                      r"aten\.select\.int .*the batch"),
     "roll": (lambda x: x.roll(1), r"aten\.roll\.default .*give dims"),
-    "places": (lambda x: x.max(1).indices.float(), r"getitem.*the places of extremes"),
+    "places": (lambda x: x.max(1).indices.float(), r"getitem.*the indices of maxima"),
     "dropout": (lambda x: F.dropout(x, 0.5, True), r"aten\.dropout.*training=self\.training"),
     "weights dropped": (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1),
                         r"dropout_p=0\.0"),
     "infinite": (lambda x: (x + torch.full((4, 4), -math.inf)).relu(), r"not finite.*-1e4"),
     "batch size": (lambda x: x * x.shape[0], r"the size of its batch"),
     "compare": (lambda x: torch.where(x > 0, x, 2 * x), r"aten\.gt\.Scalar .*relu, clamp"),
-    "topk": (lambda x: x.topk(2)[0], r"aten\.topk.*end the network in front of it"),
-    "sort": (lambda x: x.sort(1)[0], r"aten\.sort.*end the network in front of it"),
-    "floor": (lambda x: x.floor(), r"aten\.floor.*rounding jumps"),
+    "topk": (lambda x: x.topk(2)[0], r"aten\.topk.*end the network before it"),
+    "sort": (lambda x: x.sort(1)[0], r"aten\.sort.*end the network before it"),
+    "floor": (lambda x: x.floor(), r"aten\.floor.*rounding is not"),
     "cumsum": (lambda x: x.cumsum(-1), r"x @ torch\.ones\(n, n\)\.triu\(\)"),
     "fft": (lambda x: torch.fft.fft2(x).abs(), r"fft_fft2.*x @ cosines"),
-    "gather": (lambda x: x.gather(1, x.argmax(1, keepdim=True)), r"either for aten\.gather"),
+    "gather": (lambda x: x.gather(1, x.argmax(1, keepdim=True)),
+               r"also without a rule: aten\.gather"),
     "grid": (lambda x: F.grid_sample(x, x[:, :2].permute(0, 2, 3, 1)),
-             r"grid_sampler.*\(ethos_u85, imx500, rk3588 run gather, but conversion does not"),
+             r"grid_sampler.*\(ethos_u85, imx500, rk3588 run gather, but a student cannot"),
     "3-D": (lambda x: F.conv3d(x[:, None], KERNEL[:1, :1, None]), r"conv3d.*\(1, k, k\)"),
     "embedding": (lambda x: F.embedding(x.long(), KERNEL[0, 0]), r"embedding.*one_hot @ weight"),
     "unknown": (lambda x: x.renorm(2, 1, 1.0), r"archnet\.convert\.rules\.RULES"),
@@ -534,8 +535,14 @@ def test_what_cannot_be_is_one_line_that_says_what_to_do(name):
 
 
 MODULES = {
-    "lstm": (nn.LSTM(8, 4, batch_first=True), r"aten\.lstm\.input at 'inner': a recurrence"),
-    "gru": (nn.GRU(8, 4, batch_first=True), r"aten\.gru\.input at 'inner': .*keep it outside"),
+    "lstm": (
+        nn.LSTM(8, 4, batch_first=True),
+        r"aten\.lstm\.input at 'inner': a student has no recurrent layers",
+    ),
+    "gru": (
+        nn.GRU(8, 4, batch_first=True),
+        r"aten\.gru\.input at 'inner': .*run the recurrence outside",
+    ),
     "batch second": (nn.MultiheadAttention(8, 2), r"at 'inner': .*batch_first=True"),
 }
 

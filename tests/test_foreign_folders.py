@@ -84,7 +84,7 @@ def test_a_received_factory_waits_for_a_yes(
     assert main([command, str(received.path)]) == 2
     error = capsys.readouterr().err
     assert "would run teacher.factory=os:mkdir with teacher.kwargs=" in error
-    assert error.strip().endswith("say trust=true")
+    assert error.strip().endswith("add trust=true")
     assert error.count("\n") == 1
     assert not (tmp_path / "executed").exists()
     # With the yes it runs, and is then refused for what it returns.
@@ -96,7 +96,7 @@ def test_a_received_factory_waits_for_a_yes(
 def test_resume_of_a_received_factory_waits_for_a_yes(
     received: RunFolder, make_config: Make, tmp_path: Path
 ) -> None:
-    with pytest.raises(RunError, match="say trust=true"):
+    with pytest.raises(RunError, match="add trust=true"):
         conductor.run(make_config(f"resume={received.path}"), ["resume"])
     assert not (tmp_path / "executed").exists()
     assert not received.is_own()
@@ -288,7 +288,7 @@ def test_an_edited_config_is_refused_on_resume(
     with pytest.raises(ConfigError, match="was edited since this run was made") as caught:
         conductor.run(make_config(f"resume={folder.path}"), ["resume"])
     assert said in str(caught.value)
-    assert "put it back, or start a new run" in str(caught.value)
+    assert "undo the edit, or start a new run" in str(caught.value)
     assert (folder.path / "config.yaml").read_text() == before
 
 

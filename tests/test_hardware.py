@@ -218,9 +218,7 @@ def test_activations_must_fit_the_memory():
     net = residual_student()
     most = max(step.live_bytes for step in student_cost(net).steps)
     check_memory(net, replace(Target.named("arch5"), memory_bytes=most))
-    with pytest.raises(
-        TargetError, match=r"step conv, from 'stem\.conv'.*1,792 bytes.*holds 1,791"
-    ):
+    with pytest.raises(TargetError, match=r"step conv, from 'stem\.conv'.*1,792 bytes.*has 1,791"):
         check_memory(net, replace(Target.named("arch5"), memory_bytes=most - 1))
 
 
@@ -508,11 +506,11 @@ VIOLATIONS = {
     "weights at run time": ([node("Conv", "x", "y")], {}, "computed at run time"),
     "3x3 pooling": ([node("MaxPool", "x", kernel_shape=[3, 3])], {}, "kernel 3x3"),
     "residual": ([node("Add", "x", "y")], {}, "addition of two activations"),
-    "constant added": ([node("Add", "x", "b")], {"b": weight(8)}, "no bias right behind"),
+    "constant added": ([node("Add", "x", "b")], {"b": weight(8)}, "not the bias of a MatMul"),
     "position table": (
         [node("MatMul", "x", "w", output="h"), node("Add", "h", "b")],
         {"w": weight(8, 5), "b": weight(8, 5)},
-        "no bias right behind",
+        "not the bias of a MatMul",
     ),
     "bias too late": (
         [
@@ -521,7 +519,7 @@ VIOLATIONS = {
             node("Add", "i", "b"),
         ],
         {"w": weight(8, 5), "b": weight(5)},
-        "no bias right behind",
+        "not the bias of a MatMul",
     ),
     "softmax": ([node("Softmax", "x")], {}, "softmax is not an operator of arch5"),
     "attention": ([node("MatMul", "x", "y")], {}, "matmul is not an operator of arch5"),
@@ -702,7 +700,7 @@ def test_arithmetic_on_known_shapes_is_folded():
 def test_shapes_that_only_a_run_knows_are_not_waved_through():
     result = audit(reshaped_by_shape("H"))
     assert [v.operator for v in result.violations] == ["Shape", "Reshape"]
-    assert "export with them" in result.notes[0]
+    assert "export with these" in result.notes[0]
     by_data = [
         node("NonZero", "x", output="found"),
         node("Shape", "found", output="sizes"),
@@ -772,7 +770,7 @@ def test_a_file_of_onnx_runtimes_quantizer(tmp_path):
         assert not result.notes
     groups = audit(path, "imx500").groups()
     assert [operator for operator, _ in groups] == ["QuantizeLinear"]
-    assert "no power of two" in next(iter(groups))[1]
+    assert "not a power of two" in next(iter(groups))[1]
     coarse = replace(Target.named("rk3588"), weight_scales=("per_tensor",))
     assert "scales of weights per_channel" in audit(path, coarse).violations[0].reason
 

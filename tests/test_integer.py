@@ -425,7 +425,7 @@ def test_the_worst_case_of_an_accumulator_is_reached(rows, bias, low):
 
 def test_a_shift_alone_needs_scales_that_are_powers_of_two():
     torch.manual_seed(0)
-    with pytest.raises(ExportError, match="no power of two"):
+    with pytest.raises(ExportError, match="not a power of two"):
         to_integers(student_of(CifarResNet(8, width=4), 4, 4), "power_of_two")
 
 

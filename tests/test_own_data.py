@@ -145,7 +145,7 @@ def test_an_own_network_is_measured_as_plain_torch_measures_it(
     assert metrics["audit"]["pure"]
     assert metrics["parity"]["mismatches"] == 0
     assert "validation images are right (guessing: 10.00 %)" in caplog.text
-    assert "hardly more than a guess" not in caplog.text
+    assert "hardly more than guessing" not in caplog.text
     assert read_json(folder.path / "stages" / "look.json")["accuracy"] > 50
     # What opens the folder again shows the same images to the same network.
     capsys.readouterr()
@@ -366,9 +366,9 @@ def test_without_a_resize_images_just_cover_the_input(
 ORDERS = {
     "right": (lambda labels: labels, None),
     "mostly right": (lambda labels: torch.where(torch.arange(500) % 3 > 0, labels, 0), None),
-    "guessing": (lambda labels: labels[torch.randperm(500)], "hardly more than a guess"),
-    "always one": (lambda labels: torch.full((500,), 3), "hardly more than a guess"),
-    "never": (lambda labels: torch.full((500,), 11), "hardly more than a guess"),
+    "guessing": (lambda labels: labels[torch.randperm(500)], "hardly more than guessing"),
+    "always one": (lambda labels: torch.full((500,), 3), "hardly more than guessing"),
+    "never": (lambda labels: torch.full((500,), 11), "hardly more than guessing"),
     "turned": (lambda labels: (labels + 1) % 10, "in another order"),
     "sorted as text": (
         lambda labels: torch.tensor([0, 2, 3, 4, 5, 6, 7, 8, 9, 1])[labels],
@@ -454,7 +454,7 @@ def test_a_random_teacher_is_warned_of(
     (line,) = [r.getMessage() for r in caplog.records if "guess" in r.getMessage()]
     for key in ("image_size", "resize", "interpolation", "mean", "std"):
         assert f"task.data.{key}=" in line
-    assert "classes stand in another order" in line
+    assert "classes have another order" in line
 
 
 # Factories ----------------------------------------------------------------------------------

@@ -144,5 +144,5 @@ def test_a_checkpoint_from_another_config_is_an_error(
     before = (folder.path / "config.yaml").read_text()
     with pytest.raises(ConfigError, match=message) as caught:
         folder.resumed(make_config(override), [override.partition("=")[0]])
-    assert "a checkpoint from another config" in str(caught.value)
+    assert "with which its checkpoints were made" in str(caught.value)
     assert (folder.path / "config.yaml").read_text() == before

@@ -325,7 +325,7 @@ def raising(m, x):
         (lambda m, x: torch.from_numpy(m.body(x).numpy()), "cannot capture Body.*numpy", False),
         (raising, "does not run on a batch of .*of its own", False),
         (lambda m, x: m.body(x.view(1, 3, 8, 8)), "runs on one sample and not on two", False),
-        (lambda m, x: m.body(x) * x.amax((1, 2, 3))[0].item(), "makes a number", False),
+        (lambda m, x: m.body(x) * x.amax((1, 2, 3))[0].item(), "makes a Python number", False),
         (lambda m, x: m.body(x)[:, : int(x[0, 0, 0, 0])], "makes a number", True),
         (lambda m, x: m.body(x)[m.body(x) > 0], "depends on values", False),
     ],

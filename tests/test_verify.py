@@ -417,7 +417,7 @@ def test_verify_prints_a_table_and_keeps_it(run, capsys):
     before = json.loads(run.metrics.read_text())
     assert main(["verify", str(run.path), "inputs=40", "forms=qdq,subbyte"]) == 0
     out = capsys.readouterr().out
-    assert "golden integer model, 40 inputs" in out
+    assert "compared with the integer model on 40 inputs" in out
     assert "100 %" in out
     after = json.loads(run.metrics.read_text())
     entry = after.pop("verify")

@@ -334,18 +334,18 @@ def by_feature(network, y):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (counted, r"aten\.add_\.Tensor in the network itself changes the network's own 'count'"),
-        (running, r"aten\.mul_\.Tensor in the network itself changes the network's own 'mean'"),
+        (counted, r"aten\.add_\.Tensor in the network itself changes the network's 'count'"),
+        (running, r"aten\.mul_\.Tensor in the network itself changes the network's 'mean'"),
         (diagonal, r"aten\.zero_\.default in the network itself writes through aten\.diagonal"),
         (one_sample, r"aten\.fill_\.Tensor in the network itself writes to some samples"),
         (next_sample, r"aten\.copy_\.default in the network itself writes to some samples"),
         (
             overlapping,
-            r"aten\.add_\.Tensor in the network itself writes to memory that it reads in another",
+            r"aten\.add_\.Tensor in the network itself reads and writes overlapping memory",
         ),
         (
             whole_by_part,
-            r"aten\.mul_\.Tensor in the network itself writes to memory that it reads in another",
+            r"aten\.mul_\.Tensor in the network itself reads and writes overlapping memory",
         ),
         (infinite, r"in the network itself: writes numbers that are not finite"),
         (by_feature, r"no rule for aten\.gt\.Scalar in the network itself"),

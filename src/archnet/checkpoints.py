@@ -43,7 +43,7 @@ def resumable(path: Path, module: LightningModule | None = None) -> Path | None:
         _require_checkpoint(path, module)
     except DamagedError as error:
         _log.warning("%s; training goes on from before it", error)
-        if not path.is_file():  # a folder would stand where the next one is to go
+        if not path.is_file():  # a folder would be in the place of the next one
             remove(path)
         return None
     return path

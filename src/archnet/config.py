@@ -424,9 +424,9 @@ class DialectConfig:
     # Size of the batch in the file: open, or one, as compilers for chips want it (rknn-toolkit2
     # refuses an open one; onnxruntime-qnn 2.7.0 leaves every node of such a file to the CPU).
     batch: str = _choice("open", "open", "one")
-    # Clips on floats in front of QuantizeLinear. always: one to the 8-bit container everywhere,
+    # Clips on floats before QuantizeLinear. always: one to the 8-bit container everywhere,
     # which ONNX Runtime leaves out again, so that layers become integer ones, and without which
-    # OpenCV 5.0 computes them wrongly; below 8 bits another one behind it, on integers that are
+    # OpenCV 5.0 computes them wrongly; below 8 bits another one after it, on integers that are
     # dequantized. needed: a single one, where rounding does not saturate at the bounds by itself,
     # for which rknn-toolkit2 counts fewer cycles.
     clip: str = _choice("always", "always", "needed")
@@ -437,7 +437,7 @@ class DialectConfig:
     # tools that leave a last layer without one to the CPU (onnxruntime-qnn). Scores closer to each
     # other than a step are then equal.
     output: str = _choice("float", "float", "integer")
-    # Who wrote the file, as its header says, and the version behind a space: Sony's converter
+    # Who wrote the file, as its header says, and the version after a space: Sony's converter
     # reads files of pytorch alone, from 2.0.0 on. The metadata say archnet in any case.
     producer: str = "archnet"
 
@@ -839,7 +839,7 @@ def _validate_quant(quant: QuantConfig, hardware: HardwareConfig) -> None:
     scale = "per_channel" if quant.per_channel else "per_tensor"
     if scale not in hardware.weight_scales:
         raise ConfigError(
-            f"quant.per_channel={str(quant.per_channel).lower()} asks for scales {scale}, and "
+            f"quant.per_channel={str(quant.per_channel).lower()} makes {scale} scales, and "
             f"hardware={hardware.name} has {', '.join(hardware.weight_scales)}; "
             f"nearest valid: {str(not quant.per_channel).lower()}"
         )
@@ -848,11 +848,11 @@ def _validate_quant(quant: QuantConfig, hardware: HardwareConfig) -> None:
 def _validate_copies(quant: QuantConfig) -> None:
     asked = f"quant.copies={quant.copies}"
     if quant.method != "lsq" or quant.budget is not None:
-        raise ConfigError(f"{asked} is for quant=lsq, at one width for all layers")
+        raise ConfigError(f"{asked} works with quant=lsq and one width for all layers only")
     if quant.act_bits >= quant.sum_bits:
         raise ConfigError(
-            f"{asked} makes more of values that are known to quant.sum_bits={quant.sum_bits}: "
-            f"quant.act_bits={quant.act_bits} has to be less; nearest valid: quant.copies=1"
+            f"{asked} needs quant.act_bits={quant.act_bits} below quant.sum_bits={quant.sum_bits}, "
+            "the width of the values that it copies; nearest valid: quant.copies=1"
         )
 
 
@@ -862,7 +862,7 @@ def _require_width(
     if bits in allowed:
         return
     if not allowed:
-        raise ConfigError(f"hardware.{side}=[] leaves hardware={hardware.name} no width at all")
+        raise ConfigError(f"hardware.{side}=[] is empty: list the widths of {hardware.name}")
     # A chip may compute with widths that no quantizer here has, such as 16.
     possible = [width for width in allowed if nearest_width(width) == width] or allowed
     best = min(possible, key=lambda width: abs(width - bits))

@@ -85,7 +85,7 @@ def measure(
         family, name: of the row.
 
     Returns:
-        The row. An error of archnet ends the work and stands in the row; others are raised.
+        The row. An error of archnet ends the work and is recorded in the row; others are raised.
     """
     row = Coverage(family, name, tuple(inputs))
     generator = torch.Generator().manual_seed(0)

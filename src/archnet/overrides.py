@@ -2,9 +2,9 @@
 
     defaults < experiment < group chosen on the command line < key on the command line
 
-Hydra merges an experiment behind all groups, so that what it pins would win over a group that the
+Hydra merges an experiment after all groups, so that what it pins would win over a group that the
 command line chooses. Here the root of the config tree is arranged for every command: groups that
-the command chooses go behind the experiment. `quant.bits` sets both widths, unless the command
+the command chooses go after the experiment. `quant.bits` sets both widths, unless the command
 gives the width itself.
 """
 

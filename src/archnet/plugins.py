@@ -13,7 +13,7 @@ from archnet.errors import ArchnetError, ConfigError
 def current_folder() -> Iterator[None]:
     """Let modules of the folder that the command is called in be imported, as for `python -m`.
 
-    What is imported later, when the code is called, is found as well, behind all that is installed.
+    What is imported later, when the code is called, is found as well, after all installed packages.
     """
     sys.path.insert(0, "")
     try:

@@ -56,7 +56,7 @@ class Lines:
 
 
 def progress_lines(what: str, shown: bool, seconds: float) -> list[ProgressBar]:
-    """The callback that stands in for Lightning's bar where the output is no terminal: a bar that a
+    """The callback that replaces Lightning's bar where the output is no terminal: a bar that a
     notebook shows with and without widgets, else lines.
 
     Args:

@@ -17,14 +17,14 @@ _GROUPS = {
     "distill": "how the student is trained",
     "trainer": "where the work runs",
     "logger": "where losses and figures are logged",
-    "experiment": "published results; what else the command says wins over them",
+    "experiment": "published results; groups and keys on the command line override them",
 }
 _COMMANDS = (
     ("python train.py", "digits to an 8-bit student, in a minute or two"),
     ("python train.py experiment=demo", "digits at W2A4"),
     ("python train.py task=images task.data.root=photos teacher=resnet18 quant.bits=4", "yours"),
     ("python train.py -m experiment=demo quant.bits=2,4,8", "a sweep: three runs"),
-    ("python train.py resume=<run folder>", "go on with a run that was stopped"),
+    ("python train.py resume=<run folder>", "continue a run that was stopped"),
     ("python train.py ... --cfg job", "print what a command composes to, and run nothing"),
     ("archnet train ...", "the same as python train.py ..., from any folder once installed"),
     (
@@ -35,8 +35,8 @@ _COMMANDS = (
     ("archnet --help", "what comes after training: evaluate, export, verify, audit, ..."),
 )
 _FLAGS = (
-    ("-m", "run every combination of values that are separated by commas"),
-    ("--cfg job", "print the config; --resolve fills in what refers to other keys"),
+    ("-m", "run every combination of comma-separated values"),
+    ("--cfg job", "print the config; --resolve fills in references to other keys"),
     ("--help, --version", "this text; the version"),
     ("--hydra-help", "flags of Hydra, which composes the config"),
 )
@@ -57,7 +57,7 @@ def usage(conf: Path) -> str:
         "python train.py [group=option ...] [key=value ...]",
         "",
         "Turns a trained network into a student of few operators and few bits, in a run folder.",
-        "Exit codes: 0; 2 for what cannot be, told in one line.",
+        "Exit codes: 0, or 2 for an error, which is told in one line.",
         "",
         "Commands",
         *_table(_COMMANDS),
@@ -71,8 +71,8 @@ def usage(conf: Path) -> str:
             lines += ["  or a segmenter:", *_wrapped(TORCHVISION_SEGMENTERS)]
     lines += [
         "",
-        "Keys, such as quant.bits=4, are described in src/archnet/config.py; --cfg job prints them",
-        "with their values. The command line wins over an experiment:",
+        "Keys, such as quant.bits=4, are described in docs/configuration.md; --cfg job prints them",
+        "with their values. The command line overrides an experiment:",
         "  defaults < experiment < group chosen on the command line < key on the command line",
         "quant.bits sets both widths, unless quant.weight_bits or quant.act_bits is given as well.",
         "",
@@ -96,7 +96,7 @@ def _options(conf: Path, group: str) -> dict[str, str]:
 
 
 def _table(rows: Iterable[tuple[str, str]], column: int = 24) -> list[str]:
-    """Names in one column, what they mean in the next; a long name stands on a line alone."""
+    """Names in one column, what they mean in the next; a long name has a line of its own."""
     lines = []
     for name, meaning in rows:
         indent = " " * column

@@ -164,13 +164,13 @@ def require_same(network: nn.Module, program: ExportedProgram, call: Call) -> No
             if drawing is not None:
                 raise CaptureError(
                     f"{drawing.target} {place(module_path(drawing))} draws random numbers in eval "
-                    "mode: write training=self.training for a dropout, dropout_p=0.0 for an "
-                    "attention, and make anything else that is drawn a buffer"
+                    "mode: pass training=self.training to a dropout, dropout_p=0.0 to an "
+                    "attention, and make other random numbers a buffer"
                 )
             raise CaptureError(
-                f"the captured {type(network).__name__} is another function than the network: "
-                f"relative error {error:.1e}. Does the forward pass draw random numbers, or keep "
-                "anything from call to call?"
+                f"the captured graph of {type(network).__name__} differs from the network: "
+                f"relative error {error:.1e}. Does forward draw random numbers, or keep state from "
+                "call to call?"
             )
 
 

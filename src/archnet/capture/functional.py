@@ -119,8 +119,8 @@ class _Functional:
             shares = self._tensor(read) is not tensor and self.storages[read] == self.storages[root]
             if shares and _overlaps(node, tensor, read):
                 raise CaptureError(
-                    f"{write} writes to memory that it reads in another place, of which PyTorch "
-                    "leaves the result open: read a copy, as in y[:, 1:] += y[:, :-1].clone()"
+                    f"{write} reads and writes overlapping memory, for which PyTorch defines no "
+                    "result: read a copy, as in y[:, 1:] += y[:, :-1].clone()"
                 )
         before = [self._now(item) for item in chain]
         after = node.next
@@ -466,15 +466,13 @@ def _at(node: Node) -> str:
 
 def _no_way_back(write: str, view: Node) -> CaptureError:
     return CaptureError(
-        f"{write} writes through {view.target}, from which no way "
-        "leads back to the tensor: write to slices of it, or build a new one (torch.cat, "
-        "torch.where)"
+        f"{write} writes through {view.target}, which cannot be undone: write to slices of the "
+        "tensor, or build a new one (torch.cat, torch.where)"
     )
 
 
 def _not_lasting(name: str, write: str) -> CaptureError:
     return CaptureError(
-        f"{write} changes the network's own '{name}', which the "
-        "result depends on, so that no two calls are alike: leave that out of the forward pass in "
-        "eval mode"
+        f"{write} changes the network's '{name}', and the result depends on it, so that calls "
+        "differ: leave that out of the forward pass in eval mode"
     )

@@ -156,9 +156,9 @@ class TeacherGraph:
         """
         if self.fixed_batch:
             raise CaptureError(
-                "the teacher's forward turns the batch size into a number (len(x), int(...) or a "
-                "branch on it), so that its features cannot be read for batches of another size: "
-                "write x.shape[0] instead"
+                "the teacher's forward makes the batch size a constant (len(x), int(...) or a "
+                "branch on it), so that it cannot run batches of another size: write x.shape[0] "
+                "instead"
             )
 
     def batches(self) -> dict[str, Batch]:
@@ -361,8 +361,8 @@ def _read(program: ExportedProgram, names: Sequence[str]) -> TeacherGraph:
                 constants[node.name] = own[node.name]
             elif not isinstance(value, Tensor):
                 raise CaptureError(
-                    f"the teacher's forward reads '{node.name}', which is no tensor (a random "
-                    "generator, an object): make what it gives a buffer of the module"
+                    f"the teacher's forward reads '{node.name}', which is not a tensor (a random "
+                    "generator, an object): store its value as a buffer of the module"
                 )
             else:
                 inputs[node.name] = tuple(map(_of_one, value.shape[1:]))
@@ -371,8 +371,8 @@ def _read(program: ExportedProgram, names: Sequence[str]) -> TeacherGraph:
         elif node.op == "call_function":
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 raise CaptureError(
-                    f"the teacher's forward has a part under {node.target.name()} (autocast, "
-                    "enable_grad, a branch, a loop): leave that out of the forward pass"
+                    f"the teacher's forward uses {node.target.name()} (autocast, enable_grad, a "
+                    "branch, a loop): leave that out of the forward pass"
                 )
             if value is None:
                 continue  # an assertion of the export
@@ -385,7 +385,7 @@ def _read(program: ExportedProgram, names: Sequence[str]) -> TeacherGraph:
             if read and stem(node.target) in _ARITHMETIC and any(map(_is_count, node.args)):
                 raise CaptureError(
                     f"{node.target} {place(module_path(node))} computes with the size of its "
-                    "batch, which a student does not know: write a number instead of x.shape[0]"
+                    "batch, which a student does not know: write a constant for x.shape[0]"
                 )
             if not read or _reads_no_values(str(node.target)):
                 constants[node.name] = _compute(node, resolve)

@@ -116,8 +116,8 @@ def view(teacher: nn.Module) -> nn.Module:
             module._modules[name] = child = unwrap(wrapped)
             if _is_script(child):
                 raise CaptureError(
-                    f"the teacher's {name} is TorchScript, which is converted alone and not "
-                    "inside of another network: put the module there that it was made from"
+                    f"the teacher's {name} is TorchScript, which can only be converted as a whole "
+                    "network: put the module there that it was scripted from"
                 )
     kinds = {x.dtype for x in (*made.parameters(), *made.buffers()) if x.is_floating_point()}
     try:
@@ -259,9 +259,9 @@ def require_known(program: ExportedProgram) -> None:
             path = [*node.meta.get("nn_module_stack", {"": ("", "")}).values()][-1][0]
             at = f" at '{path}'" if path else ""
             raise CaptureError(
-                f"{node.target}{at} makes a number of a tensor, or a tensor of a size that depends "
-                "on values (.item(), int(x), a mask as an index), which no fixed network has: "
-                "keep it a tensor"
+                f"{node.target}{at} makes a Python number from a tensor, or a tensor whose size "
+                "depends on values (.item(), int(x), a mask as an index): keep it a tensor of "
+                "fixed size"
             )
 
 

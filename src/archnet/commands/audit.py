@@ -50,7 +50,7 @@ def _verdict(audit: "Audit") -> str:
 
     moves = sum(map(len, audit.moves.values()))
     counts = (
-        f"{len(audit.violations)} nodes outside of it, {sum(audit.counts.values())} inside, "
+        f"{len(audit.violations)} nodes outside it, {sum(audit.counts.values())} inside, "
         f"{moves} layout moves"
     )
     rest = unjudged(audit.summary()["not_judged"]) if audit.not_judged else ""

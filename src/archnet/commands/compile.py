@@ -45,15 +45,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(tools())
     parser.add_argument("--hardware", help="target (default: the run's, or the tool's own)")
     parser.add_argument("--tool", help=f"one of {names} (default: the target's)")
-    parser.add_argument("--chip", help="as the tool calls it, such as ethos-u55-256")
+    parser.add_argument("--chip", help="the tool's name of the chip, such as ethos-u55-256")
     parser.add_argument(
         "--teacher",
         default="false",
         choices=("true", "false"),
-        help="true: the teacher by the same tool, beside the student",
+        help="true: also compile the teacher with the same tool",
     )
     parser.add_argument(
-        "--inputs", type=int, default=INPUTS, help=f"that are run, 0: none (default: {INPUTS})"
+        "--inputs", type=int, default=INPUTS, help=f"inputs to run, 0: none (default: {INPUTS})"
     )
     parser.add_argument(
         "--timeout",
@@ -61,10 +61,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=TIMEOUT,
         help=f"seconds for one network (default: {TIMEOUT})",
     )
-    parser.add_argument("--input", metavar="SHAPE", help=f"of a file: {INPUT_HELP}")
-    parser.add_argument("--data", type=Path, help="of a file: inputs, (N, ...) in a .npy file")
-    parser.add_argument("--install", metavar="TOOL", help="make the environment of a tool")
-    parser.add_argument("--python", help="with --install: the interpreter that it is made of")
+    parser.add_argument("--input", metavar="SHAPE", help=f"for a file: {INPUT_HELP}")
+    parser.add_argument("--data", type=Path, help="for a file: inputs (N, ...) as a .npy file")
+    parser.add_argument(
+        "--install", metavar="TOOL", help="install a tool into an environment of its own"
+    )
+    parser.add_argument("--python", help="with --install: the Python interpreter to use")
 
 
 def run(options: argparse.Namespace) -> int:

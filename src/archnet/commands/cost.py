@@ -32,8 +32,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     folder_arguments(parser, "source", "run folder or ONNX file")
     parser.add_argument("--input", metavar="SHAPE", help=INPUT_HELP)
-    parser.add_argument("--rows", type=int, default=16, help="of the systolic array (16)")
-    parser.add_argument("--columns", type=int, default=16, help="of the systolic array (16)")
+    parser.add_argument("--rows", type=int, default=16, help="rows of the systolic array (16)")
+    parser.add_argument(
+        "--columns", type=int, default=16, help="columns of the systolic array (16)"
+    )
     parser.add_argument(
         "--dataflow", default="output", help="what stays in the array: output, weight or input"
     )
@@ -46,7 +48,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         choices=("true", "false"),
         help="time teacher and student in ONNX Runtime (one thread, batch 1)",
     )
-    parser.add_argument("--runs", type=int, default=100, help="of each network for its latency")
+    parser.add_argument(
+        "--runs", type=int, default=100, help="runs of each network that latency takes (100)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -143,8 +147,8 @@ def _show_ways(console: "Console", student: "Student", lowered: "Lowered") -> No
     console.print(table, markup=False)
     _say(
         console,
-        "written as: of the ways that the target runs, the one of fewest estimated cycles, by its "
-        "own costs (hardware.costs)",
+        "written as: the lowering with the fewest cycles, as estimated from the target's costs "
+        "(hardware.costs), among those that the target runs",
     )
 
 

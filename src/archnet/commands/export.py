@@ -29,13 +29,13 @@ class _WithForms(argparse.HelpFormatter):
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     folder_arguments(parser)
-    parser.add_argument("--form", help="see below (default: as the run did)")
+    parser.add_argument("--form", help="one of the forms below (default: the run's)")
     parser.add_argument(
         "--output",
         type=Path,
         help="file (default: student_<form>.* there); a folder for translators",
     )
-    parser.add_argument("--opset", type=int, help="of an ONNX file (default: as the form needs)")
+    parser.add_argument("--opset", type=int, help="ONNX opset (default: what the form needs)")
     parser.epilog, parser.formatter_class = _FORMS, _WithForms
 
 

@@ -20,7 +20,7 @@ def folder_arguments(
         "--trust",
         default="false",
         choices=("true", "false"),
-        help="true: run the factory that a folder names which somebody else has made",
+        help="true: run code that a folder made by somebody else names (a teacher's factory)",
     )
 
 

@@ -14,8 +14,8 @@ HELP = "compare every form of a run's student with its golden integer model"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     folder_arguments(parser)
-    parser.add_argument("--inputs", type=int, default=2000, help="images (default: 2000)")
-    parser.add_argument("--forms", help="names, comma-separated (default: all that can be run)")
+    parser.add_argument("--inputs", type=int, default=2000, help="inputs to run (default: 2000)")
+    parser.add_argument("--forms", help="forms, comma-separated (default: all that run here)")
 
 
 def run(options: argparse.Namespace) -> int:

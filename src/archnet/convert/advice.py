@@ -13,10 +13,9 @@ class Family:
     """Operators that fail for one reason.
 
     Attributes:
-        operators: their names without overload; or, with a dot, with it.
+        operators: their names without overload, or, where there is a dot, with it.
         advice: why there is no rule, and what to change in the network.
-        relative: an operator with a rule that somebody who writes one would compare; "" if none is
-            of use.
+        relative: an operator whose rule is a model for one that is missing; "" if there is none.
         kind: what descriptions of targets call these operators; "" if none does.
     """
 
@@ -26,7 +25,7 @@ class Family:
     kind: str = ""
 
 
-_BEHIND = "end the network in front of it, and do it on the student's result"
+_BEHIND = "end the network before it, and compute it from the student's result"
 
 _REDUCTIONS = ("max", "min", "amin", "mean", "sum", "amax", "norm")
 
@@ -37,13 +36,13 @@ FAMILIES: Sequence[Family] = (
             *("argmax", "argmin", "unique", "unique_consecutive", "searchsorted", "bucketize"),
             *("nms", "batched_nms", "quantile", "aminmax", "histc", "bincount"),
         ),
-        f"it orders or picks entries by their values, which layers do not: {_BEHIND}",
+        f"layers cannot sort or select entries by their values: {_BEHIND}",
         "aten.amax.default",
     ),
     Family(
         ("lstm", "lstm_cell", "_thnn_fused_lstm_cell"),
-        "a recurrence has no form in layers: keep it outside, and convert the network in front of "
-        "it or behind it",
+        "a student has no recurrent layers: convert the network before it or after it, and run "
+        "the recurrence outside the student",
         kind="lstm",
     ),
     Family(
@@ -51,20 +50,20 @@ FAMILIES: Sequence[Family] = (
             *("gru", "gru_cell", "rnn_tanh", "rnn_relu", "rnn_tanh_cell", "rnn_relu_cell"),
             *("_thnn_fused_gru_cell", "scan", "associative_scan", "while_loop"),
         ),
-        "a recurrence has no form in layers: keep it outside, and convert the network in front of "
-        "it or behind it",
+        "a student has no recurrent layers: convert the network before it or after it, and run "
+        "the recurrence outside the student",
         kind="gru",
     ),
     Family(
         ("cumsum",),
-        "a running sum along the last axis of n entries is a product with a constant, and that has "
-        "a rule: write x @ torch.ones(n, n).triu()",
+        "write a running sum over the last axis, of n entries, as a product with a constant: "
+        "x @ torch.ones(n, n).triu()",
         "aten.matmul.default",
     ),
     Family(
         ("cumprod", "cummax", "cummin", "logcumsumexp", "diff", "prod"),
-        f"every entry needs those before it, which no form is fitted for: {_BEHIND}, or write it "
-        "with slices, products of two or maximum",
+        f"each entry depends on those before it, which no rule approximates: {_BEHIND}, or write "
+        "it with slices, products of two factors or maximum",
         "aten.amax.default",
     ),
     Family(
@@ -75,15 +74,15 @@ FAMILIES: Sequence[Family] = (
             *("put", "repeat_interleave", "one_hot", "argwhere", "roi_align", "roi_pool"),
             *("ps_roi_align", "deform_conv2d", "grid_sampler", "grid_sampler_2d", "affine_grid"),
         ),
-        "which entries it reads or writes depends on values, and a student's layers read fixed "
-        f"places: {_BEHIND}; places that are constants are slices or an index by one constant",
+        "which entries it reads or writes depends on values, and layers read fixed positions: "
+        f"{_BEHIND}; write constant positions as slices or as an index by one constant",
         "aten.index.Tensor",
         "gather",
     ),
     Family(
         ("embedding", "embedding_bag"),
-        "it looks rows up by integers, which are no feature: let the network begin behind it, with "
-        "the rows as its input, or feed one-hot vectors and write one_hot @ weight",
+        "it looks up rows by integers, and a student's inputs are floats: start the network after "
+        "it, with the rows as input, or feed one-hot vectors and write one_hot @ weight",
         "aten.linear.default",
         "gather",
     ),
@@ -95,14 +94,14 @@ FAMILIES: Sequence[Family] = (
             *("isfinite", "isclose", "any", "all", "heaviside", "sign", "sgn", "signbit"),
             *("nan_to_num", "is_nonzero", "__and__", "__or__"),
         ),
-        "a comparison jumps, and sums of layers do not: write it with relu, clamp, maximum or a "
-        f"sigmoid, or {_BEHIND}",
+        "layers are continuous functions and a comparison is not: write it with relu, clamp, "
+        f"maximum or a sigmoid, or {_BEHIND}",
         "aten.maximum.default",
     ),
     Family(
         ("eq", "equal"),
-        "a comparison jumps, and sums of layers do not: write it with relu, clamp, maximum or a "
-        f"sigmoid, or {_BEHIND}",
+        "layers are continuous functions and a comparison is not: write it with relu, clamp, "
+        f"maximum or a sigmoid, or {_BEHIND}",
         "aten.maximum.default",
         "equal",
     ),
@@ -112,7 +111,7 @@ FAMILIES: Sequence[Family] = (
             *("floor_divide", "div.Tensor_mode", "div.Scalar_mode", "divide.Tensor_mode"),
             *("true_divide.Tensor_mode",),
         ),
-        f"rounding jumps, and sums of layers do not: leave it out, or {_BEHIND}",
+        f"layers are continuous functions and rounding is not: leave it out, or {_BEHIND}",
         "aten.threshold.default",
     ),
     Family(
@@ -121,8 +120,8 @@ FAMILIES: Sequence[Family] = (
             *("adaptive_max_pool3d", "max_pool3d_with_indices", "upsample_nearest3d"),
             *("upsample_trilinear3d", "slow_conv3d", "fractional_max_pool3d"),
         ),
-        "a student's maps have two axes beside channels: take frames as samples or as channels of "
-        "a 2-D layer, such as a (1, k, k) kernel on every frame",
+        "a student's maps have two spatial axes: make frames samples or channels of a 2-D layer, "
+        "such as a (1, k, k) kernel on each frame",
         "aten.conv2d.default",
     ),
     Family(
@@ -130,8 +129,8 @@ FAMILIES: Sequence[Family] = (
             *("stft", "istft", "view_as_complex", "view_as_real", "complex", "polar", "real"),
             *("imag", "angle", "conj", "_conj", "resolve_conj"),
         ),
-        "a student has no complex numbers: a Fourier transform of fixed size is two products with "
-        "constants, so write x @ cosines and x @ sines",
+        "a student has no complex numbers: write a Fourier transform of fixed size as two products "
+        "with constants, x @ cosines and x @ sines",
         "aten.matmul.default",
     ),
     Family(
@@ -140,7 +139,7 @@ FAMILIES: Sequence[Family] = (
             *("uniform", "multinomial", "poisson", "exponential", "random", "randperm"),
             *("native_dropout", "gumbel_softmax", "randint", "cauchy"),
         ),
-        "it draws random numbers, and a student has none: leave it out in eval mode (if "
+        "it draws random numbers, which a student cannot: skip it in eval mode (if "
         "self.training: ...)",
         "aten.dropout.default",
     ),
@@ -150,7 +149,7 @@ FAMILIES: Sequence[Family] = (
             *("binary_cross_entropy", "binary_cross_entropy_with_logits", "huber_loss"),
             *("smooth_l1_loss", "ctc_loss", "triplet_margin_loss", "cosine_embedding_loss"),
         ),
-        "a loss is no part of what is deployed: let forward return the scores",
+        "a loss is not deployed: return the scores from forward",
     ),
     Family(
         (
@@ -159,12 +158,12 @@ FAMILIES: Sequence[Family] = (
             *("fused_moving_avg_obs_fake_quant", "int_repr", "_fake_quantize_learnable_per_tensor"),
             *("_fake_quantize_learnable_per_channel", "quantize_per_tensor_dynamic"),
         ),
-        "archnet quantizes itself: convert the network as it was in floating point",
+        "archnet quantizes the student itself: convert the floating-point network",
     ),
     Family(
         ("max_unpool2d", "max_unpool3d", "max_unpool1d", "max_pool2d_with_indices"),
-        "places of extremes are no feature: pool without return_indices, and enlarge with "
-        "nn.Upsample or nn.ConvTranspose2d",
+        "it uses the indices of maxima, which layers cannot return: pool without return_indices, "
+        "and upsample with nn.Upsample or nn.ConvTranspose2d",
         "aten.upsample_nearest2d.vec",
     ),
     Family(
@@ -172,13 +171,13 @@ FAMILIES: Sequence[Family] = (
             *("hardshrink", "tanhshrink", "logit", "softsign", "logaddexp"),
             *("logaddexp2", "xlogy", "special_xlog1py"),
         ),
-        "this activation has no form yet: write it with operators that have one (relu, clamp, "
-        "softshrink, tanh, sigmoid, exp, log, products), or take another",
+        "no rule converts this activation: write it with operators that have a rule (relu, clamp, "
+        "softshrink, tanh, sigmoid, exp, log, products), or use another activation",
         "aten.softshrink.default",
     ),
     Family(
         ("pow.Tensor_Tensor", "pow.Scalar", "float_power", "exp2", "atan2", "hypot", "ldexp"),
-        "it is a function of two values or of an exponent: write it with exp and log, such as "
+        "it is a function of two features: write it with exp and log, such as "
         "(y * x.log()).exp() for x ** y",
         "aten.pow.Tensor_Scalar",
         "pow",
@@ -189,35 +188,35 @@ FAMILIES: Sequence[Family] = (
             *("log10", "erfc", "erfinv", "lgamma", "digamma", "sinc", "deg2rad", "rad2deg"),
             *("special_expit", "i0", "igamma", "softmin"),
         ),
-        "no form is fitted to this function yet: write it with exp, log, sqrt, sin, cos, tanh, erf "
-        "or products, which have one",
+        "no rule approximates this function: write it with exp, log, sqrt, sin, cos, tanh, erf or "
+        "products, which have rules",
         "aten.sqrt.default",
     ),
     Family(
         ("logsumexp", "std_mean", "var_mean", "cosine_similarity", "pairwise_distance", "cdist"),
-        "it has no rule as one operator, and its parts have: write exp, sum, log, mean, products "
-        "and norms out, such as x.exp().sum(dim).log()",
+        "its parts have rules and it has none: write it with exp, sum, log, mean, products and "
+        "norms, such as x.exp().sum(dim).log()",
         "aten.linalg_vector_norm.default",
     ),
     Family(
         ("std", "var"),
-        "it has a rule over fixed axes of at least two entries: give dim, and not the batch",
+        "its rule needs axes of at least two entries: give dim, without the batch",
         "aten.mean.dim",
     ),
     Family(
         _REDUCTIONS,
-        "it has a rule over axes of a sample: give dim, and not the batch",
+        "its rule works within a sample: give dim, without the batch",
         "aten.amax.default",
     ),
     Family(
         ("einsum", "tensordot", "bilinear", "outer", "ger", "kron", "dot", "vdot", "chain_matmul"),
-        "only two factors that share one summed axis have a rule: write it with permute, @ and sum",
+        "its rule takes two factors with one summed axis: write it with permute, @ and sum",
         "aten.matmul.default",
         "matmul",
     ),
     Family(
         ("cross", "det", "logdet", "inverse", "cholesky", "qr", "svd", "trace", "matrix_exp"),
-        f"linear algebra has no form in layers: {_BEHIND}, or compute it from weights alone",
+        f"layers cannot compute it: {_BEHIND}, or compute it from weights alone",
     ),
     Family(
         ("tril", "triu", "diag", "diagonal", "diag_embed", "diagflat"),
@@ -244,7 +243,7 @@ FAMILIES: Sequence[Family] = (
     ),
     Family(
         ("_foreach", "item", "_local_scalar_dense", "sym_size", "tolist", "cond", "map"),
-        f"it takes a number out of the network: {_BEHIND}",
+        f"it turns a tensor into a Python number: {_BEHIND}",
     ),
 )
 _PREFIXES: Mapping[str, str] = {
@@ -286,7 +285,7 @@ def way_apart(operator: str) -> str:
     if name in ("matmul", "softmax", "log_softmax", "scaled_dot_product_attention"):
         return "put the batch first (permute, or batch_first=True of nn.MultiheadAttention)"
     if name in (*_REDUCTIONS, "linalg_vector_norm", "std", "var", "prod", "all", "any"):
-        return "give it the axes of a sample, such as x.amax((1, 2, 3), keepdim=True) for x.max()"
+        return "give it axes within a sample, such as x.amax((1, 2, 3), keepdim=True) for x.max()"
     return "keep the batch an axis of its own"
 
 
@@ -311,17 +310,17 @@ def no_rule(missing: Mapping[str, Sequence[TeacherNode]]) -> str:
     # Translation students alone have products of activations.
     outside = " outside translation" if family.kind in ("matmul", "softmax") else ""
     kept = (
-        f" ({', '.join(runs)} {'run' if len(runs) > 1 else 'runs'} {family.kind}, but conversion "
-        f"does not keep it{outside}: there it can stand beside the student)"
+        f" ({', '.join(runs)} {'run' if len(runs) > 1 else 'runs'} {family.kind}, but a student "
+        f"cannot hold it{outside}: run it beside the student)"
         if runs
         else ""
     )
     near = relative(operator)
-    like = f", compare the rule of {near}" if near else ""
+    like = f" (compare the rule of {near})" if near else ""
     # The first is enough to start with, and all of them tell how far the teacher is.
-    more = f"; no rule either for {', '.join(others)}" if others else ""
+    more = f"; also without a rule: {', '.join(others)}" if others else ""
     return (
-        f"no rule for {operator} {missing[operator][0].place}: {family.advice}{kept}. Who extends "
-        f'archnet adds one with @rule("{operator}") in '
-        f"src/archnet/convert/rules/{_name(operator)}.py, listed in rules/__init__.py{like}{more}"
+        f"no rule for {operator} {missing[operator][0].place}: {family.advice}{kept}. To extend "
+        f'archnet, add a rule with @rule("{operator}") in '
+        f"src/archnet/convert/rules/{_name(operator)}.py{like}; CONTRIBUTING.md has the steps{more}"
     )

@@ -69,8 +69,8 @@ class Budget:
         spent = self.spent(student)
         if spent > self.most:
             raise ConversionError(
-                f"{self.key}={self.most} is less than the student needs in its most compact form; "
-                f"nearest valid: {math.ceil(100 * spent) / 100}"
+                f"{self.key}={self.most} is less than the student costs with compact "
+                f"approximations alone; nearest valid: {math.ceil(100 * spent) / 100}"
             )
 
 

@@ -63,9 +63,9 @@ def compare(
             search(inputs)
             where = f"at '{path}'" if path else f"at its output {_name(student, value)}".rstrip()
             raise ConversionError(
-                f"the student is another function than the teacher {where}: relative error "
-                f"{error:.1e}, although every rule up to there is exact. That is a fault of "
-                "archnet: please report it with the network"
+                f"the student differs from the teacher {where}: relative error {error:.1e}, "
+                "although every rule up to there is exact. This is a bug in archnet; please report "
+                "it with the network"
             )
         errors += [] if path else [error]
     fitted = [(node, value) for node, value in outputs if node not in built.exact]
@@ -105,14 +105,15 @@ def _values(student: Student, inputs: tuple[Tensor, ...], names: list[str]) -> d
 def _explosion(error: float, report: list[NodeReport]) -> str:
     rows = [row for row in report if row.error is not None]
     said = (
-        f"the student is far from the teacher before any training: relative error {error:.1e} at "
-        "the output"
+        f"the student differs much from the teacher before training: relative error {error:.1e} "
+        "at the output"
     )
     if not rows:
         return said
     worst = max(rows, key=lambda row: math.inf if math.isnan(row.error or 0) else row.error or 0)
     return (
-        f"{said}, and at most {worst.error:.1e} at a node: {worst.operator} {place(worst.path)} "
-        f"({worst.rule}). More calibration inputs or another form (convert.attention, "
-        "convert.hinges, convert.norm_hinges, convert.gate_hinges) may come nearer"
+        f"{said}; the largest error of one operator is {worst.error:.1e}: {worst.operator} "
+        f"{place(worst.path)} ({worst.rule}). More calibration inputs (convert.calibration) or "
+        "other approximations (convert.attention, convert.hinges, convert.norm_hinges, "
+        "convert.gate_hinges) may reduce it"
     )

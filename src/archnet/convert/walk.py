@@ -407,10 +407,9 @@ def _check(node: TeacherNode, value: Values, graph: TeacherGraph, fitting: Calib
     peeled = {head.name for head in graph.head}
     if not is_rounding(error, graph.program, fitting.inputs, node.name, peeled):
         raise ConversionError(
-            f"the student is another function than the teacher from {node.operator} "
-            f"{node.place} on: relative error {error:.1e}, although its rule "
-            f"({RULES[node.operator].name}) is exact. That is a fault of archnet: please report it "
-            "with the network"
+            f"the student differs from the teacher from {node.operator} {node.place} on: relative "
+            f"error {error:.1e}, although its rule ({RULES[node.operator].name}) is exact. This is "
+            "a bug in the rule; please report it with the network"
         )
 
 

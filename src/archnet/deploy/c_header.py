@@ -161,12 +161,15 @@ class _Header:
         for name, grid in self.model.grids.items():
             if not (0 <= grid.low <= grid.high <= 255 or -128 <= grid.low <= grid.high <= 127):
                 raise ExportError(
-                    f"step {name}: its integers {grid.low} to {grid.high} fit no byte, "
-                    "which the c form needs"
+                    f"step {name}: its integers {grid.low} to {grid.high} do not fit a byte, which "
+                    "form=c needs: lower quant.act_bits to 8 or less"
                 )
         for name, bits in self.model.accumulators().items():
             if bits > ACCUMULATOR_BITS:
-                raise ExportError(f"step {name}: its accumulator needs {bits} bits; C has int32_t")
+                raise ExportError(
+                    f"step {name}: its accumulator needs {bits} bits, and form=c has int32_t: "
+                    "lower quant.weight_bits or quant.act_bits"
+                )
 
     # Memory ---------------------------------------------------------------------------------
 
@@ -352,13 +355,13 @@ class _Header:
     def _requantization(self, name: str, scale: Requantization) -> str:
         if scale.kind == "float":
             raise ExportError(
-                "the c form computes in integers alone, and this model requantizes in float: "
-                'to_integers takes requantization="multiplier" or "power_of_two"'
+                "form=c computes only with integers, and this model requantizes in float: call "
+                'to_integers with requantization="multiplier" or "power_of_two"'
             )
         multiplier, shift, offset = scale.multiplier, scale.shift, scale.shifted_offset
         if np.abs(multiplier).max(initial=0) >= 2**31:
             raise ExportError(
-                f"{name}: a multiplier does not fit 31 bits; settle() moves its scale"
+                f"{name}: a multiplier does not fit 31 bits: call settle(student) before the export"
             )
         count = np.broadcast_shapes(multiplier.shape, shift.shape, offset.shape)
         each = int(math.prod(count) > 1)

@@ -171,8 +171,8 @@ def compile_teacher(
     """
     if asked.bridge.says("SUFFIX") != ".onnx":
         raise ExportError(
-            f"teacher=true: tool={asked.bridge.name} takes TensorFlow Lite, and a teacher is "
-            "written as ONNX alone: leave it out"
+            f"teacher=true: tool={asked.bridge.name} reads TensorFlow Lite, and a teacher is only "
+            "written as ONNX: leave teacher=true out"
         )
     example = torch.from_numpy(asked.images[:1])
     with tempfile.TemporaryDirectory() as folder:

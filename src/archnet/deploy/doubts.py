@@ -36,7 +36,7 @@ def doubts(model: onnx.ModelProto) -> Mapping[str, str]:
         if node.op_type == "QuantizeLinear"
     ):
         found["opencv"] = (
-            "OpenCV 5.0 computes layers right in front of a QuantizeLinear wrongly, without an "
+            "OpenCV 5.0 computes a layer whose consumer is a QuantizeLinear wrongly, without an "
             "error: export with hardware.dialect.clip=always"
         )
     if any(
@@ -45,7 +45,8 @@ def doubts(model: onnx.ModelProto) -> Mapping[str, str]:
         if node.op_type == "ReduceMean"
     ):
         found["openvino"] = (
-            "OpenVINO 2026.4 computes a ReduceMean behind a DequantizeLinear wrongly, without an "
-            "error: convert for a target without mean, or compile with LP_TRANSFORMS_MODE=NO"
+            "OpenVINO 2026.4 computes a ReduceMean whose producer is a DequantizeLinear wrongly, "
+            "without an error: convert for a target without mean, or compile with "
+            "LP_TRANSFORMS_MODE=NO"
         )
     return found

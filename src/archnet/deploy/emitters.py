@@ -238,7 +238,7 @@ def _function(writer: Writer, name: str, op: Function, shape: tuple[int, ...], x
 def _max_pool(writer: Writer, name: str, op: MaxPool, shape: tuple[int, ...], x: Value) -> Value:
     left, right, top, bottom = op.padding
     if max(top, bottom) >= op.kernel[0] or max(left, right) >= op.kernel[1]:
-        raise ExportError(f"step {name}: ONNX pads a max-pooling by less than its window")
+        raise ExportError(f"step {name}: ONNX needs a max-pooling's padding below its window")
     writer.carried(
         "MaxPool",
         [writer.tensor(x)],
@@ -278,7 +278,10 @@ def _average_pool(
     writer: Writer, name: str, op: AveragePool, shape: tuple[int, ...], x: Value
 ) -> Value:
     if not op.is_mean:
-        raise ExportError(f"step {name}: ONNX divides an average by the pixels of its window")
+        raise ExportError(
+            f"step {name}: ONNX's AveragePool divides by the pixels of its window, and this one "
+            "divides by another number"
+        )
     writer.node(
         "AveragePool",
         [writer.floating(x)],
@@ -296,7 +299,7 @@ def _average_pool(
 def _mean(writer: Writer, name: str, op: Mean, shape: tuple[int, ...], x: Value) -> Value:
     kind = "ReduceSum" if op.factor == 1 else "ReduceMean"
     if kind == "ReduceMean" and op.factor != 1 / op.terms([x.moved_shape[1:]]):
-        raise ExportError(f"step {name}: ONNX has no sum times {op.factor:g}")
+        raise ExportError(f"step {name}: ONNX has no reduction that multiplies by {op.factor:g}")
     source = writer.floating(x)
     # Axes became an input of ReduceSum in opset 13, of ReduceMean in opset 18.
     if kind == "ReduceSum" or writer.opset >= 18:

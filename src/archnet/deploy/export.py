@@ -74,7 +74,7 @@ def of_five(student: Student, form: str) -> IntegerModel:
         check_layers(student, Target.named("arch5"))
     except TargetError as error:
         raise ExportError(
-            f"form={form} is written of five operators: {error}; convert with "
+            f"form={form} has five operators alone: {error}; convert with "
             "hardware.keeps_functions=false"
         ) from error
     return to_integers(student, target="arch5")
@@ -142,7 +142,9 @@ def write(
     It is written as its target runs it (`archnet.lower.lower`), with the names of that.
     """
     if not isinstance(student, Student):
-        raise ExportError(f"a {type(student).__name__} is no student: convert() makes one of it")
+        raise ExportError(
+            f"a {type(student).__name__} is not a student: call convert() on it first"
+        )
     form = default_form(student) if form is None else form
     kind = form_named(form)
     if kind.suffix != ".onnx":
@@ -241,7 +243,9 @@ def export(
     if kind.content is None:
         content = to_onnx(student, form, opset, dialect).SerializeToString()
     elif not isinstance(student, Student):
-        raise ExportError(f"a {type(student).__name__} is no student: convert() makes one of it")
+        raise ExportError(
+            f"a {type(student).__name__} is not a student: call convert() on it first"
+        )
     elif opset is not None:
         raise ExportError(f"opset={opset} cannot be chosen for form={form}: leave it out")
     elif dialect is not None:
@@ -269,7 +273,7 @@ def audit(
     if isinstance(model, Student):
         model = to_onnx(model)
     if isinstance(model, nn.Module):
-        raise ExportError(f"a {type(model).__name__} is no student: convert() makes one of it")
+        raise ExportError(f"a {type(model).__name__} is not a student: call convert() on it first")
     return audit_file(model, hardware, inputs)
 
 

@@ -209,7 +209,9 @@ class IntegerModel:
         readers = [step for step in self.steps if self.input in step.inputs]
         if len(readers) != 1 or not isinstance(readers[0].operator, Activation):
             names = ", ".join(step.name for step in readers)
-            raise ExportError(f"this form has one grid for its input, and {names} read it")
+            raise ExportError(
+                f"this form takes an input with one scale, and {names} read it with different ones"
+            )
         return readers[0]
 
     def run(self, images: NDArray[Any], keep: Sequence[str] = ()) -> dict[str, Integers]:
@@ -474,15 +476,15 @@ class _Integers:
     ) -> Requantization:
         if self.kind == "power_of_two" and (np.abs(np.frexp(scale)[0]) != 0.5).any():
             raise ExportError(
-                f"step {name}: its scale is no power of two, which this target needs: "
-                "quantize for a target with a fixed-point multiplier"
+                f"step {name}: its scale is not a power of two, which this target needs: quantize "
+                "with hardware.requantization=power_of_two, or for a target with a multiplier"
             )
         if not (np.abs(scale) <= LARGEST_SCALE).all():
             # A product that cancels in integers leaves a rest in floats, of more than a step.
             raise ExportError(
-                f"step {name}: an accumulator's unit is {np.abs(scale).max():.3g} steps of its "
-                f"grid, and {LARGEST_SCALE:.0f} is the most that can be requantized: its weights "
-                "are too large beside what it gave in calibration"
+                f"step {name}: its accumulator is requantized by a factor of "
+                f"{np.abs(scale).max():.3g}, and the largest possible is {LARGEST_SCALE:.0f}: its "
+                "weights are too large for the range of its results in calibration"
             )
         return Requantization(self.kind, scale, grid.low, grid.high, **offset)
 
@@ -525,7 +527,9 @@ class _Integers:
         sources = tuple(map(self._now, step.inputs))
         grids = [self._grid(source, step) for source in sources]
         if len({grid.scale for grid in grids}) > 1:
-            raise ExportError(f"step {step.name} joins integers of different scales: {sources}")
+            raise ExportError(
+                f"step {step.name} concatenates integers of different scales: {sources}"
+            )
         self.steps.append(IntegerStep(step.name, sources, operator, step.origin))
         self.grids[step.name] = IntegerGrid(
             grids[0].scale, min(g.low for g in grids), max(g.high for g in grids)
@@ -560,8 +564,8 @@ def square(step: IntegerStep) -> tuple[int, int]:
         or not is_dense
     ):
         raise ExportError(
-            f"step {step.name}: this form has windows of {' and '.join(map(str, known))} pixels "
-            "alone: let to_integers lower it for arch5"
+            f"step {step.name}: this form has only windows of {' and '.join(map(str, known))} "
+            "pixels: lower the student for arch5, to_integers(student, target='arch5')"
         )
     return operator.stride[0], padding[0]
 
@@ -680,7 +684,7 @@ def _integers(name: str, values: Tensor) -> Integers:
     array = values.detach().cpu().double().numpy()
     if not np.isfinite(array).all() or np.abs(array).max(initial=0) > 2**31 - 1:
         raise ExportError(
-            f"{name} does not fit 32 bits: it is too large beside the steps of weights and input"
+            f"{name} does not fit 32 bits: it is too large for the scales of weights and input"
         )
     return array.astype(np.int32)
 

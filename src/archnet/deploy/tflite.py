@@ -286,8 +286,8 @@ class _Emitter:
         for name, grid in self.model.grids.items():
             if grid.low + zeros[name] < -HIGHEST - 1:
                 raise ExportError(
-                    f"step {name}: its integers {grid.low} to {grid.high} fit no byte, or meet "
-                    "others that do not: lower quant.act_bits to 8 or less"
+                    f"step {name}: its integers {grid.low} to {grid.high}, or others that share "
+                    "their scale, do not fit a byte: lower quant.act_bits to 8 or less"
                 )
         return zeros
 

@@ -83,7 +83,7 @@ def plan(
     if not count:
         raise DistillError(
             f"distill.schedule={options.schedule} needs taps and the teacher has none; "
-            "name modules in convert.taps, or take distill.schedule=joint"
+            "name modules in convert.taps, or use distill.schedule=joint"
         )
     periods: list[Period] = []
     if options.schedule == "progressive":

@@ -250,9 +250,9 @@ def _notes(graph: OnnxGraph, target: Target) -> Iterator[str]:
     if not quantized and (target.weight_types or target.act_types):
         yield f"the file is float: the types and scales of {target.name} are not judged"
     if any(node.op_type.startswith("QLinear") for node in graph.nodes):
-        yield "integer operators are not looked into: quantize in QDQ format"
+        yield "QLinear operators are not judged: quantize in QDQ format"
     if any(node.op_type == "Shape" for node in graph.nodes):
-        yield "arithmetic on sizes folds away where the inputs have fixed ones: export with them"
+        yield "arithmetic on sizes becomes constant if inputs have fixed sizes: export with these"
 
 
 @_judges(*MOVES)
@@ -274,7 +274,7 @@ def _dropout(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     mode = node.input[2] if len(node.input) > 2 else ""
     value = graph.stored_value(mode) if mode else np.False_
     if value is None or value.size != 1 or bool(value):
-        return _doubtful(target, "move", "it is in training mode, or may be")
+        return _doubtful(target, "move", "it may be in training mode")
     return Verdict("move")
 
 
@@ -377,7 +377,7 @@ def _resize(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     if verdict.reason:
         return verdict
     if shape is None or len(shape) != 4:
-        reason = "it resizes other axes than height and width, or may"
+        reason = "it may resize other axes than height and width"
         return _doubtful(target, verdict.operator, reason)
     if not all(graph.constant(node, index) for index in range(1, len(node.input))):
         return _doubtful(target, verdict.operator, "its size is computed at run time")
@@ -430,7 +430,7 @@ def _fully_connected(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> 
     read_shape = graph.shape(node, features)
     if read_shape is None or len(read_shape) != 2 or read_shape[0] != graph.batch:
         known = "several rows" if read_shape else "values of unknown shape"
-        reason = f"it reads {known}; {target.name} wants one row for each sample"
+        reason = f"it reads {known}; {target.name} takes one row for each sample"
         return Verdict(verdict.operator, reason)
     return verdict
 
@@ -444,7 +444,7 @@ def _add(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     if not verdict.reason or not verdict.judged:
         return verdict
     if any(constant):
-        reason = "addition of a constant that is no bias right behind a MatMul with a weight"
+        reason = "addition of a constant that is not the bias of a MatMul with a weight"
         return Verdict("add", reason)
     return Verdict("add", "addition of two activations")
 
@@ -499,7 +499,7 @@ def _activation_numbers(graph: OnnxGraph, node: onnx.NodeProto, target: Target) 
     if scale is None or target.act_scales != "power_of_two":
         return
     if any(math.frexp(step)[0] != 0.5 for step in np.atleast_1d(scale).ravel().tolist()):
-        yield f"its scale is no power of two, as {target.name} takes them for activations"
+        yield f"its scale is not a power of two, which {target.name} needs for activations"
 
 
 def _weight_numbers(graph: OnnxGraph, name: str, target: Target) -> Iterator[str]:

@@ -59,7 +59,7 @@ class StepCost(Generic[Count_co]):
 
     ``activation_bits`` are those of what it reads; ``live_bytes`` is all that memory holds while
     it runs: what it reads and writes, and what later steps still need. ``products`` are the
-    matrix products behind the MACs. Figures are None where they are not known.
+    matrix products that the MACs belong to. Figures are None where they are not known.
     """
 
     name: str
@@ -79,7 +79,7 @@ class StepCost(Generic[Count_co]):
 class Cost(Generic[Count_co]):
     """A network on one sample. ``activation_bytes`` is the peak; None where it is not known.
 
-    ``uncounted`` lists what stands in the network and in no figure but the bytes, with its number.
+    ``uncounted`` has the number of operators that no figure but the bytes counts, by name.
     Of a file, ``unknown`` names the layers whose MACs are not known, which leaves none in all;
     ``inputs`` are the shapes that the figures are for, of a ``batch`` of so many samples.
     """
@@ -107,7 +107,7 @@ def student_cost(student: Student) -> Cost[int]:
     Batch norms, activations, pooling and moves do no MACs. Weights are packed at their width, a
     bias takes 32 bits, a batch norm a 32-bit scale and shift per channel, a constant
     that is added 32 bits a number. For the peak of the
-    activations an operator, the activation behind it and a reshape share one buffer (that is how
+    activations an operator, the activation after it and a reshape share one buffer (that is how
     integer kernels run them), every other step writes a buffer of its own, packed at its width.
     """
     shapes, bits = student.graph.shapes, _value_bits(student)
@@ -395,7 +395,7 @@ def _value_bits(student: Student) -> dict[str, int]:
 def _live_bytes(student: Student, bits: dict[str, int]) -> dict[str, int]:
     """For every step the bytes of all buffers in use while it runs."""
     steps, readers = student.graph.steps, student.consumers()
-    # Values that share a buffer, named by the one that stands in it last.
+    # Values that share a buffer, named by the last one.
     buffer = {name: name for name in student.graph.shapes}
     for step in reversed(steps):
         module = student.operator(step.name)

@@ -15,7 +15,7 @@ cython and pandas. Its demand matrices for the example of `cycles` have as many 
 formula gives for weight and input (1,980 and 2,808); for output it has R fewer a tile (1,392 in
 all), as it does not count what drains the array.
 
-Beside the formula stands the bandwidth between the buffers on the chip and the array (a roofline):
+The formula is limited by the bandwidth between the buffers on the chip and the array (a roofline):
 operands are read again for each tile that needs them, each at its width, and partial sums that
 leave the array take 32 bits each way.
 """

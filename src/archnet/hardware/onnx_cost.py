@@ -37,12 +37,12 @@ def onnx_cost(
 
     Counted are convolutions (transposed ones included), Gemm, MatMul, Einsum and recurrent
     layers, their integer forms, and some of ONNX Runtime's. A value has the bits of the integers
-    that it stands for: those of a QuantizeLinear or a Quant node, of the Clip behind it, or of the
+    that it stands for: those of a QuantizeLinear or a Quant node, of the Clip after it, or of the
     note that archnet's own files carry; else those of its type. Moves, ReLUs, max-poolings and
     concatenations hand them on.
 
     ``weight_bytes`` is what the file stores, with scales and zero points: integers of two bits
-    take a byte each where they stand as INT8, and four where they stand as floats in front of a
+    take a byte each where they are stored as INT8, and four where they are floats before a
     Quant or a QuantizeLinear; a batch norm stores four numbers a channel. `student_cost` packs
     integers at their width, and counts no scales and two numbers a channel. A constant that
     several nodes read counts once, with the first.

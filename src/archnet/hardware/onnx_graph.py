@@ -109,8 +109,8 @@ class OnnxGraph:
     Attributes:
         nodes: those that are left.
         constants: names of constants, "" (an optional input that is left out) among them.
-        folded: the node behind each constant that is no initializer.
-        producer: the node behind each other value.
+        folded: the producer of each constant that is not an initializer.
+        producer: the producer of each other value.
         shapes: of all values, as far as they can be inferred, for `batch` samples.
         types: element types of values that are no initializers.
         grids: the integers behind each value that stands for some.

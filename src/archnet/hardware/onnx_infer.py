@@ -64,7 +64,7 @@ class Inference:
 
     Attributes:
         types: of every value that has one.
-        values: of small constants, by name; `UNKNOWN` stands where a size is not known.
+        values: of small constants, by name; `UNKNOWN` where a size is not known.
         problems: why nothing is known of a node's results, by its first output.
     """
 

@@ -27,7 +27,7 @@ def input_shapes(text: str) -> dict[str, tuple[int, ...]]:
         ConfigError: a part is not [name:]1x3x640x640, or a name comes twice.
     """
     found: dict[str, tuple[int, ...]] = {}
-    # Names may hold commas and colons: a comma ends a part where a size stands before it.
+    # Names may hold commas and colons: a comma ends a part where a size is before it.
     for part in re.split(r"(?<=\d),", text):
         name, _, sizes = part.rpartition(":")
         if not re.fullmatch(r"\d{1,10}(x\d{1,10})*", sizes) or name in found:

@@ -1,4 +1,4 @@
-"""The matrix products behind the nodes of an ONNX file."""
+"""The matrix products that the nodes of an ONNX file compute."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -98,8 +98,8 @@ def _work(config: Config, folder: RunFolder) -> dict[str, Any]:
         places = [folder.path, *(Path(cache).expanduser() for cache in caches)]
         full = full_disk(error, places)
         raise RunError(
-            f"{full or error}; {folder.path} keeps all that was finished: "
-            f"{'make room' if full else 'mend that'} and continue with resume={folder.path}"
+            f"{full or error}; {folder.path} keeps all finished stages: "
+            f"{'make room' if full else 'fix that'} and continue with resume={folder.path}"
         ) from error
 
 

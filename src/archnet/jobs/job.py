@@ -156,8 +156,8 @@ class Job(ABC):
             RunError: the student takes something else than one tensor of features.
         """
         raise RunError(
-            f"{self.folder.path}: its student takes more than one tensor of features, and this "
-            "command runs students of one; there are evaluate, export, cost and audit for it"
+            f"{self.folder.path}: its student has more inputs than one tensor of features, and "
+            "this command needs exactly one: use evaluate, export, cost or audit"
         )
 
     @property

@@ -62,8 +62,8 @@ class Segmentation(ImageJob):
                     break
         if judge is None or lone is None:
             _log.info(
-                "teacher: its mean IoU is not measured, for the %s images have no masks; what "
-                "will be is how many pixels the student decides as it does", split,
+                "teacher: its mean IoU is not measured, because the %s images have no masks; the "
+                "result will be on how many pixels the student agrees with it", split,
             )  # fmt: skip
             return {"miou": None, "images": 0, "split": split}
         found, chance = points(judge.compute()), points(lone.compute())
@@ -74,9 +74,9 @@ class Segmentation(ImageJob):
         if found <= 1.2 * chance:
             data = self.config.task.data
             _log.warning(
-                "teacher %s: mean IoU %.2f is hardly more than that of one class everywhere: it "
-                "was trained on images made otherwise (task.data.image_size=%s, mean=%s, std=%s), "
-                "its weights are not trained, or its classes have other numbers than the masks'",
+                "teacher %s: mean IoU %.2f is hardly more than that of one class everywhere: its "
+                "training prepared images otherwise (task.data.image_size=%s, mean=%s, std=%s), "
+                "its weights are not trained, or its classes are numbered otherwise than the masks",
                 self.config.teacher.name, found, data.image_size, data.mean, data.std,
             )  # fmt: skip
         return {"miou": found, "images": count, "split": split}

@@ -137,13 +137,13 @@ class Translation(Job):
         # What always saying the most frequent token would reach.
         chance = float(torch.bincount(words).max()) / len(words)
         _log.info(
-            "teacher: %.2f %% of the tokens of %d validation sentences are foreseen", 100 * right,
+            "teacher: predicts %.2f %% of the tokens of %d validation sentences", 100 * right,
             len(source),
         )  # fmt: skip
         if right <= chance + 3 * (chance * (1 - chance) / len(words)) ** 0.5:
             text = self.config.task.text
             _log.warning(
-                "teacher %s foresees %.2f %% of the tokens, hardly more than one frequent token "
+                "teacher %s predicts %.2f %% of the tokens, hardly more than one frequent token "
                 "alone (%.2f %%): it was trained for other languages than task.text.source=%s and "
                 "task.text.target=%s, with another tokenizer, or not at all",
                 self.config.teacher.name, 100 * right, 100 * chance, text.source, text.target,
@@ -387,8 +387,8 @@ def compare_sizes(config: Config, data: TranslationData) -> None:
         advice.append(f"task.text.vocabulary={fitting}")
     if advice:
         _log.warning(
-            "%s training pairs are few for teacher=%s and task.text.vocabulary=%s: it would learn "
-            "them by heart, and take long. Of a size that suits them: %s",
+            "%s training pairs are few for teacher=%s and task.text.vocabulary=%s: it would "
+            "overfit, and take long to train. Sizes that fit the data: %s",
             f"{pairs:,}",
             teacher.name,
             size,

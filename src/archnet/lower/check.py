@@ -42,9 +42,9 @@ def check_memory(student: Student, target: Target) -> None:
     largest = max(deployed_cost(student, target).steps, key=lambda row: row.live_bytes)
     if largest.live_bytes > target.memory_bytes:
         raise TargetError(
-            f"{_place(largest.name, largest.origin)}: {largest.live_bytes:,} bytes of activations "
-            f"are alive there, and hardware={target.name} holds {target.memory_bytes:,} "
-            "(hardware.memory_bytes); take smaller inputs or fewer bits"
+            f"{_place(largest.name, largest.origin)}: it needs {largest.live_bytes:,} bytes for "
+            f"activations, and hardware={target.name} has {target.memory_bytes:,} "
+            "(hardware.memory_bytes): use smaller inputs or fewer bits"
         )
 
 

@@ -136,7 +136,7 @@ def within_3x3(conv: Dense, inputs: tuple[str, ...], draft: Draft) -> Result:
 
 
 def stack_of_3x3(conv: Dense, inputs: tuple[str, ...], draft: Draft) -> Result:
-    """A kernel of up to 7x7 as 3x3 convolutions one behind the other, without any move.
+    """A kernel of up to 7x7 as 3x3 convolutions one after the other, without any move.
 
     The first ones are constant: they make nine copies of the map, moved by -1, 0 or 1 pixel to
     either side, and move these once more until they are r - 1 pixels away, for a kernel of 2 r + 1.
@@ -344,7 +344,7 @@ def natively(op: Convolution, inputs: tuple[str, ...], draft: Draft) -> Result:
 
 @lowering(Convolution)
 def dense_layer(op: Convolution, inputs: tuple[str, ...], draft: Draft) -> Result:
-    """A convolution without groups; zeros stand between groups where there are some."""
+    """A convolution without groups; zeros are between groups where there are some."""
     weights = Weights.of(op)
     if op.groups > 1:
         shape = (op.out_channels, op.in_channels, *op.kernel)
@@ -420,7 +420,7 @@ def _is_sum_of_copies(op: Convolution) -> bool:
 
 
 def over_channels(row: Weights, x: str, draft: Draft) -> str:
-    """A layer (1, n) over n maps of as many channels each, one behind the other."""
+    """A layer (1, n) over n maps of as many channels each, one after the other."""
     count, (channels, height, width) = row.shape[1], draft.shapes[x]
     tall = draft.reshape(x, (count, channels // count * height, width))
     return draft.reshape(pointwise(row, tall, draft), (channels // count, height, width))

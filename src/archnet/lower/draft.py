@@ -173,7 +173,7 @@ class Draft:
         chosen: by operator and sizes, the way that was found cheapest.
         reserved: names of the whole student's values.
         joined: of values that were concatenated, the axis and the pieces.
-        counts: of the start of a name, the last number behind it.
+        counts: for the start of a name, the last number that was appended.
     """
 
     target: Target

@@ -158,7 +158,7 @@ class _Lowering:
         return trial.misfit or "no single operator computes it"
 
     def _rounding(self, step: Step) -> list[Step] | None:
-        """The moves behind a step and the activation that rounds its result; None where others
+        """The moves after a step and the activation that rounds its result; None where others
         read it, or nothing rounds it.
         """
         found, name = list[Step](), step.name
@@ -180,7 +180,7 @@ class _Lowering:
         return self.draft.emit("act", Activation(low, high), name)
 
     def _round_parts(self, parts: Parts, chain: list[Step]) -> None:
-        """Round each part right behind its layer, then join them and make the moves."""
+        """Round each part right after its layer, then join them and make the moves."""
         *moves, end = chain
         activation, draft = self.student.operator(end.name), self.draft
         assert isinstance(activation, Activation)

@@ -63,7 +63,7 @@ def chain(op: MaxPool, inputs: tuple[str, ...], draft: Draft) -> Result:
 def rows_of_values(op: MaxPool, inputs: tuple[str, ...], draft: Draft) -> Result:
     """Every window as a row of values, whose maximum is taken by halves.
 
-    Instead of padding stands what lies at the border, which is in each such window already.
+    A border pixel, which such a window holds already, replaces each pixel of padding.
     """
     if math.prod(op.kernel) > MOST_VIEWS:
         return None

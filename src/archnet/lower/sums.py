@@ -222,7 +222,7 @@ def convolutions(op: Mean, inputs: tuple[str, ...], draft: Draft) -> Result:
 
 
 def _axes_last(op: Mean, x: str, draft: Draft) -> tuple[str, tuple[int, ...], int]:
-    """A value with the axes that go behind the others, the others' sizes, and their entries."""
+    """A value with the reduced axes after the others, the others' sizes, and their entries."""
     shape = draft.shapes[x]
     kept = [axis for axis in range(1, len(shape) + 1) if axis not in op.axes]
     x = draft.permute(x, (0, *kept, *op.axes))

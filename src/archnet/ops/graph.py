@@ -22,7 +22,7 @@ class Step:
 class Tap:
     """A pair of points whose features are compared: ``path`` in the teacher, ``value`` here.
 
-    ``node`` is the teacher's graph node that carries the feature. An ``inner`` one stands at the
+    ``node`` is the teacher's graph node that carries the feature. An ``inner`` one is at the
     output of an approximation inside a block: the block neither begins nor ends there.
     """
 

@@ -78,7 +78,7 @@ class Convolution(WeightedOperator):
     ``kernel``, ``stride``, ``padding`` (zeros on either side) and ``dilation`` are given in pixels,
     as one number or as (rows, columns). With ``groups`` each group of C / groups channels has
     outputs of its own; the weight is (O, C / groups, kh, kw). ``copies`` says that a grouped
-    layer's input is one value so many times, one copy behind the other (`archnet.quant.copies`):
+    layer's input is one value so many times, one copy after the other (`archnet.quant.copies`):
     a group then reads its channels of every copy.
     """
 
@@ -134,7 +134,7 @@ class FullyConnected(WeightedOperator):
     """Fully connected layer on the last axis: (B, ..., I) -> (B, ..., O).
 
     On (B, F) it is a classifier; on (B, H, W, C) it is the same layer at every position. The
-    layout moves that bring an axis to the end stand in the student as operators of their own.
+    layout moves that bring an axis to the end are operators of their own in the student.
     """
 
     def __init__(self, in_features: int, out_features: int, trainable: bool = True) -> None:
@@ -155,7 +155,7 @@ class FullyConnected(WeightedOperator):
 class BatchNorm(Operator):
     """Batch normalization with fixed statistics: y = (x - mean) / sqrt(var + eps) * weight + bias.
 
-    Only a normalization that stands *before* a padded convolution stays an operator; one that
+    Only a normalization *before* a padded convolution stays an operator; one that
     follows a convolution is folded into it on conversion (exact in eval mode), so that the
     integers which are trained are those which are exported. The statistics are the teacher's
     and stay fixed in training; scale and shift are trained.
@@ -420,7 +420,7 @@ class Activation(Operator):
         self.quantizer: nn.Module | None = None
 
     def spec(self) -> dict[str, Any]:
-        # Infinity is not JSON: an absent bound stands for it.
+        # Infinity is not JSON: an absent bound means infinity.
         bounds = {"low": self.low, "high": self.high}
         return {key: value for key, value in bounds.items() if math.isfinite(value)}
 

@@ -1,4 +1,4 @@
-"""Slices that part an axis, one behind the other: a runtime's one split."""
+"""Consecutive slices that cut an axis into parts: one Split for a runtime."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

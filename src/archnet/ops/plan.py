@@ -66,13 +66,13 @@ def _functions(steps: Sequence[Step], operators: nn.ModuleDict) -> dict[str, Pie
             readers.setdefault(name, []).append(step)
 
     def chain(first: Step, *kinds: type[nn.Module]) -> list[Step]:
-        """A step and those of the given kinds behind it, each the only reader of the one before."""
+        """A step and those of the given kinds after it, each the only reader of the one before."""
         found = [first]
         for kind in kinds:
-            behind = readers.get(found[-1].name, [])
-            if len(behind) != 1 or not isinstance(operators[behind[0].name], kind):
+            after = readers.get(found[-1].name, [])
+            if len(after) != 1 or not isinstance(operators[after[0].name], kind):
                 break
-            found.append(behind[0])
+            found.append(after[0])
         return found
 
     found: dict[str, Piece] = {}

@@ -2,7 +2,7 @@
 
 All of these work on whole sentences while training, (B, T, C), and are told apart from what runs
 token by token by `archnet.convert.stepwise`, which rewrites those that look at other positions.
-Padding stands only in training batches, where sentences of many lengths meet: ``pad`` inputs,
+Padding is only in training batches, where sentences of many lengths meet: ``pad`` inputs,
 (B, S) and 1 at padding, keep it from real positions. What is exported reads one length at a time.
 """
 
@@ -61,8 +61,8 @@ class TokenEmbedding(WeightedOperator):
 class Window(LayoutMove):
     """Every position beside its neighbours: (B, T, C) -> (B, T, (before + 1 + after) C).
 
-    With a fully connected layer behind it, it is a convolution along the sentence; ``after=0``
-    makes that causal. Zeros stand where the sentence has no more positions.
+    With a fully connected layer after it, it is a convolution along the sentence; ``after=0``
+    makes that causal. Positions outside the sentence are zeros.
     """
 
     def __init__(self, before: int, after: int) -> None:

@@ -151,16 +151,16 @@ def make_room_for_biases(student: Student) -> None:
         quantizer.set_scale(scale)
         if rows.any() and not quantizer.integers(module.weight.detach()).any():
             _log.warning(
-                "%s: its weights are too small beside its biases for an accumulator, so that it is "
-                "a constant",
+                "%s: its weights are too small beside its biases to be quantized, so that its "
+                "result is constant",
                 _said(student, step.name),
             )
         unit = quantizer.scale.detach().double() * source.scale.detach().double()
         if not bool(((unit >= SMALLEST_UNIT) & (unit <= LARGEST_UNIT)).all()):
             raise QuantizationError(
-                f"{_said(student, step.name)}: steps of its weights times steps of its input are "
-                f"{float(unit.min()):.3g} to {float(unit.max()):.3g}, beyond the range of float32: "
-                "its weights or what it reads are too small or too large to be quantized"
+                f"{_said(student, step.name)}: scales of its weights times the scale of its input "
+                f"are {float(unit.min()):.3g} to {float(unit.max()):.3g}, beyond the range of "
+                "float32: its weights or its input are too small or too large to be quantized"
             )
 
 

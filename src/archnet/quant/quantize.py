@@ -111,7 +111,7 @@ def require_float(student: Student) -> None:
     """Raise `QuantizationError` for what is no student, or one that has quantizers."""
     if not isinstance(student, Student):
         raise QuantizationError(
-            f"a {type(student).__name__} is no student: convert() makes one of it"
+            f"a {type(student).__name__} is not a student: call convert() on it first"
         )
     if describe(student):
         raise QuantizationError("the student is quantized already; convert the teacher again")

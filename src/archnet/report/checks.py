@@ -27,7 +27,7 @@ def checks_table(title: str, inputs: int, checks: "Sequence[Check]") -> Printed:
             )
         )
         if check.bit_equal < 1:
-            first = check.first or "not seen again with every step read out"
+            first = check.first or "no step: it does not recur when every step is an output"
             notes.append(f"{check.name}: first difference at {first}")
             if check.hint:
                 notes.append(f"{check.name}: {check.hint}")
@@ -36,7 +36,7 @@ def checks_table(title: str, inputs: int, checks: "Sequence[Check]") -> Printed:
         "bit-equal: numbers without a difference; changed: decisions (samples, pixels or tokens)",
     )
     return Printed(
-        f"{title}: against the golden integer model, {inputs:,} inputs",
+        f"{title}: compared with the integer model on {inputs:,} inputs",
         ("", "run by", "inputs", "steps off", "bit-equal", "changed"),
         rows,
         (*legend, *notes),

@@ -56,6 +56,6 @@ def device_of(trainer: TrainerConfig) -> torch.device:
 
 
 def device_name(trainer: TrainerConfig) -> str:
-    """What stands beside a run's minutes: the accelerator's name, or cpu."""
+    """The device that a run's minutes were measured on: the accelerator's name, or cpu."""
     device = device_of(trainer)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

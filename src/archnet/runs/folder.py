@@ -262,8 +262,8 @@ class RunFolder:
         """Raise `RunError` where ``what`` would run and this user neither made nor trusts it."""
         if not (self.trusted or self.is_own()):
             raise RunError(
-                f"{self._place} would run {what}, and you have not made this folder, or not as it "
-                "is now: if you trust who did, say trust=true"
+                f"{self._place} would run {what}, and somebody else made or changed this folder: "
+                "if you trust them, add trust=true"
             )
 
     def resumed(self, given: Config, overridden: Sequence[str]) -> Config:
@@ -279,8 +279,8 @@ class RunFolder:
         stored = self._read_config()
         if edits := self.edits():
             raise ConfigError(
-                f"{self._place} was edited since this run was made ({edits}): a checkpoint from "
-                "another config; put it back, or start a new run"
+                f"{self._place} was edited since this run was made ({edits}), so that it does not "
+                "match its checkpoints: undo the edit, or start a new run"
             )
         tree = OmegaConf.structured(stored)
         before, after = dict(keys(stored)), dict(keys(given))
@@ -292,7 +292,7 @@ class RunFolder:
                 elif before[key] != after[key]:
                     raise ConfigError(
                         f"{key}={after[key]} contradicts {self.path}/config.yaml "
-                        f"({key}={before[key]}): a checkpoint from another config; "
+                        f"({key}={before[key]}), with which its checkpoints were made: "
                         f"leave {name} out, or start a new run"
                     )
         return to_config(tree)
@@ -418,7 +418,7 @@ def _plain_yaml(path: Path) -> DictConfig:
         if isinstance(event, yaml.ScalarEvent) and "${" in event.value:
             raise RunError(
                 f"{line}: {event.value[:80]} is an interpolation, and a stored config holds values "
-                "alone: write there what it stands for"
+                "alone: write its value"
             )
     tree = OmegaConf.load(io.StringIO(text))
     if not isinstance(tree, DictConfig) or not tree:

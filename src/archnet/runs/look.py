@@ -70,8 +70,8 @@ def look(
         )  # fmt: skip
     elif len(labels_N):
         _log.info(
-            "teacher: its accuracy is not measured, for the %s images have no labels; what will be "
-            "is how often the student agrees", split,
+            "teacher: its accuracy is not measured, because the %s images have no labels; the "
+            "result will be how often the student agrees with it", split,
         )  # fmt: skip
     if trouble := _trouble(guesses_N, labels_N if labelled else None, classes, data.class_names):
         shown = config.task.data
@@ -92,7 +92,10 @@ def _trouble(
     often, times = _often(guesses_N)
     if labels_N is None:
         if count >= 50 and times > 0.95 * count:
-            return f"gives class {often} to {times} of {count} images: it may see other images"
+            return (
+                f"predicts class {often} for {times} of {count} images: they may be prepared "
+                "otherwise than in its training"
+            )
         return None
     if not count:
         return None
@@ -104,15 +107,15 @@ def _trouble(
     order = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") if names else "0, 1, ..."
     if (best := _reordered(guesses_N, labels_N, classes)) > right + 0.2 * count:
         return (
-            f"is right on {right} of {count} images, and would be on {best} if its classes stood "
-            f"in another order than the data's ({order})"
+            f"is right on {right} of {count} images, and would be on {best} if its classes had "
+            f"another order than those of the data ({order})"
         )
     if right / count > chance + margin:
         return None
     return (
-        f"is right on {right} of {count} images, hardly more than a guess ({100 * chance:.2f} %): "
-        "it was trained on images made otherwise, its weights are not trained, or its classes "
-        f"stand in another order than the data's ({order})"
+        f"is right on {right} of {count} images, hardly more than guessing ({100 * chance:.2f} %): "
+        "its training prepared images otherwise, its weights are not trained, or its classes "
+        f"have another order than those of the data ({order})"
     )
 
 
@@ -134,9 +137,9 @@ def _named_otherwise(ours: Sequence[str], theirs: Sequence[str]) -> str | None:
         return None
     first = moved[0]
     return (
-        f"{len(moved):,} of {len(ours):,} classes stand elsewhere than in the data: class {first} "
-        f"is {printable(ours[first], 60)} there, and {printable(theirs[first], 60)} is what it "
-        "calls it; name the folders or labels so that their order is the teacher's"
+        f"numbers {len(moved):,} of {len(ours):,} classes otherwise than the data: class {first} "
+        f"is {printable(ours[first], 60)} in the data and {printable(theirs[first], 60)} in the "
+        "teacher; name the folders or labels so that their order is the teacher's"
     )
 
 

@@ -48,8 +48,8 @@ def with_preprocessing(config: Config) -> Config:
         _log.info("%s, as %s states", values, source.origin)
     else:
         _log.warning(
-            "%s are assumed, %s: the weights of teacher %s state nothing; give what they were "
-            "trained with, or the accuracy is not the teacher's own",
+            "%s are assumed, %s, because the weights of teacher %s do not state how images were "
+            "prepared; set what they were trained with, or the teacher's accuracy will be wrong",
             values,
             source.origin,
             config.teacher.name,

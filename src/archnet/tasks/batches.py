@@ -20,7 +20,7 @@ POOL = 32  # blocks whose pairs are sorted by length together: what bounds the m
 
 
 class TextBatch(NamedTuple):
-    """Padded token numbers: source with its end mark (B, S), target behind a begin mark and
+    """Padded token numbers: source with its end mark (B, S), target after a begin mark and
     before an end mark (B, T) each.
     """
 

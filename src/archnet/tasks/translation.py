@@ -134,7 +134,7 @@ class TranslationData(lightning.LightningDataModule):
     def translated(
         self, name: str, translate: Callable[[list[list[int]]], list[list[int]]]
     ) -> EncodedText:
-        """The sources of the training text with somebody's translations, cached as ``name``.
+        """The sources of the training text with given translations, cached as ``name``.
 
         References are not read. Translations that are finished are kept while the others are
         being made, so that a run that was killed goes on.
@@ -171,7 +171,7 @@ class TranslationData(lightning.LightningDataModule):
     def calibration_batches(self, text: EncodedText, count: int) -> list[TextBatch]:
         """Batches without any padding: sources of one length, translations cut to the shortest.
 
-        What stands at padding means nothing, and would count in the choice of scales.
+        Values at padding mean nothing, and would count in the choice of scales.
         """
         made = []
         for batch in self.step_batches(text, count):

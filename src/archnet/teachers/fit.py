@@ -223,7 +223,7 @@ def _require_gradient(model: nn.Module, images: Tensor, name: str) -> None:
         result = model.eval().requires_grad_(True)(images)
     if not result.requires_grad:
         raise TeacherError(
-            f"teacher.train=true cannot train {name}: its result has no gradient, as behind an "
+            f"teacher.train=true cannot train {name}: its result has no gradient, as after an "
             "argmax; let it end with the scores of the classes, or train it elsewhere and set "
             "teacher.train=false"
         )

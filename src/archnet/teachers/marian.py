@@ -12,7 +12,7 @@ from torch import Tensor
 from archnet.teachers.load import TeacherError
 from archnet.teachers.transformer import Transformer
 
-# Where our modules stand in a layer there.
+# Where our modules are in a layer there.
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
 _PARTS = {"attention": "self_attn", "cross": "encoder_attn"}
 _ACTIVATIONS = {"relu": "relu", "swish": "silu", "silu": "silu", "gelu": "gelu"}

@@ -171,7 +171,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Embedding, layers and, where norms stand before sub-layers, a last norm."""
+    """Embedding, layers and, where norms are before sub-layers, a last norm."""
 
     def __init__(self, embed: Embedding, layers: list[Layer], norm: str) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ class Transformer(nn.Module):
         return self.projection(self.decoder.norm(x))
 
     def start(self, source_BS: Tensor) -> State:
-        """What decoding needs of sentences of one length; rows stand for sentences."""
+        """What decoding needs of sentences of one length; each row is a sentence."""
         memory, state = self.encode(source_BS), State()
         for index, layer in enumerate(self.decoder.layers):
             assert isinstance(layer, Layer)

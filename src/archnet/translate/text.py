@@ -122,7 +122,7 @@ def scores_of(
     for group in _groups(rows, batch):
         source = torch.tensor([[*rows[index], EOS] for index in group])
         lengths = [len(translations[index]) for index in group]
-        # What stands behind a translation has no part in the scores before it.
+        # Tokens after a translation have no part in the scores before it.
         target = torch.full((len(group), max(lengths) + 1), EOS)
         for row, index in enumerate(group):
             target[row, : lengths[row] + 1] = torch.tensor([BOS, *translations[index]])

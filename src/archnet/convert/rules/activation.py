@@ -79,10 +79,12 @@ def hardsigmoid(site: Site) -> Value:
 
 @rule("aten.threshold.default")
 def threshold(site: Site) -> Value:
-    """y = x where x > t, else v: a clip where v is t, and else a jump."""
+    """y = x where x > t, else v. This is a clip if v = t; otherwise it is not continuous."""
     low, value = float(site.argument("threshold")), float(site.argument("value"))
     if low != value:
-        raise site.error(f"jumps from {value} to {low}; only a clip has a rule: let both be {low}")
+        raise site.error(
+            f"jumps from {value} to {low}, and only a clip has a rule: set both to {low}"
+        )
     return site.builder.activation(site.feature("self"), low, math.inf)
 
 
@@ -260,14 +262,13 @@ def probabilities(site: Site) -> Value:
     axis, feature = site.axis(site.argument("dim")), site.feature(site.subject)
     if len(feature.shape) == 1:
         raise site.error(
-            "makes probabilities, which no chip of five operators does: let the teacher end with "
-            "its class scores (for example teacher.softmax = nn.Identity()); the largest stays the "
-            "largest"
+            "computes probabilities, which five operators cannot: let the teacher return its class "
+            "scores (for example teacher.softmax = nn.Identity()), of which the largest is the same"
         )
     if feature.shape[axis - 1] != 2 or "log" in site.node.operator:
         raise site.error(
-            "makes weights of more than two values, or logarithms; only two have a rule, and "
-            "attention has one: take a sigmoid, or end the network before it"
+            "is a softmax of more than two values, or its logarithm, outside attention; only two "
+            "values have a rule: use a sigmoid, or end the network before it"
         )
     a, b = (site.builder.slice(feature, axis, index, index + 1) for index in range(2))
     ones = torch.ones(a.channels, dtype=torch.float64)
@@ -359,7 +360,6 @@ def dropout(site: Site) -> Value:
     """The identity in eval mode."""
     if site.argument("train") and site.argument("p"):
         raise site.error(
-            "draws random numbers in eval mode as well: pass training=self.training, or use "
-            "nn.Dropout"
+            "draws random numbers in eval mode too: pass training=self.training, or use nn.Dropout"
         )
     return site.value(site.subject)

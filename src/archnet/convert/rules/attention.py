@@ -60,7 +60,7 @@ def attention(site: Site) -> Value:
     """
     site.require_batch_ahead(2)
     if site.node.arguments.get("dropout_p"):
-        raise site.error("drops weights in eval mode as well: pass dropout_p=0.0 there")
+        raise site.error("drops weights in eval mode too: pass dropout_p=0.0 in eval mode")
     form = site.approximation.attention
     if form != "mixing" and site.builder.keeps("matmul", "softmax"):
         kept = _kept(site)
@@ -70,7 +70,7 @@ def attention(site: Site) -> Value:
         return mixed(site, site.feature("value"))
     features = [site.feature(name) for name in ("query", "key", "value")]
     if features[1].shape[-2] != features[2].shape[-2]:
-        raise site.error("has other numbers of keys than of values: give each key its value")
+        raise site.error("has different numbers of keys and values: give one value for each key")
     if form == "pairs" and site.builder.target.fc_per_position:
         return _in_pairs(site, *features)
     return _in_context(site, *features)

@@ -126,8 +126,8 @@ class Site:
         found = self.node.arguments.get(name)
         if isinstance(found, Ref):
             raise self.error(
-                f"its {name} depends on the input, and a student's layers have constants: compute "
-                "it from weights alone, or leave this operator out"
+                f"its {name} depends on the input, and layers need a constant: compute it from "
+                "weights alone, or leave this operator out"
             )
         return None if found is None else constant(torch.as_tensor(found))
 
@@ -250,9 +250,9 @@ class Rule:
         except Exception as error:
             reason = " ".join(str(error).split())
             raise site.error(
-                f"{self.file} fails with {type(error).__name__} ({reason}), which is a fault of "
-                "its rule and not of your network: please report it with this operator's code, "
-                "and write this part in another way until then"
+                f"{self.file} fails with {type(error).__name__} ({reason}). This is a bug in the "
+                "rule; please report it with this operator's code. Until it is fixed, write this "
+                "part of the network another way"
             ) from error
 
 
@@ -317,8 +317,8 @@ def affine(site: Site, value: Value, scale: Tensor, shift: Tensor) -> Value:
     """
     if not all(bool(item.isfinite().all()) for item in (scale, shift)):
         raise site.error(
-            "scales or shifts by a number that is not finite, which no layer can: take a large "
-            "number, such as -1e4 in a mask"
+            "scales or shifts by a number that is not finite: use a large number, such as -1e4 in "
+            "a mask"
         )
     value = stretched(site, value)
     if bool((scale == 1).all()) and not bool(shift.any()):
@@ -342,7 +342,7 @@ def spread_to(site: Site, value: Value, shape: tuple[int, ...]) -> Value:
     )
     if not fits:
         raise site.error(
-            f"broadcasts {value.shape} to {shape} of a sample; only axes of one entry are copied"
+            f"broadcasts {value.shape} to {shape} within a sample; only axes of one entry broadcast"
         )
     if new:
         axis = value.axis + new if value.shape else 1

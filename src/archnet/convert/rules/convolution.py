@@ -81,7 +81,7 @@ def transposed_convolution(site: Site) -> Value:
         return builder.layout(moved, "shape", Reshape(site.node.shape), 1)
     sides = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
     if min(sides) < 0:
-        raise site.error("is padded by more than its kernel: pad less, and slice its result")
+        raise site.error("is padded by more than its kernel: pad less, or slice its result")
     feature = _apart(builder, feature, stride)
     feature = builder.pad(feature, (0, extra[0]), (0, extra[1]))
     turned = weight.flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)

@@ -21,8 +21,8 @@ def heads_of(site: Site, *features: Feature) -> int:
         theirs = feature.shape[-3] if len(shape) > 2 and len(feature.shape) > 2 else 1
         if len(shape) < 2 or feature.shape[:-3] != shape[:-3] or heads % theirs:
             raise site.error(
-                f"weighs features of shape {feature.shape} into {shape}; axes in front of the "
-                "heads have to be alike: expand them"
+                f"combines features of shape {feature.shape} to {shape}; axes before the heads "
+                "must be equal: expand them"
             )
     return heads
 

@@ -166,8 +166,8 @@ def getitem(site: Site) -> Value:
     assert isinstance(found, list)
     if index >= len(found):
         raise site.error(
-            "reads the places of extremes (indices), which no layer gives: end the network before "
-            "it, and find them in its result"
+            "returns the indices of maxima, which layers cannot: end the network before it, and "
+            "compute them from the student's result"
         )
     return found[index]
 
@@ -231,8 +231,8 @@ def indexed(site: Site) -> Value:
     (dim, index), *others = places
     if others or not isinstance(index, Tensor):
         raise site.error(
-            "takes entries by several indices or by a feature; only one constant has a rule: end "
-            "the network before it, or write slices"
+            "selects entries by several indices or by a feature; only one constant index has a "
+            "rule: end the network before it, or write slices"
         )
     feature, axis = site.feature("self"), site.axis(dim)
     order = torch.arange(feature.shape[axis - 1])[index.cpu()]
@@ -377,7 +377,9 @@ def upsample_nearest(site: Site) -> Value:
     feature = site.builder.build(site.tagged("input", 1))
     _, height, width = feature.shape
     if rows % height or columns % width:
-        raise site.error(f"enlarges {height}x{width} to {rows}x{columns}; only whole factors do")
+        raise site.error(
+            f"upsamples {height}x{width} to {rows}x{columns}; only whole factors have a rule"
+        )
     spread = builder.layout(feature, "split", Reshape((channels, height, 1, width, 1)), 1)
     tall = joined(site, [spread] * (rows // height), 3)
     wide = joined(site, [tall] * (columns // width), 5)
@@ -479,5 +481,7 @@ def identity(site: Site) -> Value:
 def cast(site: Site) -> Value:
     """The same values, as long as they stay floating-point numbers."""
     if not site.node.floating:
-        raise site.error("makes integers of a feature, which is a jump: end the network before it")
+        raise site.error(
+            "casts a feature to integers, which layers cannot: end the network before it"
+        )
     return site.value("self")

@@ -40,7 +40,9 @@ def adaptive_max_pool(site: Site) -> Values:
     feature, size = _map(site), site.pair("output_size")
     _, rows, columns = feature.shape
     if rows % size[0] or columns % size[1]:
-        raise site.error(f"pools {rows}x{columns} into {size[0]}x{size[1]}: it has to divide")
+        raise site.error(
+            f"pools {rows}x{columns} to {size[0]}x{size[1]}; only sizes that divide have a rule"
+        )
     kernel = (rows // size[0], columns // size[1])
     return [site.builder.layout(feature, "pool", MaxPool(kernel, kernel=kernel), 1)]
 

@@ -90,8 +90,8 @@ def choice(site: Site) -> Value:
     name, first, second = ("mask", "value", "self") if is_fill else ("condition", "self", "other")
     if isinstance(site.argument(name), Ref):
         raise site.error(
-            "chooses by a comparison of features, which is a jump: write it with relu, clamp, "
-            "maximum or a sigmoid, or end the network before it"
+            "selects by a comparison of features, which is not continuous: write it with relu, "
+            "clamp, maximum or a sigmoid, or end the network before it"
         )
     mask = site.fixed(name)
     assert mask is not None

@@ -53,7 +53,9 @@ def indexed_write(site: Site) -> Value:
     if first.dim() == 1 and not others and not adds:
         places = torch.arange(site.node.shape[axes[0] - 1])[first].tolist()
     elif isinstance(site.argument("values"), Ref):
-        raise site.error("writes a feature by several indices, or adds it; this has no rule")
+        raise site.error(
+            "writes or adds a feature at several indices, which has no rule: write slices"
+        )
 
     def write(x: Tensor, v: Tensor) -> Tensor:
         return torch.ops.aten.index_put.default(x, held, v, adds)
@@ -96,7 +98,9 @@ def _axis(site: Site, dim: int) -> int:
 
 def _constant_index(site: Site, index: Any) -> Tensor | None:
     if isinstance(index, Ref):
-        raise site.error("writes where a feature says; only constant places have a rule")
+        raise site.error(
+            "writes at positions that a feature gives; only constant positions have a rule"
+        )
     return index if index is None else index.cpu()
 
 

@@ -148,9 +148,20 @@ class ArchDistillation(lightning.LightningModule):
                 "lower distill.optimizer.lr or grid_lr; the last checkpoint is kept"
             )
         if (self.global_step + 1) % LOG_EVERY == 0:  # else nobody reads them
-            self.log_dict({f"loss/{name}": value.detach() for name, value in losses.items()})
+            shown = self._unweighted(losses, period)
+            self.log_dict({f"loss/{period.name}/{name}": value for name, value in shown.items()})
             self.log("loss", total.detach(), prog_bar=True)
         return total
+
+    def _unweighted(self, losses: Mapping[str, Tensor], period: Period) -> dict[str, Tensor]:
+        """Losses as they are logged, of one unit in all periods: shares of a tap's variance that
+        are not explained, and the scores' own distance.
+        """
+        total = max(1e-12, sum(period.weights.values()))
+        taps = [self.student.taps[index].path for index in period.weights]
+        shares = dict(zip(taps, (w / total for w in period.weights.values()), strict=True))
+        shares["logits"] = self.options.logits_weight
+        return {name: value.detach() / max(shares[name], 1e-12) for name, value in losses.items()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A period starts with fresh moments; a block leaves alone what blocks before it hold too.
@@ -234,10 +245,10 @@ class ArchDistillation(lightning.LightningModule):
         if period.logits:
             (scores,) = self.run(values, [graph.output])
             return {"logits": self._compare_scores(scores, target)}
-        ((index, weight),) = period.weights.items()
+        (index,) = period.weights
         tap = self.student.taps[index]
         (feature,) = self.run(values, [tap.value])
-        return {tap.path: weight * self.comparisons[index](feature, target)}
+        return self.weighted(period, {tap.path: self.comparisons[index](feature, target)})
 
     def _compare_scores(
         self, student: Tensor, teacher: Tensor, real: Tensor | None = None

@@ -24,15 +24,17 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 import archnet
 from archnet import report
-from archnet.config import Config, LoggerConfig
+from archnet.config import Config, HardwareConfig, LoggerConfig
 from archnet.files import full_disk
 from archnet.hardware import teacher_cost
 from archnet.jobs.job import Facts, Job
+from archnet.jobs.layers import layers
 from archnet.jobs.registry import check_data, job_class, runs_code
-from archnet.lower import deployed_cost
+from archnet.lower import deployed_cost, lower
 from archnet.ops import Student
 from archnet.quant import Quantizer
 from archnet.ranks import LEADER, RUN_FOLDER
+from archnet.report.files import EVALUATION, LAYERS
 from archnet.runs import RunError, RunFolder, read_json, write_json
 from archnet.runs.device import device_name, require_device
 from archnet.runs.quant import run_quant
@@ -147,7 +149,9 @@ def reopen(folder: RunFolder) -> tuple[Job, Student]:
 def reevaluate(folder: RunFolder) -> dict[str, Any]:
     """The figures of a finished run once more, on the test data of its task."""
     job, student = reopen(folder)
-    return job.evaluate(student)
+    found = job.evaluate(student)
+    found.pop("details", None)
+    return found
 
 
 def _stages(folder: RunFolder) -> dict[str, Any]:
@@ -180,9 +184,10 @@ def _stages(folder: RunFolder) -> dict[str, Any]:
     student = load_student(folder)
     finished["evaluate"] = folder.stage(
         "evaluate",
-        lambda: job.evaluate(student),
+        lambda: _evaluate(job, student),
         needs=("teacher", "student", "agreement", "inputs"),
     )
+    finished["layers"] = folder.stage("layers", lambda: _layers(job, student), needs=("layers",))
     finished["export"] = folder.stage(
         "export",
         lambda: _export(job, student),
@@ -197,10 +202,11 @@ def _stages(folder: RunFolder) -> dict[str, Any]:
     finished["cost"] = folder.stage(
         "cost", lambda: _cost(job, student), needs=("macs", "bops", "weight_bytes")
     )
-    return _write_metrics(folder, _metrics(job, finished))
+    return _write_metrics(job, _metrics(job, finished))
 
 
-def _write_metrics(folder: RunFolder, metrics: dict[str, Any]) -> dict[str, Any]:
+def _write_metrics(job: Job, metrics: dict[str, Any]) -> dict[str, Any]:
+    folder = job.folder
     if folder.metrics.is_file():
         # What `archnet verify` found of this student stays when a finished run is opened again.
         try:
@@ -209,6 +215,7 @@ def _write_metrics(folder: RunFolder, metrics: dict[str, Any]) -> dict[str, Any]
             _log.warning("%s: written again", error)
         else:
             metrics |= {k: v for k, v in earlier.items() if k == "verify"}
+    metrics["verdict"] = report.judged(folder.path, metrics, job.config.convert.max_cost)
     write_json(folder.metrics, metrics)
     report.write(folder.path)
     return metrics
@@ -315,6 +322,22 @@ def _export(job: Job, student: Student) -> Facts:
     return {"bytes": size, "files": job.folder.fingerprints(written)}
 
 
+def _evaluate(job: Job, student: Student) -> Facts:
+    """Figures are facts; what only the report shows stands in a file of its own."""
+    found = job.evaluate(student)
+    details = found.pop("details", {})
+    write_json(job.folder.path / EVALUATION, {"classes": job.class_names(), **details})
+    return found
+
+
+def _layers(job: Job, student: Student) -> Facts:
+    """A row for every layer, with its error before and after training."""
+    before = job.tap_errors(load_student(job.folder, "calibrated"))
+    rows = layers(student, lower(student, weights=False), before, job.tap_errors(student))
+    write_json(job.folder.path / LAYERS, rows)
+    return {"layers": len(rows)}
+
+
 def _audit(job: Job) -> Facts:
     audits = [archnet.audit(path, hardware=job.config.hardware) for path in job.files]
     not_judged: Counter[str] = Counter()
@@ -338,7 +361,32 @@ def _cost(job: Job, student: Student) -> Facts:
             "student": after.bops,
         },
         "weight_bytes": {"teacher": before.weight_bytes, "student": after.weight_bytes},
+        **_on_target(job, student, before.macs, after.bops),
     }
+
+
+def _on_target(job: Job, student: Student, macs: int, bops: int) -> Facts:
+    """What the target would take for teacher and student, at the width of the teacher there.
+
+    Bit operations count where activations below 8 bits are computed with; elsewhere fewer bits
+    save no work, and the target's own cycles count.
+    """
+    target = job.config.hardware
+    bits = [min((w for w in of if w >= 8), default=max(of)) for of in _widths(target)]
+    cycles = {
+        "teacher": None if (native := job.teacher_cycles()) is None else round(native),
+        "student": round(sum(lower(student, weights=False).cycles.values())),
+    }
+    found: Facts = {"measure": "bops", "teacher": macs * bits[0] * bits[1], "student": bops}
+    if min(target.act_bits) >= 8 and cycles["teacher"]:
+        found = {"measure": "cycles", **cycles}
+    found["teacher_bits"] = bits
+    found["runs_teacher"] = all(row.exact and not row.written for row in student.report)
+    return {"cycles": cycles, "on_target": found}
+
+
+def _widths(target: HardwareConfig) -> tuple[list[int], list[int]]:
+    return target.weight_bits, target.act_bits
 
 
 def _metrics(job: Job, finished: dict[str, Facts]) -> dict[str, Any]:
@@ -361,7 +409,13 @@ def _metrics(job: Job, finished: dict[str, Facts]) -> dict[str, Any]:
             "approximate_rules": finished["convert"]["approximate_rules"],
             "error": finished["convert"].get("error"),
         },
-        "cost": {key: finished["cost"][key] for key in ("macs", "bops", "weight_bytes")},
+        "paired": scores.get("paired", {}),
+        "agreement_interval": scores.get("agreement_interval"),
+        "cost": {
+            key: finished["cost"][key]
+            for key in ("macs", "bops", "weight_bytes", "cycles", "on_target")
+            if key in finished["cost"]
+        },
         "audit": {key: finished["audit"][key] for key in ("pure", "violations", "not_judged")},
         "parity": parity,
         "data": {

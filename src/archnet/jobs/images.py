@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import lightning
-from torch import nn
+from torch import Tensor, nn
 
 from archnet.config import Config, TeacherConfig
 from archnet.jobs.job import Facts
 from archnet.jobs.tensors import TensorJob
+from archnet.report.picture import png
 from archnet.runs.device import set_up
 from archnet.runs.preprocessing import as_recorded, with_preprocessing
 from archnet.runs.teacher import run_teacher
@@ -46,6 +47,12 @@ class ImageJob(TensorJob):
         # A teacher without weights is the same one whenever the run is opened again.
         lightning.seed_everything(self.config.seed, verbose=False)
         self.teacher = run_teacher(self.config, self.folder, self.data, self.load)
+
+    def class_names(self) -> tuple[str, ...]:
+        return self.data.class_names
+
+    def kept(self, sample: Tensor) -> Facts:
+        return {"picture": png(self.data.pixels(sample))}
 
     def data_facts(self) -> Facts:
         return {"skipped": self.data.skipped}

@@ -15,14 +15,15 @@ from torchmetrics import Metric
 
 import archnet
 from archnet.capture import TeacherGraph, capture
-from archnet.convert import Approximation
+from archnet.convert import Approximation, native_cycles
 from archnet.deploy import to_integers
 from archnet.deploy.export import form_named
 from archnet.distill import distill
 from archnet.errors import ArchnetError
+from archnet.jobs.evaluation import Evaluation
 from archnet.jobs.job import Facts, Inputs, Job
 from archnet.ops import Student
-from archnet.ops.scores import Comparison
+from archnet.ops.scores import unexplained
 from archnet.quant import FLOAT
 
 PARITY_INPUTS = 500  # on which the exported file is compared with the student
@@ -127,28 +128,36 @@ class TensorJob(Job):
             "teacher": self.captured.scores().to(self.device),
             "student": student.to(self.device).eval(),
         }
-        judges: dict[str, Mapping[str, Metric]] = {}
         (axis,) = student.graph.classes
-        beside, count, labelled = Comparison(axis), 0, False
+        found = Evaluation(self.metrics, axis)
         with torch.inference_mode():
             for inputs, labels in self._test_batches():
-                results = {name: net(inputs.to(self.device)) for name, net in networks.items()}
-                beside.add(results["teacher"].cpu(), results["student"].cpu())
-                count += len(inputs)
-                for name, result in results.items():
-                    judges.setdefault(name, self.metrics(tuple(result.shape[1:])))
-                if bool((labels >= 0).any()):
-                    labelled = True
-                    _judge(judges, results, labels)
+                results = [net(inputs.to(self.device)).cpu() for net in networks.values()]
+                found.add(*results, labels, lambda row, all=inputs: self.kept(all[row]))
         student.cpu()
-        if not count:
+        if not found.count:
             raise ArchnetError("the test split is empty: set task.data.test_fraction above zero")
-        found = {
-            name: {key: points(one.compute()) if labelled else None for key, one in by.items()}
-            for name, by in judges.items()
-        }
-        agreement = None if beside.agreement is None else points(beside.agreement)
-        return {**found, "agreement": agreement, "inputs": count}
+        return found.facts()
+
+    def kept(self, sample: Tensor) -> Facts:
+        """What the report shows of a test sample: nothing, or its ``picture``."""
+        return {}
+
+    def tap_errors(self, student: Student) -> dict[str, float]:
+        inputs = self.data.calibration_batches(1)[0]
+        features = self.captured.features([tap.node for tap in student.taps])
+        graph, student = student.graph, student.eval()
+        with torch.inference_mode():
+            *theirs, scores = features(inputs)
+            ours = student.run(
+                {graph.inputs[0]: inputs}, [*(tap.value for tap in student.taps), graph.output]
+            )
+        paths = [*(tap.path for tap in student.taps), ""]
+        pairs = zip(paths, ours, [*theirs, scores], strict=True)
+        return {path: float(unexplained(found, expected)) for path, found, expected in pairs}
+
+    def teacher_cycles(self) -> float | None:
+        return native_cycles(self.captured, self.example(), self.config.hardware)
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Those of the test split, up to `trainer.limit_eval` inputs."""
@@ -201,28 +210,3 @@ class TensorJob(Job):
             more = self.data.calibration_batches(-(-(count - len(inputs)) // size))
             inputs = torch.cat([inputs, *more])[:count]
         return inputs
-
-
-def _judge(
-    judges: Mapping[str, Mapping[str, Metric]], results: Mapping[str, Tensor], labels: Tensor
-) -> None:
-    """Show every metric what its network makes of a batch.
-
-    Raises:
-        ArchnetError: a metric takes other results or labels than these.
-    """
-    for name, metrics in judges.items():
-        for key, metric in metrics.items():
-            try:
-                metric.update(results[name].cpu(), labels)
-            except Exception as error:  # whatever a metric of the user's raises
-                line = " ".join(str(error).split())[:200]
-                raise ArchnetError(
-                    f"metric {key} does not take results {tuple(results[name].shape)} and labels "
-                    f"{tuple(labels.shape)}: {line}"
-                ) from error
-
-
-def points(share: Tensor | float) -> float:
-    """A share as points, 0 to 100."""
-    return round(100 * float(share), 4)

@@ -1,13 +1,9 @@
 """``report.html``: one file, readable anywhere."""
 
-import csv
 import io
 import logging
-import os
-from collections import defaultdict
 from importlib.resources import files
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from jinja2 import Environment
@@ -15,19 +11,12 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from archnet.errors import printable
+from archnet.report import files as files_of
+from archnet.report.files import CONVERSION, FORMS, Curves, curves
 from archnet.report.table import reading, rows
-from archnet.runs import RunError, atomic, read_json, read_text
+from archnet.runs import atomic, read_json, read_text
 
 _log = logging.getLogger(__name__)
-
-_LARGEST_LOG = 1 << 28  # bytes
-# What is read of the rows of tables.
-_NUMBER = (int, float)
-_NODE: dict[str, Any] = {"path": str, "operator": str, "rule": str, "error": (*_NUMBER, NoneType)}
-_FORM: dict[str, Any] = {"path": str, "compact": _NUMBER, "faithful": _NUMBER, "cost": _NUMBER}
-_FORM["total"] = _NUMBER
-
-Curves = dict[str, list[tuple[int, float]]]
 
 
 def write(folder: Path) -> Path:
@@ -40,14 +29,14 @@ def write(folder: Path) -> Path:
     template = files("archnet.report").joinpath("report.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     path = folder / "report.html"
-    forms = _rows(folder / "forms.json")
+    forms = files_of.rows(folder, FORMS)
     with reading(folder / "metrics.json"):
         text = page.render(
             name=folder.name,
             metrics=metrics,
             rows=rows(metrics),
             plot=_plot(curves(folder)),
-            conversion=_rows(folder / "conversion.json"),
+            conversion=files_of.rows(folder, CONVERSION),
             forms=forms,
             forms_plot=_forms_plot(forms),
             config=read_text(folder / "config.yaml", 1 << 20),
@@ -55,51 +44,6 @@ def write(folder: Path) -> Path:
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """A table that not every run has; one that is damaged is left out, with a warning."""
-    if not os.path.lexists(path):
-        return []
-    kinds = _FORM if path.name == "forms.json" else _NODE
-    try:
-        found = read_json(path, list)
-        for row in found:
-            for key, kind in kinds.items():
-                if not isinstance(row, dict) or not isinstance(row.get(key), kind):
-                    raise RunError(f"{path} is damaged: a row without {key}")
-    except RunError as error:
-        _log.warning("%s; the report is written without it", error)
-        return []
-    return found
-
-
-def curves(folder: Path) -> Curves:
-    """Every logged loss as (step, value) pairs, all sessions of a resumed run together.
-
-    Rows that are no figures are left out, with a warning.
-    """
-    found: dict[str, dict[int, float]] = defaultdict(dict)
-    for log in sorted((folder / "logs" / "csv").glob("*/metrics.csv")):
-        damaged = 0
-        try:
-            lines = list(csv.DictReader(io.StringIO(read_text(log, _LARGEST_LOG))))
-        except (RunError, csv.Error) as error:
-            _log.warning("%s: %s; the report is written without it", log, error)
-            continue
-        for row in lines:
-            for name, value in row.items():
-                if value and isinstance(name, str) and "loss" in name:
-                    try:
-                        step, figure = int(float(row["step"])), float(value)
-                    except (KeyError, TypeError, ValueError, OverflowError):
-                        damaged += 1
-                        continue
-                    # A later session repeats the steps after the last checkpoint.
-                    found[name][step] = figure
-        if damaged:
-            _log.warning("%s: %d figures are damaged and left out", log, damaged)
-    return {name: sorted(points.items()) for name, points in sorted(found.items())}
 
 
 def _plot(lines: Curves) -> str:

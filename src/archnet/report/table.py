@@ -18,6 +18,8 @@ METRICS = {
     "bleu": "BLEU",
     "chrf": "chrF",
 }
+# What stands behind a difference in them.
+UNITS = {"accuracy": " points", "miou": " points"}
 
 # What reading figures raises where they are not there or of another kind.
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, TemplateError)
@@ -71,13 +73,12 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         name = f"mixed, {share}, {quant['method']}"
     lines = [
         ("network", teacher["name"], f"{metrics['hardware']}, {name}"),
-        *(
-            (title, _points(teacher[key]), _points(student[key]))
-            for key, title in METRICS.items()
-            if key in student
-        ),
-        ("agreement, points", "", f"{student['agreement']:.2f}"),
+        *_figures(teacher, student),
     ]
+    if student.get("agreement") is not None:
+        lines.append(("agreement, points", "", f"{student['agreement']:.2f}"))
+    if interval := _interval(metrics):
+        lines.append(interval)
     # Metrics of before have no such figure, nor has what was not made by conversion.
     error = metrics.get("conversion", {}).get("error")
     if error is not None:
@@ -88,6 +89,15 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("weights", "weight_bytes", "teacher", "B"),
     ):
         lines.append((title, amount(cost[key][side], unit), amount(cost[key]["student"], unit)))
+    if cycles := cost.get("cycles"):
+        known = cycles["teacher"]
+        lines.append(
+            (
+                f"cycles on {metrics['hardware']}, estimated",
+                "" if known is None else amount(known, ""),
+                amount(cycles["student"], ""),
+            )
+        )
     if "widths" in quant:
         lines += [(what, "", counts) for what, counts in _widths(quant["widths"])]
     lines += [
@@ -117,8 +127,12 @@ def show(metrics: Mapping[str, Any], folder: Path) -> None:
         skipped = metrics["data"]["skipped"]
         if skipped:
             notes.append(f"{len(skipped)} corrupt files skipped, first {skipped[0]}")
+        found = metrics.get("verdict", {})
+        said = [found["sentence"], *found["advice"]] if found else []
     shown = plain_console()
     shown.print(table)
+    for line in said:
+        shown.print(line, highlight=False, soft_wrap=True)
     for note in notes:
         shown.print(note)
     shown.print(f"Everything is in {folder}", soft_wrap=True)
@@ -131,6 +145,31 @@ def amount(value: float, unit: str) -> str:
             return f"{value:.3g} {prefix}{unit}".strip()
         value /= 1000
     return f"{value:.3g} T{unit}"
+
+
+def _figures(
+    teacher: Mapping[str, Any], student: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    """A line for every figure, those with a title first; others have their own names."""
+    for key in dict.fromkeys((*METRICS, *student)):
+        if key not in student or key in ("agreement", "name"):
+            continue
+        sides = [side.get(key) for side in (teacher, student)]
+        if any(isinstance(value, str | list | dict) for value in sides):
+            continue  # how BLEU was computed, and whatever is no figure
+        if key in METRICS or key in teacher:
+            yield METRICS.get(key, key.replace("_", " ")), *map(_points, sides)
+        else:
+            yield key.replace("_", " "), "", f"{student[key]:.4g}"
+
+
+def _interval(metrics: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """How far the student is from the teacher, in the metric that stands first."""
+    for key, found in metrics.get("paired", {}).items():
+        if found["low"] is not None:
+            bounds = f"{found['low']:+.2f} to {found['high']:+.2f}"
+            return f"difference in {key}, 95 % interval", "", bounds
+    return None
 
 
 def _points(value: float | None) -> str:

@@ -18,6 +18,7 @@ from archnet.files import discard_output
 from archnet.jobs.registry import check_data
 from archnet.overrides import overridden
 from archnet.ranks import RUN_FOLDER, follow_leader
+from archnet.sweep import compared_at_end
 from archnet.usage import usage, version_line
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -30,7 +31,7 @@ def fail(error: ArchnetError) -> None:
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def job(tree: DictConfig) -> None:
+def job(tree: DictConfig) -> list[float] | None:
     """One job, alone or of a sweep."""
     try:
         config = to_config(tree)
@@ -38,12 +39,16 @@ def job(tree: DictConfig) -> None:
             check_data(config)
         # Imported here, so that neither composing a config nor a wrong folder loads torch.
         from archnet.jobs.conductor import run
+        from archnet.report.comparison import objectives
+        from archnet.runs import read_json
 
-        run(config, overridden())
+        # What a sweep over two objectives, such as Optuna's, is told of the run.
+        return objectives(read_json(run(config, overridden()).metrics, dict))
     except ArchnetError as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise  # the sweep notes the failure and goes on with the next job
         fail(error)
+        return None
 
 
 def main() -> None:
@@ -66,7 +71,8 @@ def main() -> None:
     try:
         sys.argv[1:] = check(CONF, words)
         register()
-        job()
+        with compared_at_end():
+            job()
     except ArchnetError as error:
         fail(error)
 

@@ -175,6 +175,8 @@ def test_advice_follows_what_was_measured() -> None:
         },
     ]
     worse = changed(paired__accuracy__high=-0.2, quant__weight_bits=2)
+    wide = changed(paired__accuracy__low=-3.0, paired__accuracy__high=2.0)
+    assert "More test samples" in verdict(wide)["advice"][-1]
     said = verdict(worse, layers, trend=0.8)["advice"]
     assert "still rose by 0.80 points" in said[0]
     assert "Most is lost up to b (30.0%" in said[1]

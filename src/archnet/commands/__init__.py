@@ -7,6 +7,7 @@ from types import ModuleType
 
 from archnet.commands import (
     audit,
+    compare,
     compile,
     cost,
     coverage,
@@ -19,5 +20,16 @@ from archnet.commands import (
 
 COMMANDS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (audit, cost, coverage, export, verify, compile, evaluate, translate, report)
+    for module in (
+        audit,
+        cost,
+        coverage,
+        export,
+        verify,
+        compile,
+        evaluate,
+        translate,
+        report,
+        compare,
+    )
 }

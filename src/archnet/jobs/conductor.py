@@ -20,15 +20,16 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger
 
 import archnet
 from archnet import report
-from archnet.config import Config, HardwareConfig, LoggerConfig
+from archnet.config import Config, HardwareConfig
 from archnet.files import full_disk
 from archnet.hardware import teacher_cost
 from archnet.jobs.job import Facts, Job
 from archnet.jobs.layers import layers
+from archnet.jobs.loggers import RunLoggers, require_told, run_loggers
 from archnet.jobs.registry import check_data, job_class, runs_code
 from archnet.lower import deployed_cost, lower
 from archnet.ops import Student
@@ -47,6 +48,7 @@ from archnet.runs.student import (
     settle_student,
     write_tables,
 )
+from archnet.sweep import note
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
         check_data(config)
         config = job_class(config.task.kind).completed(config)
         folder = RunFolder.create(config)
+    note(folder.path)
     with folder.locked():
         if config.resume:
             stored = folder.config()
@@ -109,7 +112,8 @@ def join(path: Path) -> None:
     """Take part in the distillation of a run that another process leads (DDP)."""
     # The process that leads has asked whether the folder may run what its config names.
     job = opened(RunFolder.open(path, trusted=True))
-    _distil(job, load_student(job.folder, "calibrated"))
+    with run_loggers(job.config, job.folder) as loggers:
+        _distil(job, load_student(job.folder, "calibrated"), loggers.active)
 
 
 def job_of(folder: RunFolder) -> Job:
@@ -156,6 +160,12 @@ def reevaluate(folder: RunFolder) -> dict[str, Any]:
 
 def _stages(folder: RunFolder) -> dict[str, Any]:
     job = opened(folder)
+    with run_loggers(job.config, folder) as loggers:
+        return _logged(job, loggers)
+
+
+def _logged(job: Job, loggers: RunLoggers) -> dict[str, Any]:
+    folder = job.folder
     finished: dict[str, Facts] = {}
 
     def prepare() -> Facts:
@@ -166,7 +176,8 @@ def _stages(folder: RunFolder) -> dict[str, Any]:
 
     def train() -> Facts:
         student = load_student(folder, "calibrated")
-        result = _distil(job, student)
+        loggers.begin()
+        result = _distil(job, student, loggers.active)
         return {**result, **settle_student(folder, student)}
 
     finished["look"] = folder.stage("look", job.look)
@@ -202,7 +213,15 @@ def _stages(folder: RunFolder) -> dict[str, Any]:
     finished["cost"] = folder.stage(
         "cost", lambda: _cost(job, student), needs=("macs", "bops", "weight_bytes")
     )
-    return _write_metrics(job, _metrics(job, finished))
+    metrics = _write_metrics(job, _metrics(job, finished))
+
+    def tell() -> Facts:
+        loggers.begin()
+        loggers.end(metrics, job.files)
+        return {"written": loggers.written}
+
+    folder.stage("log", tell, intact=lambda done: require_told(job.config, done))
+    return metrics
 
 
 def _write_metrics(job: Job, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -254,24 +273,12 @@ def _convert(job: Job) -> tuple[Student, Facts]:
     return student, {"taps": taps, "approximate_rules": inexact, **facts}
 
 
-def _distil(job: Job, student: Student) -> Facts:
+def _distil(job: Job, student: Student, loggers: Sequence[Logger] = ()) -> Facts:
     """Train the student in place; with several processes, this one starts the others."""
     lightning.seed_everything(job.config.seed, verbose=False)
-    loggers = _loggers(job.config.logger, job.folder)
     several = job.config.trainer.devices > 1
-    with _closing(loggers), _ranks(job.folder) if several else nullcontext():
+    with _ranks(job.folder) if several else nullcontext():
         return job.distil(student, loggers)
-
-
-@contextmanager
-def _closing(loggers: Sequence[Logger]) -> Iterator[None]:
-    """Finish W&B's, else the next run of a sweep would write to it."""
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.finish()
 
 
 @contextmanager
@@ -292,30 +299,6 @@ def _ranks(folder: RunFolder) -> Iterator[None]:
             del os.environ[name]
 
 
-def _loggers(config: LoggerConfig, folder: RunFolder) -> list[Logger]:
-    logs, loggers = folder.path / "logs", list[Logger]()
-    if config.csv:
-        # Lightning empties the folder of an earlier session, which a resumed run must not.
-        session = len(list((logs / "csv").glob("*")))
-        loggers.append(CSVLogger(logs, name="csv", version=f"{session:03d}"))
-    if config.tensorboard:
-        loggers.append(TensorBoardLogger(logs, name="tensorboard", version=""))
-    if config.wandb.enabled and config.wandb.mode != "disabled":
-        online = config.wandb.mode == "online" or (
-            config.wandb.mode == "auto" and "WANDB_API_KEY" in os.environ
-        )
-        wandb = WandbLogger(
-            name=folder.path.name,
-            id=folder.path.name,
-            save_dir=logs,
-            offline=not online,
-            project=config.wandb.project,
-            resume="allow" if online else None,
-        )
-        loggers.append(wandb)
-    return loggers
-
-
 def _export(job: Job, student: Student) -> Facts:
     written = job.export(student)
     size = sum(path.stat().st_size for path in written)
@@ -326,7 +309,10 @@ def _evaluate(job: Job, student: Student) -> Facts:
     """Figures are facts; what only the report shows stands in a file of its own."""
     found = job.evaluate(student)
     details = found.pop("details", {})
-    write_json(job.folder.path / EVALUATION, {"classes": job.class_names(), **details})
+    write_json(
+        job.folder.path / EVALUATION,
+        {"classes": job.class_names(), "usage": job.usage(), **details},
+    )
     return found
 
 

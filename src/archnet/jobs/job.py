@@ -126,6 +126,23 @@ class Job(ABC):
         """Of the classes, in the order of their numbers; empty: not known."""
         return ()
 
+    def usage(self) -> str:
+        """Code that runs the files where they lie, for the report."""
+        return f"""\
+import numpy as np
+import onnxruntime
+
+options = onnxruntime.SessionOptions()
+options.add_session_config_entry("session.x64quantprecision", "1")  # sums of products stay whole
+session = onnxruntime.InferenceSession("{self.files[0].name}", options)
+values = {{
+    entry.name: np.zeros([n if isinstance(n, int) else 1 for n in entry.shape], np.float32)
+    for entry in session.get_inputs()
+}}
+for result in session.run(None, values):
+    print(result.shape, result.dtype)
+"""
+
     @property
     @abstractmethod
     def files(self) -> list[Path]:

@@ -70,6 +70,8 @@ def layers(
                     "tap": path, "error_before": before.get(path), "error_after": after[path],
                 }  # fmt: skip
             waiting = []
-    for row in rows.values():
-        row["operators"] = ", ".join(row["operators"]) or "Activation"
-    return list(rows.values())
+    # What only rounds and clips belongs to the layer in front.
+    kept = [row for row in rows.values() if row["operators"]]
+    for row in kept:
+        row["operators"] = ", ".join(row["operators"])
+    return kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -132,12 +132,15 @@ class TensorJob(Job):
         found = Evaluation(self.metrics, axis)
         with torch.inference_mode():
             for inputs, labels in self._test_batches():
-                results = [net(inputs.to(self.device)).cpu() for net in networks.values()]
-                found.add(*results, labels, lambda row, all=inputs: self.kept(all[row]))
+                theirs, ours = (net(inputs.to(self.device)).cpu() for net in networks.values())
+                found.add(theirs, ours, labels, partial(self._kept, inputs))
         student.cpu()
         if not found.count:
             raise ArchnetError("the test split is empty: set task.data.test_fraction above zero")
         return found.facts()
+
+    def _kept(self, batch: Tensor, row: int) -> Facts:
+        return self.kept(batch[row])
 
     def kept(self, sample: Tensor) -> Facts:
         """What the report shows of a test sample: nothing, or its ``picture``."""

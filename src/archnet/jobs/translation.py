@@ -286,6 +286,12 @@ class Translation(Job):
             for path, (found, expected, known) in zip((*taps, ""), sides, strict=True)
         }
 
+    def usage(self) -> str:
+        return f"""\
+# A line in, a line out; --runtime onnxruntime reads the exported files.
+printf 'A sentence.\\n' | archnet translate {self.folder.path} --runtime onnxruntime
+"""
+
     @property
     def files(self) -> list[Path]:
         return [self.folder.path / f"student.{part}.onnx" for part in ("encoder", "decoder")]

@@ -158,7 +158,7 @@ def _figures(
         if any(isinstance(value, str | list | dict) for value in sides):
             continue  # how BLEU was computed, and whatever is no figure
         if key in METRICS or key in teacher:
-            yield METRICS.get(key, key.replace("_", " ")), *map(_points, sides)
+            yield METRICS.get(key, key.replace("_", " ")), _points(sides[0]), _points(sides[1])
         else:
             yield key.replace("_", " "), "", f"{student[key]:.4g}"
 

@@ -9,6 +9,7 @@ from archnet.report.table import METRICS, UNITS
 MOST_ADVICE = 3
 # A student of so few more cycles or bit operations costs the same: rounding of tiles, a classifier.
 SAME_COST = 1.01
+SMALL_LOSS, WIDE = 0.5, 3.0  # points
 
 
 def verdict(
@@ -132,8 +133,9 @@ def _cost(metrics: Mapping[str, Any]) -> tuple[float | None, str]:
         return None, ""
     ratio = found["student"] / found["teacher"]
     weight, act = found["teacher_bits"]
+    times = "once" if abs(ratio - 1) < 0.005 else f"{ratio:.3g} times"
     text = (
-        f"at {ratio:.3g} times {_MEASURES[found['measure']]} of its teacher at W{weight}A{act} on "
+        f"at {times} {_MEASURES[found['measure']]} of its teacher at W{weight}A{act} on "
         f"{printable(metrics['hardware'])}"
     )
     return round(ratio, 4), text
@@ -189,7 +191,9 @@ def _advice(
     """What would help next, the most telling first."""
     found, quant = list[str](), metrics["quant"]
     measure = _on_target(metrics)["measure"]
-    worse = high is not None and high < 0
+    low = _bounds(metrics, headline(metrics))[0] if headline(metrics) else None
+    difference = _quality(metrics)[2]
+    worse = difference is not None and (difference < -SMALL_LOSS or (high or 0.0) < 0)
     if metrics["audit"]["violations"]:
         found.append(
             f"The target does not run all of the file: {metrics['audit']['violations'][0]}"
@@ -219,13 +223,15 @@ def _advice(
         bits = quant["weight_bits"]
         if quant["method"] != "none" and bits <= 3 and quant.get("copies", 1) == 1:
             found.append("Two copies of every map say more than one: quant.copies=2.")
-    elif high is not None and ratio is not None and ratio <= 1:
+    elif difference is not None and ratio is not None and ratio <= 1:
         widths = quant["weight_bits"], quant["act_bits"]
         if quant["method"] != "none" and measure == "bops" and max(widths) > 2:
             found.append(
-                "No loss is seen on these samples: fewer bits may do, "
+                "Little or nothing is lost: fewer bits may do, "
                 f"quant.bits={max(2, min(widths) - 1)}."
             )
+    if low is not None and high is not None and high - low > WIDE:
+        found.append("More test samples would narrow the interval (trainer.limit_eval, test data).")
     return found[:MOST_ADVICE]
 
 

@@ -140,6 +140,7 @@ class Positions(TensorJob):
     """A number for every position, judged by the mean squared error."""
 
     unit = "signal"
+    in_points = False
 
     def open(self) -> None:
         set_up(self.config.trainer)
@@ -148,9 +149,6 @@ class Positions(TensorJob):
 
     def metrics(self, shape: tuple[int, ...]) -> Mapping[str, Metric]:
         return {"mse": MeanSquaredError()}
-
-    def figure(self, metric: Metric) -> float:
-        return float(metric.compute())
 
     @property
     def classes(self) -> None:

@@ -7,6 +7,7 @@ from types import ModuleType
 
 from archnet.commands import (
     audit,
+    compare,
     compile,
     cost,
     coverage,
@@ -33,5 +34,6 @@ COMMANDS: dict[str, ModuleType] = {
         evaluate,
         translate,
         report,
+        compare,
     )
 }

@@ -92,9 +92,10 @@ def _run(conf: Path, words: Sequence[str]) -> int:
     from archnet.compose import to_config
     from archnet.jobs import check_data
     from archnet.overrides import overridden
+    from archnet.sweep import compared_at_end
 
     @hydra.main(version_base="1.3", config_path=str(conf), config_name="config")
-    def job(tree: "DictConfig") -> None:
+    def job(tree: "DictConfig") -> list[float] | None:
         """One job, alone or of a sweep."""
         try:
             config = to_config(tree)
@@ -102,8 +103,11 @@ def _run(conf: Path, words: Sequence[str]) -> int:
                 check_data(config)
             # Imported here, so that neither composing a config nor a wrong folder loads torch.
             from archnet.jobs.conductor import run as run_all
+            from archnet.report.comparison import objectives
+            from archnet.runs import read_json
 
-            run_all(config, overridden())
+            # What a sweep over two objectives, such as Optuna's, is told of the run.
+            return objectives(read_json(run_all(config, overridden()).metrics, dict))
         except ArchnetError as error:
             if HydraConfig.get().mode is RunMode.MULTIRUN:
                 raise  # the sweep notes the failure and goes on with the next job
@@ -112,7 +116,8 @@ def _run(conf: Path, words: Sequence[str]) -> int:
     # Hydra reads the process's own words; those that are started to train along get these, too.
     sys.argv[1:] = words
     try:
-        job()
+        with compared_at_end():
+            job()
     except ArchnetError as error:
         return _fail(error)
     return 0

@@ -4,7 +4,7 @@ from archnet.convert.builder import ConversionError, TargetLimits
 from archnet.convert.rules.base import Approximation
 from archnet.convert.stepwise import stepwise
 from archnet.convert.translation import Norm, convert_translator, fit_norms
-from archnet.convert.walk import convert, missing_rules
+from archnet.convert.walk import convert, missing_rules, native_cycles
 
 __all__ = [
     "Approximation",
@@ -15,5 +15,6 @@ __all__ = [
     "convert_translator",
     "fit_norms",
     "missing_rules",
+    "native_cycles",
     "stepwise",
 ]

@@ -26,7 +26,7 @@ from archnet.convert.narrow import narrow
 from archnet.convert.rules import RULES
 from archnet.convert.rules.base import Alternative, Approximation, Site, Values, error_at
 from archnet.convert.taps import choose_taps
-from archnet.errors import CaptureError
+from archnet.errors import ArchnetError, CaptureError
 from archnet.hardware import Target, student_cost
 from archnet.loaders import FITTING, Loadable, calibration_batches
 from archnet.lower import lower
@@ -190,6 +190,27 @@ def _everything(target: TargetLimits) -> Target:
         fc_per_position=True,
         keeps_functions=True,
     )
+
+
+def native_cycles(
+    teacher: TeacherGraph, inputs: Tensor, hardware: str | TargetLimits
+) -> float | None:
+    """Cycles of the teacher for one sample by a target's costs, were all its operators run there
+    as they are; None where it cannot be written so.
+
+    Args:
+        teacher: captured.
+        inputs: a few samples, for what is fitted even then.
+        hardware: the target or its name.
+    """
+    target = Target.named(hardware) if isinstance(hardware, str) else hardware
+    graph = fuse(teacher)
+    try:
+        built = _build(teacher, graph, _everything(target), [], (inputs,), Approximation(), False)
+    except ArchnetError as error:
+        _log.info("the teacher's cycles on %s are not known: %s", Target.of(target).name, error)
+        return None
+    return sum(row.cycles for row in built.student.report)
 
 
 def _build(

@@ -214,9 +214,21 @@ class ArchDistillation(lightning.LightningModule):
                 "lower distill.optimizer.lr or grid_lr; the last checkpoint is kept"
             )
         if (self.global_step + 1) % LOG_EVERY == 0:  # else nobody reads them
-            self.log_dict({f"loss/{name}": value.detach() for name, value in losses.items()})
+            shown = self._unweighted(losses, period)
+            self.log_dict({f"loss/{period.name}/{name}": value for name, value in shown.items()})
             self.log("loss", total.detach(), prog_bar=True)
         return total
+
+    def _unweighted(self, losses: Mapping[str, Tensor], period: Period) -> dict[str, Tensor]:
+        """Losses as they are logged, of one unit in all periods: shares of a tap's variance that
+        are not explained, and the scores' own distance.
+        """
+        total = max(1e-12, sum(period.weights.values()))
+        taps = [self.student.taps[index].path for index in period.weights]
+        shares = dict(zip(taps, (w / total for w in period.weights.values()), strict=True))
+        names, weight = self.student.graph.output_names, self.options.logits_weight
+        shares |= {self._named("logits", name): weight / len(names) for name in names}
+        return {name: value.detach() / max(shares[name], 1e-12) for name, value in losses.items()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A period starts with fresh moments; a block leaves alone what blocks before it hold too.
@@ -300,10 +312,10 @@ class ArchDistillation(lightning.LightningModule):
             values = self.enter(period.source, source)
         if period.logits:
             return self._compare_results(self.run(values, graph.outputs), targets)
-        ((index, weight),) = period.weights.items()
+        (index,) = period.weights
         tap = self.student.taps[index]
         (feature,) = self.run(values, [tap.value])
-        return {tap.path: weight * self.comparisons[index](feature, targets[0])}
+        return self.weighted(period, {tap.path: self.comparisons[index](feature, targets[0])})
 
     def _compare_results(
         self, ours: Sequence[Tensor], theirs: Sequence[Tensor], real: Tensor | None = None

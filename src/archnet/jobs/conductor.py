@@ -20,19 +20,22 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger
 
 import archnet
 from archnet import report
-from archnet.config import Config, LoggerConfig
+from archnet.config import Config, HardwareConfig
 from archnet.files import full_disk
 from archnet.hardware import teacher_cost
 from archnet.jobs.job import Facts, Job
+from archnet.jobs.layers import layers
+from archnet.jobs.loggers import RunLoggers, require_told, run_loggers
 from archnet.jobs.registry import check_data, job_class, runs_code
-from archnet.lower import deployed_cost
+from archnet.lower import deployed_cost, lower
 from archnet.ops import Student
 from archnet.quant import Quantizer
 from archnet.ranks import LEADER, RUN_FOLDER
+from archnet.report.files import EVALUATION, LAYERS
 from archnet.runs import RunError, RunFolder, read_json, write_json
 from archnet.runs.device import device_name, require_device
 from archnet.runs.quant import run_quant
@@ -45,6 +48,7 @@ from archnet.runs.student import (
     settle_student,
     write_tables,
 )
+from archnet.sweep import note
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +76,7 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
         check_data(config)
         config = job_class(config.task.kind).completed(config)
         folder = RunFolder.create(config)
+    note(folder.path)
     with folder.locked():
         if config.resume:
             stored = folder.config()
@@ -107,7 +112,8 @@ def join(path: Path) -> None:
     """Take part in the distillation of a run that another process leads (DDP)."""
     # The process that leads has asked whether the folder may run what its config names.
     job = opened(RunFolder.open(path, trusted=True))
-    _distil(job, load_student(job.folder, "calibrated"))
+    with run_loggers(job.config, job.folder) as loggers:
+        _distil(job, load_student(job.folder, "calibrated"), loggers.active)
 
 
 def job_of(folder: RunFolder) -> Job:
@@ -147,11 +153,19 @@ def reopen(folder: RunFolder) -> tuple[Job, Student]:
 def reevaluate(folder: RunFolder) -> dict[str, Any]:
     """The figures of a finished run once more, on the test data of its task."""
     job, student = reopen(folder)
-    return job.evaluate(student)
+    found = job.evaluate(student)
+    found.pop("details", None)
+    return found
 
 
 def _stages(folder: RunFolder) -> dict[str, Any]:
     job = opened(folder)
+    with run_loggers(job.config, folder) as loggers:
+        return _logged(job, loggers)
+
+
+def _logged(job: Job, loggers: RunLoggers) -> dict[str, Any]:
+    folder = job.folder
     finished: dict[str, Facts] = {}
 
     def prepare() -> Facts:
@@ -162,7 +176,8 @@ def _stages(folder: RunFolder) -> dict[str, Any]:
 
     def train() -> Facts:
         student = load_student(folder, "calibrated")
-        result = _distil(job, student)
+        loggers.begin()
+        result = _distil(job, student, loggers.active)
         return {**result, **settle_student(folder, student)}
 
     finished["look"] = folder.stage("look", job.look)
@@ -180,9 +195,10 @@ def _stages(folder: RunFolder) -> dict[str, Any]:
     student = load_student(folder)
     finished["evaluate"] = folder.stage(
         "evaluate",
-        lambda: job.evaluate(student),
+        lambda: _evaluate(job, student),
         needs=("teacher", "student", "agreement", "inputs"),
     )
+    finished["layers"] = folder.stage("layers", lambda: _layers(job, student), needs=("layers",))
     finished["export"] = folder.stage(
         "export",
         lambda: _export(job, student),
@@ -197,10 +213,19 @@ def _stages(folder: RunFolder) -> dict[str, Any]:
     finished["cost"] = folder.stage(
         "cost", lambda: _cost(job, student), needs=("macs", "bops", "weight_bytes")
     )
-    return _write_metrics(folder, _metrics(job, finished))
+    metrics = _write_metrics(job, _metrics(job, finished))
+
+    def tell() -> Facts:
+        loggers.begin()
+        loggers.end(metrics, job.files)
+        return {"written": loggers.written}
+
+    folder.stage("log", tell, intact=lambda done: require_told(job.config, done))
+    return metrics
 
 
-def _write_metrics(folder: RunFolder, metrics: dict[str, Any]) -> dict[str, Any]:
+def _write_metrics(job: Job, metrics: dict[str, Any]) -> dict[str, Any]:
+    folder = job.folder
     if folder.metrics.is_file():
         # What `archnet verify` found of this student stays when a finished run is opened again.
         try:
@@ -209,6 +234,7 @@ def _write_metrics(folder: RunFolder, metrics: dict[str, Any]) -> dict[str, Any]
             _log.warning("%s: written again", error)
         else:
             metrics |= {k: v for k, v in earlier.items() if k == "verify"}
+    metrics["verdict"] = report.judged(folder.path, metrics, job.config.convert.max_cost)
     write_json(folder.metrics, metrics)
     report.write(folder.path)
     return metrics
@@ -248,24 +274,12 @@ def _convert(job: Job) -> tuple[Student, Facts]:
     return student, {"taps": taps, "approximate_rules": inexact, **facts}
 
 
-def _distil(job: Job, student: Student) -> Facts:
+def _distil(job: Job, student: Student, loggers: Sequence[Logger] = ()) -> Facts:
     """Train the student in place; with several processes, this one starts the others."""
     lightning.seed_everything(job.config.seed, verbose=False)
-    loggers = _loggers(job.config.logger, job.folder)
     several = job.config.trainer.devices > 1
-    with _closing(loggers), _ranks(job.folder) if several else nullcontext():
+    with _ranks(job.folder) if several else nullcontext():
         return job.distil(student, loggers)
-
-
-@contextmanager
-def _closing(loggers: Sequence[Logger]) -> Iterator[None]:
-    """Finish W&B's, else the next run of a sweep would write to it."""
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.finish()
 
 
 @contextmanager
@@ -286,34 +300,29 @@ def _ranks(folder: RunFolder) -> Iterator[None]:
             del os.environ[name]
 
 
-def _loggers(config: LoggerConfig, folder: RunFolder) -> list[Logger]:
-    logs, loggers = folder.path / "logs", list[Logger]()
-    if config.csv:
-        # Lightning empties the folder of an earlier session, which a resumed run must not.
-        session = len(list((logs / "csv").glob("*")))
-        loggers.append(CSVLogger(logs, name="csv", version=f"{session:03d}"))
-    if config.tensorboard:
-        loggers.append(TensorBoardLogger(logs, name="tensorboard", version=""))
-    if config.wandb.enabled and config.wandb.mode != "disabled":
-        online = config.wandb.mode == "online" or (
-            config.wandb.mode == "auto" and "WANDB_API_KEY" in os.environ
-        )
-        wandb = WandbLogger(
-            name=folder.path.name,
-            id=folder.path.name,
-            save_dir=logs,
-            offline=not online,
-            project=config.wandb.project,
-            resume="allow" if online else None,
-        )
-        loggers.append(wandb)
-    return loggers
-
-
 def _export(job: Job, student: Student) -> Facts:
     written = job.export(student)
     size = sum(path.stat().st_size for path in written)
     return {"bytes": size, "files": job.folder.fingerprints(written)}
+
+
+def _evaluate(job: Job, student: Student) -> Facts:
+    """Figures are facts; what only the report shows stands in a file of its own."""
+    found = job.evaluate(student)
+    details = found.pop("details", {})
+    write_json(
+        job.folder.path / EVALUATION,
+        {"classes": job.class_names(), "usage": job.usage(), **details},
+    )
+    return found
+
+
+def _layers(job: Job, student: Student) -> Facts:
+    """A row for every layer, with its error before and after training."""
+    before = job.tap_errors(load_student(job.folder, "calibrated"))
+    rows = layers(student, lower(student, weights=False), before, job.tap_errors(student))
+    write_json(job.folder.path / LAYERS, rows)
+    return {"layers": len(rows)}
 
 
 def _audit(job: Job) -> Facts:
@@ -339,7 +348,32 @@ def _cost(job: Job, student: Student) -> Facts:
             "student": after.bops,
         },
         "weight_bytes": {"teacher": before.weight_bytes, "student": after.weight_bytes},
+        **_on_target(job, student, before.macs, after.bops),
     }
+
+
+def _on_target(job: Job, student: Student, macs: int, bops: int) -> Facts:
+    """What the target would take for teacher and student, at the width of the teacher there.
+
+    Bit operations count where activations below 8 bits are computed with; elsewhere fewer bits
+    save no work, and the target's own cycles count.
+    """
+    target = job.config.hardware
+    bits = [min((w for w in of if w >= 8), default=max(of)) for of in _widths(target)]
+    cycles = {
+        "teacher": None if (native := job.teacher_cycles()) is None else round(native),
+        "student": round(sum(lower(student, weights=False).cycles.values())),
+    }
+    found: Facts = {"measure": "bops", "teacher": macs * bits[0] * bits[1], "student": bops}
+    if min(target.act_bits) >= 8 and cycles["teacher"]:
+        found = {"measure": "cycles", **cycles}
+    found["teacher_bits"] = bits
+    found["runs_teacher"] = all(row.exact and not row.written for row in student.report)
+    return {"cycles": cycles, "on_target": found}
+
+
+def _widths(target: HardwareConfig) -> tuple[list[int], list[int]]:
+    return target.weight_bits, target.act_bits
 
 
 def _metrics(job: Job, finished: dict[str, Facts]) -> dict[str, Any]:
@@ -362,7 +396,13 @@ def _metrics(job: Job, finished: dict[str, Facts]) -> dict[str, Any]:
             "approximate_rules": finished["convert"]["approximate_rules"],
             "error": finished["convert"].get("error"),
         },
-        "cost": {key: finished["cost"][key] for key in ("macs", "bops", "weight_bytes")},
+        "paired": scores.get("paired", {}),
+        "agreement_interval": scores.get("agreement_interval"),
+        "cost": {
+            key: finished["cost"][key]
+            for key in ("macs", "bops", "weight_bytes", "cycles", "on_target")
+            if key in finished["cost"]
+        },
         "audit": {key: finished["audit"][key] for key in ("pure", "violations", "not_judged")},
         "parity": parity,
         **({"outputs": scores["outputs"]} if len(scores.get("outputs", ())) > 1 else {}),

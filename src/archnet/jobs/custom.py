@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import lightning
-import torch
 from torch import nn
 from torchmetrics import Metric
 
@@ -24,6 +23,7 @@ class Custom(TensorJob):
     """Inputs (B, ...) to whatever the teacher gives."""
 
     needs_datamodule: ClassVar[bool] = True
+    in_points = False
 
     @classmethod
     def completed(cls, config: Config) -> Config:
@@ -72,7 +72,3 @@ class Custom(TensorJob):
                 f"task.metric={place} is a {type(metric).__name__}, not a torchmetrics.Metric"
             )
         return {place.rpartition(":")[2]: metric}
-
-    def figure(self, metric: Metric) -> float:
-        """As the metric gives it; of several numbers the mean."""
-        return round(float(torch.as_tensor(metric.compute()).double().mean()), 6)

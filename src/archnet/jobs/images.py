@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import lightning
-from torch import nn
+from torch import Tensor, nn
 
 from archnet.config import Config, TeacherConfig
 from archnet.jobs.job import Facts
 from archnet.jobs.tensors import TensorJob
+from archnet.report.picture import png
 from archnet.runs.device import set_up
 from archnet.runs.preprocessing import as_recorded, stated, with_preprocessing
 from archnet.runs.teacher import run_teacher
@@ -49,6 +50,37 @@ class ImageJob(TensorJob):
 
     def preprocessing(self) -> Facts:
         return stated(self.config.task.data)
+
+    def class_names(self) -> tuple[str, ...]:
+        return self.data.class_names
+
+    def usage(self) -> str:
+        data, (height, width) = self.config.task.data, self.data.image_size
+        names = list(self.class_names()) or None
+        return f"""\
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+CLASSES = {names}
+mean, std = np.float32({list(data.mean or ())}), np.float32({list(data.std or ())})
+picture = Image.open(sys.argv[1]).convert("{"L" if data.channels == 1 else "RGB"}")
+pixels = np.asarray(picture.resize(({width}, {height})), np.float32)
+pixels = pixels.reshape({height}, {width}, {data.channels})
+images = ((pixels / 255 - mean) / std).transpose(2, 0, 1)[None]
+
+options = onnxruntime.SessionOptions()
+options.add_session_config_entry("session.x64quantprecision", "1")  # sums of products stay whole
+session = onnxruntime.InferenceSession("{self.files[0].name}", options)
+(scores,) = session.run(None, {{session.get_inputs()[0].name: images}})
+found = scores.argmax(1)  # the class of the picture, or of each of its pixels
+print(found if CLASSES is None or found.size > 1 else CLASSES[int(found.item())])
+"""
+
+    def kept(self, sample: Tensor) -> Facts:
+        return {"picture": png(self.data.pixels(sample))}
 
     def data_facts(self) -> Facts:
         return {"skipped": self.data.skipped}

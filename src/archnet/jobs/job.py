@@ -107,8 +107,45 @@ class Job(ABC):
         Returns:
             ``teacher`` and ``student`` with a figure for each metric (None where the data have no
             labels), their ``agreement`` in points (None where there is nothing to decide), and the
-            number of ``inputs``.
+            number of ``inputs``. ``paired`` has, for each metric, the ``difference`` of the
+            student from the teacher in points with the bounds of its 95 % interval, ``low`` and
+            ``high``, which follow from both having seen the same samples (None: not known), and
+            the number of ``samples``; ``agreement_interval`` has the bounds of the agreement's.
+            ``details`` are for the report alone.
         """
+
+    def tap_errors(self, student: Student) -> dict[str, float]:
+        """How far a student is from the teacher at every tap, by its path, and ``""`` at the end,
+        on a batch of unlabelled inputs: shares of unexplained variance.
+        """
+        return {}
+
+    def teacher_cycles(self) -> float | None:
+        """Cycles of the teacher for one sample by the target's costs, were all its operators run
+        there; None: not known.
+        """
+        return None
+
+    def class_names(self) -> tuple[str, ...]:
+        """Of the classes, in the order of their numbers; empty: not known."""
+        return ()
+
+    def usage(self) -> str:
+        """Code that runs the files where they lie, for the report."""
+        return f"""\
+import numpy as np
+import onnxruntime
+
+options = onnxruntime.SessionOptions()
+options.add_session_config_entry("session.x64quantprecision", "1")  # sums of products stay whole
+session = onnxruntime.InferenceSession("{self.files[0].name}", options)
+values = {{
+    entry.name: np.zeros([n if isinstance(n, int) else 1 for n in entry.shape], np.float32)
+    for entry in session.get_inputs()
+}}
+for result in session.run(None, values):
+    print(result.shape, result.dtype)
+"""
 
     @property
     @abstractmethod

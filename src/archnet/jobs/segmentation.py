@@ -11,9 +11,9 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from archnet.config import TeacherConfig
+from archnet.jobs.evaluation import points
 from archnet.jobs.images import ImageJob
 from archnet.jobs.job import Facts
-from archnet.jobs.tensors import points
 from archnet.tasks import SegmentationData
 from archnet.tasks.segmentation import IGNORED
 from archnet.teachers import load_teacher

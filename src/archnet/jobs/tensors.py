@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from lightning.pytorch.loggers import Logger
@@ -15,16 +15,16 @@ from torchmetrics import Metric
 
 import archnet
 from archnet.capture import TeacherGraph, capture
-from archnet.convert import Approximation
+from archnet.convert import Approximation, native_cycles
 from archnet.convert.walk import Classes
 from archnet.deploy import to_integers
 from archnet.deploy.export import form_named
 from archnet.distill import train
 from archnet.errors import ArchnetError
+from archnet.jobs.evaluation import Evaluation
 from archnet.jobs.job import Facts, Inputs, Job
 from archnet.ops import Student
-from archnet.ops.scores import Comparison, each
-from archnet.plugins import first_line
+from archnet.ops.scores import each, unexplained
 from archnet.quant import FLOAT
 
 PARITY_INPUTS = 500  # on which the exported file is compared with the student
@@ -63,6 +63,7 @@ class TensorJob(Job):
     """
 
     data: TensorData
+    in_points: ClassVar[bool] = True  # metrics are shares, told as points
 
     @abstractmethod
     def metrics(self, shape: tuple[int, ...]) -> Mapping[str, Metric]:
@@ -140,57 +141,43 @@ class TensorJob(Job):
             "teacher": self.captured.scores().to(self.device),
             "student": student.to(self.device).eval(),
         }
-        judges: dict[str, Mapping[str, Metric]] = {}
-        beside = [Comparison(axis) for axis in student.graph.classes]
-        count, labelled = 0, False
+        graph = student.graph
+        outputs = dict(zip(graph.output_names, graph.classes, strict=True))
+        found = Evaluation(self.metrics, outputs, self.in_points)
         with torch.inference_mode():
             for inputs, labels in self._test_batches():
-                results = {
-                    name: [part.cpu() for part in each(network(inputs.to(self.device)))]
-                    for name, network in networks.items()
-                }
-                for one, *both in zip(beside, results["teacher"], results["student"], strict=True):
-                    one.add(*both)
-                count += len(inputs)
-                if _says_something(labels):
-                    labelled = True
-                    _judge(judges, results, labels, self.metrics)
+                theirs, ours = (
+                    [part.cpu() for part in each(network(inputs.to(self.device)))]
+                    for network in networks.values()
+                )
+                found.add(theirs, ours, labels, partial(self._kept, inputs))
         student.cpu()
-        if not count:
+        if not found.count:
             raise ArchnetError("the test split is empty: set task.data.test_fraction above zero")
-        if not labelled:  # what would be measured is told without figures
-            shape = student.graph.shapes[student.graph.outputs[0]]
-            judges = dict.fromkeys(networks, self.metrics(shape))
-        found: Facts = {
-            name: {key: self.figure(one) if labelled else None for key, one in by.items()}
-            for name, by in judges.items()
-        }
-        return {**found, **self._beside(student, found["student"], beside), "inputs": count}
+        return found.facts()
 
-    def figure(self, metric: Metric) -> float:
-        """What is told of a metric: of shares, points."""
-        return points(metric.compute())
+    def _kept(self, batch: Tensor, row: int) -> Facts:
+        return self.kept(batch[row])
 
-    @staticmethod
-    def _beside(student: Student, figures: Facts, beside: Sequence[Comparison]) -> Facts:
-        """Agreement of all decisions; what is told of results without classes."""
-        decisions = sum(one.decisions for one in beside)
-        changed = sum(one.changed for one in beside)
-        agreement = points(1 - changed / decisions) if decisions else None
-        numbers = [one for one in beside if one.axis is None]
-        if numbers:
-            figures["relative_error"] = max(points(one.relative_error) for one in numbers)
-            figures["cosine"] = min(round(one.cosine, 6) for one in numbers)
-        outputs = [
-            {
-                "name": name,
-                "agreement": None if one.agreement is None else points(one.agreement),
-                "relative_error": points(one.relative_error),
-                "cosine": round(one.cosine, 6),
-            }
-            for name, one in zip(student.graph.output_names, beside, strict=True)
-        ]
-        return {"agreement": agreement, "outputs": outputs}
+    def kept(self, sample: Tensor) -> Facts:
+        """What the report shows of a test sample: nothing, or its ``picture``."""
+        return {}
+
+    def tap_errors(self, student: Student) -> dict[str, float]:
+        inputs = self.data.calibration_batches(1)[0]
+        features = self.captured.features([tap.node for tap in student.taps])
+        graph, student = student.graph, student.eval()
+        with torch.inference_mode():
+            theirs = features(inputs)
+            values = [*(tap.value for tap in student.taps), *graph.outputs]
+            ours = student.run({graph.inputs[0]: inputs}, values)
+        errors = [float(unexplained(*both)) for both in zip(ours, theirs, strict=True)]
+        taps = len(student.taps)
+        found = {tap.path: error for tap, error in zip(student.taps, errors, strict=False)}
+        return {**found, "": max(errors[taps:])}
+
+    def teacher_cycles(self) -> float | None:
+        return native_cycles(self.captured, self.example(), self.config.hardware)
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Those of the test split, up to `trainer.limit_eval` inputs."""
@@ -243,42 +230,3 @@ class TensorJob(Job):
             more = self.data.calibration_batches(-(-(count - len(inputs)) // size))
             inputs = torch.cat([inputs, *more])[:count]
         return inputs
-
-
-def _says_something(labels: Tensor | None) -> bool:
-    """Whether there is a label in a batch: -1 is an input, or a pixel, without one."""
-    if labels is None or labels.is_floating_point():
-        return labels is not None
-    return bool((labels >= 0).any())
-
-
-def _judge(
-    judges: dict[str, Mapping[str, Metric]],
-    results: Mapping[str, list[Tensor]],
-    labels: Tensor | None,
-    metrics: Callable[[tuple[int, ...]], Mapping[str, Metric]],
-) -> None:
-    """Show every metric what its network makes of a batch; the first batch makes them.
-
-    Raises:
-        ArchnetError: a metric takes other results or labels than these.
-    """
-    for name, parts in results.items():
-        result: Any = parts[0] if len(parts) == 1 else tuple(parts)
-        if name not in judges:
-            judges[name] = metrics(tuple(parts[0].shape[1:]))
-        for key, metric in judges[name].items():
-            try:
-                metric.update(result, labels)
-            except Exception as error:  # whatever a metric of the user's raises
-                shapes = " and ".join(str(tuple(part.shape)) for part in parts)
-                given = None if labels is None else tuple(labels.shape)
-                raise ArchnetError(
-                    f"metric {key} does not take results {shapes} with labels {given}: "
-                    f"{first_line(error)}"
-                ) from error
-
-
-def points(share: Tensor | float) -> float:
-    """A share as points, 0 to 100."""
-    return round(100 * float(share), 4)

@@ -26,15 +26,17 @@ from archnet.convert import convert_translator, fit_norms, stepwise
 from archnet.deploy import OnnxTranslator, export_translator
 from archnet.distill import distill_text
 from archnet.errors import ArchnetError
+from archnet.intervals import wilson
 from archnet.jobs.job import Facts, Inputs, Job
 from archnet.ops import Student, TokenEmbedding
-from archnet.ops.scores import changed, decisions
+from archnet.ops.scores import changed, decisions, unexplained
 from archnet.progress import Lines, in_terminal
 from archnet.runs import atomic
 from archnet.runs.device import set_up
 from archnet.runs.student import load_student
 from archnet.runs.teacher import run_teacher
 from archnet.tasks import EncodedText, Subwords, Tokenizer, TranslationData, scores
+from archnet.tasks.sentences import compared, paired
 from archnet.teachers import (
     MarianTokens,
     TappedTeacher,
@@ -260,8 +262,35 @@ class Translation(Job):
         pairs = zip(translations["teacher"], translations["student"], strict=True)
         same = [theirs == ours for theirs, ours in pairs]
         found["agreement"] = round(100 * sum(same) / len(same), 2)
+        low, high = wilson(sum(same), len(same))
+        found["agreement_interval"] = [round(100 * low, 4), round(100 * high, 4)]
+        found["paired"] = paired(translations, references, found)
         found["inputs"] = len(sources)
+        found["details"] = compared(sources, references, translations)
         return found
+
+    def tap_errors(self, student: Student) -> dict[str, float]:
+        source, target, pad = self.calibration(1)[0]
+        taps = [tap.path for tap in student.taps]
+        names = [*(tap.value for tap in student.taps), *student.graph.outputs]
+        values = dict(zip(student.graph.inputs, (source, target, pad), strict=True))
+        with torch.inference_mode():
+            features, scores = TappedTeacher(self.teacher, taps)(source, target, pad)
+            ours = student.eval().run(values, names)
+        theirs = [*(features[path] for path in taps), scores]
+        real = [~pad if path.startswith("encoder") else target != 0 for path in (*taps, "")]
+        # Maps of attention have heads in front of positions.
+        sides = zip(ours, theirs, real, strict=True)
+        return {
+            path: float(unexplained(found, expected, known if found.dim() == 3 else None))
+            for path, (found, expected, known) in zip((*taps, ""), sides, strict=True)
+        }
+
+    def usage(self) -> str:
+        return f"""\
+# A line in, a line out; --runtime onnxruntime reads the exported files.
+printf 'A sentence.\\n' | archnet translate {self.folder.path} --runtime onnxruntime
+"""
 
     @property
     def files(self) -> list[Path]:

@@ -1,33 +1,22 @@
 """``report.html``: one file, readable anywhere."""
 
-import csv
-import io
 import logging
-import os
-from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from jinja2 import Environment
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from archnet.errors import printable
+from archnet.report import files as parts_of
+from archnet.report.chart import COLOURS, Line, Mark, lines_chart, marks_chart
+from archnet.report.files import CONVERSION, FORMS, LAYERS, Curves
 from archnet.report.table import reading, rows
-from archnet.runs import RunError, atomic, read_json, read_text
+from archnet.runs import atomic, read_json, read_text
 
 _log = logging.getLogger(__name__)
-
-_LARGEST_LOG = 1 << 28  # bytes
-# What is read of the rows of tables.
-_NUMBER = (int, float)
-_NODE: dict[str, Any] = {"path": str, "operator": str, "rule": str, "error": (*_NUMBER, NoneType)}
-_FORM: dict[str, Any] = {"path": str, "compact": _NUMBER, "faithful": _NUMBER, "cost": _NUMBER}
-_FORM["total"] = _NUMBER
-
-Curves = dict[str, list[tuple[int, float]]]
+_TITLES = {"val/agreement": "agreement with the teacher", "val/accuracy": "accuracy"}
 
 
 def write(folder: Path) -> Path:
@@ -37,17 +26,22 @@ def write(folder: Path) -> Path:
         ArchnetError: the metrics cannot be read, or the page cannot be written.
     """
     metrics = read_json(folder / "metrics.json", dict)
-    template = files("archnet.report").joinpath("report.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     path = folder / "report.html"
-    forms = _rows(folder / "forms.json")
+    lines, forms = parts_of.curves(folder), parts_of.rows(folder, FORMS)
+    details = parts_of.evaluation(folder)
     with reading(folder / "metrics.json"):
-        text = page.render(
+        text = page(
+            "report.html",
             name=folder.name,
             metrics=metrics,
+            verdict=metrics.get("verdict") or parts_of.judged(folder, metrics),
             rows=rows(metrics),
-            plot=_plot(curves(folder)),
-            conversion=_rows(folder / "conversion.json"),
+            stages=stages(lines),
+            validation=_validation(lines),
+            layers=parts_of.rows(folder, LAYERS),
+            details=details,
+            matrix=_matrix(details),
+            conversion=parts_of.rows(folder, CONVERSION),
             forms=forms,
             forms_plot=_forms_plot(forms),
             config=read_text(folder / "config.yaml", 1 << 20),
@@ -57,91 +51,78 @@ def write(folder: Path) -> Path:
     return path
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """A table that not every run has; one that is damaged is left out, with a warning."""
-    if not os.path.lexists(path):
-        return []
-    kinds = _FORM if path.name == "forms.json" else _NODE
-    try:
-        found = read_json(path, list)
-        for row in found:
-            for key, kind in kinds.items():
-                if not isinstance(row, dict) or not isinstance(row.get(key), kind):
-                    raise RunError(f"{path} is damaged: a row without {key}")
-    except RunError as error:
-        _log.warning("%s; the report is written without it", error)
-        return []
+def page(template: str, **values: Any) -> str:
+    """A page of a template of this package, with its style and script inside."""
+    here = files("archnet.report")
+    texts = {
+        name: here.joinpath(name).read_text(encoding="utf-8")
+        for name in (template, "page.css", "page.js")
+    }
+    made = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    made.filters["plain"] = lambda text: printable(str(text), None)
+    return made.from_string(texts[template]).render(
+        css=texts["page.css"], js=texts["page.js"], **values
+    )
+
+
+def stages(lines: Curves) -> list[dict[str, Any]]:
+    """A chart for each stage of training: its name, the picture, and the names of its curves.
+
+    Those of the highest losses are drawn, the scores' before them; the rest on demand.
+    """
+    found = []
+    for stage, curves in parts_of.by_stage(lines).items():
+        order = sorted(curves, key=lambda name: (name != "logits", -curves[name][-1][1]))
+        drawn = [Line(name, curves[name]) for name in order if any(y > 0 for _, y in curves[name])]
+        chart = lines_chart(drawn, "step", "not explained")
+        if chart:
+            names = [printable(line.name) for line in drawn]
+            found.append({"name": printable(stage or "all"), "chart": chart, "names": names})
     return found
 
 
-def curves(folder: Path) -> Curves:
-    """Every logged loss as (step, value) pairs, all sessions of a resumed run together.
-
-    Rows that are no figures are left out, with a warning.
-    """
-    found: dict[str, dict[int, float]] = defaultdict(dict)
-    for log in sorted((folder / "logs" / "csv").glob("*/metrics.csv")):
-        damaged = 0
-        try:
-            lines = list(csv.DictReader(io.StringIO(read_text(log, _LARGEST_LOG))))
-        except (RunError, csv.Error) as error:
-            _log.warning("%s: %s; the report is written without it", log, error)
-            continue
-        for row in lines:
-            for name, value in row.items():
-                if value and isinstance(name, str) and "loss" in name:
-                    try:
-                        step, figure = int(float(row["step"])), float(value)
-                    except (KeyError, TypeError, ValueError, OverflowError):
-                        damaged += 1
-                        continue
-                    # A later session repeats the steps after the last checkpoint.
-                    found[name][step] = figure
-        if damaged:
-            _log.warning("%s: %d figures are damaged and left out", log, damaged)
-    return {name: sorted(points.items()) for name, points in sorted(found.items())}
+def _validation(lines: Curves) -> dict[str, Any] | None:
+    shown = [Line(title, lines[name]) for name, title in _TITLES.items() if lines.get(name)]
+    chart = lines_chart(shown, "step", "points", log=False)
+    return {"chart": chart, "names": [line.name for line in shown]} if chart else None
 
 
-def _plot(lines: Curves) -> str:
-    """The losses as an SVG element; empty when there are none."""
-    if not lines:
-        return ""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes: Any = figure.subplots()
-    for name, points in lines.items():
-        steps, values = zip(*points, strict=True)
-        # Matplotlib reads what stands between dollars as a formula.
-        label = printable(name.removeprefix("loss/")).replace("$", r"\$")
-        axes.plot(steps, values, label=label, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
-    return _svg(figure)
+def _matrix(details: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A confusion matrix whose cells know how deep they are coloured, 0 to 1, row by row."""
+    found = details.get("confusion")
+    if not isinstance(found, dict):
+        return None
+    counts: Sequence[Sequence[int]] = found["counts"]
+    size = len(counts)
+    names = [printable(name) for name in details.get("classes", [])]
+    names = names if len(names) == size else [str(i) for i in range(size)]
+    return {
+        "rows": found["rows"],
+        "names": names,
+        "cells": [[(n, round(n / max(1, sum(row)), 3)) for n in row] for row in counts],
+        "sized": size <= 20,
+        "confused": sorted(
+            (
+                (counts[i][j], names[i], names[j])
+                for i in range(size)
+                for j in range(size)
+                if i != j and counts[i][j]
+            ),
+            reverse=True,
+        )[:12],
+    }
 
 
 def _forms_plot(forms: list[dict[str, Any]]) -> str:
     """What error is left at the nodes that have two forms, over the student's cost."""
     if not forms:
         return ""
-    ratios, left = (
-        [forms[0]["total"] - forms[0]["cost"]],
-        [sum(row["compact"] ** 2 for row in forms)],
-    )
+    left = sum(row["compact"] ** 2 for row in forms)
+    marks = [Mark("compact", forms[0]["total"] - forms[0]["cost"], left)]
     for row in forms:
-        ratios.append(row["total"])
-        left.append(left[-1] - row["compact"] ** 2 + row["faithful"] ** 2)
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    axes: Any = figure.subplots()
-    axes.plot(ratios, left, marker=".", linewidth=1)
-    taken = [i for i, row in enumerate(forms, 1) if row["taken"]]
-    axes.plot([ratios[i] for i in taken], [left[i] for i in taken], "o", label="taken")
-    axes.set(xlabel="MACs, x teacher", ylabel="sum of squared errors")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    return _svg(figure)
+        left += row["faithful"] ** 2 - row["compact"] ** 2
+        marks.append(Mark("", row["total"], left, best=bool(row["taken"])))
+    return marks_chart(marks, "cost, x teacher (joined: taken)", "sum of squared errors", 260)
 
 
-def _svg(figure: Figure) -> str:
-    stream = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(stream)
-    return stream.getvalue().partition("<svg")[1] + stream.getvalue().partition("<svg")[2]
+__all__ = ["COLOURS", "page", "stages", "write"]

@@ -13,7 +13,7 @@ from rich.text import Text
 from archnet.errors import ArchnetError, printable
 
 # Of a student, what is told in another way.
-_NO_FIGURES = ("agreement", "per_second")
+_NO_FIGURES = ("name", "agreement", "per_second")
 METRICS = {
     "accuracy": "accuracy, points",
     "miou": "mean IoU, points",
@@ -22,6 +22,8 @@ METRICS = {
     "bleu": "BLEU",
     "chrf": "chrF",
 }
+# What stands behind a difference in them.
+UNITS = {"accuracy": " points", "miou": " points"}
 
 # What reading figures raises where they are not there or of another kind.
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, TemplateError)
@@ -87,8 +89,10 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("network", teacher["name"], f"{metrics['hardware']}, {name}"),
         *_figures(teacher, student),
     ]
-    if student["agreement"] is not None:
+    if student.get("agreement") is not None:
         lines.append(("agreement, points", "", f"{student['agreement']:.2f}"))
+    if interval := _interval(metrics):
+        lines.append(interval)
     # Metrics of before have no such figure, nor has what was not made by conversion.
     error = metrics.get("conversion", {}).get("error")
     if error is not None:
@@ -99,6 +103,15 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("weights", "weight_bytes", "teacher", "B"),
     ):
         lines.append((title, amount(cost[key][side], unit), amount(cost[key]["student"], unit)))
+    if cycles := cost.get("cycles"):
+        known = cycles["teacher"]
+        lines.append(
+            (
+                f"cycles on {metrics['hardware']}, estimated",
+                "" if known is None else amount(known, ""),
+                amount(cycles["student"], ""),
+            )
+        )
     if "widths" in quant:
         lines += [(what, "", counts) for what, counts in _widths(quant["widths"])]
     lines += [
@@ -128,8 +141,12 @@ def show(metrics: Mapping[str, Any], folder: Path) -> None:
         skipped = metrics["data"]["skipped"]
         if skipped:
             notes.append(f"{len(skipped)} corrupt files skipped, first {skipped[0]}")
+        found = metrics.get("verdict", {})
+        said = [found["sentence"], *found["advice"]] if found else []
     shown = plain_console()
     shown.print(table)
+    for line in said:
+        shown.print(line, highlight=False, soft_wrap=True)
     for note in notes:
         shown.print(note)
     shown.print(f"Everything is in {folder}", soft_wrap=True)
@@ -147,16 +164,28 @@ def amount(value: float, unit: str) -> str:
 def _figures(
     teacher: Mapping[str, Any], student: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
-    """What both networks are judged by; a metric that is not archnet's own has its own name."""
-    for key, value in student.items():
-        if key in METRICS or not (key in _NO_FIGURES or isinstance(value, str)):
-            before = _figure(teacher[key]) if key in teacher else ""
-            yield METRICS.get(key, key), before, _figure(value)
+    """A line for every figure, those with a title first; others have their own names."""
+    for key in dict.fromkeys((*METRICS, *student)):
+        if key not in student or key in _NO_FIGURES:
+            continue
+        sides = [side.get(key) for side in (teacher, student)]
+        if any(isinstance(value, str | list | dict) for value in sides):
+            continue  # how BLEU was computed, and whatever is no figure
+        yield METRICS.get(key, key), _figure(sides[0], key in teacher), _figure(sides[1])
 
 
-def _figure(value: float | None) -> str:
+def _interval(metrics: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """How far the student is from the teacher, in the metric that stands first."""
+    for key, found in metrics.get("paired", {}).items():
+        if found["low"] is not None:
+            bounds = f"{found['low']:+.2f} to {found['high']:+.2f}"
+            return f"difference in {key}, 95 % interval", "", bounds
+    return None
+
+
+def _figure(value: float | None, is_measured: bool = True) -> str:
     if value is None:
-        return "no labels"
+        return "no labels" if is_measured else ""
     return f"{value:.2f}" if abs(value) >= 1.005 else f"{value:.4g}"
 
 

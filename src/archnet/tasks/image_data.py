@@ -176,6 +176,10 @@ class ImageData(LightningDataModule):
         """The labels of some of a split's images, in their order."""
         return ClassLabels(torch.from_numpy(self._splits.parts[split].labels)[items])
 
+    def pixels(self, image: Tensor) -> NDArray[np.uint8]:
+        """An image (C, H, W) as networks read it, as it was before: (H, W, C) of 0 to 255."""
+        return self._normalise.undone(image)
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """In the order of their numbers; empty where the source does not tell them."""

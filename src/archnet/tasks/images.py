@@ -191,6 +191,11 @@ class Normalisation:
         offset = -torch.tensor(self.mean) / std
         return pixels.float().mul_(1 / (255 * std)).add_(offset).permute(0, 3, 1, 2)
 
+    def undone(self, image: Tensor) -> NDArray[np.uint8]:
+        """One image, float32 (C, H, W) to uint8 (H, W, C)."""
+        shares = image.cpu().permute(1, 2, 0) * torch.tensor(self.std) + torch.tensor(self.mean)
+        return (255 * shares).round().clamp(0, 255).to(torch.uint8).numpy()
+
 
 class ImageSet(Dataset[Tensor]):
     """Images without labels; a batch of draws becomes float32 (B, C, H, W)."""

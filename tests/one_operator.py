@@ -43,7 +43,6 @@ PLAIN = {
     "sqrt": ("Sqrt", {}, []),
     "abs": ("Abs", {}, []),
     "neg": ("Neg", {}, []),
-    "log": ("Log", {}, []),
     "gelu": ("Gelu", {"approximate": "none"}, []),
     "floor": ("Floor", {}, []),
     "sin": ("Sin", {}, []),

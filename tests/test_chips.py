@@ -396,6 +396,7 @@ def probes() -> list[object]:
     for tool, targets in (
         ("rknn", ("rk3588", "rk3566", "rv1106", "rv1103b")),
         ("qnn", ("qnn_htp",)),
+        ("imx500", ("imx500",)),
     ):
         for target in targets:
             for operator in one_operator.ALL:

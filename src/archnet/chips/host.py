@@ -117,12 +117,11 @@ class Bridge:
     The module imports its tool in functions alone, so that what it says of itself can be read here:
     ``ABOUT``, ``PACKAGE``, ``CHIPS`` (a hardware target -> what the tool calls such chips, the
     default first; none for a runtime of this computer), ``ACCELERATOR`` (what it calls the place
-    where operators should run), ``SUFFIX`` of the files it takes, ``OPSET`` and ``IR`` (the newest
-    of ONNX that it reads), ``FORM`` (that it takes quantized
-    students in; None: that of most tools),
-    ``QUANTIZES`` (whether it quantizes a float network by itself), ``TORCH`` (whether it needs
-    archnet's), ``ERRORS`` and ``MARK`` (patterns of lines that say what went wrong, and of what
-    stands in front of its words), and ``run(request)``, see `archnet.chips.serve`.
+    where operators should run), ``SUFFIX`` of the files it takes, ``IR`` (the newest version
+    of ONNX's format that it reads), ``FORM`` (that it takes quantized students in; None: that of
+    most tools), ``QUANTIZES`` (whether it quantizes a float network by itself), ``TORCH`` (whether
+    it needs archnet's), ``ERRORS`` and ``MARK`` (patterns of lines that say what went wrong, and
+    of what stands in front of its words), and ``run(request)``, see `archnet.chips.serve`.
     """
 
     name: str

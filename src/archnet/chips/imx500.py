@@ -25,7 +25,7 @@ CHIPS = {"imx500": ("imx500",)}
 ACCELERATOR = "IMX500"
 SUFFIX = ".onnx"
 FORM = "mct"
-OPSET, IR = 20, 10
+IR = 10
 QUANTIZES = True
 ERRORS = (
     r".*ERROR ?: CODE: \[\w+\] [^ \[](?!ailure in conversion)",

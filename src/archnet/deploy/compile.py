@@ -141,9 +141,8 @@ def compile_student(
     else:
         model = to_integers(student, requantization) if quantized else None
         dialect = target_of(student).dialect if asked.dialect is None else asked.dialect
-        opset = min(asked.bridge.says("OPSET", dialect.opset), dialect.opset)
         form = asked.bridge.says("FORM") if quantized else None
-        file = for_one(to_onnx(student, form, opset, dialect), asked.bridge)
+        file = to_onnx(student, form, dialect=replace(dialect, batch="one"))
         content, origins = file.SerializeToString(), layers_of(file)
         doubt = doubts(file).get(asked.bridge.name, "")
     compiled = asked.compile(content, not quantized, log, origins)
@@ -231,7 +230,9 @@ def input_shape(path: str | os.PathLike[str], given: Mapping[str, Sequence[int]]
 
 
 def for_one(model: onnx.ModelProto, bridge: Bridge) -> onnx.ModelProto:
-    """The same file for a batch of one, as chips' tools want it, in an IR that the tool reads."""
+    """A file that archnet has not written, for a batch of one, as chips' tools want it, in an IR
+    that the tool reads. Students are written so (`DialectConfig`).
+    """
     for value in (*model.graph.input, *model.graph.output):
         dims = value.type.tensor_type.shape.dim
         if dims and not dims[0].dim_value:

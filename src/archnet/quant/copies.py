@@ -29,7 +29,7 @@ from archnet.quant.calibrate import best_scale, lowest_level, observe
 from archnet.quant.equalize import columns_read, norm_along
 from archnet.quant.quantizers import ActivationLSQ, Quantizer, WeightLSQ
 from archnet.quant.recipe import Recipe
-from archnet.quant.widths import FLOAT, weighted
+from archnet.quant.widths import FLOAT, first_and_last, weighted
 
 _Place = tuple[str, int]  # a value, and the axis of its channels, counted with the batch as axis 0
 
@@ -151,9 +151,10 @@ def _behind_permutes(student: Student, by_name: Mapping[str, Step], step: Step) 
 
 
 def _readers(student: Student) -> dict[_Place, list[str]]:
-    """The trained layers between the first and the last, by what they read."""
-    trained = [name for name, module in weighted(student).items() if module.trainable]
-    between = set(trained[1:-1])
+    """The trained layers between the first and the last ones, by what they read."""
+    trained = {name for name, module in weighted(student).items() if module.trainable}
+    first, last, _ = first_and_last(student)
+    between = trained - {*first, *last}
     found: dict[_Place, list[str]] = {}
     for step in student.graph.steps:
         module = student.operator(step.name)

@@ -32,7 +32,7 @@ from archnet.quant.attach import QuantizationError, describe, multiplies
 from archnet.quant.calibrate import SAMPLES, best_scale, lowest_level, observe_channels
 from archnet.quant.quantizers import signed_range
 from archnet.quant.recipe import Recipe
-from archnet.quant.widths import FLOAT, weighted
+from archnet.quant.widths import FLOAT, first_and_last
 
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)  # of a channel's size, tried besides 0 (Lin et al. 2306.00978)
 WORTH = 0.5  # of the error without it: a batch norm costs the chip something
@@ -124,9 +124,9 @@ def equalize(
 
 
 def _places(student: Student) -> list[_Place]:
-    trained = [name for name, module in weighted(student).items() if module.trainable]
     by_name = {step.name: step for step in student.graph.steps}
-    ends = {*trained[:1], *trained[-1:]}
+    first, last, _ = first_and_last(student)
+    ends = {*first, *last}
     readers: dict[str, list[str]] = {}
     chains: dict[str, list[str]] = {}
     for step in student.graph.steps:

@@ -4,7 +4,7 @@ Widths are named by steps: of a weighted layer the bits of its weights, of an ac
 of its grid. Activations whose values meet in a concatenation share a grid; the first one names it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -119,13 +119,7 @@ def _ends(student: Student, first_bits: int, last_bits: int) -> dict[str, int]:
     """Own widths of the weights of the first layer and of the last one before each result, and of
     the activations that they read.
     """
-    trained = [name for name, module in weighted(student).items() if module.trainable]
-    if not trained:
-        return {}
-    # Token embeddings all read the input.
-    embeddings = [name for name in trained if isinstance(student.operator(name), TokenEmbedding)]
-    first = embeddings or trained[:1]
-    last, behind = _last(student, trained)
+    first, last, behind = first_and_last(student)
     found = dict.fromkeys(last, last_bits) | dict.fromkeys(first, first_bits)
     on_grid = grids(student)
     for step in student.graph.steps:
@@ -136,8 +130,11 @@ def _ends(student: Student, first_bits: int, last_bits: int) -> dict[str, int]:
     return found
 
 
-def _last(student: Student, trained: Sequence[str]) -> tuple[list[str], set[str]]:
-    """The last trained layer before each result, and the steps between them and the results."""
+def first_and_last(student: Student) -> tuple[list[str], list[str], set[str]]:
+    """The first trained layer, the last one before each result, and the steps behind the latter."""
+    trained = [name for name, module in weighted(student).items() if module.trainable]
+    # Token embeddings all read the input.
+    embeddings = [name for name in trained if isinstance(student.operator(name), TokenEmbedding)]
     last, behind = list[str](), set[str]()
     for output in student.graph.outputs:
         if output in student.graph.inputs:
@@ -147,4 +144,4 @@ def _last(student: Student, trained: Sequence[str]) -> tuple[list[str], set[str]
         if layers:
             last.append(names[layers[-1]])
             behind.update(names[layers[-1] + 1 :])
-    return list(dict.fromkeys(last)), behind
+    return embeddings or trained[:1], list(dict.fromkeys(last)), behind

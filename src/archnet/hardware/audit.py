@@ -26,7 +26,7 @@ from archnet.hardware.onnx_graph import (
 )
 from archnet.hardware.onnx_inputs import Sizes
 from archnet.hardware.onnx_products import operands
-from archnet.hardware.target import FORMS, Layer, Target, sizes
+from archnet.hardware.target import OPERATORS_OF, Layer, Target, sizes
 
 __all__ = ["Audit", "AuditError", "NotJudged", "Violation", "audit", "grouped"]
 
@@ -365,7 +365,7 @@ def _pool(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     ones = (1,) * len(shape[2:])
     layer = Layer(_on_axes(kind, len(ones)), tuple(size or 1 for size in shape[2:]), ones, ones)
     bounded = target.complete or target.limits.get(kind)
-    if None in shape[2:] and bounded and kind in (*FORMS, *target.operators):
+    if None in shape[2:] and bounded and kind in (*OPERATORS_OF, *target.operators):
         return _doubtful(target, kind, "the size of its window is not known")
     return _asked(target, layer)
 

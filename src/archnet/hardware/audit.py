@@ -100,7 +100,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """A node, and what there is to say of it."""
+    """A node of the file, and what was found about it."""
 
     node: str
     operator: str
@@ -115,7 +115,7 @@ class Violation(Finding):
 
 
 class NotJudged(Finding):
-    """A node of which the target's description does not say whether it runs."""
+    """A node that the target's description does not mention."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Audit:
 
 
 def grouped(findings: Sequence[Finding]) -> dict[tuple[str, str], list[str]]:
-    """The names of nodes by their operator and what there is to say of them."""
+    """The names of nodes, grouped by operator and finding."""
     found: dict[tuple[str, str], list[str]] = {}
     for finding in findings:
         found.setdefault((finding.operator, finding.reason), []).append(finding.node)
@@ -170,7 +170,7 @@ def audit(
     hardware: str | Target | Any = "arch5",
     inputs: Sizes | None = None,
 ) -> Audit:
-    """Judge an ONNX file by what a target runs.
+    """Compare an ONNX file with what a target runs.
 
     Args:
         model: the file, or the model in memory.

@@ -28,7 +28,7 @@ NO_LIMITS = LimitsConfig()
 
 @dataclass(frozen=True)
 class Layer:
-    """What a target is asked about: one layer, of a student or of a file.
+    """One layer, of a student or of a file, that a target is asked to judge.
 
     Args:
         kind: its operator, or a kind of which `OPERATORS_OF` lists several.
@@ -221,7 +221,7 @@ def _built_in(name: str) -> Target:
 
 
 def sizes(shape: tuple[int | None, ...]) -> str:
-    """3x3; what is not known is a question mark."""
+    """Sizes as text, 3x3; an unknown one is a question mark."""
     return "x".join("?" if size is None else str(size) for size in shape)
 
 

@@ -218,9 +218,7 @@ def test_activations_must_fit_the_memory():
     net = residual_student()
     most = max(step.live_bytes for step in student_cost(net).steps)
     check_memory(net, replace(Target.named("arch5"), memory_bytes=most))
-    with pytest.raises(
-        TargetError, match=r"step conv, from 'stem\.conv'.*1,792 bytes.*has 1,791"
-    ):
+    with pytest.raises(TargetError, match=r"step conv, from 'stem\.conv'.*1,792 bytes.*has 1,791"):
         check_memory(net, replace(Target.named("arch5"), memory_bytes=most - 1))
 
 

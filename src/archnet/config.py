@@ -246,9 +246,10 @@ class QuantConfig:
     sensitivity_inputs: int = _number(256, 1)  # unlabelled inputs that measure each width's loss
 
 
-# The operators of `arch5`, then what chips have beside them. `conv3x3`, `conv1x1` and
-# `maxpool2x2` are narrow forms of `conv` and `maxpool`, which take windows of any size on two axes;
-# on one axis or three they are `conv1d` and `conv3d`. The rest is element-wise or named after ONNX.
+# The operators of `arch5`, then those that chips have besides. `conv3x3`, `conv1x1` and
+# `maxpool2x2` are special cases of `conv` and `maxpool`, whose windows have any size on two axes;
+# with one axis or three they are `conv1d` and `conv3d`. The rest is element-wise or named after
+# ONNX.
 OPERATORS = (
     "conv3x3",
     "maxpool2x2",

@@ -34,7 +34,7 @@ def temporary_beside(path: Path) -> Path:
 
 
 def discard_output() -> None:
-    """Drop what is still to be printed, once nobody reads it (`... --help | head`)."""
+    """Discard output that nobody reads any more (`... --help | head`)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -103,7 +103,7 @@ def write_refusal(folder: Path) -> OSError | None:
 
 
 def full_disk(error: OSError, folders: Iterable[Path]) -> str | None:
-    """Says which disk is full, where ``error`` is of a full disk; else None.
+    """Name the disk that is full, if that caused ``error``; else None.
 
     Args:
         error: it seldom names a file.
@@ -120,7 +120,7 @@ def full_disk(error: OSError, folders: Iterable[Path]) -> str | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that are gone have left half written in a folder, not below it.
+    """Remove files that ended processes left half written in a folder, but not below it.
 
     Processes of other machines cannot be seen: two that share a folder must not begin at a time.
     """

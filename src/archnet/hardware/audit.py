@@ -26,7 +26,7 @@ from archnet.hardware.onnx_graph import (
 )
 from archnet.hardware.onnx_inputs import Sizes
 from archnet.hardware.onnx_products import operands
-from archnet.hardware.target import FORMS, Layer, Target, sizes
+from archnet.hardware.target import OPERATORS_OF, Layer, Target, sizes
 
 __all__ = ["Audit", "AuditError", "NotJudged", "Violation", "audit", "grouped"]
 
@@ -100,7 +100,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """A node, and what there is to say of it."""
+    """A node of the file, and what was found about it."""
 
     node: str
     operator: str
@@ -115,7 +115,7 @@ class Violation(Finding):
 
 
 class NotJudged(Finding):
-    """A node of which the target's description does not say whether it runs."""
+    """A node that the target's description does not mention."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Audit:
 
 
 def grouped(findings: Sequence[Finding]) -> dict[tuple[str, str], list[str]]:
-    """The names of nodes by their operator and what there is to say of them."""
+    """The names of nodes, grouped by operator and finding."""
     found: dict[tuple[str, str], list[str]] = {}
     for finding in findings:
         found.setdefault((finding.operator, finding.reason), []).append(finding.node)
@@ -170,7 +170,7 @@ def audit(
     hardware: str | Target | Any = "arch5",
     inputs: Sizes | None = None,
 ) -> Audit:
-    """Judge an ONNX file by what a target runs.
+    """Compare an ONNX file with what a target runs.
 
     Args:
         model: the file, or the model in memory.
@@ -365,7 +365,7 @@ def _pool(graph: OnnxGraph, node: onnx.NodeProto, target: Target) -> Verdict:
     ones = (1,) * len(shape[2:])
     layer = Layer(_on_axes(kind, len(ones)), tuple(size or 1 for size in shape[2:]), ones, ones)
     bounded = target.complete or target.limits.get(kind)
-    if None in shape[2:] and bounded and kind in (*FORMS, *target.operators):
+    if None in shape[2:] and bounded and kind in (*OPERATORS_OF, *target.operators):
         return _doubtful(target, kind, "the size of its window is not known")
     return _asked(target, layer)
 

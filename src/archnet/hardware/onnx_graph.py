@@ -84,13 +84,13 @@ def open_graph(
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The integers behind a value, as they are stored.
+class StoredIntegers:
+    """The integers that a float value of the file is made from, as they are stored.
 
     Args:
         kind: their type, such as "int8"; a Quant node may have "int3".
         bits: of each, which a Clip or the file's own notes may narrow.
-        scale: name of the constant that holds their scale; "" if they stand for themselves.
+        scale: name of the constant that holds their scale; "" if the value is the integers.
     """
 
     kind: str
@@ -133,7 +133,7 @@ class OnnxGraph:
         self.constants = {""}
         self.shapes: dict[str, Shape] = {}
         self.types: dict[str, int] = {}
-        self.grids: dict[str, Grid] = {}
+        self.grids: dict[str, StoredIntegers] = {}
         self.nodes: list[onnx.NodeProto] = []
         self.folded: dict[str, onnx.NodeProto] = {}
         self.producer: dict[str, onnx.NodeProto] = {}
@@ -195,13 +195,13 @@ class OnnxGraph:
             return self.initializers[name].data_type or TensorProto.FLOAT
         return self.types.get(name) or TensorProto.FLOAT
 
-    def grid(self, name: str) -> Grid | None:
+    def grid(self, name: str) -> StoredIntegers | None:
         """The integers that a value stands for; None where it is a float as far as is known."""
         found = self.grids.get(name)
         if found is None and (kind := type_name(self.element_type(name))).startswith(
             ("int", "uint")
         ):
-            return Grid(kind, type_bits(self.element_type(name)))
+            return StoredIntegers(kind, type_bits(self.element_type(name)))
         return found
 
     def bits(self, name: str) -> int:
@@ -313,7 +313,7 @@ class OnnxGraph:
     def _moves(self, node: onnx.NodeProto) -> bool:
         return is_standard(node) and node.op_type in (*MOVES, "Clip")
 
-    def _grid(self, node: onnx.NodeProto) -> Grid | None:
+    def _grid(self, node: onnx.NodeProto) -> StoredIntegers | None:
         """The integers that the results of a node stand for."""
         grid = self._grid_before_notes(node)
         noted = next((item.value for item in node.metadata_props if item.key == WIDTH_KEY), "")
@@ -321,7 +321,7 @@ class OnnxGraph:
             return grid
         return replace(grid, bits=int(noted)) if 0 < int(noted) <= _digits(grid.kind) else grid
 
-    def _grid_before_notes(self, node: onnx.NodeProto) -> Grid | None:
+    def _grid_before_notes(self, node: onnx.NodeProto) -> StoredIntegers | None:
         if is_quant(node):
             return self._quant(node)
         if is_quantization(node):
@@ -353,17 +353,17 @@ class OnnxGraph:
         low, high = (int(np.asarray(bound).reshape(())) for bound in bounds)
         return min(bits, max(1, (high - low).bit_length()))
 
-    def _quant(self, node: onnx.NodeProto) -> Grid | None:
+    def _quant(self, node: onnx.NodeProto) -> StoredIntegers | None:
         """The integers of a Quant node."""
         scale = node.input[1] if len(node.input) > 1 else ""
         if node.op_type == "BipolarQuant":
-            return Grid("int1", 1, scale)
+            return StoredIntegers("int1", 1, scale)
         width = self._infer.values.get(node.input[3]) if len(node.input) > 3 else None
         if width is None or width.size != 1 or not 1 <= float(width.reshape(())) <= 64:
             return None
         bits = int(np.ceil(float(width.reshape(()))))
         signed = attributes(node).get("signed", 1)
-        return Grid(f"{'' if signed else 'u'}int{bits}", bits, scale)
+        return StoredIntegers(f"{'' if signed else 'u'}int{bits}", bits, scale)
 
     # Branches -------------------------------------------------------------------------------
 

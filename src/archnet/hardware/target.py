@@ -13,7 +13,7 @@ from archnet.errors import ConfigError
 from archnet.target_file import described, from_file, is_file
 
 # Kinds of layer that have more than one operator, the narrowest first.
-FORMS: Mapping[str, tuple[str, ...]] = {
+OPERATORS_OF: Mapping[str, tuple[str, ...]] = {
     "conv": ("conv3x3", "conv1x1", "depthwise_conv", "conv"),
     "maxpool": ("maxpool2x2", "maxpool"),
 }
@@ -28,10 +28,10 @@ NO_LIMITS = LimitsConfig()
 
 @dataclass(frozen=True)
 class Layer:
-    """What a target is asked about: one layer, of a student or of a file.
+    """One layer, of a student or of a file, that a target is asked to judge.
 
     Args:
-        kind: its operator, or a kind of which `FORMS` lists several.
+        kind: its operator, or a kind of which `OPERATORS_OF` lists several.
         kernel, stride, dilation: one number a spatial axis, in pixels; empty without a window.
         groups: of channels.
         channels: of the widest map that it reads or writes.
@@ -156,17 +156,17 @@ class Target:
         return self._judged(layer)
 
     def _judged(self, layer: Layer) -> tuple[str, str]:
-        forms = FORMS.get(layer.kind, (layer.kind,))
-        misfits = {form: _misfit(form, layer) for form in forms}
-        for form in (form for form, misfit in misfits.items() if not misfit):
-            if form in self.lacks:
-                return form, f"{form} is not an operator of {self.name}"
-            if form in self.operators:
-                return form, next(self._beyond(form, layer), "")
-        own = next((form for form in forms if WINDOWS.get(form) == layer.kernel), layer.kind)
+        operators = OPERATORS_OF.get(layer.kind, (layer.kind,))
+        misfits = {name: _misfit(name, layer) for name in operators}
+        for name in (name for name, misfit in misfits.items() if not misfit):
+            if name in self.lacks:
+                return name, f"{name} is not an operator of {self.name}"
+            if name in self.operators:
+                return name, next(self._beyond(name, layer), "")
+        own = next((name for name in operators if WINDOWS.get(name) == layer.kernel), layer.kind)
         if not self.complete:
             return own, f"{own} is not in the description of {self.name}"
-        tried = {form: misfit for form, misfit in misfits.items() if form in self.operators}
+        tried = {name: misfit for name, misfit in misfits.items() if name in self.operators}
         if tried and own in (layer.kind, *tried):
             closest = own if own in tried else next(iter(tried))
             return closest, tried[closest]
@@ -175,8 +175,10 @@ class Target:
     def states(self, layer: Layer) -> bool:
         """Whether the description says if a layer runs, be it yes or no."""
         named = (*self.operators, *self.lacks)
-        forms = FORMS.get(layer.kind, (layer.kind,))
-        return self.complete or any(form in named and not _misfit(form, layer) for form in forms)
+        operators = OPERATORS_OF.get(layer.kind, (layer.kind,))
+        return self.complete or any(
+            name in named and not _misfit(name, layer) for name in operators
+        )
 
     def _beyond(self, operator: str, layer: Layer) -> Iterator[str]:
         """Every limit that a layer exceeds, in words."""
@@ -219,7 +221,7 @@ def _built_in(name: str) -> Target:
 
 
 def sizes(shape: tuple[int | None, ...]) -> str:
-    """3x3; what is not known is a question mark."""
+    """Sizes as text, 3x3; an unknown one is a question mark."""
     return "x".join("?" if size is None else str(size) for size in shape)
 
 
@@ -228,7 +230,7 @@ def _exceeds(value: int, limit: int | None) -> bool:
 
 
 def _misfit(operator: str, layer: Layer) -> str:
-    """Why a layer is not this form of its kind; "" where it is."""
+    """Why a layer is not this operator of its kind; "" where it is."""
     if operator in WINDOWS:
         if layer.kernel != WINDOWS[operator]:
             return f"kernel {sizes(layer.kernel)}"

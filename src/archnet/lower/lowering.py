@@ -25,8 +25,7 @@ class Lowered:
     Attributes:
         student: of deployed operators. Quantizers are those of the whole one, shared with it.
         whole: the whole step that each deployed step belongs to.
-        ways: how a whole step was written that is not written as itself: of the ways that the
-            target runs, the one that costs least.
+        ways: for each whole step that is not written as itself, the lowering that was used.
         reasons: of each of those, why it is not written as itself.
         values: the deployed value that each value of the whole student is, where there is one: a
             result that is rounded before its parts are joined has none before the rounding.
@@ -45,7 +44,7 @@ class Lowered:
 
 
 def lower(student: Student, target: Any = None, *, weights: bool = True) -> Lowered:
-    """Write a student with what a target runs, each operator in the way that costs least there.
+    """Write each operator of a student with what a target runs, by the cheapest lowering.
 
     What the deployed graph computes is what the student computes: equal in floats but for the
     order of sums, equal to the bit in integers.

@@ -1,4 +1,4 @@
-"""The ways in which a whole operator is written with what a target runs."""
+"""The lowerings of each whole operator, and the choice of the cheapest."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Build = Callable[[Any, tuple[str, ...], Draft], Result]
 
 @dataclass(frozen=True)
 class Way:
-    """One lowering: ``build(operator, inputs, draft)`` adds deployed steps to the draft."""
+    """One lowering. ``build(operator, inputs, draft)`` adds deployed steps to the draft."""
 
     name: str
     build: Build
@@ -25,7 +25,7 @@ WAYS: dict[type[Operator], list[Way]] = {}
 
 
 def lowering(operator: type[Operator]) -> Callable[[Build], Build]:
-    """Register a way of writing ``operator``; the first one registered is the operator itself."""
+    """Register a lowering of ``operator``; the first one registered is the operator itself."""
 
     def register(build: Build) -> Build:
         WAYS.setdefault(operator, []).append(Way(build.__name__.replace("_", " "), build))
@@ -44,14 +44,16 @@ def cheapest(
     chosen: dict[str, int],
     known: str = "",
 ) -> tuple[Way, bool]:
-    """The operator itself where the target runs it, else the way that costs least of those which it
-    runs; and whether it runs any. Where it runs none, that is the first one, too.
+    """The lowering to use, and whether the target runs it.
+
+    It is the operator itself if the target runs that, otherwise the cheapest that it runs, and
+    the operator itself again if it runs none.
 
     Args:
         ways: to choose from.
         operator: what is lowered.
         inputs: names of the deployed values that it reads.
-        draft: they stand in; nothing is added to it.
+        draft: that holds them; nothing is added to it.
         in_parts: whether a result in parts will do.
         chosen: what was chosen before for equal operators.
         known: what else of the operator a way asks for.

@@ -204,7 +204,7 @@ def _from_timm(
 
 
 def import_timm() -> Any:
-    """The package, an extra.
+    """Import timm, which is an extra.
 
     Raises:
         TeacherError: it is missing.
@@ -221,7 +221,7 @@ def import_timm() -> Any:
 def from_factory(
     factory: str, kwargs: Mapping[str, Any], key: str = "teacher.factory"
 ) -> nn.Module:
-    """What ``package.module:callable`` returns for ``kwargs``.
+    """Build a network: call ``package.module:callable`` with ``kwargs``.
 
     As for `python -m`, modules in the folder that the command is called in can be imported.
 
@@ -366,7 +366,7 @@ def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], origin: str | Path) -> None:
-    """Load a state dict that must fit exactly.
+    """Load a state dict whose names and shapes must be those of the network.
 
     Only batch counters, which inference never reads, may be missing.
 

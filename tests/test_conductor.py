@@ -106,6 +106,18 @@ def test_the_report_is_one_file_with_table_and_curves(finished: RunFolder) -> No
         assert outside not in page
 
 
+def test_the_code_in_the_report_runs_the_file(finished: RunFolder, tmp_path: Path) -> None:
+    from PIL import Image
+
+    code = read_json(finished.path / "evaluation.json")["usage"]
+    assert "onnxruntime" in (finished.path / "report.html").read_text()
+    Image.new("RGB", (50, 40), "white").save(tmp_path / "picture.png")
+    command = [sys.executable, "-c", code, str(tmp_path / "picture.png")]
+    done = subprocess.run(command, cwd=finished.path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in map(str, range(10))
+
+
 def test_a_finished_run_is_not_run_again(
     finished: RunFolder, make_config: Make, caplog: pytest.LogCaptureFixture
 ) -> None:

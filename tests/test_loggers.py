@@ -21,18 +21,14 @@ from conftest import CONF
 Make = Callable[..., Config]
 DIGITS = ("trainer=debug", "quant.bits=3", "distill.steps=60", "distill.joint_steps=20",
           "trainer.limit_eval=400")  # fmt: skip
-PHRASES = ("experiment=phrases", "teacher.fit.epochs=1", "distill.steps=20", "distill.val_every=5",
-           "task.data.unlabelled=200", "trainer.limit_eval=20",
-           "trainer.accelerator=cpu")  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[DIGITS, PHRASES], ids=["digits", "phrases"])
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     root = tmp_path_factory.mktemp("logged")
-    places = [f"output_dir={root}/outputs", f"teacher.cache_dir={root}/teachers",
-              f"task.text.cache_dir={root}/text"]  # fmt: skip
+    places = [f"output_dir={root}/outputs", f"teacher.cache_dir={root}/teachers"]
     told = ["logger=all", "logger.wandb.mode=offline", "trainer.progress=false"]
-    return conductor.run(compose(CONF, [*request.param, *told, *places]))
+    return conductor.run(compose(CONF, [*DIGITS, *told, *places]))
 
 
 def records(folder: RunFolder) -> list[Any]:
@@ -61,7 +57,8 @@ def items(update: Any) -> dict[str, Any]:
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in update}
 
 
-def test_wandb_has_config_curves_figures_tables_and_files(finished: RunFolder) -> None:
+def require_wandb(finished: RunFolder) -> None:
+    """W&B's offline file has the config, the curves, the figures, the tables and the files."""
     metrics, config = read_json(finished.metrics), finished.config()
     found = records(finished)
     told: dict[str, Any] = {}
@@ -106,7 +103,8 @@ def test_wandb_has_config_curves_figures_tables_and_files(finished: RunFolder) -
     assert {"report.html", "metrics.json", *exported} <= names
 
 
-def test_tensorboard_has_the_same(finished: RunFolder) -> None:
+def require_tensorboard(finished: RunFolder) -> None:
+    """TensorBoard's events have the same."""
     metrics, config = read_json(finished.metrics), finished.config()
     place = finished.path / "logs" / "tensorboard"
     kept = yaml.safe_load((place / "hparams.yaml").read_text())
@@ -127,6 +125,11 @@ def test_tensorboard_has_the_same(finished: RunFolder) -> None:
         assert "disagreements/text_summary" in texts
     else:
         assert "disagreements/0" in events.Tags()["images"]
+
+
+def test_both_have_all_of_a_run(finished: RunFolder) -> None:
+    require_wandb(finished)
+    require_tensorboard(finished)
 
 
 def test_a_finished_run_is_told_once_and_a_new_logger_all_of_it(

@@ -16,13 +16,15 @@ from archnet.config import Config
 from archnet.jobs import conductor, translation
 from archnet.runs import RunError, RunFolder, read_json
 from conftest import killed_at
+from test_loggers import require_tensorboard, require_wandb
 
 Make = Callable[..., Config]
 SHORT = [
     "experiment=phrases",
     "teacher.fit.epochs=2",
-    "distill.steps=6",
-    "distill.val_every=3",
+    "distill.steps=20",
+    "distill.joint_steps=10",
+    "distill.val_every=5",
     "distill.checkpoint_every=1",
     "task.data.unlabelled=300",
     "trainer.limit_eval=24",
@@ -54,7 +56,13 @@ def finished(places: list[str]) -> RunFolder:
     from archnet.compose import compose
     from conftest import CONF
 
-    return conductor.run(compose(CONF, [*SHORT, *places]))
+    told = ["logger=all", "logger.wandb.mode=offline"]
+    return conductor.run(compose(CONF, [*SHORT, *places, *told]))
+
+
+def test_loggers_have_sentences_and_figures(finished: RunFolder) -> None:
+    require_wandb(finished)
+    require_tensorboard(finished)
 
 
 def test_a_run_leaves_figures_files_and_a_report(finished: RunFolder) -> None:

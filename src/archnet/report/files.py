@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -39,6 +39,58 @@ _ROWS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+
+def _is_confusion(found: Any) -> bool:
+    if not (isinstance(found, dict) and found.get("rows") in ("label", "teacher")):
+        return False
+    counts = found.get("counts")
+    return isinstance(counts, list) and all(
+        isinstance(row, list)
+        and len(row) == len(counts)
+        and all(type(n) is int and n >= 0 for n in row)
+        for row in counts
+    )
+
+
+def _is_disagreement(row: Any) -> bool:
+    if not isinstance(row, dict) or type(row.get("index")) is not int:
+        return False
+    texts = [row[key] for key in ("source", "reference") if key in row]
+    if texts:
+        return all(
+            isinstance(row.get(k), str) for k in ("source", "reference", "teacher", "student")
+        )
+    classes = [row[key] for key in ("label", "teacher", "student") if key in row]
+    return (
+        all(type(number) is int and number >= 0 for number in classes)
+        and isinstance(row.get("picture", ""), str)
+        and isinstance(row.get("changed", 0), _NUMBER)
+    )
+
+
+def _is_length(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and all(
+            isinstance(row.get(k), _NUMBER) for k in ("words", "sentences", "teacher", "student")
+        )
+        and isinstance(row.get("below"), (*_NUMBER, NoneType))
+    )
+
+
+def _all(sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda found: isinstance(found, list) and all(map(sound, found))
+
+
+_DETAILS: dict[str, Callable[[Any], bool]] = {
+    "classes": _all(lambda name: isinstance(name, str)),
+    "usage": lambda text: isinstance(text, str),
+    "disagreements": _all(_is_disagreement),
+    "disagreeing": lambda count: type(count) is int,
+    "confusion": _is_confusion,
+    "by_length": _all(_is_length),
+}
+
 Points = list[tuple[int, float]]
 Curves = dict[str, Points]
 
@@ -66,10 +118,14 @@ def evaluation(folder: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     try:
-        return read_json(path, dict)
+        found = read_json(path, dict)
+        for key, sound in _DETAILS.items():
+            if key in found and not sound(found[key]):
+                raise RunError(f"{path} is damaged: {key} is not what a run writes there")
     except RunError as error:
         _log.warning("%s; the report is written without it", error)
         return {}
+    return {key: found[key] for key in _DETAILS if key in found}
 
 
 def curves(folder: Path) -> Curves:

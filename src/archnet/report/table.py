@@ -179,7 +179,8 @@ def _interval(metrics: Mapping[str, Any]) -> tuple[str, str, str] | None:
     for key, found in metrics.get("paired", {}).items():
         if found["low"] is not None:
             bounds = f"{found['low']:+.2f} to {found['high']:+.2f}"
-            return f"difference in {key}, 95 % interval", "", bounds
+            title = METRICS.get(key, key.replace("_", " ")).partition(",")[0]
+            return f"difference in {title}, 95 % interval", "", bounds
     return None
 
 

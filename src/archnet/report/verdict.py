@@ -205,7 +205,9 @@ def _advice(
             found.append("Quantize it: quant=lsq quant.bits=8.")
         elif heavy := _heaviest(layers, measure):
             names, share = heavy
-            found.append(f"{share:.0%} of the cost is in {names}: fewer bits there (quant=mixed).")
+            few = f"{share:.0%} of the cost is in {names}: fewer bits there (quant=mixed)."
+            spread = "No few layers take most of the cost: fewer bits throughout (quant.bits)."
+            found.append(few if share >= 0.4 else spread)
         if metrics.get("conversion", {}).get("approximate_rules") and max_cost is None:
             found.append("Bound what approximations add: convert.max_cost=1.0.")
     if worse:

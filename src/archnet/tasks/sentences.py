@@ -54,7 +54,8 @@ def _matches(translation: str, reference: str) -> list[int]:
 
 def _bleu(sums: NDArray[np.int64]) -> float:
     matches, ngrams = sums[:4].tolist(), sums[4:8].tolist()
-    return sacrebleu.BLEU.compute_bleu(matches, ngrams, int(sums[8]), int(sums[9])).score
+    lengths = int(sums[8]), int(sums[9])
+    return sacrebleu.BLEU.compute_bleu(matches, ngrams, *lengths, smooth_method="exp").score
 
 
 def compared(

@@ -12,8 +12,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
 from archnet.errors import ArchnetError
+from archnet.runs.folder import RUNS
 
-RUNS = "runs.txt"  # in the folder of a multirun: its runs, one a line, relative to it
 _folders: list[Path] = []  # of the multiruns that this process has started
 
 

@@ -21,7 +21,7 @@ from archnet.report.page import page
 from archnet.report.table import METRICS, amount, plain_console, reading
 from archnet.report.verdict import headline, verdict
 from archnet.runs import RunError, RunFolder, atomic, read_json, read_text
-from archnet.sweep import RUNS
+from archnet.runs.folder import RUNS
 
 _log = logging.getLogger(__name__)
 

@@ -39,6 +39,7 @@ _LARGEST_CONFIG = 1 << 20
 _CHECKSUM = "sha256"  # key of a stage's file that holds the digest of the others
 _SHOWN_EDITS = 5
 _ORIGIN = "origin.json"
+RUNS = "runs.txt"  # in the folder of a multirun: its runs, one a line, relative to it
 
 
 class RunError(ArchnetError):

@@ -144,7 +144,7 @@ def test_an_own_network_is_measured_as_plain_torch_measures_it(
     assert metrics["teacher"]["accuracy"] == pytest.approx(own.accuracy, abs=1e-3)
     assert metrics["audit"]["pure"]
     assert metrics["parity"]["mismatches"] == 0
-    assert "validation images are right (guessing: 10.00 %)" in caplog.text
+    assert "validation images (guessing: 10.00 %)" in caplog.text
     assert "hardly more than guessing" not in caplog.text
     assert read_json(folder.path / "stages" / "look.json")["accuracy"] > 50
     # What opens the folder again shows the same images to the same network.

@@ -115,7 +115,7 @@ def convert(
     built = within_budget(build, graph, form, budgets)
     built.student.graph.classes = _classes(built.student, graph, classes)
     for node in graph.head:
-        _log.info("peeled %s at '%s': the student gives the scores", node.operator, node.path)
+        _log.info("peeled %s at '%s': the student returns the scores", node.operator, node.path)
         built.student.report.append(NodeReport(node.path, node.operator, PEELED, True, 0, 0))
     if start == "random":
         randomise(built.student, seed)

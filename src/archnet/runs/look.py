@@ -65,7 +65,7 @@ def look(
     if labelled and len(labels_N):
         facts["accuracy"] = round(100 * (guesses_N == labels_N).double().mean().item(), 4)
         _log.info(
-            "teacher: %.2f %% of %s %s images are right (guessing: %.2f %%)",
+            "teacher: accuracy %.2f %% on %s %s images (guessing: %.2f %%)",
             facts["accuracy"], f"{len(labels_N):,}", split, 100 / classes,
         )  # fmt: skip
     elif len(labels_N):

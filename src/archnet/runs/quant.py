@@ -76,7 +76,7 @@ def _quantize(
     )
     archnet.quantize(student, recipe, calibration=batches, widths=chosen.widths, learned=learned)
     _log.info(
-        "widths chosen: %.4f of the %s at W%dA%d",
+        "mixed widths: %.4f of the %s at W%dA%d",
         chosen.spent / chosen.uniform,
         quant.budget_of,
         quant.weight_bits,

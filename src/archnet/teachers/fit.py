@@ -280,7 +280,7 @@ def _taken(model: nn.Module, path: Path) -> bool:
         _log.warning("%s: the teacher is trained again", line)
         remove(path)
         return False
-    _log.info("teacher taken from %s", path)
+    _log.info("teacher read from %s", path)
     return True
 
 
@@ -301,7 +301,8 @@ def _keep(model: nn.Module, folder: Path, learner: _TeacherTraining, seconds: fl
     with atomic(folder / "teacher.safetensors", TeacherError) as partial:
         save_file(state, partial, {_CHECKSUM: _digest(state)})
     (folder / "last.ckpt").unlink(missing_ok=True)
-    _log.info("teacher kept in %s, %.2f %% on val", folder, learner.accuracy)  # of labels or tokens
+    # Of labels or tokens.
+    _log.info("teacher saved in %s, %.2f %% right on validation", folder, learner.accuracy)
 
 
 class _TeacherTraining(lightning.LightningModule):

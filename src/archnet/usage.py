@@ -17,6 +17,8 @@ _GROUPS = {
     "distill": "how the student is trained",
     "trainer": "where the work runs",
     "logger": "where losses and figures are logged",
+    "hydra/sweeper": "how a sweep (-m) chooses its values, beside every combination of those given",
+    "wandb": "for W&B's own agent, not to be chosen here: wandb sweep conf/wandb/sweep.yaml",
     "experiment": "published results; what else the command says wins over them",
 }
 _COMMANDS = (
@@ -24,10 +26,11 @@ _COMMANDS = (
     ("python train.py experiment=demo", "digits at W2A4"),
     ("python train.py task=images task.data.root=photos teacher=resnet18 quant.bits=4", "yours"),
     ("python train.py -m experiment=demo quant.bits=2,4,8", "a sweep: three runs"),
+    ("python train.py -m hydra/sweeper=pareto quant.bits=2,4,8", "accuracy and cost, by search"),
     ("python train.py resume=<run folder>", "go on with a run that was stopped"),
     ("python train.py ... --cfg job", "print what a command composes to, and run nothing"),
     ("python train.py ... trainer=debug", "every step of a run, with next to no work in it"),
-    ("archnet --help", "what comes after training: evaluate, export, verify, audit, ..."),
+    ("archnet --help", "what comes after training: evaluate, compare, export, verify, ..."),
 )
 _FLAGS = (
     ("-m", "run every combination of values that are separated by commas"),

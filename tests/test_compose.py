@@ -173,6 +173,29 @@ def test_a_sweep_without_end_is_refused(override: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_a_search_may_have_intervals_and_its_bounds_are_checked() -> None:
+    search = "hydra/sweeper=pareto"
+    words = [search, "distill.mixup=interval(0,1)", "seed=range(0,1000000000)"]
+    jobs = list(sweep(words))
+    assert [search, "distill.mixup=1.0", "seed=999999999"] in [
+        [job[0], f"distill.mixup={float(job[1].partition('=')[2])}", job[2]] for job in jobs
+    ]
+    assert len(jobs) == 4
+    assert len(list(sweep([search, "quant.bits=choice(2,4,8)", "seed=3"]))) == 3
+
+
+def test_the_sweep_of_wandb_names_keys_that_there_are() -> None:
+    found = yaml.safe_load((CONF / "wandb" / "sweep.yaml").read_text())
+    words = [
+        f"{key}={values.get('values', [values.get('min')])[0]}"
+        for key, values in found["parameters"].items()
+    ]
+    own = [word for word in found["command"] if "=" in word]
+    config = compose(CONF, [*words, *own])
+    assert config.logger.wandb.enabled
+    assert config.quant.weight_bits == 2
+
+
 def test_each_value_of_a_large_sweep_is_checked() -> None:
     seeds = ",".join(map(str, range(40)))
     assert len(list(sweep([f"seed={seeds}", "quant.bits=2,4"]))) == 80 < LARGEST_SWEEP

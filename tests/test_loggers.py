@@ -1,5 +1,6 @@
 """What TensorBoard and Weights & Biases are told, read from their files, without network."""
 
+import itertools
 import json
 import logging
 import struct
@@ -15,6 +16,7 @@ from archnet.compose import compose
 from archnet.config import Config, keys
 from archnet.jobs import conductor
 from archnet.jobs.loggers import Guarded, RunLoggers, summary
+from archnet.report import files as report_files
 from archnet.runs import RunFolder, read_json
 from conftest import CONF
 
@@ -130,6 +132,14 @@ def require_tensorboard(finished: RunFolder) -> None:
 def test_both_have_all_of_a_run(finished: RunFolder) -> None:
     require_wandb(finished)
     require_tensorboard(finished)
+
+
+def test_no_curve_leaves_its_stage(finished: RunFolder) -> None:
+    stages = list(report_files.by_stage(report_files.curves(finished.path)).values())
+    assert len(stages) > 1
+    for before, after in itertools.pairwise(stages):
+        last = max(step for points in before.values() for step, _ in points)
+        assert last < min(step for points in after.values() for step, _ in points)
 
 
 def test_a_finished_run_is_told_once_and_a_new_logger_all_of_it(

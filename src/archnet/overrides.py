@@ -20,7 +20,7 @@ from hydra.core.default_element import ConfigDefault, GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
 from archnet.errors import ConfigError
@@ -165,6 +165,9 @@ def _arrange_root(conf: Path, config_name: str, chosen: set[str]) -> str:
 def _choices(overrides: Sequence[str]) -> list[list[str]]:
     """For every override what it is in one job or another."""
     given = list(zip(overrides, parse(overrides), strict=True))
+    if any(override.key_or_group == "hydra/sweeper" for _, override in given):
+        # Which values a search will take is not known before: its bounds stand for all.
+        return [_bounds(text, override) for text, override in given]
     jobs = math.prod(_length(override) for _, override in given)
     if jobs > LARGEST_SWEEP:
         raise ConfigError(
@@ -179,6 +182,20 @@ def _choices(overrides: Sequence[str]) -> list[list[str]]:
         else:
             choices.append([text])
     return choices
+
+
+def _bounds(text: str, override: Override) -> list[str]:
+    """What is looked at of an override before a search: every choice, or the ends of a range."""
+    values, key = override.value(), override.get_key_element()
+    if isinstance(values, IntervalSweep):
+        return [f"{key}={end}" for end in (values.start, values.end)]
+    if isinstance(values, RangeSweep):
+        count = _length(override)
+        start, step = values.start or 0, values.step
+        return [f"{key}={start}", f"{key}={start + step * (int(count) - 1)}"] if count else [text]
+    if isinstance(values, ChoiceSweep):
+        return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    return [text]
 
 
 def _length(override: Override) -> float:

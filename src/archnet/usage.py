@@ -17,6 +17,8 @@ _GROUPS = {
     "distill": "how the student is trained",
     "trainer": "where the work runs",
     "logger": "where losses and figures are logged",
+    "hydra/sweeper": "how a sweep (-m) chooses values; without it: every combination of those given",
+    "wandb": "for W&B's own agent, not for this command: wandb sweep conf/wandb/sweep.yaml",
     "experiment": "published results; groups and keys on the command line override them",
 }
 _COMMANDS = (
@@ -24,6 +26,7 @@ _COMMANDS = (
     ("python train.py experiment=demo", "digits at W2A4"),
     ("python train.py task=images task.data.root=photos teacher=resnet18 quant.bits=4", "yours"),
     ("python train.py -m experiment=demo quant.bits=2,4,8", "a sweep: three runs"),
+    ("python train.py -m hydra/sweeper=pareto quant.bits=2,4,8", "accuracy and cost, by search"),
     ("python train.py resume=<run folder>", "continue a run that was stopped"),
     ("python train.py ... --cfg job", "print what a command composes to, and run nothing"),
     ("archnet train ...", "the same as python train.py ..., from any folder once installed"),
@@ -32,7 +35,7 @@ _COMMANDS = (
         "with groups of your own, as in own/task/mine.yaml",
     ),
     ("python train.py ... trainer=debug", "every step of a run, with next to no work in it"),
-    ("archnet --help", "what comes after training: evaluate, export, verify, audit, ..."),
+    ("archnet --help", "what comes after training: evaluate, compare, export, verify, ..."),
 )
 _FLAGS = (
     ("-m", "run every combination of comma-separated values"),

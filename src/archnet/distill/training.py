@@ -214,10 +214,16 @@ class ArchDistillation(lightning.LightningModule):
                 "lower distill.optimizer.lr or grid_lr; the last checkpoint is kept"
             )
         if (self.global_step + 1) % LOG_EVERY == 0:  # else nobody reads them
-            shown = self._unweighted(losses, period)
-            self.log_dict({f"loss/{period.name}/{name}": value for name, value in shown.items()})
+            self._tell(losses, period)
             self.log("loss", total.detach(), prog_bar=True)
         return total
+
+    def _tell(self, losses: Mapping[str, Tensor], period: Period) -> None:
+        """Log losses by stage. Lightning would repeat those of a stage that is over to the end."""
+        shown = self._unweighted(losses, period)
+        figures = {f"loss/{period.name}/{name}": float(value) for name, value in shown.items()}
+        for logger in self.loggers:
+            logger.log_metrics(figures, step=self.global_step)
 
     def _unweighted(self, losses: Mapping[str, Tensor], period: Period) -> dict[str, Tensor]:
         """Losses as they are logged, of one unit in all periods: shares of a tap's variance that

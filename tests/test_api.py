@@ -327,7 +327,7 @@ def test_the_module_trains_under_a_trainer_of_ones_own(caplog):
         (lambda s, t: archnet.distill(t, s, loader()), "teacher and student are swapped"),
         (lambda s, t: archnet.distill(t, t, loader()), "a Sequential is no student: convert"),
         (lambda s, t: archnet.distill(s, s, loader()), "the teacher is a student itself"),
-        (lambda s, t: archnet.distill(s, TwoInputs(), loader()), "lack right of TwoInputs.forward"),
+        (lambda s, t: archnet.distill(s, TwoInputs(), loader()), "give the teacher that convert"),
         (lambda s, t: archnet.ArchDistillation(t, s, steps=0), "steps=0 trains nothing"),
         (lambda s, t: archnet.distill(s, t[:6], loader()), "converted from another network"),
         (lambda s, t: archnet.distill(s, t, None), "data is None"),

@@ -4,7 +4,7 @@ import inspect
 
 from torch import nn
 
-from archnet.capture import Features, TeacherGraph, capture, unwrap
+from archnet.capture import CaptureError, Features, TeacherGraph, capture, unwrap
 from archnet.distill.schedule import DistillError
 from archnet.loaders import Takes
 from archnet.ops import Student
@@ -29,8 +29,7 @@ def captured(teacher: nn.Module, student: Student) -> TeacherGraph:
     """A student's teacher as one graph; the network stays as it is.
 
     Raises:
-        CaptureError: it cannot be captured.
-        DistillError: the student was converted from another network.
+        DistillError: it cannot be captured, or the student was converted from another network.
     """
     require_student(student, teacher)
     takes = Takes.of(student)
@@ -41,7 +40,16 @@ def captured(teacher: nn.Module, student: Student) -> TeacherGraph:
         named = set()
     # By name where the forward has these: converted from a mapping, they may be any of its inputs.
     by_name = takes.shapes.keys() <= named
-    graph = capture(teacher, dict(zip(takes.shapes, example, strict=True)) if by_name else example)
+    try:
+        graph = capture(
+            teacher, dict(zip(takes.shapes, example, strict=True)) if by_name else example
+        )
+    except CaptureError as error:
+        given = ", ".join(f"{name} (B, {str(shape)[1:]}" for name, shape in takes.shapes.items())
+        raise DistillError(
+            f"this {type(teacher).__name__} cannot be captured on the student's inputs, {given} "
+            f"({error}): give the teacher that convert() was called with"
+        ) from error
     shapes = {node.name: node.shape for node in graph.nodes} | graph.inputs
     wanted = {tap.node: student.graph.shapes[tap.value] for tap in student.taps}
     results = zip(graph.outputs, student.graph.outputs, strict=False)

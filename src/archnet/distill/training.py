@@ -103,6 +103,8 @@ class ArchDistillation(lightning.LightningModule):
             options = options_of({"schedule": "joint", **fields})
         if periods is None:
             periods = plan_for(student, options)
+            if not periods:
+                raise DistillError("steps=0 trains nothing: give at least one")
             if any(period.source is not None for period in periods):
                 raise DistillError(
                     "schedule=local trains on cached features, which archnet.distill writes: call "

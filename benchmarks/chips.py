@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torchvision.models import SwinTransformer
 
 import archnet
-from archnet.capture import capture
 from archnet.chips import Bridge, Compiled, Placed, bridge, tools
 from archnet.convert import Approximation
 from archnet.deploy.compile import Asked, Judged, compile_student, compile_teacher
@@ -116,21 +115,6 @@ class Students:
         return compile_student(self.of(hardware, quantized), asked)
 
 
-def teacher_by(asked: Asked, network: nn.Module) -> Judged:
-    """What a tool makes of the teacher.
-
-    Raises:
-        ArchnetError: there is no way to hand it over.
-    """
-    if asked.bridge.says("SUFFIX") == ".onnx":
-        return compile_teacher(network, asked)
-    from vela import teacher_tflite
-
-    calibration = torch.from_numpy(asked.calibration)
-    content = teacher_tflite(capture(network, calibration[:1]), [calibration])
-    return Judged(asked.compile(content, False, None), "")
-
-
 def counted(rows: Sequence[Placed]) -> str:
     """How many of which operator, most first."""
     return " ".join(f"{k}:{v}" for k, v in Counter(row.operator for row in rows).most_common())
@@ -176,7 +160,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
             continue
         asked = Asked(tool, chip, pictures.numpy(), calibration.numpy(), options.timeout)
         quantized = not tool.says("QUANTIZES") or tool.says("FORM") is not None
-        before, teacher = judged_of("teacher", teacher_by, asked, network)
+        before, teacher = judged_of("teacher", compile_teacher, network, asked)
         own = target or "arch5"
         dialect = Target.named(own).dialect
         for hardware in options.students or [own]:

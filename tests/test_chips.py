@@ -11,10 +11,11 @@ import torch
 
 import one_operator
 from archnet.chips import ChipError, bridge, serve, tool_of, tools
-from archnet.chips.host import READY, origin_of
+from archnet.chips.host import READY, bridges, origin_of
 from archnet.cli import main
 from archnet.deploy import to_integers
-from archnet.deploy.compile import Asked, compile_student
+from archnet.deploy.compile import Asked, compile_student, compile_teacher
+from archnet.errors import ArchnetError
 from archnet.hardware import Layer, Target
 from archnet.ops import Activation, Convolution, MaxPool
 from archnet.quant import Recipe, quantize
@@ -61,12 +62,12 @@ def replayed(place: Path, tool: str, change: str = "") -> None:
 # What a bridge says of itself -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tool", tools())
+@pytest.mark.parametrize("tool", bridges())
 def test_a_bridge_says_what_it_is_without_its_tool(tool: str) -> None:
     found = bridge(tool)
     assert found.says("ABOUT")
     assert found.says("ACCELERATOR")
-    assert found.says("SUFFIX") in (".onnx", ".tflite")
+    assert found.says("SUFFIX") in (".onnx", ".tflite", ".pt2")
     assert found.version
     assert callable(found.says("run"))
     for target, chips in found.chips.items():
@@ -366,6 +367,50 @@ def test_results_are_held_against_the_golden_model(off_by: int, changed: int, pl
     assert judged.max_steps == off_by
     assert (judged.bit_equal == 1) == (off_by == 0)
     assert (judged.changed == 0) == (changed == 0)
+
+
+MADE = "(folder / 'made').write_bytes(b'a file of ' + (folder / 'network.pt2').read_bytes()[:2])"
+DONE = (
+    "import json\n(folder / 'answer.json').write_text(json.dumps({'version': 'x', 'done': True}))"
+)
+SEEN = "assert (folder / 'network.tflite').read_bytes() == b'a file of PK'"
+
+
+@pytest.mark.parametrize(
+    ("converter", "said"),
+    [
+        (f"{MADE}\n{DONE}", ""),
+        (DONE, "tool=vela takes TensorFlow Lite, and x fails"),
+        (BEHAVIOURS["says"], "litert-torch .* fails: it ended with status 3"),
+        (None, "archnet compile --install litert_torch"),
+    ],
+)
+def test_a_teacher_is_written_as_tensorflow_lite_by_a_converter(
+    converter: str | None, said: str, place: Path, tmp_path: Path
+) -> None:
+    if converter is not None:
+        installed(place, "litert_torch", converter)
+    installed(place, "vela", f"{SEEN}\n{DONE}")
+    x = np.zeros((2, 3, 8, 8), np.float32)
+    asked = Asked(bridge("vela"), "ethos-u55-128", x[:1], x)
+    teacher = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())
+    log = tmp_path / "teacher.log"
+    if said:
+        with pytest.raises(ArchnetError, match=said):
+            compile_teacher(teacher, asked, log)
+    else:
+        assert compile_teacher(teacher, asked, log).compiled.error == ""
+        assert (tmp_path / "teacher_litert_torch.log").is_file()
+
+
+def test_a_converter_is_no_tool_to_ask_for(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert set(bridges()) - set(tools()) == {"litert_torch"}
+    (tmp_path / "x.onnx").touch()
+    assert main(["compile", str(tmp_path / "x.onnx"), "tool=litert_torch"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tool=litert_torch writes teachers for other tools: say one of imx500, litert" in line
 
 
 # Real tools -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ _GROUPS = {
     "distill": "how the student is trained",
     "trainer": "where the work runs",
     "logger": "where losses and figures are logged",
-    "hydra/sweeper": "how a sweep (-m) chooses values; without it: every combination of those given",
+    "hydra/sweeper": "how a sweep (-m) chooses values (default: every combination)",
     "wandb": "for W&B's own agent, not for this command: wandb sweep conf/wandb/sweep.yaml",
     "experiment": "published results; groups and keys on the command line override them",
 }

@@ -78,6 +78,7 @@ class Compiled:
         error: what went wrong, one line; "" where nothing did.
         seconds: all of it.
         log: what it printed; None where that is not kept.
+        made: the file that a converter has made; None of other tools, and where it failed.
     """
 
     version: str
@@ -88,6 +89,7 @@ class Compiled:
     error: str
     seconds: float
     log: Path | None = None
+    made: bytes | None = field(default=None, repr=False)
 
     @property
     def off(self) -> tuple[Placed, ...]:
@@ -117,7 +119,8 @@ class Bridge:
     The module imports its tool in functions alone, so that what it says of itself can be read here:
     ``ABOUT``, ``PACKAGE``, ``CHIPS`` (a hardware target -> what the tool calls such chips, the
     default first; none for a runtime of this computer), ``ACCELERATOR`` (what it calls the place
-    where operators should run), ``SUFFIX`` of the files it takes, ``IR`` (the newest version
+    where operators should run), ``SUFFIX`` of the files it takes, ``MAKES`` (the suffix of the file
+    that it makes, of a converter, at ``made`` in the request's folder), ``IR`` (the newest version
     of ONNX's format that it reads), ``FORM`` (that it takes quantized students in; None: that of
     most tools), ``QUANTIZES`` (whether it quantizes a float network by itself), ``TORCH`` (whether
     it needs archnet's), ``ERRORS`` and ``MARK`` (patterns of lines that say what went wrong, and
@@ -295,6 +298,8 @@ class Bridge:
             error = self._error(ended, answer, text)
             where = folder / "scores.npy"
             scores = np.load(where, allow_pickle=False) if where.is_file() else None
+            file = folder / "made"
+            made = file.read_bytes() if file.is_file() and not error else None
         return Compiled(
             answer.get("version", f"{self.says('PACKAGE')} {self.version}"),
             tuple(_placed(row, origins or {}) for row in answer.get("operators", [])),
@@ -304,6 +309,7 @@ class Bridge:
             error,
             time.monotonic() - start,
             log,
+            made,
         )
 
     def _ask(
@@ -390,7 +396,7 @@ class Bridge:
         return ""
 
 
-def tools() -> list[str]:
+def bridges() -> list[str]:
     """The names of all bridges."""
     return sorted(
         path.name.removesuffix(".txt")
@@ -399,14 +405,21 @@ def tools() -> list[str]:
     )
 
 
+def tools() -> list[str]:
+    """The names of those that compile or run a file; converters, which make one, are not asked
+    for by ``tool=``.
+    """
+    return [name for name in bridges() if not Bridge(name).says("MAKES")]
+
+
 def bridge(name: str) -> Bridge:
     """The bridge of a tool.
 
     Raises:
         ChipError: there is none; the message names the nearest.
     """
-    known = tools()
-    if name not in known:
+    if name not in bridges():
+        known = tools()
         raise ChipError(
             f"tool={name} is not one of {', '.join(known)}; nearest: {nearest(name, known)}"
         )

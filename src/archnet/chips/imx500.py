@@ -32,7 +32,7 @@ ERRORS = (
     r"(\w+\.)*\w+(Error|Exception): ",
     r".*\bERROR\b",
 )
-MARK = r"^.*?ERROR ?: (CODE: \[\w+\] )?"
+MARK = r"^.*?ERROR ?: (CODE: \[\w+\] )?| \[/\S+\]$"
 
 DOMAIN = "mct_quantizers"
 # A refused layer, with its reasons in the lines below, each "... reason: <why>".
@@ -146,13 +146,14 @@ def rounded(graph: Any) -> list[str]:
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, set()).add(node.op_type)
-    written = [name for node in graph.node if node.op_type not in MOVES for name in node.output]
     kinds = types(graph)
-    return [
-        name
-        for name in (*(item.name for item in graph.input), *written)
-        if kinds[name].elem_type == FLOAT and not readers.get(name, {""}) <= FUSED
-    ]
+    found = [item.name for item in graph.input]
+    for node in graph.node:
+        with_next = node.op_type in (*WEIGHTED, *BOTH, "BatchNormalization")
+        for name in node.output if node.op_type not in MOVES else ():
+            if not (with_next and readers.get(name, {""}) <= FUSED):
+                found.append(name)
+    return [name for name in found if kinds[name].elem_type == FLOAT]
 
 
 def types(graph: Any) -> dict[str, Any]:

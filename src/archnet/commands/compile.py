@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -110,6 +111,10 @@ def chosen(
         what = f"hardware={target}" if target else "a file without hardware="
         raise ArchnetError(f"no tool compiles for {what}: say tool=, one of {', '.join(tools())}")
     found = bridge(name)
+    if name not in tools():
+        raise ArchnetError(
+            f"tool={name} writes teachers for other tools: say one of {', '.join(tools())}"
+        )
     if hardware is None and found.chips:
         with_chip = [target for target, known in found.chips.items() if chip in known]
         hardware = own if own in found.chips and not with_chip else [*with_chip, *found.chips][0]
@@ -139,7 +144,7 @@ def _run(options: argparse.Namespace) -> int:
     log = logs / f"{name.replace(' ', '_')}.log"
     judged = {"student": compile_student(student, asked, log, cast(Any, own.requantization))}
     if options.teacher == "true":
-        with_images = Asked(found, chip, images if len(images) else calibration[:1], calibration)
+        with_images = replace(asked, images=images if len(images) else calibration[:1])
         beside = log.with_name(f"{log.stem}_teacher.log")
         judged["teacher"] = compile_teacher(
             job.teacher, with_images, student.graph.classes[0], beside

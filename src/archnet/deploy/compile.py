@@ -1,5 +1,7 @@
 """Files handed to vendors' tools, and what comes back held against what the file stands for."""
 
+import copy
+import io
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from archnet.chips import Bridge, Compiled
+from archnet.chips import Bridge, ChipError, Compiled, bridge
 from archnet.chips.host import TIMEOUT
 from archnet.config import DialectConfig
 from archnet.deploy.doubts import doubts
@@ -24,6 +26,7 @@ from archnet.deploy.mct import MctWriter
 from archnet.deploy.runtime import load_session, run_session
 from archnet.deploy.verify import steps_off
 from archnet.deploy.writer import ExportError
+from archnet.errors import printable
 from archnet.hardware.onnx_file import load
 from archnet.lower import target_of
 from archnet.ops import Student
@@ -165,20 +168,50 @@ def compile_teacher(
         log: where to keep what the tool prints.
 
     Raises:
-        ExportError: torch cannot export the teacher, or the tool takes no ONNX.
-        ChipError: the tool is not there.
+        ExportError: the teacher cannot be written as the tool takes it.
+        ChipError: the tool, or one that writes the teacher for it, is not there.
     """
-    if asked.bridge.says("SUFFIX") != ".onnx":
-        raise ExportError(
-            f"teacher=true: tool={asked.bridge.name} reads TensorFlow Lite, and a teacher is only "
-            "written as ONNX: leave teacher=true out"
-        )
-    example = torch.from_numpy(asked.images[:1])
-    with tempfile.TemporaryDirectory() as folder:
-        path = export_teacher(teacher, example, Path(folder) / "teacher.onnx")
-        content = for_one(onnx.load(path), asked.bridge).SerializeToString()
+    if asked.bridge.says("SUFFIX") == ".tflite":
+        content = teacher_tflite(teacher, asked, log)
+    else:
+        example = torch.from_numpy(asked.images[:1])
+        with tempfile.TemporaryDirectory() as folder:
+            path = export_teacher(teacher, example, Path(folder) / "teacher.onnx")
+            content = for_one(onnx.load(path), asked.bridge).SerializeToString()
     compiled = asked.compile(content, True, log)
     return judged(compiled, asked.images, "the float teacher", _of(teacher), classes)
+
+
+def teacher_tflite(teacher: nn.Module, asked: Asked, log: Path | None = None) -> bytes:
+    """A float teacher as int8 TensorFlow Lite, by Google's own converter and quantizer.
+
+    Args:
+        teacher: left untouched.
+        asked: with the calibration inputs.
+        log: of the tool; that of the converter is kept beside it.
+
+    Raises:
+        ExportError: torch, or the converter, cannot export the teacher.
+        ChipError: the converter is not there.
+    """
+    converter, what = bridge("litert_torch"), f"tool={asked.bridge.name} takes TensorFlow Lite"
+    if converter.missing:
+        raise ChipError(f"teacher=true: {what}, and {converter.missing}")
+    network = copy.deepcopy(teacher).cpu().eval()
+    content = io.BytesIO()
+    try:
+        example = torch.from_numpy(asked.calibration[:1])
+        torch.export.save(torch.export.export(network, (example,), strict=False), content)
+    except Exception as error:  # Whatever a network of others may raise while it is traced.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"torch cannot export this teacher: {printable(reason, 300)}") from error
+    beside = None if log is None else log.with_name(f"{log.stem}_{converter.name}.log")
+    found = converter.compile(
+        content.getvalue(), calibration=asked.calibration, timeout=asked.timeout, log=beside
+    )
+    if found.made is None:
+        raise ExportError(f"teacher=true: {what}, and {found.version} fails: {found.error}")
+    return found.made
 
 
 def compile_file(path: Path, asked: Asked, log: Path | None = None) -> Judged:

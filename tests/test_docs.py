@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import archnet
 from archnet.chips import tools
 from archnet.cli import main as archnet_command
 from archnet.compose import check, compose
@@ -71,7 +70,6 @@ def run_python(snippet: str, folder: Path) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.skipif("distill" not in archnet.__all__, reason="archnet.distill is not there yet")
 def test_python_of_the_readme_runs(tmp_path: Path) -> None:
     (snippet,) = blocks("README.md", "python")
     shortened = snippet.replace("steps=2000", "steps=4")

@@ -162,8 +162,8 @@ def types(graph: Any) -> dict[str, Any]:
     return {item.name: item.type.tensor_type for item in items}
 
 
-def ranges(model: Any, maps: list[str], inputs: Any) -> dict[str, tuple[float, float]]:
-    """The least and the largest number of every map."""
+def ranges(model: Any, maps: list[str], inputs: Any) -> dict[str, tuple[float, float, Any]]:
+    """The least and the largest number of every map, and its shape."""
     import onnx
     import onnxruntime
 
@@ -176,20 +176,21 @@ def ranges(model: Any, maps: list[str], inputs: Any) -> dict[str, tuple[float, f
     session = onnxruntime.InferenceSession(
         probe.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    found = {given: (float(inputs.min()), float(inputs.max()))}
+    found = {given: (float(inputs.min()), float(inputs.max()), inputs[:1].shape)}
     for item in inputs:
         for name, values in zip(asked, session.run(asked, {given: item[None]}), strict=True):
-            low, high = found.get(name, (0.0, 0.0))
-            found[name] = min(low, float(values.min())), max(high, float(values.max()))
+            low, high, _ = found.get(name, (0.0, 0.0, None))
+            ends = min(low, float(values.min())), max(high, float(values.max()))
+            found[name] = *ends, values.shape
     return found
 
 
-def with_quantizers(model: Any, ends: dict[str, tuple[float, float]]) -> None:
+def with_quantizers(model: Any, ends: dict[str, tuple[float, float, Any]]) -> None:
     """Put a quantizer node behind every map that has ends, and behind every weight."""
     import numpy as np
     from onnx import helper, numpy_helper
 
-    graph, kinds = model.graph, types(model.graph)
+    graph = model.graph
     constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     nodes: list[Any] = []
     renamed: dict[str, str] = {}
@@ -204,9 +205,8 @@ def with_quantizers(model: Any, ends: dict[str, tuple[float, float]]) -> None:
         return output
 
     def map_of(name: str) -> None:
-        low, high = ends[name]
+        low, high, shape = ends[name]
         threshold = 2.0 ** math.ceil(math.log2(max(-low, high) or 1.0))
-        shape = [dim.dim_value for dim in kinds[name].shape.dim]
         asked = {"threshold": threshold, "signed": int(low < 0)}
         renamed[name] = quantizer("ActivationPOTQuantizer", [name], shape, **asked)
 

@@ -34,7 +34,7 @@ DEFAULTS = dict(keys(Config()))
 KEYS = list(DEFAULTS)
 GROUPS = {path.name: [file.stem for file in path.glob("*.yaml")] for path in sorted(CONF.iterdir())
           if path.is_dir()}  # fmt: skip
-GROUPS = {group: sorted(options) for group, options in GROUPS.items()}
+GROUPS = {group: sorted(options) for group, options in GROUPS.items() if options}
 GROUPS["hardware"] = ["arch5", "arch5_matmul", "ethos_u55", "imx500", "rk3588"]
 OTHER_KEYS = [
     *("quant", "task", "task.data", "teacher.fit", "trainer", "logger.wandb", "hardware.limits"),

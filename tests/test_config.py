@@ -23,6 +23,9 @@ REQUIRED = {
     "hardware=max78000": ["quant.per_channel=false"],
     "hardware=max78002": ["quant.per_channel=false"],
     "task=images": ["task.data.root=photos"],
+    "task=segmentation": ["task.data.root=photos"],
+    "task=features": ["task.data.root=photos"],
+    "task=custom": ["task.datamodule=package.module:MyData"],
     "teacher=custom": ["teacher.factory=package.module:make"],
 }
 

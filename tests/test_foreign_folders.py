@@ -456,7 +456,7 @@ def _damage(path: Path) -> str:
         lambda packed, step: step.update(inputs=["nowhere"]),
         lambda packed, step: step.update(arguments={"odd": 1}),
         lambda packed, step: step["arguments"].update(out_channels=10**12),
-        lambda packed, step: packed["architecture"].update(output="nowhere"),
+        lambda packed, step: packed["architecture"].update(outputs=["nowhere"]),
         lambda packed, step: packed["architecture"]["shapes"].update({step["name"]: [10**9] * 3}),
         lambda packed, step: packed["architecture"].update(steps=[]),
         lambda packed, step: packed["architecture"].pop("taps"),

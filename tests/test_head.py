@@ -61,7 +61,7 @@ def test_a_last_softmax_sigmoid_or_argmax_is_peeled_and_said(name, classes, imag
     assert [row.operator for row in peeled] == [node.operator for node in graph.head]
     assert peeled
     assert all(row.exact for row in student.report)
-    assert "the student gives the scores" in caplog.text
+    assert "the student returns the scores" in caplog.text
 
 
 class Segmenting(nn.Module):

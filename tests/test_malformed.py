@@ -457,7 +457,7 @@ def test_rk3588_runs_what_its_source_lists(operator):
         ("ethos_u85", "Round", "lacks"),
         ("ethos_u85", "ArgMax", "runs"),
         ("ethos_u85", "Erf", "not judged"),
-        ("imx500", "Softmax", "not judged"),
+        ("imx500", "Softmax", "runs"),
         ("imx500", "Sigmoid", "runs"),
         ("arch5", "Softmax", "lacks"),
         ("arch5", "NonZero", "lacks"),

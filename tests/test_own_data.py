@@ -369,7 +369,7 @@ ORDERS = {
     "guessing": (lambda labels: labels[torch.randperm(500)], "hardly more than guessing"),
     "always one": (lambda labels: torch.full((500,), 3), "hardly more than guessing"),
     "never": (lambda labels: torch.full((500,), 11), "hardly more than guessing"),
-    "turned": (lambda labels: (labels + 1) % 10, "in another order"),
+    "turned": (lambda labels: (labels + 1) % 10, "another order than those of the data"),
     "sorted as text": (
         lambda labels: torch.tensor([0, 2, 3, 4, 5, 6, 7, 8, 9, 1])[labels],
         "would be on 500",
@@ -438,7 +438,7 @@ def test_nine_of_ten_alike_are_no_success() -> None:
 
 
 def test_one_answer_to_all_is_said_without_labels() -> None:
-    assert "class 4 to 100 of 100" in str(run_look._trouble(torch.full((100,), 4), None, 10, ()))
+    assert "class 4 for 100 of 100" in str(run_look._trouble(torch.full((100,), 4), None, 10, ()))
     assert run_look._trouble(torch.arange(100) % 10, None, 10, ()) is None
 
 
@@ -781,8 +781,8 @@ def write_text(root: Path, pairs: int) -> None:
     ("pairs", "given", "advice"),
     [
         (24_061, [], "teacher=transformer_small task.text.vocabulary=6000"),
-        (24_061, ["teacher=transformer_small"], "suits them: task.text.vocabulary=6000"),
-        (24_061, ["task.text.vocabulary=6000"], "suits them: teacher=transformer_small"),
+        (24_061, ["teacher=transformer_small"], "fit the data: task.text.vocabulary=6000"),
+        (24_061, ["task.text.vocabulary=6000"], "fit the data: teacher=transformer_small"),
         (24_061, ["teacher=transformer_small", "task.text.vocabulary=6000"], None),
         (29_000, ["task=multi30k"], None),
         (6_000, ["teacher=transformer_tiny", "task.text.vocabulary=600"], None),

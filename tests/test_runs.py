@@ -25,7 +25,7 @@ def test_runs_of_the_same_second_have_folders_of_their_own(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config("name=mine")
-    monkeypatch.setattr(runs, "_now", lambda: "2025-01-01_00-00-00")
+    monkeypatch.setattr(runs.folder, "_now", lambda: "2025-01-01_00-00-00")
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(RunFolder.create, [config] * 8))
     assert len({folder.path for folder in folders}) == 8

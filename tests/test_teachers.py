@@ -130,7 +130,10 @@ def test_the_zero_padded_shortcut_takes_every_second_pixel():
             r"teacher\.name=resnet999 is not among archnet's own: cifar_resnet",
         ),
         ({"weights": "published"}, "source archnet publishes none"),
-        ({"name": "resnet999", "source": "torchvision"}, "not a classifier of torchvision"),
+        (
+            {"name": "resnet999", "source": "torchvision"},
+            "no classifier and no segmenter of torchvision",
+        ),
         ({"source": "custom", "factory": "torch.nn.Linear"}, "write package.module:callable"),
         ({"source": "custom", "factory": "torch.nn:Nothing"}, "cannot be imported"),
         ({"source": "custom", "factory": "no.such.place:f"}, "cannot be imported"),
@@ -318,7 +321,7 @@ def test_a_restart_trains_the_cached_teacher_on(tmp_path, monkeypatch):
         json.loads((teacher_folder(digits_task(), t, 0) / "teacher.json").read_text())
         for t in (once, twice)
     ]
-    assert facts[1]["inputs_seen"] == 2 * facts[0]["inputs_seen"]
+    assert facts[1]["images_seen"] == 2 * facts[0]["images_seen"]
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):

@@ -220,13 +220,13 @@ def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 def evaluated(metrics: Any, shape: tuple[int, ...], labels: torch.Tensor) -> dict[str, Any]:
     torch.manual_seed(0)
-    found = Evaluation(metrics, 1)
+    found = Evaluation(metrics, {"output": 1})
     for first in range(0, len(labels), 30):
         part = labels[first : first + 30]
         teacher = 3 * torch.nn.functional.one_hot(part.clamp_min(0), shape[0]).float()
         teacher = torch.movedim(teacher, -1, 1) + torch.randn(len(part), *shape)
         student = teacher + 0.7 * torch.randn(len(part), *shape)
-        found.add(teacher, student, part, lambda row: {"picture": "x"})
+        found.add([teacher], [student], part, lambda row: {"picture": "x"})
     return found.facts()
 
 

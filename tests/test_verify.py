@@ -451,7 +451,7 @@ def test_changed_predictions_are_the_exit_code(run, monkeypatch, capsys):
     assert main(["verify", str(run.path), "inputs=2"]) == 1
     out = capsys.readouterr().out
     assert "99.999 %" in out
-    assert "qdq: first difference at not seen again" in out
+    assert "qdq: first difference at no step" in out
     assert "qdq: weights of 7 bits" in out
     assert "qonnx: skipped, it needs the extra: pip install 'archnet[qonnx]'" in out
 

@@ -159,13 +159,15 @@ class TaskConfig:
     classes: str = _choice("auto", "auto", "none")
     # The number that pixels without a class have in masks, for segmentation; null: all have one.
     ignored: int | None = _number(255, 0, 255)
-    # A LightningDataModule of your own (package.module:Class), for custom and features, and its
-    # arguments. It gives batches of inputs, or of inputs and labels; null: images, as in `data`.
+    # A LightningDataModule of your own (package.module:Class), for custom and features. It gives
+    # batches of inputs, or of inputs and labels; null: images, as in `data`.
     datamodule: str | None = None
+    # Arguments of `datamodule`.
     datamodule_kwargs: dict[str, Any] = field(default_factory=dict)
     # A torchmetrics metric (torchmetrics.regression:MeanSquaredError) that compares results with
-    # labels, for custom, and its arguments. null: how far the student is from its teacher.
+    # labels, for custom. null: how far the student is from its teacher.
     metric: str | None = None
+    # Arguments of `metric`.
     metric_kwargs: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)

@@ -40,6 +40,14 @@ _CHECKSUM = "sha256"  # of the tensors, in the metadata of the file that holds t
 # Keys of images, which text does not read, by the values that they had in older caches.
 _OLDER_TEXT_DATA = {"image_size": 32, "resize": None, "mean": [0.5] * 3, "std": [0.5] * 3}
 _LATER_DATA: dict[str, Any] = {"interpolation": None, "labels": "auto"}
+_LATER_TASK: dict[str, Any] = {
+    "classes": "auto",
+    "ignored": 255,
+    "datamodule": None,
+    "datamodule_kwargs": {},
+    "metric": None,
+    "metric_kwargs": {},
+}
 
 
 class FitOptions(Protocol):
@@ -242,6 +250,9 @@ def teacher_folder(task: Any, teacher: Any, seed: int) -> Path:
     for name, value in _LATER_DATA.items():
         if data[name] == value:
             data.pop(name)
+    for name, value in _LATER_TASK.items():
+        if asked["task"][name] == value:
+            asked["task"].pop(name)
     data["resize"] = data["resize"] or None  # 0, which older caches called null
     for name, value in _LATER_KEYS.items():
         if asked["teacher"]["fit"][name] == value:

@@ -64,6 +64,7 @@ def quantize(
     recipe = Recipe.of(recipe, fields)
     require_float(student)
     recipe = recipe.on(student)
+    _warn_of_widths(student, recipe)
     require_finite(student)
     batches = calibration_batches(calibration, Takes.of(student), QuantizationError)
     if widths is None:
@@ -105,6 +106,19 @@ def quantize(
             quantizer.load_state_dict(kept[name].state_dict())
     make_room_for_biases(student)
     return student
+
+
+def _warn_of_widths(student: Student, recipe: Recipe) -> None:
+    """Say so where the student's target does not compute with the recipe's widths."""
+    target = student.graph.target
+    for key, what in (("weight_bits", "weights"), ("act_bits", "activations")):
+        bits, own = getattr(recipe, key), target.get(key, [])
+        if own and bits != FLOAT and bits not in own:
+            wider = min((width for width in own if width > bits), default=max(own))
+            _log.warning(
+                "hardware=%s has no %s of %d bits: it stores them in %d and computes as with %d",
+                target.get("name", ""), what, bits, wider, wider,
+            )  # fmt: skip
 
 
 def require_float(student: Student) -> None:

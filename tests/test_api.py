@@ -325,7 +325,10 @@ def test_the_module_trains_under_a_trainer_of_ones_own(caplog):
     ("call", "message"),
     [
         (lambda s, t: archnet.distill(t, s, loader()), "teacher and student are swapped"),
-        (lambda s, t: archnet.distill(t, t, loader()), "a Sequential is not a student: convert"),
+        (
+            lambda s, t: archnet.distill(t, t, loader()),
+            "a Sequential is not a student: call convert",
+        ),
         (lambda s, t: archnet.distill(s, s, loader()), "the teacher is a student itself"),
         (lambda s, t: archnet.distill(s, TwoInputs(), loader()), "give the teacher that convert"),
         (lambda s, t: archnet.ArchDistillation(t, s, steps=0), "steps=0 trains nothing"),

@@ -397,9 +397,9 @@ def test_a_teacher_is_written_as_tensorflow_lite_by_a_converter(
     log = tmp_path / "teacher.log"
     if said:
         with pytest.raises(ArchnetError, match=said):
-            compile_teacher(teacher, asked, log)
+            compile_teacher(teacher, asked, 1, log)
     else:
-        assert compile_teacher(teacher, asked, log).compiled.error == ""
+        assert compile_teacher(teacher, asked, 1, log).compiled.error == ""
         assert (tmp_path / "teacher_litert_torch.log").is_file()
 
 
@@ -510,7 +510,7 @@ def test_arms_targets_say_what_vela_says(target: str, operator: str) -> None:
 
     x = np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)
     found = bridge("vela")
-    judged = compile_teacher(Between().eval(), Asked(found, found.chip(target), x[:1], x))
+    judged = compile_teacher(Between().eval(), Asked(found, found.chip(target), x[:1], x), 1)
     assert judged.compiled.error == ""
     described = Target.named(target)
     assert (not judged.compiled.off) == (operator in described.operators)

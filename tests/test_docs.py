@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from archnet.chips import tools
+from archnet.chips.host import bridges
 from archnet.cli import main as archnet_command
 from archnet.compose import check, compose
 
@@ -107,6 +108,7 @@ ARCHNET = [
     words
     for words in commands()
     if words[0] == "archnet" and words[1:] != ["coverage"] and words[:2] not in STARTS
+    if "--install" not in words  # which it would do
 ]
 
 
@@ -117,6 +119,12 @@ def test_archnet_commands_are_understood(
     # Their files do not exist here: that they end with our error shows that they were parsed.
     monkeypatch.chdir(tmp_path)
     assert archnet_command(words[1:]) == 2
+
+
+def test_tools_to_install_are_known() -> None:
+    for words in commands():
+        if "--install" in words:
+            assert words[words.index("--install") + 1] in bridges()
 
 
 def test_targets_and_files_exist() -> None:

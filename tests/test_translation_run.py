@@ -213,9 +213,8 @@ def test_evaluate_and_export_know_translators(
     assert archnet(["export", str(finished.path), "--output", str(tmp_path / "files")]) == 0
     content = (tmp_path / "files" / "student.decoder.onnx").read_bytes()
     assert content == (finished.path / "student.decoder.onnx").read_bytes()
-    for command in ("verify", "compile"):
-        assert archnet([command, str(finished.path)]) == 2
-        assert "has more inputs than one tensor of features" in capsys.readouterr().err
+    assert archnet(["verify", str(finished.path)]) == 2
+    assert "has more inputs than one tensor of features" in capsys.readouterr().err
     assert archnet(["cost", str(finished.path)]) == 0
 
 

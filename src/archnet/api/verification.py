@@ -70,7 +70,9 @@ def verify(
     """
     path = Path(file)
     if not isinstance(student, Student):
-        raise ExportError(f"a {type(student).__name__} is no student: convert() makes one of it")
+        raise ExportError(
+            f"a {type(student).__name__} is not a student: call convert() on it first"
+        )
     if not describe(student):
         raise ExportError(
             "the student is not quantized, so that it has no integers to verify: quantize() it, or "

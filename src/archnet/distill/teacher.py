@@ -18,7 +18,9 @@ def require_student(student: object, teacher: object) -> None:
                 "teacher and student are swapped: the student is what convert() made, the teacher "
                 "the network that it was made from"
             )
-        raise DistillError(f"a {type(student).__name__} is no student: convert() makes one of it")
+        raise DistillError(
+            f"a {type(student).__name__} is not a student: call convert() on it first"
+        )
     if isinstance(teacher, Student):
         raise DistillError(
             "the teacher is a student itself: give the network that it was converted from"

@@ -292,7 +292,9 @@ def test_a_network_with_two_results_is_judged_by_each(make_config: Make, tmp_pat
     folder = conductor.run(make_config("task=features", *SHORT, *options))
     metrics = read_json(folder.metrics)
     assert [row["name"] for row in metrics["outputs"]] == ["vector", "map"]
-    assert max(row["relative_error"] for row in metrics["outputs"]) < 5
+    worst = max(row["relative_error"] for row in metrics["outputs"])
+    assert worst == metrics["student"]["relative_error"] < 5
+    assert f"{worst:.2f} % from the teacher's" in json.dumps(metrics["verdict"])
     assert metrics["parity"]["mismatches"] == 0
     assert main(["verify", str(folder.path), "inputs=20"]) == 0
     # A classifier gives one result.

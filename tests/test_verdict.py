@@ -128,7 +128,7 @@ def test_without_labels_it_is_the_agreement() -> None:
 @pytest.mark.parametrize(
     ("teacher", "student", "said"),
     [
-        ({}, {"relative_error": 0.0123}, "Results 1.23% from the teacher's"),
+        ({}, {"relative_error": 1.23}, "Results 1.23 % from the teacher's"),
         ({"psnr": 31.0}, {"psnr": 30.5}, "Psnr 30.50, 0.50 below its teacher"),
         ({"miou": 60.0}, {"miou": 61.0}, "Mean IoU 61.00, 1.00 points above its teacher"),
         ({"bleu": 30.0, "per_second": 9}, {"bleu": 30.0, "per_second": 5}, "BLEU 30.00, as its"),

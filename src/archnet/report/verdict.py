@@ -99,7 +99,7 @@ def _quality(metrics: Mapping[str, Any]) -> tuple[str | None, str, float | None]
         return None, text, None
     if student.get("relative_error") is not None:
         error = student["relative_error"]
-        return None, f"results {error:.2%} from the teacher's (relative error, {tested})", None
+        return None, f"results {error:.2f} % from the teacher's (relative error, {tested})", None
     return None, f"not compared with its teacher on {tested}", None
 
 
@@ -133,7 +133,7 @@ def _cost(metrics: Mapping[str, Any]) -> tuple[float | None, str]:
         return None, ""
     ratio = found["student"] / found["teacher"]
     weight, act = found["teacher_bits"]
-    times = "once" if abs(ratio - 1) < 0.005 else f"{ratio:.3g} times"
+    times = "1.00 times" if abs(ratio - 1) < 0.005 else f"{ratio:.3g} times"
     text = (
         f"at {times} {_MEASURES[found['measure']]} of its teacher at W{weight}A{act} on "
         f"{printable(metrics['hardware'])}"

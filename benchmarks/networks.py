@@ -1,6 +1,7 @@
-"""Networks of other packages, as factories for ``teacher.factory``."""
+"""Networks as factories for ``teacher.factory``: of other packages, and of several results."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def efficientnet_lite0() -> nn.Module:
@@ -8,3 +9,37 @@ def efficientnet_lite0() -> nn.Module:
     from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-not-found]
 
     return EfficientNet.from_name("efficientnet-lite0")
+
+
+def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class RawHeads(nn.Module):
+    """A detector's raw heads at two scales, for grey images; random weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.fine = nn.Sequential(_stage(1, 16, 2), _stage(16, 32, 1))
+        self.coarse = nn.Sequential(_stage(32, 64, 2), _stage(64, 64, 1))
+        self.heads = nn.ModuleList(nn.Conv2d(channels, 27, 1) for channels in (32, 64))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Maps (B, 27, H / 2, W / 2) and (B, 27, H / 4, W / 4)."""
+        fine = self.fine(x)
+        return [self.heads[0](fine), self.heads[1](self.coarse(fine))]
+
+
+class EmbeddingAndMap(RawHeads):
+    """The features of the coarse scale as a map, and an embedding of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """``embedding`` (B, 32) and ``map`` (B, 64, H / 4, W / 4)."""
+        features = self.coarse(self.fine(x))
+        return {"embedding": self.embed(features.mean((2, 3))), "map": features}

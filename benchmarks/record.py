@@ -189,7 +189,7 @@ def run_row(path: Path) -> dict[str, Any]:
         "weight_bits": metrics["quant"]["weight_bits"],
         "act_bits": metrics["quant"]["act_bits"],
         "metric": metric,
-        "teacher_value": metrics["teacher"][metric],
+        "teacher_value": metrics["teacher"].get(metric, ""),
         "student_value": metrics["student"][metric],
         "agreement": metrics["student"]["agreement"],
         "macs_ratio": round(macs["student"] / macs["teacher"], 4),

@@ -273,7 +273,7 @@ def test_an_environment_is_made_once_and_anew_for_other_requirements(
             "pool_fc, [Framework.onnx] op: MatMul, id: pool_fc, errors:\n\tInput error - input "
             "index: 0, input node: pool, reason: Only 2d input (N,D) is supported\n-----\nNode "
             "[Framework.nnir] op: Pad, id: pad, [Framework.onnx] op: Pad, id: pad, errors:\n"
-            "\tParam error - name: pads, reason: negative pads [/home/x/logger.py:185]\n",
+            "\tParam error - name: pads, reason: negative pads [/logger.py:185]\n",
             [
                 ("pool_fc", "FullyConnected", "Only 2d input (N,D) is supported"),
                 ("pad", "Pad", "negative pads"),

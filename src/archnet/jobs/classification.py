@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from archnet.config import TeacherConfig
 from archnet.jobs.images import ImageJob
 from archnet.jobs.job import Facts
 from archnet.runs.look import look
 from archnet.tasks import ClassificationData
-from archnet.teachers import load_teacher
 from archnet.teachers.preprocessing import class_names_of
 
 
@@ -24,14 +21,6 @@ class Classification(ImageJob):
 
     def read(self) -> ClassificationData:
         return ClassificationData(self.config.task, self.config.seed)
-
-    def load(self, source: TeacherConfig) -> nn.Module:
-        return load_teacher(
-            source,
-            num_classes=self.data.num_classes,
-            in_channels=self.data.in_channels,
-            image_size=self.data.image_size,
-        )
 
     def look(self) -> Facts:
         names = class_names_of(self.config.teacher, self.teacher)

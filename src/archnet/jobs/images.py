@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import lightning
 from torch import Tensor, nn
@@ -15,12 +16,15 @@ from archnet.runs.device import set_up
 from archnet.runs.preprocessing import as_recorded, stated, with_preprocessing
 from archnet.runs.teacher import run_teacher
 from archnet.tasks.image_data import ImageData
+from archnet.teachers import load_teacher
+from archnet.teachers.load import Answers
 
 
 class ImageJob(TensorJob):
     """A job whose inputs are images (B, C, H, W)."""
 
     unit = "image"
+    answers: ClassVar[Answers] = "classes"  # what the teacher has to give
     data: ImageData
 
     @classmethod
@@ -35,9 +39,15 @@ class ImageJob(TensorJob):
     def read(self) -> ImageData:
         """The data, not set up yet."""
 
-    @abstractmethod
     def load(self, source: TeacherConfig) -> nn.Module:
         """The teacher that a config names, checked against the data."""
+        return load_teacher(
+            source,
+            num_classes=self.data.num_classes,
+            in_channels=self.data.in_channels,
+            image_size=self.data.image_size,
+            answers=self.answers,
+        )
 
     def open(self) -> None:
         set_up(self.config.trainer)

@@ -6,17 +6,14 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from archnet.config import TeacherConfig
 from archnet.jobs.evaluation import points
 from archnet.jobs.images import ImageJob
 from archnet.jobs.job import Facts
 from archnet.tasks import SegmentationData
 from archnet.tasks.segmentation import IGNORED
-from archnet.teachers import load_teacher
 
 _log = logging.getLogger(__name__)
 
@@ -27,18 +24,10 @@ class Segmentation(ImageJob):
     """Images (B, C, H, W) to scores of classes for every pixel, (B, K, H, W)."""
 
     data: SegmentationData
+    answers = "pixels"
 
     def read(self) -> SegmentationData:
         return SegmentationData(self.config.task, self.config.seed)
-
-    def load(self, source: TeacherConfig) -> nn.Module:
-        return load_teacher(
-            source,
-            num_classes=self.data.num_classes,
-            in_channels=self.data.in_channels,
-            image_size=self.data.image_size,
-            answers="pixels",
-        )
 
     def look(self) -> Facts:
         """The teacher's mean IoU on a few validation images; a warning where one class everywhere

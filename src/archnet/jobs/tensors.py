@@ -20,6 +20,7 @@ from archnet.convert.walk import Classes
 from archnet.deploy import to_integers
 from archnet.deploy.export import form_named
 from archnet.distill import train
+from archnet.distill.run import UnlabelledData
 from archnet.errors import ArchnetError
 from archnet.jobs.evaluation import Evaluation
 from archnet.jobs.job import Facts, Inputs, Job
@@ -30,26 +31,12 @@ from archnet.quant import FLOAT
 PARITY_INPUTS = 500  # on which the exported file is compared with the student
 
 
-class TensorData(Protocol):
+class TensorData(UnlabelledData, Protocol):
     """What such a job needs of its data; a `LightningDataModule`, set up.
 
     A batch is (inputs, labels) of float32 inputs (B, ...) and int64 labels, -1 where there is none.
     """
 
-    config: Any
-
-    def unlabelled(self) -> Any: ...
-    def step_loader(
-        self,
-        dataset: Any,
-        batch_size: int,
-        steps: int,
-        *,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Any: ...
-    def val_dataloader(self) -> Any: ...
     def test_dataloader(self) -> Any: ...
     def calibration_batches(self, count: int) -> list[Tensor]: ...
     def calibration_inputs(self, count: int) -> Tensor: ...

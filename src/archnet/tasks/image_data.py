@@ -168,6 +168,11 @@ class ImageData(LightningDataModule):
             _log.warning(note)
         return splits
 
+    @property
+    @abstractmethod
+    def num_classes(self) -> int | None:
+        """How many classes the labels have; None: what the teacher says."""
+
     @abstractmethod
     def _read(self) -> sources.Splits:
         """The source's splits, checked as far as that needs no decoding."""

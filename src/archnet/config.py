@@ -534,6 +534,36 @@ class ConvertConfig:
     calibration: int = _number(256, 2)
 
 
+# Goal ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class GoalConfig:
+    """A promise that the run keeps by itself: it looks for widths on the way, rates, schedules and
+    times of training, and says whether it has kept it. Null in both `drop` and `agreement`: the run
+    does what `quant` and `distill` say, once.
+    """
+
+    # Most points of the task's metric that the student may be below its teacher on validation data.
+    # Without labels the share of decisions that change must be as small.
+    drop: float | None = _number(None, 0, 100)
+    # Least share of decisions on validation data that are the teacher's, in points.
+    agreement: float | None = _number(None, 0, 100)
+    # Minutes that all trials together may take, looked at before each; null: no bound, and three
+    # rounds of `distill.steps`, `2 x` and `4 x` as many at the widths that are asked for.
+    minutes: float | None = _number(60.0, 0)
+    # Most that the student may cost on the target, as a multiple of its teacher there; the verdict
+    # says by which measure. What the widths leave of it is spent on more bits for single layers.
+    # null: no more bits than asked for.
+    cost: float | None = _number(None, 0)
+    inputs: int = _number(5000, 1)  # validation inputs (sentences) that a student is measured on
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is a promise."""
+        return self.drop is not None or self.agreement is not None
+
+
 # Distillation -------------------------------------------------------------------------------
 
 
@@ -638,6 +668,7 @@ class Config:
     quant: QuantConfig = field(default_factory=QuantConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+    goal: GoalConfig = field(default_factory=GoalConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -765,10 +796,36 @@ def validate(config: Config) -> None:
             )
     if config.quant.budget is not None:
         _validate_budget(config.quant, config.hardware)
+    if config.goal.asked:
+        _validate_goal(config)
     if (config.distill.joint_steps or 0) > config.distill.steps:
         raise ConfigError(
             f"distill.joint_steps={config.distill.joint_steps} is part of distill.steps; "
             f"nearest valid: {config.distill.steps}"
+        )
+
+
+def _validate_goal(config: Config) -> None:
+    quant = config.quant
+    if quant.budget is not None:
+        raise ConfigError(
+            "a goal plans the widths of single layers itself, within goal.cost: leave quant.budget "
+            "and quant=mixed out"
+        )
+    if (quant.weight_bits == 32) != (quant.act_bits == 32):
+        raise ConfigError(
+            f"a goal is for W{quant.weight_bits}A{quant.act_bits} only where both are quantized, "
+            "or none: quant.bits=4, or quant=none"
+        )
+    if quant.copies > 1:
+        raise ConfigError(
+            f"quant.copies={quant.copies} and a goal: leave quant.copies out, and give goal.cost "
+            "what the student may cost"
+        )
+    if config.trainer.devices > 1:
+        raise ConfigError(
+            f"trainer.devices={config.trainer.devices}: a goal is searched for on one device; "
+            "nearest valid: 1"
         )
 
 

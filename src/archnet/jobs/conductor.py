@@ -24,14 +24,15 @@ from lightning.pytorch.loggers import Logger
 
 import archnet
 from archnet import report
-from archnet.config import Config, HardwareConfig
+from archnet.config import Config
 from archnet.files import full_disk
-from archnet.hardware import teacher_cost
+from archnet.jobs.bench import ledger_of, search
+from archnet.jobs.costs import costs
 from archnet.jobs.job import Facts, Job
 from archnet.jobs.layers import layers
 from archnet.jobs.loggers import RunLoggers, require_told, run_loggers
 from archnet.jobs.registry import check_data, job_class, runs_code
-from archnet.lower import deployed_cost, lower
+from archnet.lower import lower
 from archnet.ops import Student
 from archnet.quant import Quantizer
 from archnet.ranks import LEADER, RUN_FOLDER
@@ -76,6 +77,8 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
         check_data(config)
         config = job_class(config.task.kind).completed(config)
         folder = RunFolder.create(config)
+        if config.goal.asked:
+            ledger_of(folder, overridden)
     note(folder.path)
     with folder.locked():
         if config.resume:
@@ -175,9 +178,12 @@ def _logged(job: Job, loggers: RunLoggers) -> dict[str, Any]:
         return facts
 
     def train() -> Facts:
-        student = load_student(folder, "calibrated")
         loggers.begin()
-        result = _distil(job, student, loggers.active)
+        if job.config.goal.asked:
+            student, result = search(job)
+        else:
+            student = load_student(folder, "calibrated")
+            result = _distil(job, student, loggers.active)
         return {**result, **settle_student(folder, student)}
 
     finished["look"] = folder.stage("look", job.look)
@@ -211,7 +217,7 @@ def _logged(job: Job, loggers: RunLoggers) -> dict[str, Any]:
         needs=("runtime", "max_abs_diff", "mismatches"),
     )
     finished["cost"] = folder.stage(
-        "cost", lambda: _cost(job, student), needs=("macs", "bops", "weight_bytes")
+        "cost", lambda: costs(job, student), needs=("macs", "bops", "weight_bytes")
     )
     metrics = _write_metrics(job, _metrics(job, finished))
 
@@ -267,8 +273,10 @@ def _convert(job: Job) -> tuple[Student, Facts]:
         student, facts = job.convert()
         facts["error"] = student.graph.error
     student.graph.preprocessing = job.preprocessing()
-    facts["mixed"] = run_quant(config, student, batches, learned)
-    job.require_computable(student)
+    facts["mixed"] = {}
+    if not config.goal.asked:  # else the search quantizes, and for `none` nothing does
+        facts["mixed"] = run_quant(config, student, batches, learned)
+        job.require_computable(student)
     inexact = sorted({row.rule for row in student.report if not row.exact})
     taps = [tap.path for tap in student.taps]
     return student, {"taps": taps, "approximate_rules": inexact, **facts}
@@ -279,7 +287,7 @@ def _distil(job: Job, student: Student, loggers: Sequence[Logger] = ()) -> Facts
     lightning.seed_everything(job.config.seed, verbose=False)
     several = job.config.trainer.devices > 1
     with _ranks(job.folder) if several else nullcontext():
-        return job.distil(student, loggers)
+        return job.distil(student, job.config.distill, job.folder.checkpoints, loggers)
 
 
 @contextmanager
@@ -337,45 +345,6 @@ def _audit(job: Job) -> Facts:
     }
 
 
-def _cost(job: Job, student: Student) -> Facts:
-    """On one sample; the teacher as it is, in float, and its bit operations at W8A8 as well."""
-    before, after = teacher_cost(job.teacher, job.example()), deployed_cost(student)
-    return {
-        "macs": {"teacher": before.macs, "student": after.macs},
-        "bops": {
-            "teacher": before.bops,
-            "teacher_w8a8": before.macs * 8 * 8,
-            "student": after.bops,
-        },
-        "weight_bytes": {"teacher": before.weight_bytes, "student": after.weight_bytes},
-        **_on_target(job, student, before.macs, after.bops),
-    }
-
-
-def _on_target(job: Job, student: Student, macs: int, bops: int) -> Facts:
-    """What the target would take for teacher and student, at the width of the teacher there.
-
-    Bit operations count where activations below 8 bits are computed with; elsewhere fewer bits
-    save no work, and the target's own cycles count.
-    """
-    target = job.config.hardware
-    bits = [min((w for w in of if w >= 8), default=max(of)) for of in _widths(target)]
-    cycles = {
-        "teacher": None if (native := job.teacher_cycles()) is None else round(native),
-        "student": round(sum(lower(student, weights=False).cycles.values())),
-    }
-    found: Facts = {"measure": "bops", "teacher": macs * bits[0] * bits[1], "student": bops}
-    if min(target.act_bits) >= 8 and cycles["teacher"]:
-        found = {"measure": "cycles", **cycles}
-    found["teacher_bits"] = bits
-    found["runs_teacher"] = all(row.exact and not row.written for row in student.report)
-    return {"cycles": cycles, "on_target": found}
-
-
-def _widths(target: HardwareConfig) -> tuple[list[int], list[int]]:
-    return target.weight_bits, target.act_bits
-
-
 def _metrics(job: Job, finished: dict[str, Facts]) -> dict[str, Any]:
     """What ``metrics.json`` says of the run; shares in points, sizes in bytes."""
     config, scores, seconds = job.config, finished["evaluate"], job.folder.seconds()
@@ -391,6 +360,7 @@ def _metrics(job: Job, finished: dict[str, Facts]) -> dict[str, Any]:
             "copies": config.quant.copies,
             **_mixed(config, finished["convert"]),
         },
+        **({"goal": finished["distill"]["goal"]} if config.goal.asked else {}),
         "hardware": config.hardware.name,
         "conversion": {
             "approximate_rules": finished["convert"]["approximate_rules"],

@@ -177,6 +177,25 @@ class Evaluation:
             },
         }
 
+    def drop(self) -> float | None:
+        """How far the student is below the teacher by the first metric; None: without labels.
+
+        Raises:
+            ArchnetError: the metric does not say whether more of it is better.
+        """
+        if not self.labelled or not self._judges["student"]:
+            return None
+        key = next(iter(self._judges["student"]))
+        teacher, student = (self._judges[name][key] for name in ("teacher", "student"))
+        if student.higher_is_better is None:
+            raise ArchnetError(
+                f"metric {key} does not say whether more is better (higher_is_better), so that no "
+                "drop of it can be promised: leave goal.drop out, or give goal.agreement"
+            )
+        below = self._figure(teacher.compute()) - self._figure(student.compute())
+        # Not -0.0, which would be told as such.
+        return 0.0 + round(below if student.higher_is_better else -below, 6)
+
     def _outputs(self) -> list[Facts]:
         """How far the student is from the teacher in each result."""
         return [

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
-from archnet.config import Config
+from archnet.config import Config, DistillConfig
 from archnet.ops import Student
 from archnet.runs import RunError, RunFolder
 from archnet.runs.device import device_of
@@ -93,12 +93,48 @@ class Job(ABC):
         return
 
     @abstractmethod
-    def distil(self, student: Student, loggers: Sequence[Logger]) -> Facts:
+    def distil(
+        self,
+        student: Student,
+        options: DistillConfig,
+        folder: Path,
+        loggers: Sequence[Logger] = (),
+    ) -> Facts:
         """Train the student in place, without labels.
+
+        Args:
+            student: quantized or float.
+            options: of the training: the run's, or those of a trial of its search.
+            folder: for checkpoints, from which it goes on.
+            loggers: of losses.
 
         Returns:
             ``inputs_seen`` and ``unlabelled``, and what `fit` says of time.
         """
+
+    def schedules(self, student: Student, options: DistillConfig) -> list[str]:
+        """Those of `distill.schedule` that a search may try, the first at several rates."""
+        return [options.schedule]
+
+    def validate(self, student: Student, count: int, *, drop: bool) -> Facts:
+        """Teacher and student on the first ``count`` validation inputs, for a search.
+
+        Args:
+            student: at any widths.
+            count: of inputs.
+            drop: whether the task's metric is measured as well.
+
+        Returns:
+            ``agreement``, decisions that are the teacher's, in points (None: nothing is decided);
+            ``drop``, points of the metric below the teacher (None: no labels); and ``inputs``.
+
+        Raises:
+            RunError: the job has no such measure.
+        """
+        raise RunError(
+            f"task.kind={self.config.task.kind} measures no validation data: leave goal.drop and "
+            "goal.agreement out"
+        )
 
     @abstractmethod
     def evaluate(self, student: Student) -> Facts:

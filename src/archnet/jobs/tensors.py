@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 import archnet
 from archnet.capture import TeacherGraph, capture
+from archnet.config import DistillConfig
 from archnet.convert import Approximation, native_cycles
 from archnet.convert.walk import Classes
 from archnet.deploy import to_integers
@@ -105,18 +106,27 @@ class TensorJob(Job):
         if quant.method != "none" and FLOAT not in widths:
             to_integers(student, cast(Any, target.requantization), target.accumulator_bits)
 
-    def distil(self, student: Student, loggers: Sequence[Logger]) -> Facts:
+    def distil(
+        self,
+        student: Student,
+        options: DistillConfig,
+        folder: Path,
+        loggers: Sequence[Logger] = (),
+    ) -> Facts:
         # The captured teacher gives its features at the taps, by the nodes that conversion named.
         features = self.captured.features([tap.node for tap in student.taps])
         return train(
             features,
             student,
             self.data,
-            self.config.distill,
+            options,
             trainer=self.config.trainer,
-            folder=self.folder.checkpoints,
+            folder=folder,
             loggers=loggers,
         )
+
+    def schedules(self, student: Student, options: DistillConfig) -> list[str]:
+        return ["joint", "local"] if student.taps else ["joint"]
 
     def evaluate(self, student: Student) -> Facts:
         """As `Job.evaluate`; of results without classes also how far they are from the teacher's.
@@ -124,6 +134,27 @@ class TensorJob(Job):
         Their largest ``relative_error`` (in per cent) and least ``cosine`` are figures of the
         student; ``outputs`` has those of each.
         """
+        found = self._beside(student, self.data.test_dataloader(), self.config.trainer.limit_eval)
+        if not found.count:
+            raise ArchnetError("the test split is empty: set task.data.test_fraction above zero")
+        return found.facts()
+
+    def validate(self, student: Student, count: int, *, drop: bool) -> Facts:
+        found = self._beside(student, self.data.val_dataloader(), count)
+        if not found.count:
+            raise ArchnetError(
+                "a goal is measured on validation data, of which there are none: set "
+                "task.data.val_fraction above zero"
+            )
+        facts = found.facts()
+        return {
+            "agreement": facts["agreement"],
+            "drop": found.drop() if drop else None,
+            "inputs": found.count,
+        }
+
+    def _beside(self, student: Student, loader: Any, count: int | None) -> Evaluation:
+        """Teacher and student on the first ``count`` inputs of a loader; None: on all."""
         networks = {
             "teacher": self.captured.scores().to(self.device),
             "student": student.to(self.device).eval(),
@@ -132,16 +163,14 @@ class TensorJob(Job):
         outputs = dict(zip(graph.output_names, graph.classes, strict=True))
         found = Evaluation(self.metrics, outputs, self.in_points)
         with torch.inference_mode():
-            for inputs, labels in self._test_batches():
+            for inputs, labels in _first(loader, count):
                 theirs, ours = (
                     [part.cpu() for part in each(network(inputs.to(self.device)))]
                     for network in networks.values()
                 )
                 found.add(theirs, ours, labels, partial(self._kept, inputs))
         student.cpu()
-        if not found.count:
-            raise ArchnetError("the test split is empty: set task.data.test_fraction above zero")
-        return found.facts()
+        return found
 
     def _kept(self, batch: Tensor, row: int) -> Facts:
         return self.kept(batch[row])
@@ -165,14 +194,6 @@ class TensorJob(Job):
 
     def teacher_cycles(self) -> float | None:
         return native_cycles(self.captured, self.example(), self.config.hardware)
-
-    def _test_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Those of the test split, up to `trainer.limit_eval` inputs."""
-        left = self.config.trainer.limit_eval
-        for inputs, labels in self.data.test_dataloader():
-            yield inputs[:left], None if labels is None else labels[:left]
-            if left is not None and (left := left - len(inputs)) <= 0:
-                return
 
     @property
     def files(self) -> list[Path]:
@@ -217,3 +238,11 @@ class TensorJob(Job):
             more = self.data.calibration_batches(-(-(count - len(inputs)) // size))
             inputs = torch.cat([inputs, *more])[:count]
         return inputs
+
+
+def _first(loader: Any, count: int | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Batches of a loader up to ``count`` inputs; None: all."""
+    for inputs, labels in loader:
+        yield inputs[:count], None if labels is None else labels[:count]
+        if count is not None and (count := count - len(inputs)) <= 0:
+            return

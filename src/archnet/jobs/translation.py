@@ -21,7 +21,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from archnet.capture.compare import difference
-from archnet.config import Config, TeacherConfig
+from archnet.config import Config, DistillConfig, TeacherConfig
 from archnet.convert import convert_translator, fit_norms, stepwise
 from archnet.deploy import OnnxTranslator, export_translator
 from archnet.distill import distill_text
@@ -221,15 +221,21 @@ class Translation(Job):
         batches = self.data.calibration_batches(self.teacher_text(), count)
         return [(batch.source, batch.target_in, batch.source_pad) for batch in batches]
 
-    def distil(self, student: Student, loggers: Sequence[Logger]) -> Facts:
+    def distil(
+        self,
+        student: Student,
+        options: DistillConfig,
+        folder: Path,
+        loggers: Sequence[Logger] = (),
+    ) -> Facts:
         return distill_text(
             TappedTeacher(self.teacher, [tap.path for tap in student.taps]),
             student,
             self.data,
             self.teacher_text(),
-            self.config.distill,
+            options,
             trainer=self.config.trainer,
-            folder=self.folder.checkpoints,
+            folder=folder,
             loggers=loggers,
         )
 

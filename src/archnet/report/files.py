@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 
 EVALUATION, LAYERS = "evaluation.json", "layers.json"
 CONVERSION, FORMS = "conversion.json", "forms.json"
+SEARCH = "search.json"
 _LARGEST_LOG = 1 << 28  # bytes
 
 # What is read of the rows of tables.
@@ -30,6 +31,10 @@ _ROWS: dict[str, dict[str, Any]] = {
     CONVERSION: {"path": str, "operator": str, "rule": str, "error": (*_NUMBER, NoneType)},
     FORMS: {
         "path": str, "compact": _NUMBER, "faithful": _NUMBER, "cost": _NUMBER, "total": _NUMBER,
+    },
+    SEARCH: {
+        "name": str, "kind": str, "widths": str, "agreement": _NUMBER, "seconds": _NUMBER,
+        "drop": (*_NUMBER, NoneType),
     },
     LAYERS: {
         "layer": str, "operators": str, "tap": str, "macs": _NUMBER, "bops": _NUMBER,
@@ -96,12 +101,18 @@ Curves = dict[str, Points]
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
-    """A table of a run; empty where it has none, or a damaged one, of which a warning tells."""
+    """A table of a run; empty where it has none, or a damaged one, of which a warning tells.
+
+    That of a search stands beside the keys that its user gave.
+    """
     path = folder / name
     if not os.path.lexists(path):
         return []
     try:
-        found = read_json(path, list)
+        whole = read_json(path, dict) if name == SEARCH else {"trials": read_json(path, list)}
+        found = whole.get("trials")
+        if not isinstance(found, list):
+            raise RunError(f"{path} is damaged: it lacks trials")
         for row in found:
             for key, kind in _ROWS[name].items():
                 if not isinstance(row, dict) or not isinstance(row.get(key), kind):
@@ -109,7 +120,7 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     except RunError as error:
         _log.warning("%s; the report is written without it", error)
         return []
-    return found
+    return list(found)
 
 
 def evaluation(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jinja2 import Environment
 from archnet.errors import printable
 from archnet.report import files as parts_of
 from archnet.report.chart import COLOURS, Line, Mark, lines_chart, marks_chart
-from archnet.report.files import CONVERSION, FORMS, LAYERS, Curves
+from archnet.report.files import CONVERSION, FORMS, LAYERS, SEARCH, Curves
 from archnet.report.table import reading, rows
 from archnet.runs import atomic, read_json, read_text
 
@@ -38,6 +38,7 @@ def write(folder: Path) -> Path:
             rows=rows(metrics),
             stages=stages(lines),
             validation=_validation(lines),
+            trials=parts_of.rows(folder, SEARCH),
             layers=parts_of.rows(folder, LAYERS),
             details=details,
             matrix=_matrix(details),

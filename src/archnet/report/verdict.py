@@ -31,7 +31,8 @@ def verdict(
         ``sentence``; ``bad_deal``, whether the teacher at 8 bits alone would be better;
         ``metric`` that was judged, its ``difference`` in points, ``low`` and ``high`` bounds (None
         where not known); ``cost_ratio`` to the teacher on the target and its ``measure``; ``pure``;
-        ``verified``; and ``advice``, sentences about what would help next.
+        ``verified``; ``kept``, whether the promise of `goal` is (None: there is none); and
+        ``advice``, sentences about what would help next.
     """
     key, quality, difference = _quality(metrics)
     low, high = _bounds(metrics, key)
@@ -41,6 +42,9 @@ def verdict(
     parts = [quality, *([cost] if cost else []), file]
     sentence = f"{', '.join(parts[:-1])}; {parts[-1]}."
     sentence = sentence[0].upper() + sentence[1:]
+    goal = metrics.get("goal")
+    if goal:
+        sentence = f"{_promised(goal, metrics)} {sentence}"
     if bad:
         sentence = f"A bad deal: {why}. {sentence}"
     return {
@@ -54,8 +58,30 @@ def verdict(
         "measure": _on_target(metrics).get("measure"),
         "pure": pure,
         "verified": verified,
+        "kept": goal["kept"] if goal else None,
         "advice": _advice(metrics, ratio, high, layers, trend, max_cost),
     }
+
+
+def _promised(goal: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """Whether the promise of a search is kept, by how much, and what the search took."""
+    found, unit = goal["validation"], metrics["data"]["unit"]
+    asked, was = [], []
+    if goal["drop"] is not None:
+        asked.append(f"at most {goal['drop']:g} points below the teacher")
+    if goal["agreement"] is not None:
+        asked.append(f"an agreement of at least {goal['agreement']:g} %")
+    if found["drop"] is not None:
+        where = "below" if found["drop"] >= 0 else "above"
+        was.append(f"{abs(found['drop']):.2f} points {where}")
+    if found["drop"] is None or goal["agreement"] is not None:
+        was.append(f"agreement {found['agreement']:.2f} %")
+    missed = "kept" if goal["kept"] else f"missed by {goal['shortfall']:.2f} points"
+    return (
+        f"Promise {missed}: {' and '.join(asked)}; it is {', '.join(was)} on "
+        f"{found['inputs']:,} validation {unit}s, after {goal['trials']} trials in "
+        f"{goal['minutes']:.1f} minutes."
+    )
 
 
 def headline(metrics: Mapping[str, Any]) -> str | None:
@@ -189,7 +215,8 @@ def _advice(
     max_cost: float | None,
 ) -> list[str]:
     """What would help next, the most telling first."""
-    found, quant = list[str](), metrics["quant"]
+    goal, quant = metrics.get("goal", {}), metrics["quant"]
+    found, missed = list(goal.get("advice", ())), goal.get("kept") is False
     measure = _on_target(metrics)["measure"]
     low = _bounds(metrics, headline(metrics))[0] if headline(metrics) else None
     difference = _quality(metrics)[2]
@@ -225,7 +252,7 @@ def _advice(
         bits = quant["weight_bits"]
         if quant["method"] != "none" and bits <= 3 and quant.get("copies", 1) == 1:
             found.append("Two copies of every map say more than one: quant.copies=2.")
-    elif difference is not None and ratio is not None and ratio <= 1:
+    elif difference is not None and ratio is not None and ratio <= 1 and not missed:
         widths = quant["weight_bits"], quant["act_bits"]
         if quant["method"] != "none" and measure == "bops" and max(widths) > 2:
             found.append(

@@ -1,0 +1,135 @@
+"""Where the search of a run makes, trains and measures its students: the run's job and folder."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import lightning
+
+from archnet.config import DistillConfig
+from archnet.jobs.costs import on_target
+from archnet.jobs.job import Facts, Inputs, Job
+from archnet.ops import Student
+from archnet.quant import quantizers, unquantize
+from archnet.report.files import SEARCH
+from archnet.runs import RunFolder, read_json, write_json
+from archnet.runs.quant import run_quant
+from archnet.runs.student import load_student, save_student
+from archnet.search import Found, Ledger, Measured, Search, SearchError
+from archnet.search.ladder import Widths
+
+# A search trains students that start near their teacher, for few bits: the adapters, which make no
+# difference then, would cost steps, and weights that leave zero are rounded back to it.
+PRESET: Mapping[str, Any] = {"attention": False, "adaptation": False, "keep_zeros": True}
+
+
+class JobBench:
+    """A `Bench` of a run; see there for what each question means."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.config, self.folder = job, job.config, job.folder
+
+    @cached_property
+    def _calibration(self) -> list[Inputs]:
+        return self.job.calibration(self.config.quant.calibration_batches)
+
+    def converted(self) -> Student:
+        return load_student(self.folder, "calibrated")
+
+    def quantized(self, student: Student, widths: Widths, budget: float | None) -> Student:
+        student = copy.deepcopy(student)
+        learned = quantizers(student)
+        unquantize(student)
+        quant = replace(
+            self.config.quant,
+            weight_bits=widths.weight_bits,
+            act_bits=widths.act_bits,
+            budget=budget,
+        )
+        run_quant(replace(self.config, quant=quant), student, self._calibration, learned)
+        self.job.require_computable(student)
+        return student
+
+    def train(self, student: Student, options: DistillConfig, place: str) -> Mapping[str, Any]:
+        lightning.seed_everything(self.config.seed, verbose=False)
+        folder = self.folder.checkpoints / place
+        folder.mkdir(exist_ok=True)
+        facts = self.job.distil(student, options, folder)
+        return {key: facts[key] for key in ("inputs_seen", "unlabelled", "earlier") if key in facts}
+
+    def measure(self, student: Student) -> Measured:
+        goal = self.config.goal
+        found = self.job.validate(student, goal.inputs, drop=goal.drop is not None)
+        if found["agreement"] is None:
+            raise SearchError(
+                f"task.kind={self.config.task.kind} has results that decide nothing, and a goal is "
+                "a number of decisions or points: leave goal.drop and goal.agreement out"
+            )
+        return Measured(found["agreement"], found["drop"], found["inputs"])
+
+    def cost(self, student: Student) -> tuple[float, str]:
+        found = on_target(self.job, student)["on_target"]
+        return found["student"] / found["teacher"], found["measure"]
+
+    def keep(self, name: str, student: Student) -> None:
+        save_student(self.folder, name, student)
+
+    def kept(self, name: str) -> Student:
+        return load_student(self.folder, name)
+
+    def clear(self, names: list[str]) -> None:
+        for name in names:
+            (self.folder.checkpoints / f"{name}.pt").unlink(missing_ok=True)
+            shutil.rmtree(self.folder.checkpoints / name, ignore_errors=True)
+
+
+def ledger_of(folder: RunFolder, given: Sequence[str] = ()) -> Ledger:
+    """The trials of a run; of a new one, with the keys that its user has given."""
+    return Ledger(folder.path / SEARCH, write_json, lambda path: read_json(path, dict), given)
+
+
+def search(job: Job) -> tuple[Student, Facts]:
+    """The student that a run's goal finds, and what is to be known of its training.
+
+    The student that its training began with becomes the run's ``calibrated`` one.
+    """
+    config, quant = job.config, job.config.quant
+    bench, ledger = JobBench(job), ledger_of(job.folder)
+    asked = Widths(quant.weight_bits, quant.act_bits)
+    base = replace(
+        config.distill,
+        **{key: x for key, x in PRESET.items() if not ledger.names(f"distill.{key}")},
+    )
+    schedules = job.schedules(bench.converted(), base)
+    found = Search(bench, config.goal, asked, base, ledger, schedules).find()
+    student = bench.kept(found.point.name)
+    save_student(job.folder, "calibrated", bench.kept(found.calibrated))
+    trained = [row for row in ledger.rows if row["kind"] == "trained"]
+    facts = {
+        "inputs_seen": sum(row["inputs_seen"] for row in trained),
+        "unlabelled": max((row["unlabelled"] or 0 for row in trained), default=0),
+        "goal": _told(found, job, ledger),
+    }
+    bench.clear([row["name"] for row in ledger.rows])
+    return student, facts
+
+
+def _told(found: Found, job: Job, ledger: Ledger) -> Facts:
+    """What ``metrics.json`` says of a search."""
+    goal = job.config.goal
+    return {
+        "drop": goal.drop,
+        "agreement": goal.agreement,
+        "kept": found.shortfall <= 0,
+        "shortfall": found.shortfall,
+        "validation": found.point.measured.facts(),
+        "trials": len(ledger.rows),
+        "minutes": round(ledger.minutes, 2),
+        "chosen": found.point.name,
+        "advice": found.advice,
+    }

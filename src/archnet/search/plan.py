@@ -1,0 +1,396 @@
+"""The search: from float down the ladder of widths, with short trials before long trainings."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from archnet.config import DistillConfig, GoalConfig
+from archnet.search.arms import FLOAT_RATES, LEAST_STEPS, Arm, halved, rates
+from archnet.search.ladder import Widths
+from archnet.search.ledger import Ledger, Row
+from archnet.search.promise import Bench, Measured, Promise, SearchError
+
+_log = logging.getLogger(__name__)
+
+# Points of agreement that a step down may take at once; what takes more is reached by the widths
+# between, so that training begins near the teacher.
+FAR = 10.0
+# What a step down may take without being trained before the next one.
+NEAR = 1.0
+# Disagreement of a float student, in points, from which it is worth training before it is rounded.
+FITTED = 3.0
+GAIN = 0.2  # points of agreement that a round of training has to win for another to follow
+ROUNDS = 3  # at one width, where no bound on time ends them
+LEAST_SHARE = 4  # of a round's steps, at least one part has to fit into the time that is left
+BETWEEN = 0.5  # of a round's steps, those at widths that are only passed
+SAME = 1.001  # a cost that is so near a bound is within it
+NEVER = -math.inf  # the agreement of what was not tried
+MANY = 100  # rounds, where time bounds them
+
+
+@dataclass(frozen=True)
+class Point:
+    """A student that a trial has made, kept under the trial's name."""
+
+    name: str
+    widths: Widths
+    measured: Measured
+    cost: float | None = None
+    steps: int = 0  # of the training that made it
+    begun: str = ""  # the trial whose calibrated student was trained; empty: it is that itself
+
+    @property
+    def agreement(self) -> float:
+        return self.measured.agreement
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with.
+
+    Attributes:
+        point: the best student within the bounds.
+        calibrated: name of the student that its training began with.
+        shortfall: points that are missing; zero or less: the promise is kept.
+        advice: sentences about what would help next, most promising first.
+    """
+
+    point: Point
+    calibrated: str
+    shortfall: float
+    advice: list[str] = field(default_factory=list)
+
+
+class Search:
+    """Looks for the student that keeps a promise at the widths asked for.
+
+    Args:
+        bench: makes, trains and measures students.
+        goal: the promise and its bounds.
+        asked: the widths.
+        base: `distill` of the config. A round of training has its ``steps``, or as many as fit into
+            the time that is left; what is not on trial is as it says.
+        ledger: keeps the trials. Keys that its user has given are not on trial.
+        schedules: that the student can be trained by.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        goal: GoalConfig,
+        asked: Widths,
+        base: DistillConfig,
+        ledger: Ledger,
+        schedules: Sequence[str] = ("joint",),
+    ) -> None:
+        self.bench, self.goal, self.asked, self.base = bench, goal, asked, base
+        self.ledger, self.promise = ledger, Promise(goal.drop, goal.agreement)
+        self.schedules = list(schedules)
+        if ledger.names("distill.schedule") or ledger.names("distill"):
+            self.schedules = [base.schedule]
+        self.out_of_time = False
+        self.last_gain: float | None = None  # of the last round at the asked widths
+        self._pace: dict[Widths, float] = {}  # seconds a step, with what measuring took
+
+    def find(self) -> Found:
+        """Search until the promise is kept, the bounds are reached or training helps no more.
+
+        Raises:
+            SearchError: a bound cannot be met by any student of these widths.
+        """
+        point = best = self.fitted(self.converted())
+        if not self.asked.is_float:
+            best = self.reach(point, self.asked)
+            if not self.keeps(best):
+                best = self.spent(best)
+        missing = self.promise.shortfall(best.measured)
+        _log.info(
+            "search: %s, %s after %d trials", self.promise,
+            "kept" if missing <= 0 else f"missed by {missing:.2f} points", len(self.ledger.rows),
+        )  # fmt: skip
+        return Found(best, best.begun or best.name, missing, self.advice(point, best))
+
+    def keeps(self, point: Point) -> bool:
+        return self.promise.shortfall(point.measured) <= 0
+
+    def fulfils(self, point: Point) -> bool:
+        """Whether the search is over: the promise is kept at the widths that were asked for."""
+        return point.widths == self.asked and self.keeps(point)
+
+    # Float ------------------------------------------------------------------------------------
+
+    def converted(self) -> Point:
+        """The student as conversion made it."""
+
+        def work(name: str) -> Mapping[str, Any]:
+            student = self.bench.converted()
+            self.bench.keep(name, student)
+            return self.bench.measure(student).facts()
+
+        return self._point(self.ledger.trial({"kind": "converted", "widths": "float"}, work))
+
+    def fitted(self, start: Point) -> Point:
+        """A float student whose approximations follow the teacher, where they do not yet."""
+        if 100 - start.agreement <= FITTED:
+            return start
+        found = [self.base.optimizer.lr] if self._given("lr") else FLOAT_RATES
+        arms = [Arm("joint", rate, is_float=True) for rate in found]
+        # The time is for the widths that are asked for, if there are any.
+        share = 1.0 if self.asked.is_float else 0.25
+        trained = self.trained(start, arms, share=share, rounds=ROUNDS if share == 1 else 1)
+        return self.best([start, trained])
+
+    # Down the ladder --------------------------------------------------------------------------
+
+    def reach(self, above: Point, widths: Widths) -> Point:
+        """The best student at some widths, from one at wider widths."""
+        final = widths == self.asked
+        point = self.calibrated(above, widths)
+        if final and self.keeps(point):
+            return point
+        between = widths.above()
+        if above.agreement - point.agreement > FAR and between is not None:
+            above = self.reach(above, between)
+            point = self.calibrated(above, widths)
+            if final and self.keeps(point):
+                return point
+        lost = above.agreement - point.agreement
+        if not final and lost <= NEAR:
+            return point
+        arms = self.arms(lost)
+        if final:
+            return self.trained(point, arms)
+        return self.trained(point, arms, steps=BETWEEN, share=0.3, rounds=1)
+
+    def arms(self, lost: float) -> list[Arm]:
+        """What is tried where rounding has taken so many points of agreement."""
+        given = self.base.optimizer.grid_lr
+        found = rates(lost) if not self._given("grid_lr") or given is None else [given]
+        first, *others = self.schedules
+        # A second schedule costs a trial, not one for every rate: rates matter more.
+        middle = found[len(found) // 2]
+        return [*(Arm(first, rate) for rate in found), *(Arm(s, middle) for s in others)]
+
+    def _given(self, key: str) -> bool:
+        return self.ledger.names(f"distill.optimizer.{key}")
+
+    def calibrated(self, above: Point, widths: Widths, budget: float | None = None) -> Point:
+        """A student of some widths before any training at them.
+
+        Raises:
+            SearchError: the widths that are asked for cost more than `goal.cost` allows.
+        """
+        about = {"kind": "calibrated", "from": above.name, "widths": str(widths)}
+        if budget is not None:
+            about["budget"] = f"{budget:.4g}"
+
+        def work(name: str) -> Mapping[str, Any]:
+            student = self.bench.quantized(self.bench.kept(above.name), widths, budget)
+            self.bench.keep(name, student)
+            found = self.bench.measure(student).facts()
+            if widths == self.asked:
+                found["cost"], found["cost_of"] = self.bench.cost(student)
+            return found
+
+        row = self.ledger.trial(about, work)
+        cost, bound = row.get("cost"), self.goal.cost
+        if bound is not None and cost is not None and budget is None and cost > bound * SAME:
+            raise SearchError(
+                f"goal.cost={bound:g} is less than {widths} costs on this target, {cost:.4g} times "
+                "its teacher: raise goal.cost, or ask for fewer bits"
+            )
+        return self._point(row)
+
+    def trained(
+        self,
+        start: Point,
+        arms: Sequence[Arm],
+        *,
+        steps: float = 1.0,
+        share: float = 1.0,
+        rounds: int | None = None,
+    ) -> Point:
+        """The best student after training: short trials, then rounds of the best arm.
+
+        Args:
+            start: what is trained.
+            arms: to try.
+            steps: of a round, as a share of those in the config.
+            share: of the time left that this may take; its trials have a third of that.
+            rounds: at most; None: as many as help, within the time, or `ROUNDS` without a bound.
+        """
+        length = round(self.base.steps * steps)
+        if not length:
+            return start
+        made = [start]
+        now, time = self.ledger.minutes, share * self._left()
+
+        def tried(arm: Arm, count: int) -> float:
+            point = self.round(start, arm, count, now + time / 3)
+            if point is None:
+                return NEVER
+            made.append(point)
+            return math.inf if self.fulfils(point) else point.agreement
+
+        arm = halved(arms, length, tried)
+        source = start
+        for _ in range(rounds or (ROUNDS if self.goal.minutes is None else MANY)):
+            best = self.best(made)
+            if self.fulfils(best):
+                break
+            point = self.round(source, arm, length, now + time, least=length // LEAST_SHARE)
+            self.out_of_time = point is None or point.steps < length
+            if point is None:
+                break
+            made.append(point)
+            gain = point.agreement - best.agreement
+            if point.widths == self.asked:
+                self.last_gain = gain
+            if gain < GAIN or self.out_of_time:
+                break
+            source, arm, length = point, arm.slower(), 2 * length
+        best = self.best(made)
+        self.bench.clear([point.name for point in made[1:] if point is not best])
+        return best
+
+    def round(
+        self, start: Point, arm: Arm, steps: int, until: float, least: int = LEAST_STEPS
+    ) -> Point | None:
+        """A student trained once; None where there is too little time.
+
+        Args:
+            start: what is trained.
+            arm: how.
+            steps: how long, or shorter to end in time.
+            until: minutes of the search at which it has to end.
+            least: steps without which it is not worth to begin.
+        """
+        pace, time = self._pace.get(start.widths), 60 * (until - self.ledger.minutes)
+        if pace and math.isfinite(time):
+            steps = min(steps, int(max(0.0, time) / pace))
+        if steps < min(least, self.base.steps) or self._left() <= 0:
+            return None
+        about = {
+            "kind": "trained",
+            "from": start.name,
+            "widths": str(start.widths),
+            "schedule": arm.schedule,
+            "rate": arm.rate,
+            "steps": steps,
+        }
+
+        def work(name: str) -> Mapping[str, Any]:
+            student = self.bench.kept(start.name)
+            facts = self.bench.train(student, arm.options(self.base, steps), name)
+            self.bench.keep(name, student)
+            return {**facts, **self.bench.measure(student).facts()}
+
+        row = self.ledger.trial(about, work)
+        self._pace[start.widths] = row["seconds"] / row["steps"]
+        return self._point(row, start)
+
+    # More than the widths ---------------------------------------------------------------------
+
+    def spent(self, best: Point) -> Point:
+        """A student with more bits in the layers that need them most, within `goal.cost`.
+
+        First half of what the bound leaves is spent, in proportion, then all of it.
+        """
+        cost, bound = best.cost, self.goal.cost
+        if bound is None or cost is None or bound <= cost * SAME or self._left() <= 0:
+            return best
+        found = best
+        for power in (0.5, 1.0):
+            budget = (bound / cost) ** power
+            point = self.calibrated(best, self.asked, budget)
+            if not self.keeps(point):
+                lost = max(best.agreement - point.agreement, 0.0)
+                point = self.trained(point, self.arms(lost), rounds=1, share=power)
+            found = self.best([found, point])
+            if self.keeps(found):
+                break
+        return found
+
+    # The end ----------------------------------------------------------------------------------
+
+    def best(self, points: Sequence[Point]) -> Point:
+        """The one nearest to the promise; of several that keep it the one that agrees most."""
+        return max(
+            points,
+            key=lambda p: (-max(0.0, self.promise.shortfall(p.measured)), p.agreement),
+        )
+
+    def advice(self, fitted: Point, best: Point) -> list[str]:
+        """What would help where the promise is missed."""
+        if self.keeps(best):
+            return []
+        found = list[str]()
+        if not self.base.steps:
+            return ["distill.steps=0 trains nothing: leave it out"]
+        if not self.keeps(fitted):
+            found.append(
+                "The float student does not keep the promise either: approximate the teacher more "
+                "closely (convert.attention=pairs, more convert.hinges), or name a target that "
+                "runs more of its operators"
+            )
+        minutes = self.goal.minutes
+        if minutes is not None and self.out_of_time:
+            won = (
+                ""
+                if self.last_gain is None
+                else f": the last round won {self.last_gain:.2f} points of agreement"
+            )
+            found.append(f"More time{won} (goal.minutes={2 * minutes:g})")
+        wider = self.asked.above() if not self.asked.is_float else None
+        if wider is not None:
+            passed = self._passed(wider)
+            known = (
+                ""
+                if passed is None
+                else f", which missed it by {passed:.2f} points on the way"
+                if passed > 0
+                else ", which keeps it"
+            )
+            found.append(
+                f"More bits: {wider}{known} (quant.weight_bits={wider.weight_bits} "
+                f"quant.act_bits={wider.act_bits})"
+            )
+        cost = best.cost
+        if cost is not None and (self.goal.cost is None or self.goal.cost <= cost * SAME):
+            found.append(
+                f"More bits in the layers that need them most: goal.cost={2 * cost:.2g} allows "
+                "twice the cost"
+            )
+        return found
+
+    def _passed(self, widths: Widths) -> float | None:
+        """The least shortfall of all trials at some widths; None: there was none."""
+        rows = [row for row in self.ledger.rows if row["widths"] == str(widths)]
+        return min((self.promise.shortfall(_measured(row)) for row in rows), default=None)
+
+    def _left(self) -> float:
+        """Minutes."""
+        bound = self.goal.minutes
+        return math.inf if bound is None else bound - self.ledger.minutes
+
+    def _point(self, row: Row, start: Point | None = None) -> Point:
+        measured, cost = _measured(row), row.get("cost")
+        _log.info(
+            "%s: %s%s, agreement %.2f %%%s, %.0f s", row["name"], row["widths"],
+            f", {row['schedule']} {row['steps']} steps, rate {row['rate']:g}" if start else "",
+            measured.agreement,
+            "" if measured.drop is None else f", {measured.drop:.2f} points below the teacher",
+            row["seconds"],
+        )  # fmt: skip
+        if start is None:
+            return Point(row["name"], Widths.named(row["widths"]), measured, cost)
+        begun = start.begun or start.name
+        return Point(row["name"], start.widths, measured, start.cost, row["steps"], begun)
+
+
+def _measured(row: Row) -> Measured:
+    return Measured(row["agreement"], row["drop"], row["inputs"])

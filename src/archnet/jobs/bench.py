@@ -24,8 +24,14 @@ from archnet.search import Found, Ledger, Measured, Search, SearchError
 from archnet.search.ladder import Widths
 
 # A search trains students that start near their teacher, for few bits: the adapters, which make no
-# difference then, would cost steps, and weights that leave zero are rounded back to it.
-PRESET: Mapping[str, Any] = {"attention": False, "adaptation": False, "keep_zeros": True}
+# difference then, would cost steps; weights that leave zero are rounded back to it; and decisions,
+# by which it judges, weigh more than features.
+PRESET: Mapping[str, Any] = {
+    "attention": False,
+    "adaptation": False,
+    "keep_zeros": True,
+    "logits_weight": 4.0,
+}
 
 
 class JobBench:

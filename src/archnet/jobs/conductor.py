@@ -351,7 +351,11 @@ def _metrics(job: Job, finished: dict[str, Facts]) -> dict[str, Any]:
     parity = {key: value for key, value in finished["parity"].items() if key != "seconds"}
     return {
         "task": config.task.name,
-        "teacher": {"name": config.teacher.name, **scores["teacher"]},
+        "teacher": {
+            "name": config.teacher.name,
+            **scores["teacher"],
+            **_trouble(finished["look"]),
+        },
         "student": {**scores["student"], "agreement": scores["agreement"]},
         "quant": {
             "method": config.quant.method,
@@ -393,6 +397,11 @@ def _metrics(job: Job, finished: dict[str, Facts]) -> dict[str, Any]:
         },
         "seed": config.seed,
     }
+
+
+def _trouble(look: Facts) -> Facts:
+    """What a look at the teacher has found wrong with it, if anything."""
+    return {"trouble": look["trouble"]} if look.get("trouble") else {}
 
 
 def _mixed(config: Config, converted: dict[str, Any]) -> dict[str, Any]:

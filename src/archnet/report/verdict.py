@@ -216,7 +216,10 @@ def _advice(
 ) -> list[str]:
     """What would help next, the most telling first."""
     goal, quant = metrics.get("goal", {}), metrics["quant"]
-    found, missed = list(goal.get("advice", ())), goal.get("kept") is False
+    found, missed = list[str](), goal.get("kept") is False
+    if trouble := metrics["teacher"].get("trouble"):
+        found.append(f"What follows its teacher is no better: that {printable(trouble)}.")
+    found += goal.get("advice", ())
     measure = _on_target(metrics)["measure"]
     low = _bounds(metrics, headline(metrics))[0] if headline(metrics) else None
     difference = _quality(metrics)[2]

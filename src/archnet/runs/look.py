@@ -42,7 +42,8 @@ def look(
         names: of the teacher's classes in the order of its scores; empty: not known.
 
     Returns:
-        ``accuracy`` in points, None without labels, and how many ``images`` of which ``split``.
+        ``accuracy`` in points, None without labels, how many ``images`` of which ``split``, and
+        ``trouble``, what is wrong with the teacher's answers (None: nothing).
     """
     if difference := _named_otherwise(data.class_names, names):
         _log.warning("teacher %s: %s", config.teacher.name, difference)
@@ -61,7 +62,12 @@ def look(
     scores_NC, labels_N = torch.cat(answers)[:most], torch.cat(labels)[:most]
     guesses_N, classes = decisions(scores_NC, 1), scores_NC.shape[1]
     labelled = bool((labels_N >= 0).all())
-    facts: dict[str, Any] = {"accuracy": None, "images": len(labels_N), "split": split}
+    facts: dict[str, Any] = {
+        "accuracy": None,
+        "images": len(labels_N),
+        "split": split,
+        "trouble": None,
+    }
     if labelled and len(labels_N):
         facts["accuracy"] = round(100 * (guesses_N == labels_N).double().mean().item(), 4)
         _log.info(
@@ -74,7 +80,7 @@ def look(
             "result will be how often the student agrees with it", split,
         )  # fmt: skip
     if trouble := _trouble(guesses_N, labels_N if labelled else None, classes, data.class_names):
-        shown = config.task.data
+        shown, facts["trouble"] = config.task.data, trouble
         _log.warning(
             "teacher %s %s. Images were made with task.data.image_size=%s, task.data.resize=%s, "
             "task.data.interpolation=%s, task.data.mean=%s, task.data.std=%s",

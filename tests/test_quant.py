@@ -419,6 +419,24 @@ def test_the_dorefa_grid(bits):
         assert quantizer.integers(x).unique().tolist() == list(range(-high, high + 1))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_dorefa_grid_spans_what_leaves_least_error(bits):
+    """With the published span, all but the largest of many weights would be zero at 2 bits."""
+    layer = nn.Conv2d(8, 6, 3)
+    torch.nn.init.normal_(layer.weight, std=0.05)
+    fitted, published = WeightDoReFa(bits, 6), WeightDoReFa(bits, 6)
+    fitted.set_scale(fitted.fit(layer.weight))
+    levels = published.integers(layer.weight).reshape(6, -1)
+    rows = layer.weight.detach().reshape(6, -1)
+    published.set_scale((rows * levels).sum(1) / levels.square().sum(1))
+    lost = [(q(layer.weight) - layer.weight).square().sum() for q in (fitted, published)]
+    assert lost[0] <= lost[1]
+    if bits == 2:
+        assert (published.integers(layer.weight) == 0).double().mean() > 0.8
+        assert (fitted.integers(layer.weight) == 0).double().mean() < 0.6
+        assert lost[0] < 0.5 * lost[1]
+
+
 # Saving and errors --------------------------------------------------------------------------
 
 

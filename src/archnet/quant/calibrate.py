@@ -75,13 +75,14 @@ def _power_of_two(peak: Tensor) -> Tensor:
 
 
 def weight_scale(quantizer: Quantizer, module: WeightedOperator) -> Tensor:
-    """The scale that the quantizer of a layer's weights starts from, (channels,)."""
+    """The scale that the quantizer of a layer's weights starts from, (channels,).
+
+    A DoReFa quantizer gets its span as well.
+    """
     weight = module.weight.detach()
     rows = weight.reshape(quantizer.channels, -1)
     if isinstance(quantizer, WeightDoReFa):
-        # Levels and weights have the same mean magnitude (DoReFa takes its scale from mean |w|).
-        levels = quantizer.integers(weight).reshape(quantizer.channels, -1)
-        return rows.abs().mean(1) / levels.abs().mean(1).clamp_min(SCALE_FLOOR)
+        return quantizer.fit(weight)
     if quantizer.bits == 1:
         return rows.abs().mean(1)
     best = best_scale(rows, quantizer.low, quantizer.high, quantizer.power_of_two)

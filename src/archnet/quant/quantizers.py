@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+SPANS = 20  # shares of the largest weight that are tried for the span of a DoReFa grid
 PART = 2**16  # values a pass takes at a time on a CPU
 # The smallest step. Anything below is taken for zero (weight decay leaves channels of 1e-38), and a
 # channel without any weight still has a scale to divide by.
@@ -372,34 +373,61 @@ class WeightLSQ(Quantizer):
 class WeightDoReFa(Quantizer):
     """DoReFa on weights (Zhou et al. 2016, arXiv 1606.06160): tanh, then a uniform grid.
 
-    t = tanh(w) / max|tanh(w)|, q = round(n t) with n = 2^(b-1) - 1, y = q * scale. The scale
-    follows from mean |w| when the quantizer is calibrated and then stays. The published grid has
+    t = tanh(w) / (span max|tanh(w)|), q = clamp(round(n t)) with n = 2^(b-1) - 1, y = q * scale.
+    Scale and span are chosen when the quantizer is calibrated and then stay. The published grid has
     2^b levels and no zero, whose integers need b + 1 bits; this one has a zero and fits b bits.
+    Published, the span is 1: the largest weight has the largest level. On a grid with a zero that
+    leaves what is below max|tanh(w)| / 2n at zero, which at 2 bits is nearly every weight.
 
-    Example (2 bits, max|tanh| 1): weights -0.9, 0.1, 0.6 give -1, 0, 1 times the scale.
+    Example (2 bits, max|tanh| 1, span 1): weights -0.9, 0.1, 0.6 give -1, 0, 1 times the scale.
     """
+
+    span: Tensor  # (channels,), a share of max|tanh(w)|
 
     def __init__(self, bits: int, channels: int = 1, power_of_two: bool = False) -> None:
         high = max(1, 2 ** (bits - 1) - 1)
         super().__init__(bits, -high, high, channels, False, power_of_two)
+        self.register_buffer("span", torch.ones(channels))
 
     def _normalised(self, x: Tensor) -> Tensor:
         squashed = torch.tanh(x)
-        if self.channels == 1:
-            peak = squashed.detach().abs().amax()
-        else:
-            peak = squashed.detach().abs().flatten(1).amax(1)
+        rows = squashed.detach().abs().reshape(self.channels, -1)
+        peak = (rows.amax(1) * self.span).clamp_min(SCALE_FLOOR)
+        if self.channels > 1:
             peak = peak.reshape(-1, *[1] * (x.dim() - 1))
-        return squashed / peak.clamp_min(SCALE_FLOOR) * self.high
+        return squashed / peak * self.high
 
     def integers(self, x: Tensor) -> Tensor:
         if self.bits == 1:
             return torch.where(x >= 0, 1.0, -1.0)
-        return self._normalised(x).round()
+        return self._normalised(x).round().clamp(self.low, self.high)
 
     def forward(self, x: Tensor) -> Tensor:
-        level = self._normalised(x)
+        # Beyond the outermost levels nothing is learned, as in LSQ.
+        level = self._normalised(x).clamp(self.low - 0.5, self.high + 0.5)
         return (level + (self.integers(x) - level).detach()) * self.along(x)
+
+    def fit(self, weight: Tensor) -> Tensor:
+        """Choose the span that leaves the least squared error of some weights, (channels,) of them.
+
+        Returns:
+            The scale that belongs to it, (channels,).
+        """
+        rows = weight.detach().reshape(self.channels, -1)
+        least = torch.full_like(rows[:, 0], torch.inf)
+        span, scale = torch.ones_like(least), torch.ones_like(least)
+        for part in range(SPANS, 0, -1):
+            self.span.fill_(part / SPANS)
+            levels = self.integers(weight.detach()).reshape(self.channels, -1)
+            length = levels.square().sum(1).clamp_min(SCALE_FLOOR)
+            found = ((rows * levels).sum(1) / length).clamp_min(SCALE_FLOOR)
+            error = (levels * found[:, None] - rows).square().sum(1)
+            better = error < least
+            least = torch.where(better, error, least)
+            span = torch.where(better, self.span, span)
+            scale = torch.where(better, found, scale)
+        self.span.copy_(span)
+        return scale
 
 
 class ActivationLSQ(Quantizer):

@@ -218,6 +218,7 @@ def run_row(path: Path) -> dict[str, Any]:
         "start": config.convert.start,
         "device": metrics.get("device", "cpu"),  # runs before the column were of the CPU
         **_validation(folder),
+        **(_searched(folder, config, metrics) if "goal" in metrics else {}),
         **(_translation(config, metrics) if translates else {}),
     }
 
@@ -232,6 +233,35 @@ def _translation(config: Config, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "test": config.task.text.test,
         "beam": config.task.text.beam,
         "minutes_teacher_text": round(metrics["seconds"]["translations"] / 60, 2),
+    }
+
+
+def _searched(folder: RunFolder, config: Config, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What only rows of a goal have; their trials are kept beside the tables."""
+    goal, asked = metrics["goal"], config.goal
+    name = f"{folder.path.name.split('_')[0]}_{metrics['task']}_{config.teacher.name}"
+    quant = metrics["quant"]
+    kept = RESULTS / "search" / f"{name}_w{quant['weight_bits']}a{quant['act_bits']}"
+    kept = kept.with_name(f"{kept.name}_{metrics['hardware']}_seed{config.seed}.json")
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_bytes((folder.path / "search.json").read_bytes())
+    return {
+        "goal_drop": "" if asked.drop is None else asked.drop,
+        "goal_agreement": "" if asked.agreement is None else asked.agreement,
+        "goal_minutes": "" if asked.minutes is None else asked.minutes,
+        "goal_cost": "" if asked.cost is None else asked.cost,
+        "kept": goal["kept"],
+        "val_drop": "" if goal["validation"]["drop"] is None else goal["validation"]["drop"],
+        "val_agreement": goal["validation"]["agreement"],
+        "val_inputs": goal["validation"]["inputs"],
+        "trials": goal["trials"],
+        "minutes": goal["minutes"],
+        "search": f"search/{kept.name}",
+        # A search has several schedules.
+        "schedule": "",
+        "block_inputs": "",
+        "attention": False,
+        "adaptation": False,
     }
 
 

@@ -156,6 +156,30 @@ TABLES = (
         _ACCURACY,
     ),
     Table(
+        "goal",
+        "Promises",
+        "Runs that found their recipe themselves (`goal`, [recipe.md](recipe.md)), with no other "
+        "key than teacher, task, bits, data and goal. *promised* and *validation* are points below "
+        "the teacher on validation data, by which the student was chosen; accuracies are of the "
+        "test split. Every trial is in `benchmarks/results/search/`.",
+        ("teacher", "task", "hardware", "weight_bits", "act_bits", "goal_cost", "seed"),
+        {
+            "teacher": _plain("teacher"),
+            "task": _plain("task"),
+            "bits": _bits,
+            "promised": _number("goal_drop", "g"),
+            "validation": _number("val_drop"),
+            "kept": lambda row: "yes" if row["kept"] == "True" else "no",
+            "teacher, %": _number("teacher_value"),
+            "student, %": _number("student_value"),
+            "agreement, %": _number("agreement"),
+            "BOPs, x W8A8 teacher": _number("bops_ratio", ".3f"),
+            "trials": _plain("trials"),
+            "minutes": _minutes,
+            "command": lambda row: f"`{row['command']}`",
+        },
+    ),
+    Table(
         "scenes",
         "Segmentation of scenes of digits",
         "`python train.py experiment=scenes`: generated pictures of digits with masks. Mean "

@@ -43,3 +43,45 @@ class EmbeddingAndMap(RawHeads):
         """``embedding`` (B, 32) and ``map`` (B, 64, H / 4, W / 4)."""
         features = self.coarse(self.fine(x))
         return {"embedding": self.embed(features.mean((2, 3))), "map": features}
+
+
+class Inverted(nn.Module):
+    """An inverted residual with SiLU and squeeze-and-excitation."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        inner = 4 * inputs
+        self.is_residual = inputs == outputs and stride == 1
+        self.expand = nn.Sequential(nn.Conv2d(inputs, inner, 1), nn.BatchNorm2d(inner), nn.SiLU())
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(inner, inner, 3, stride, 1, groups=inner), nn.BatchNorm2d(inner), nn.SiLU()
+        )
+        self.squeeze = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(inner, inputs, 1),
+            nn.SiLU(),
+            nn.Conv2d(inputs, inner, 1),
+            nn.Sigmoid(),
+        )
+        self.project = nn.Sequential(nn.Conv2d(inner, outputs, 1), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
+        y = self.depthwise(self.expand(x))
+        y = self.project(y * self.squeeze(y))
+        return x + y if self.is_residual else y
+
+
+def fashion_net() -> nn.Module:
+    """A classifier of grey images of 28x28 with ten classes, for `benchmarks/fashion.py`."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, 2, 1),
+        nn.BatchNorm2d(16),
+        nn.SiLU(),
+        Inverted(16, 16, 1),
+        Inverted(16, 24, 2),
+        Inverted(24, 24, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 10),
+    )

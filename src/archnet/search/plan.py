@@ -383,7 +383,7 @@ class Search:
             "%s: %s%s, agreement %.2f %%%s, %.0f s", row["name"], row["widths"],
             f", {row['schedule']} {row['steps']} steps, rate {row['rate']:g}" if start else "",
             measured.agreement,
-            "" if measured.drop is None else f", {measured.drop:.2f} points below the teacher",
+            f", {measured.told}" if measured.drop is not None else "",
             row["seconds"],
         )  # fmt: skip
         if start is None:

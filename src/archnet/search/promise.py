@@ -31,6 +31,14 @@ class Measured:
     drop: float | None
     inputs: int
 
+    @property
+    def told(self) -> str:
+        """The drop in words; empty: not known."""
+        if self.drop is None:
+            return ""
+        side = "below" if self.drop >= 0 else "above"
+        return f"{abs(self.drop):.2f} points {side} the teacher"
+
     def facts(self) -> dict[str, Any]:
         return asdict(self)
 

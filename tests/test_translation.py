@@ -288,8 +288,8 @@ class TestStepwise:
         self, exported: tuple[str, Stepwise, Path], tmp_path: Path
     ) -> None:
         _, parts, folder = exported
-        with pytest.raises(ExportError, match="form=c: a translator is written as"):
-            export_translator(parts, tmp_path, "c")
+        with pytest.raises(ExportError, match="form=mct: a translator is written as"):
+            export_translator(parts, tmp_path, "mct")
         for name in ("encoder", "decoder"):
             content = (folder / "student.encoder.onnx").read_bytes()
             (tmp_path / f"student.{name}.onnx").write_bytes(content)

@@ -213,9 +213,23 @@ def test_evaluate_and_export_know_translators(
     assert archnet(["export", str(finished.path), "--output", str(tmp_path / "files")]) == 0
     content = (tmp_path / "files" / "student.decoder.onnx").read_bytes()
     assert content == (finished.path / "student.decoder.onnx").read_bytes()
-    assert archnet(["verify", str(finished.path)]) == 2
+    assert archnet(["compile", str(finished.path), "--tool", "onnxruntime"]) == 2
     assert "has more inputs than one tensor of features" in capsys.readouterr().err
     assert archnet(["cost", str(finished.path)]) == 0
+    assert "a sentence of 16 tokens and 16 steps" in capsys.readouterr().out
+    assert archnet(["verify", str(finished.path), "--inputs", "8", "--forms", "qdq,c"]) in (0, 1)
+    assert "of this student are computed in floats" in capsys.readouterr().out
+    assert read_json(finished.metrics)["verify"]["inputs"] == 8
+    for options, message in (
+        (["verify", "--forms", "tflite"], "form=tflite is not run here"),
+        (["verify", "--forms", "wide"], "form=wide is no form of a translator"),
+        (["export", "--form", "openvino"], "a translator is written as float, qdq"),
+        (["export", "--form", "float"], "this student is quantized"),
+        (["export", "--form", "c"], "(MatMul, Softmax) is computed in floats"),
+        (["export", "--form", "qdq", "--length", "9"], "form=qdq takes any length"),
+    ):
+        assert archnet([options[0], str(finished.path), *options[1:]]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_killed_run_ends_with_the_same_student(

@@ -137,8 +137,9 @@ class TextConfig:
     vocabulary: int = _number(32000, 32, 65535)  # BPE tokens, of both languages together
     tokenizer_sentences: int = _number(1_000_000, 100)  # drawn to learn them from: bounds memory
     # Longest sentence in tokens: longer training pairs are dropped and counted, longer input is
-    # cut, with a warning.
-    max_tokens: int = _number(128, 4, 1024)
+    # cut, with a warning. With the end mark a power of two is what a decoder without attention
+    # computes.
+    max_tokens: int = _number(127, 4, 1024)
     batch_tokens: int = _number(4096, 16)  # a batch holds at most so many on its longer side
     beam: int = _number(5, 1, 64)  # hypotheses kept while translating; 1: greedy
     length_penalty: float = _number(1.0, 0, 4)  # scores are divided by length ** this

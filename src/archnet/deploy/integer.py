@@ -454,6 +454,7 @@ class _Integers:
                 f"step {step.name} ({step.origin}) has float weights: an integer model needs "
                 "quant.first_bits of 8 or less"
             )
+        self.grids[step.inputs[0]] = IntegerGrid(1.0, 0, 1)  # of one-hots
         return IntegerStep(
             step.name,
             step.inputs,

@@ -19,7 +19,7 @@ from torch import Tensor
 from archnet.deploy.integer import IntegerGrid, IntegerModel, Kind, integers_of
 from archnet.deploy.writer import ExportError
 from archnet.hardware.cost import Cost, StepCost, student_cost
-from archnet.lower import Lowered, lower
+from archnet.lower import Lowered, SampleCost, lower
 from archnet.ops import (
     Activation,
     MatMul,
@@ -74,6 +74,7 @@ class Sentences:
         weights: bool = True,
         length: int | None = None,
         past: int | None = None,
+        fixed: bool = False,
     ) -> Sentences:
         """
         Args:
@@ -82,6 +83,7 @@ class Sentences:
             weights: as there.
             length: source positions that the shapes are for; None: those of the parts.
             past: tokens before this one that the shapes are for, likewise.
+            fixed: whether the encoder is for sentences of this length alone.
         """
         encoder = _with_results(parts.encoder, parts.memory)
         decoder = _with_results(
@@ -101,7 +103,7 @@ class Sentences:
         decoder = _with_inputs(decoder, sizes)
         return cls(
             parts,
-            lower(encoder, target, weights=weights, free=True),
+            lower(encoder, target, weights=weights, free=not fixed),
             lower(decoder, target, weights=weights, free=columns is None),
             columns,
         )
@@ -130,16 +132,15 @@ class Sentences:
 
     def state_quantizers(self) -> dict[str, tuple[str, Quantizer] | None]:
         """What rounds the values that join a state, and its step; None where they are float."""
-        student, found = self.decoder.student, dict[str, tuple[str, Quantizer] | None]()
-        on_grid = grids(student)
-        for name, result in self.states.items():
-            found[name] = None
-            for place in sorted(on_grid[result]):
-                module = student.operator(place)
-                if isinstance(module, Activation) and isinstance(module.quantizer, Quantizer):
-                    found[name] = place, module.quantizer
-                    break
-        return found
+        student = self.decoder.student
+        return {name: _rounded_by(student, result) for name, result in self.states.items()}
+
+    def input_bits(self) -> dict[str, int]:
+        """Bits of the decoder's memory and states, where they are on grids."""
+        found = self.state_quantizers()
+        for name, value in self.memory.items():
+            found[name] = _rounded_by(self.encoder.student, value)
+        return {name: item[1].bits for name, item in found.items() if item is not None}
 
     @property
     def in_floats(self) -> list[str]:
@@ -179,8 +180,17 @@ class Sentences:
             module = self.decoder.student.operator(place_name)
             assert isinstance(module, Activation)
             lowest, highest = quantizer.bounds(module.low, module.high)
-            given[name] = IntegerGrid(float(quantizer.scale), lowest, highest)
+            given[name] = IntegerGrid(float(quantizer.scale.detach()), lowest, highest)
         return encoder, integers_of(self.decoder.student, requantization, accumulator, given)
+
+
+def _rounded_by(student: Student, value: str) -> tuple[str, Quantizer] | None:
+    """The first step that rounds what a value is made of, and its quantizer."""
+    for place in sorted(grids(student)[value]):
+        module = student.operator(place)
+        if isinstance(module, Activation) and isinstance(module.quantizer, Quantizer):
+            return place, module.quantizer
+    return None
 
 
 def require_integers(sentences: Sentences, form: str) -> None:
@@ -191,8 +201,8 @@ def require_integers(sentences: Sentences, form: str) -> None:
     if sentences.in_floats:
         raise ExportError(
             f"form={form} has integers alone, and this student's attention "
-            f"({', '.join(sentences.in_floats)}) is computed in floats: convert with hardware=arch5, "
-            "whose relations need none"
+            f"({', '.join(sentences.in_floats)}) is computed in floats: convert with "
+            "hardware=arch5, whose relations need none"
         )
 
 
@@ -216,36 +226,48 @@ def _with_positions(shape: tuple[int, ...], count: int | None) -> tuple[int, ...
     return (*shape[:place], count, *shape[place + 1 :])
 
 
-def sentence_cost(parts: Stepwise, source: int, target: int) -> tuple[Cost[int], float]:
+def sentence_cost(parts: Stepwise, source: int, target: int) -> SampleCost:
     """What the deployed files compute for a sentence: the encoder once, the decoder at every token.
 
     A decoder without attention computes all its columns at every token, however short the source;
-    one with attention as many positions as there are.
+    one with attention as many positions as there are. Weights count once.
 
     Args:
         parts: of the student.
         source: tokens that are read.
         target: tokens that are written.
-
-    Returns:
-        The cost, in which weights count once, and the cycles by the target's own costs.
     """
     # What a step with attention computes grows evenly with the tokens before it.
     ends = (0, target - 1)
     runs = [Sentences.of(parts, weights=False, length=source, past=past) for past in ends]
     once = student_cost(runs[0].encoder.student)
-    steps = [student_cost(run.decoder.student) for run in runs]
+    steps = [student_cost(run.decoder.student, run.input_bits()) for run in runs]
     rows = [_summed(pair, target) for pair in zip(*(cost.steps for cost in steps), strict=True)]
-    each = [sum(run.decoder.cycles.values()) for run in runs]
-    cost = Cost(
-        macs=once.macs + sum(row.macs for row in rows),
-        bops=once.bops + sum(row.bops for row in rows),
-        parameters=once.parameters + steps[0].parameters,
-        weight_bytes=once.weight_bytes + steps[0].weight_bytes,
-        activation_bytes=max(c.activation_bytes or 0 for c in (once, *steps)),
-        steps=(*once.steps, *rows),
+    both = runs[0].encoder, runs[0].decoder
+    cycles = dict(runs[0].encoder.cycles)
+    for name, first in runs[0].decoder.cycles.items():
+        cycles[name] = target * (first + runs[1].decoder.cycles[name]) / 2
+    # What a window became in the decoder belongs to the window.
+    windows = {past.removesuffix("_past") for past in parts.states}
+    of_window = {f"{name}_{part}": name for name in windows for part in ("seen", "next")}
+    whole = {name: of_window.get(of, of) for lowered in both for name, of in lowered.whole.items()}
+    columns = runs[0].columns
+    fixed = "" if columns is None else f", of which each computes {columns} source positions"
+    return SampleCost(
+        Cost(
+            macs=once.macs + sum(row.macs for row in rows),
+            bops=once.bops + sum(row.bops for row in rows),
+            parameters=once.parameters + steps[0].parameters,
+            weight_bytes=once.weight_bytes + steps[0].weight_bytes,
+            activation_bytes=max(cost.activation_bytes or 0 for cost in (once, *steps)),
+            steps=(*once.steps, *rows),
+        ),
+        cycles,
+        whole,
+        {name: way for lowered in both for name, way in lowered.ways.items()},
+        {name: reason for lowered in both for name, reason in lowered.reasons.items()},
+        f"a sentence of {source} tokens and {target} steps of the decoder{fixed}",
     )
-    return cost, sum(runs[0].encoder.cycles.values()) + target * sum(each) / 2
 
 
 def _summed(ends: Sequence[StepCost[int]], count: int) -> StepCost[int]:

@@ -66,6 +66,7 @@ WRITERS: Mapping[str, type[SentenceWriter]] = {
     "qdq": SentenceWriter,
     "subbyte": SubbyteSentenceWriter,
 }
+LENGTH = 16  # tokens that a TensorFlow Lite encoder reads where nothing is said
 FORMS = (*WRITERS, "c", "tflite")
 Memory = dict[str, Value]
 
@@ -120,7 +121,9 @@ def _merge_heads(
     return Value(name, name, shape, x.grid)
 
 
-def export_translator(parts: Stepwise, folder: str | os.PathLike[str], form: str) -> list[Path]:
+def export_translator(
+    parts: Stepwise, folder: str | os.PathLike[str], form: str, length: int | None = None
+) -> list[Path]:
     """Write a translator's files.
 
     Args:
@@ -130,6 +133,8 @@ def export_translator(parts: Stepwise, folder: str | os.PathLike[str], form: str
             ``student.decoder.onnx``; "c", ``student.h`` with both; or "tflite",
             ``student.encoder.tflite`` and ``student.decoder.tflite``. The last two are for
             students without attention.
+        length: tokens of the sentences that a TensorFlow Lite encoder reads; None: `LENGTH`. Of
+            other forms: None.
 
     Returns:
         The paths.
@@ -147,6 +152,8 @@ def export_translator(parts: Stepwise, folder: str | os.PathLike[str], form: str
             if kind.integers
             else "this student is quantized: export it with form=qdq"
         )
+    if length is not None and form != "tflite":
+        raise ExportError(f"length={length} is for form=tflite: form={form} takes any length")
     if form in WRITERS:
         contents = _onnx(parts, form, kind.opset)
     elif form == "c":
@@ -156,7 +163,7 @@ def export_translator(parts: Stepwise, folder: str | os.PathLike[str], form: str
     else:
         from archnet.deploy.tflite import translator_to_tflite
 
-        encoder, decoder = translator_to_tflite(parts)
+        encoder, decoder = translator_to_tflite(parts, LENGTH if length is None else length)
         contents = {"student.encoder.tflite": encoder, "student.decoder.tflite": decoder}
     for name, content in contents.items():
         with atomic(folder / name, ExportError) as part:
@@ -164,6 +171,7 @@ def export_translator(parts: Stepwise, folder: str | os.PathLike[str], form: str
     return [folder / name for name in contents]
 
 
+@torch.no_grad()
 def _onnx(parts: Stepwise, form: str, opset: int) -> dict[str, bytes]:
     """The content of both ONNX files, by name."""
     sentences = Sentences.of(parts)
@@ -202,6 +210,7 @@ def _decoder(sentences: Sentences, writer: SentenceWriter, memory: Memory) -> on
     values = {"target": Value("target", "target", (-1, 1, _width(student)))}
     inputs = [_declared("target", ["batch", 1, _width(student)], None)]
     states: dict[str, Any] = {}
+    read: dict[str, Grid | None] = {}
     quantizers = sentences.state_quantizers()
     for name in (*parts.memory, *parts.states):
         found = quantizers.get(name)
@@ -212,6 +221,7 @@ def _decoder(sentences: Sentences, writer: SentenceWriter, memory: Memory) -> on
         sizes: list[Any] = ["batch", *shapes[name]]
         if len(sizes) == 4:
             sizes[2] = "length" if name in memory else f"{name}.past"
+        read[name] = grid
         values[name] = Value(name, name, (-1, *shapes[name]), grid)
         inputs.append(_declared(name, sizes, grid))
     values["position"] = values["target"]
@@ -227,11 +237,7 @@ def _decoder(sentences: Sentences, writer: SentenceWriter, memory: Memory) -> on
         if tensor in values or any(tensor == item.name for item in outputs):
             tensor = writer.node("Identity", [tensor], f"{name}.result")
         outputs.append(_declared(tensor, sizes, value.grid))
-        states[name] = {
-            "result": tensor,
-            "start": list(sentences.start(name)),
-            "zero": value.grid.zero if value.grid is not None else 0,
-        }
+        states[name] = {"result": tensor, "start": list(sentences.start(name))}
     embedding = embedding_of(student)
     facts = {
         "tokens": embedding.tokens,
@@ -239,6 +245,7 @@ def _decoder(sentences: Sentences, writer: SentenceWriter, memory: Memory) -> on
         "memory": {name: value.name for name, value in memory.items()},
         "length": sentences.columns,
         "states": states,
+        "zeros": {name: grid.zero if grid else 0 for name, grid in read.items()},
         "scores": outputs[0].name,
     }
     return _model(writer, inputs, outputs, facts)
@@ -246,17 +253,16 @@ def _decoder(sentences: Sentences, writer: SentenceWriter, memory: Memory) -> on
 
 def _emit(student: Student, writer: SentenceWriter, values: dict[str, Value], free: bool) -> None:
     """Write all steps; with ``free`` lengths, layers at positions take any."""
-    with torch.no_grad():
-        for step in student.graph.steps:
-            writer.origin = step.origin
-            operator, shape = student.operator(step.name), student.graph.shapes[step.name]
-            inputs = [values[name] for name in step.inputs]
-            if free and isinstance(operator, FullyConnected):
-                weight, bias = parameters(writer, step.name, operator)
-                value = writer.positions(step.name, inputs[0], weight, bias, shape)
-            else:
-                value = emit(writer, step.name, operator, shape, *inputs)
-            values[step.name] = value
+    for step in student.graph.steps:
+        writer.origin = step.origin
+        operator, shape = student.operator(step.name), student.graph.shapes[step.name]
+        inputs = [values[name] for name in step.inputs]
+        if free and isinstance(operator, FullyConnected):
+            weight, bias = parameters(writer, step.name, operator)
+            value = writer.positions(step.name, inputs[0], weight, bias, shape)
+        else:
+            value = emit(writer, step.name, operator, shape, *inputs)
+        values[step.name] = value
 
 
 def _width(student: Student) -> int:
@@ -310,7 +316,7 @@ class OnnxTranslator:
         self._encoder, self._decoder = (load_session(path, threads) for path in paths)
         properties = onnx.load(paths[1], load_external_data=False).metadata_props
         facts = next((item.value for item in properties if item.key == METADATA), "{}")
-        if "states" not in json.loads(facts):
+        if "zeros" not in json.loads(facts):
             raise ExportError(f"{paths[1]} is no decoder that archnet wrote: export it again")
         self.facts: dict[str, Any] = json.loads(facts)
         self._names = [item.name for item in self._decoder.get_outputs()]
@@ -334,7 +340,9 @@ class OnnxTranslator:
         kinds = {item.name: item.type for item in self._decoder.get_inputs()}
         for name, facts in self.facts["states"].items():
             dtype = torch.uint8 if "uint8" in kinds[name] else torch.float32
-            state[name] = torch.full((len(source), *facts["start"]), facts["zero"], dtype=dtype)
+            state[name] = torch.full(
+                (len(source), *facts["start"]), self.facts["zeros"][name], dtype=dtype
+            )
         state["position"] = torch.zeros(len(source), 1, dtype=torch.long)
         return state
 

@@ -31,7 +31,7 @@ from archnet.jobs.job import Facts, Job
 from archnet.jobs.layers import layers
 from archnet.jobs.loggers import RunLoggers, require_told, run_loggers
 from archnet.jobs.registry import check_data, job_class, runs_code
-from archnet.lower import deployed_cost, lower
+from archnet.lower import SampleCost
 from archnet.ops import Student
 from archnet.quant import Quantizer
 from archnet.ranks import LEADER, RUN_FOLDER
@@ -320,7 +320,7 @@ def _evaluate(job: Job, student: Student) -> Facts:
 def _layers(job: Job, student: Student) -> Facts:
     """A row for every layer, with its error before and after training."""
     before = job.tap_errors(load_student(job.folder, "calibrated"))
-    rows = layers(student, lower(student, weights=False), before, job.tap_errors(student))
+    rows = layers(student, job.sample_cost(student), before, job.tap_errors(student))
     write_json(job.folder.path / LAYERS, rows)
     return {"layers": len(rows)}
 
@@ -339,8 +339,10 @@ def _audit(job: Job) -> Facts:
 
 def _cost(job: Job, student: Student) -> Facts:
     """On one sample; the teacher as it is, in float, and its bit operations at W8A8 as well."""
-    before, after = teacher_cost(job.teacher, job.example()), deployed_cost(student)
+    before, deployed = teacher_cost(job.teacher, job.example()), job.sample_cost(student)
+    after = deployed.cost
     return {
+        **({"sample": deployed.about} if deployed.about else {}),
         "macs": {"teacher": before.macs, "student": after.macs},
         "bops": {
             "teacher": before.bops,
@@ -348,11 +350,11 @@ def _cost(job: Job, student: Student) -> Facts:
             "student": after.bops,
         },
         "weight_bytes": {"teacher": before.weight_bytes, "student": after.weight_bytes},
-        **_on_target(job, student, before.macs, after.bops),
+        **_on_target(job, student, before.macs, deployed),
     }
 
 
-def _on_target(job: Job, student: Student, macs: int, bops: int) -> Facts:
+def _on_target(job: Job, student: Student, macs: int, deployed: SampleCost) -> Facts:
     """What the target would take for teacher and student, at the width of the teacher there.
 
     Bit operations count where activations below 8 bits are computed with; elsewhere fewer bits
@@ -362,9 +364,10 @@ def _on_target(job: Job, student: Student, macs: int, bops: int) -> Facts:
     bits = [min((w for w in of if w >= 8), default=max(of)) for of in _widths(target)]
     cycles = {
         "teacher": None if (native := job.teacher_cycles()) is None else round(native),
-        "student": round(sum(lower(student, weights=False).cycles.values())),
+        "student": round(sum(deployed.cycles.values())),
     }
-    found: Facts = {"measure": "bops", "teacher": macs * bits[0] * bits[1], "student": bops}
+    teacher = macs * bits[0] * bits[1]
+    found: Facts = {"measure": "bops", "teacher": teacher, "student": deployed.cost.bops}
     if min(target.act_bits) >= 8 and cycles["teacher"]:
         found = {"measure": "cycles", **cycles}
     found["teacher_bits"] = bits
@@ -400,7 +403,7 @@ def _metrics(job: Job, finished: dict[str, Facts]) -> dict[str, Any]:
         "agreement_interval": scores.get("agreement_interval"),
         "cost": {
             key: finished["cost"][key]
-            for key in ("macs", "bops", "weight_bytes", "cycles", "on_target")
+            for key in ("sample", "macs", "bops", "weight_bytes", "cycles", "on_target")
             if key in finished["cost"]
         },
         "audit": {key: finished["audit"][key] for key in ("pure", "violations", "not_judged")},

@@ -184,8 +184,15 @@ class TensorJob(Job):
         return self.files
 
     def write(
-        self, student: Student, output: Path | None, form: str, opset: int | None
+        self,
+        student: Student,
+        output: Path | None,
+        form: str,
+        opset: int | None,
+        length: int | None = None,
     ) -> list[Path]:
+        if length is not None:
+            raise ArchnetError("length= is for translators: other students have sizes of their own")
         output = output or self.folder.path / f"student_{form}{form_named(form).suffix}"
         return [Path(archnet.export(student, output, form=form, opset=opset))]
 

@@ -23,14 +23,18 @@ from torch import Tensor, nn
 from archnet.capture.compare import difference
 from archnet.config import Config, TeacherConfig
 from archnet.convert import convert_translator, fit_norms, stepwise
-from archnet.deploy import OnnxTranslator, export_translator
+from archnet.deploy import Check, OnnxTranslator, export_translator
+from archnet.deploy.sentences import Sentences, columns_of, sentence_cost
 from archnet.distill import distill_text
 from archnet.errors import ArchnetError
 from archnet.intervals import wilson
 from archnet.jobs.job import Facts, Inputs, Job
+from archnet.jobs.sentences import verify_sentences
+from archnet.lower import SampleCost
 from archnet.ops import Student, TokenEmbedding
 from archnet.ops.scores import changed, decisions, unexplained
 from archnet.progress import Lines, in_terminal
+from archnet.quant import FLOAT
 from archnet.runs import atomic
 from archnet.runs.device import set_up
 from archnet.runs.student import load_student
@@ -72,7 +76,7 @@ class Translation(Job):
         data: there after `open`, as ``teacher``.
     """
 
-    unit = "sentence"
+    unit, verified = "sentence", 200
     data: TranslationData
 
     @classmethod
@@ -205,6 +209,7 @@ class Translation(Job):
         student, norms = convert_translator(
             self.teacher, self.config.hardware, seed=self.config.seed
         )
+        warn_of_columns(student, self.config.task.text.max_tokens)
         batches = self.data.step_batches(
             self.teacher_text(), 2 * self.config.quant.calibration_batches
         )
@@ -220,6 +225,14 @@ class Translation(Job):
     def calibration(self, count: int) -> list[Inputs]:
         batches = self.data.calibration_batches(self.teacher_text(), count)
         return [(batch.source, batch.target_in, batch.source_pad) for batch in batches]
+
+    def require_computable(self, student: Student) -> None:
+        """Float parts are not looked at."""
+        quant, target = self.config.quant, self.config.hardware
+        widths = (quant.weight_bits, quant.act_bits, quant.first_bits, quant.last_bits)
+        if quant.method != "none" and FLOAT not in widths:
+            sentences = Sentences.of(stepwise(student))
+            sentences.integers(cast(Any, target.requantization), target.accumulator_bits)
 
     def distil(self, student: Student, loggers: Sequence[Logger]) -> Facts:
         return distill_text(
@@ -300,12 +313,17 @@ printf 'A sentence.\\n' | archnet translate {self.folder.path} --runtime onnxrun
         return export_translator(stepwise(student), self.folder.path, self.form)
 
     def write(
-        self, student: Student, output: Path | None, form: str, opset: int | None
+        self,
+        student: Student,
+        output: Path | None,
+        form: str,
+        opset: int | None,
+        length: int | None = None,
     ) -> list[Path]:
         if opset is not None:
             raise ArchnetError("opset= is for classifiers: a translator's files have their own")
         return export_translator(
-            stepwise(student), output or self.folder.path / f"student_{form}", form
+            stepwise(student), output or self.folder.path / f"student_{form}", form, length
         )
 
     def parity(self, student: Student) -> Facts:
@@ -338,6 +356,16 @@ printf 'A sentence.\\n' | archnet translate {self.folder.path} --runtime onnxrun
             "tokens": tokens,
         }
 
+    def verify(
+        self, student: Student, count: int | None, forms: Sequence[str] | None
+    ) -> list[Check]:
+        """Test sentences, translated by the golden model and by every form."""
+        sources, _ = self.data.test_pairs(count or self.verified)
+        rows = [row[: self.search.longest - 1] for row in self.data.tokenizer.encode(sources)]
+        folder = self.folder.path if all(path.is_file() for path in self.files) else None
+        kind = cast(Any, self.config.hardware.requantization)
+        return verify_sentences(student, rows, self.search, forms, folder, kind)
+
     def example(self) -> tuple[Tensor, Tensor]:
         """Reading and writing `EXAMPLE` tokens.
 
@@ -346,6 +374,9 @@ printf 'A sentence.\\n' | archnet translate {self.folder.path} --runtime onnxrun
         """
         tokens = torch.full((1, EXAMPLE), 5)
         return tokens, tokens
+
+    def sample_cost(self, student: Student) -> SampleCost:
+        return sentence_cost(stepwise(student), EXAMPLE, EXAMPLE)
 
     def data_facts(self) -> Facts:
         return {"dropped": self.data.train.dropped, "skipped": []}
@@ -423,6 +454,17 @@ def compare_sizes(config: Config, data: TranslationData) -> None:
             size,
             " ".join(advice),
         )
+
+
+def warn_of_columns(student: Student, max_tokens: int) -> None:
+    """Warn where a decoder without attention computes source positions that no sentence has."""
+    columns = columns_of(student)
+    if columns is not None and max_tokens + 1 < columns:
+        _log.warning(
+            "a decoder without attention computes a power of two of source positions at every "
+            "token: task.text.max_tokens=%d and the end mark take %d, as %d would; %d take half",
+            max_tokens, columns, columns - 1, columns // 2 - 1,
+        )  # fmt: skip
 
 
 def vocabulary_of(student: Student) -> int:

@@ -75,6 +75,33 @@ def deployed_cost(student: Student, target: Any = None) -> Cost[int]:
     return student_cost(lower(student, target, weights=False).student)
 
 
+@dataclass(frozen=True)
+class SampleCost:
+    """What a student costs as it is deployed, for one sample.
+
+    Attributes:
+        cost: of all deployed steps.
+        cycles: of each, by the target's own costs.
+        whole: the whole step that each belongs to.
+        ways, reasons: as of `Lowered`.
+        about: what the sample is, where that has to be said; "" else.
+    """
+
+    cost: Cost[int]
+    cycles: Mapping[str, float]
+    whole: Mapping[str, str]
+    ways: Mapping[str, str]
+    reasons: Mapping[str, str]
+    about: str = ""
+
+
+def sample_cost(student: Student) -> SampleCost:
+    """The cost of a student that is one file."""
+    lowered = lower(student, weights=False)
+    cost = student_cost(lowered.student)
+    return SampleCost(cost, lowered.cycles, lowered.whole, lowered.ways, lowered.reasons)
+
+
 def target_of(student: Student) -> Target:
     """The target that a student was made for; arch5 where it does not say."""
     fields = student.graph.target

@@ -8,10 +8,10 @@ from archnet.lower.draft import Draft, Weights
 from archnet.lower.linear import linear
 from archnet.lower.pooling import halved
 from archnet.lower.registry import Result, lowering
-from archnet.ops import Pad, PairFullyConnected, SourcePool, Window
+from archnet.ops import Operator, Pad, PairFullyConnected, SourcePool, Window
 
 
-def _as_it_is(op: object, inputs: tuple[str, ...], draft: Draft) -> Result:
+def _as_it_is(op: Operator, inputs: tuple[str, ...], draft: Draft) -> Result:
     """Whatever the number of positions."""
     return draft.emit("", op, *inputs, name=draft.step.name) if draft.is_free else None
 

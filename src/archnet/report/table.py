@@ -103,6 +103,8 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("weights", "weight_bytes", "teacher", "B"),
     ):
         lines.append((title, amount(cost[key][side], unit), amount(cost[key]["student"], unit)))
+    if "sample" in cost:
+        lines.append(("costs are of", "", cost["sample"]))
     if cycles := cost.get("cycles"):
         known = cycles["teacher"]
         lines.append(

@@ -390,13 +390,16 @@ printf 'A sentence.\\n' | archnet translate {self.folder.path} --runtime onnxrun
             return MarianTokens(kept)
         return Tokenizer(kept / "tokenizer.model")
 
-    def translator(self, network: str, runtime: str, vocabulary: int) -> Translator:
+    def translator(
+        self, network: str, runtime: str, vocabulary: int, threads: int = 0
+    ) -> Translator:
         """One of the run's networks, without its text.
 
         Args:
             network: student or teacher.
             runtime: pytorch, or onnxruntime for the student's files.
             vocabulary: of the run's tokenizer.
+            threads: of one operator of onnxruntime; 0: its choice.
 
         Raises:
             ArchnetError: the network has another vocabulary, or does not run there.
@@ -407,7 +410,7 @@ printf 'A sentence.\\n' | archnet translate {self.folder.path} --runtime onnxrun
             return self._teacher_alone(vocabulary)
         found: Translator
         if runtime == "onnxruntime":
-            exported = OnnxTranslator(self.folder.path)
+            exported = OnnxTranslator(self.folder.path, threads)
             found, tokens = cast(Translator, exported), exported.facts["tokens"]
         else:
             student = load_student(self.folder)

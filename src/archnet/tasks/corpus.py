@@ -143,9 +143,9 @@ def read_lines(path: Path) -> Iterator[str]:
         raise TaskError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
-    """As `read_lines`, from lines of bytes; ``name`` is for errors."""
-    for number, line in enumerate(lines, start=1):
+def decoded(lines: Iterable[bytes], name: str, first: int = 1) -> Iterator[str]:
+    """As `read_lines`, from lines of bytes; ``name`` and the ``first`` number are for errors."""
+    for number, line in enumerate(lines, start=first):
         try:
             yield line.decode("utf-8").removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:

@@ -3,22 +3,35 @@
 from archnet.translate.search import (
     BOS,
     EOS,
+    Hypothesis,
     SearchOptions,
     Translator,
+    hypotheses,
     search,
 )
 from archnet.translate.student import StudentTranslator
-from archnet.translate.text import scores_of, translate, translate_tokens, unknown
+from archnet.translate.text import (
+    hypotheses_of,
+    scores_of,
+    translate,
+    translate_tokens,
+    translations,
+    unknown,
+)
 
 __all__ = [
     "BOS",
     "EOS",
+    "Hypothesis",
     "SearchOptions",
     "StudentTranslator",
     "Translator",
+    "hypotheses",
+    "hypotheses_of",
     "scores_of",
     "search",
     "translate",
     "translate_tokens",
+    "translations",
     "unknown",
 ]

@@ -27,6 +27,8 @@ SHORT = [
     "distill.joint_steps=10",
     "distill.val_every=5",
     "distill.checkpoint_every=1",
+    "distill.on_policy=0.4",
+    "task.text.translations=2",
     "task.data.unlabelled=300",
     "trainer.limit_eval=24",
     "trainer.accelerator=cpu",
@@ -77,6 +79,10 @@ def test_a_run_leaves_figures_files_and_a_report(finished: RunFolder) -> None:
     assert {"bleu", "chrf", "agreement"} <= set(metrics["student"])
     assert metrics["conversion"]["error"] > 0
     assert metrics["data"]["unlabelled"] <= 300
+    assert (
+        read_json(finished.path / "stages" / "translations.json")["sentences"]
+        > 1.5 * (metrics["data"]["unlabelled"])
+    )
     assert metrics["cost"]["weight_bytes"]["student"] < metrics["cost"]["weight_bytes"]["teacher"]
     for name in (
         "student.encoder.onnx",
@@ -289,7 +295,8 @@ def test_evaluate_and_export_know_translators(
 def test_a_killed_run_ends_with_the_same_student(
     finished: RunFolder, places: list[str], make_config: Make
 ) -> None:
-    command = [*killed_at(3), *SHORT, *places, "name=killed"]
+    """Killed among the steps on its own translations."""
+    command = [*killed_at(14), *SHORT, *places, "name=killed"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     outputs = Path(places[0].partition("=")[2])

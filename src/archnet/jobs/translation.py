@@ -29,6 +29,7 @@ from archnet.distill import distill_text
 from archnet.errors import ArchnetError
 from archnet.intervals import wilson
 from archnet.jobs.job import Facts, Inputs, Job
+from archnet.jobs.on_policy import OwnTranslations
 from archnet.jobs.sentences import verify_sentences
 from archnet.lower import SampleCost
 from archnet.ops import Student, TokenEmbedding
@@ -52,6 +53,7 @@ from archnet.translate import (
     SearchOptions,
     StudentTranslator,
     Translator,
+    hypotheses_of,
     scores_of,
     translate,
 )
@@ -172,7 +174,10 @@ class Translation(Job):
         digest = hashlib.sha256()
         for name, tensor in sorted(self.teacher.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        settings = (self.search, self.config.task.data.unlabelled, self.config.task.text.max_tokens)
+        text = self.config.task.text
+        settings: tuple[Any, ...] = (self.search, self.config.task.data.unlabelled, text.max_tokens)
+        if text.translations > 1:
+            settings += (text.translations,)
         digest.update(repr(settings).encode())
         model = cast(Translator, self.teacher.to(self.device))
 
@@ -190,8 +195,8 @@ class Translation(Job):
                 if shown and not in_terminal() and lines.due():
                     lines.tell(done)
 
-            def translated(rows: list[list[int]]) -> list[list[int]]:
-                found = search_tokens(
+            def translated(rows: list[list[int]]) -> list[list[list[int]]]:
+                found = hypotheses_of(
                     model,
                     rows,
                     self.search,
@@ -199,11 +204,11 @@ class Translation(Job):
                     device=self.device,
                     progress=advance,
                 )
-                return found
+                return [[item.tokens for item in items[: text.translations]] for items in found]
 
-            text = self.data.translated(digest.hexdigest()[:12], translated)
+            made = self.data.translated(digest.hexdigest()[:12], translated)
         self.teacher.cpu()
-        return text
+        return made
 
     def convert(self) -> tuple[Student, Facts]:
         student, norms = convert_translator(
@@ -235,16 +240,21 @@ class Translation(Job):
             sentences.integers(cast(Any, target.requantization), target.accumulator_bits)
 
     def distil(self, student: Student, loggers: Sequence[Logger]) -> Facts:
-        return distill_text(
+        text = self.teacher_text()
+        facts = distill_text(
             TappedTeacher(self.teacher, [tap.path for tap in student.taps]),
             student,
             self.data,
-            self.teacher_text(),
+            text,
             self.config.distill,
             trainer=self.config.trainer,
             folder=self.folder.checkpoints,
             loggers=loggers,
+            own=OwnTranslations(self.config.seed) if self.config.distill.on_policy else None,
         )
+        if self.config.task.text.translations > 1:
+            facts["unlabelled"] = text.sources()
+        return facts
 
     def evaluate(self, student: Student) -> Facts:
         """Teacher and student on the same test sentences.

@@ -265,6 +265,15 @@ class EncodedText:
         )
         return source, target
 
+    def sources(self) -> int:
+        """How many different sources there are, where equal ones are neighbours."""
+        before: bytes | None = None
+        count = 0
+        for index in range(self._size):
+            source = self.pair(index)[0].tobytes()
+            count, before = count + (source != before), source
+        return count
+
     @classmethod
     def write(
         cls, folder: Path, pairs: Iterator[TokenPair], max_tokens: int, what: str

@@ -1,5 +1,6 @@
 """From sentences to sentences: one search for teachers, students and exported files."""
 
+from archnet.translate.sample import sampled
 from archnet.translate.search import (
     BOS,
     EOS,
@@ -28,6 +29,7 @@ __all__ = [
     "Translator",
     "hypotheses",
     "hypotheses_of",
+    "sampled",
     "scores_of",
     "search",
     "translate",

@@ -142,7 +142,7 @@ def hypotheses_of(
 ) -> list[list[Hypothesis]]:
     """As `translations`, from token numbers without marks to such."""
     found = [[Hypothesis(0.0, [])] for _ in rows]
-    for group in _groups(rows, batch):
+    for group in groups(rows, batch):
         source = torch.tensor([[*rows[index], EOS] for index in group], device=device)
         for index, items in zip(group, hypotheses(model, source, options), strict=True):
             found[index] = items
@@ -170,7 +170,7 @@ def scores_of(
         Of every sentence that is not empty, by length and then in order: the scores (T + 1, V) of
         what follows the first mark and each of its translation's T tokens.
     """
-    for group in _groups(rows, batch):
+    for group in groups(rows, batch):
         source = torch.tensor([[*rows[index], EOS] for index in group])
         lengths = [len(translations[index]) for index in group]
         # Tokens after a translation have no part in the scores before it.
@@ -182,7 +182,7 @@ def scores_of(
             yield scores_TV[: length + 1]
 
 
-def _groups(rows: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
+def groups(rows: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
     """Numbers of rows that have one length, at most ``batch`` at a time; empty ones are left."""
     by_length: dict[int, list[int]] = {}
     for index, row in enumerate(rows):

@@ -81,7 +81,8 @@ def to_tflite(model: IntegerModel) -> bytes:
     finer. For the rest, all depends on how a runtime rounds accumulators. Kernels that round once
     (XNNPACK's) give these integers where scales are settled (`archnet.quant.settle`). TensorFlow
     Lite's own round twice, as chips may that do as they do: one activation in ten thousand is
-    then another behind 8-bit weights, and layers after it carry that on.
+    then another behind 8-bit weights, and layers after it carry that on. XNNPACK's QUANTIZE, which
+    brings sums to fewer bits, multiplies by eight bits alone, and rounds more values elsewhere.
 
     Args:
         model: from `to_integers`, with any requantization.

@@ -316,9 +316,12 @@ class OnnxTranslator:
         self._encoder, self._decoder = (load_session(path, threads) for path in paths)
         properties = onnx.load(paths[1], load_external_data=False).metadata_props
         facts = next((item.value for item in properties if item.key == METADATA), "{}")
-        if "zeros" not in json.loads(facts):
+        if "states" not in json.loads(facts):
             raise ExportError(f"{paths[1]} is no decoder that archnet wrote: export it again")
         self.facts: dict[str, Any] = json.loads(facts)
+        if "zeros" not in self.facts:  # of earlier versions
+            states = self.facts["states"].items()
+            self.facts["zeros"] = {name: state["zero"] for name, state in states}
         self._names = [item.name for item in self._decoder.get_outputs()]
 
     def _one_hot(self, tokens_BT: np.ndarray, first: int) -> np.ndarray:

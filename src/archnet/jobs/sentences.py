@@ -84,8 +84,12 @@ def verify_sentences(
     found = [golden.check(_in_pytorch(parts, golden))]
     onnxruntime = f"onnxruntime {version('onnxruntime')}"
     if folder is not None:
-        network = OnnxTranslator(folder)
-        found.append(golden.check(_in_file("student.*.onnx", onnxruntime, network)))
+        network, name = OnnxTranslator(folder), "student.*.onnx"
+        if set(parts.memory) <= set(network.facts["zeros"]):
+            found.append(golden.check(_in_file(name, onnxruntime, network)))
+        else:
+            why = "was written by an earlier version of archnet: archnet export writes it again"
+            found.append(Check(name, onnxruntime, skipped=why))
     for form in forms:
         if form == "c":
             found.append(_in_c(parts, sentences, golden))

@@ -21,7 +21,7 @@ def checks_table(title: str, inputs: int, checks: "Sequence[Check]") -> Printed:
             (
                 check.name,
                 check.runtime,
-                f"{check.inputs:,}",
+                *([] if translates else [f"{check.inputs:,}"]),
                 f"{check.max_steps:g}",
                 percent(check.bit_equal),
                 f"{check.changed:,} of {check.decisions:,}" if check.decisions else "",
@@ -38,12 +38,15 @@ def checks_table(title: str, inputs: int, checks: "Sequence[Check]") -> Printed:
         "bit-equal: numbers without a difference; changed: decisions (samples, pixels or tokens)",
     )
     if translates:
-        legend = (*legend, "along the integer model's translations; sentences: others than its")
+        legend = (
+            *legend,
+            "both along the integer model's translations; sentences: translated in another way",
+        )
     return Printed(
         f"{title}: compared with the integer model on {inputs:,} inputs",
         (
-            *("", "run by", "inputs", "steps off", "bit-equal", "changed"),
-            *(["sentences"] if translates else []),
+            *("", "run by", *([] if translates else ["inputs"])),
+            *("steps off", "bit-equal", "changed", *(["sentences"] if translates else [])),
         ),
         rows,
         (*legend, *notes),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from archnet.chips import bridge
 from archnet.convert import stepwise
 from archnet.deploy import ExportError, OnnxTranslator, export_translator
 from archnet.deploy.c_header import translator_to_c
@@ -178,6 +179,18 @@ def test_tensorflow_lite_has_fixed_lengths(tmp_path: Path) -> None:
     for length in (0, POSITIONS + 1):
         with pytest.raises(ExportError, match=f"length={length}: the student reads sentences of 1"):
             export_translator(parts, tmp_path, "tflite", length)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["ethos-u55-128", "ethos-u85-256"])
+def test_arms_compiler_takes_both_parts_whole(chip: str) -> None:
+    found = bridge("vela")
+    if found.missing:
+        pytest.skip(found.missing)
+    for content in translator_to_tflite(stepwise(make("arch5")), 9):
+        compiled = found.compile(content, chip)
+        assert (compiled.error, len(compiled.off)) == ("", 0)
+        assert len(compiled.operators) > 20
 
 
 @pytest.mark.parametrize("form", ["qdq", "subbyte", "c", "tflite"])

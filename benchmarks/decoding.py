@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = RunFolder.open(path)
         config = folder.config()
         data = TranslationData(config.task, config.seed)
-        sentences, _ = data.test_pairs(options.sentences)
+        sentences, _ = data.pairs("test", options.sentences)
         for (name, runtime), network in networks(folder, options.threads, number == 0).items():
             for batch in BATCHES:
                 row = {

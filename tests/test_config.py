@@ -96,6 +96,8 @@ def test_bits_sets_both_widths(overrides: list[str], weights: int, activations: 
         ("distill.schedule=jont", "progressive, joint, local; nearest: joint"),
         ("distill.optimizer.lr=-1", "at least 0; nearest valid: 0"),
         ("distill.joint_steps=5000", "nearest valid: 1000"),
+        ("distill.on_policy=0.5", "distill.on_policy=0.5 is for translation"),
+        ("task.text.translations=6", "task.text.beam=5; nearest valid: 5"),
         ("task.data.val_fraction=2", "0 to 0.9; nearest valid: 0.9"),
         ("task.data.mean=[0,0]", "needs one number a channel: 1"),
         ("task.data.std=[0]", "must be above zero"),

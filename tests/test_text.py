@@ -187,9 +187,9 @@ def test_distillation_reads_no_reference(
     """Of a training pair only the source reaches the student's text."""
     asked: list[list[int]] = []
 
-    def translate(rows: list[list[int]]) -> list[list[int]]:
+    def translate(rows: list[list[int]]) -> list[list[list[int]]]:
         asked.extend(rows)
-        return [row[::-1] for row in rows]
+        return [[row[::-1]] for row in rows]
 
     text = data.translated("reversed", translate)
     assert len(text) == len(data.train)
@@ -202,17 +202,26 @@ def test_distillation_reads_no_reference(
     assert len(asked) == len(text)  # cached
 
 
+def test_a_source_may_have_several_translations(data: TranslationData) -> None:
+    text = data.translated("two", lambda rows: [[row, row[::-1] + row[:1]] for row in rows])
+    assert (len(text), text.sources()) == (2 * len(data.train), len(data.train))
+    for index in range(0, len(text), 2):
+        (source, first), (again, second) = text.pair(index), text.pair(index + 1)
+        assert source.tolist() == again.tolist() == first.tolist()
+        assert len(second) == len(source) + 1
+
+
 def test_translating_goes_on_where_it_was_killed(
     data: TranslationData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("archnet.tasks.translation.TRANSLATED", 40)
     calls = []
 
-    def dies(rows: list[list[int]]) -> list[list[int]]:
+    def dies(rows: list[list[int]]) -> list[list[list[int]]]:
         calls.append(len(rows))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return rows
+        return [[row] for row in rows]
 
     with pytest.raises(KeyboardInterrupt):
         data.translated("same", dies)

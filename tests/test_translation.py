@@ -19,7 +19,9 @@ from archnet.deploy import OnnxTranslator, audit, export_translator
 from archnet.deploy.writer import ExportError
 from archnet.distill.text import TextDistillation, plan_text
 from archnet.hardware import Target, student_cost, teacher_cost
-from archnet.ops import Stepwise, Student, TokenEmbedding
+from archnet.jobs.on_policy import OwnTranslations
+from archnet.lower import lower
+from archnet.ops import FullyConnected, Stepwise, Student, TokenEmbedding
 from archnet.quant import Recipe, describe, pack, quantize, settle, unpack
 from archnet.tasks.batches import TextBatch
 from archnet.teachers import TappedTeacher, TeacherError, Transformer, load_translator
@@ -234,6 +236,29 @@ class TestQuantized:
         assert weights["scores"]["bits"] == 7
         assert weights["encoder_0_feed_expand"]["bits"] == 2
 
+    def test_softmax_results_may_be_finer(self) -> None:
+        made = make("arch5_matmul")
+        quantize(made.student, Recipe(2, 4, softmax_bits=8), calibration=[inputs()])
+        grids = describe(made.student)["activations"]
+        ours = {name: spec["bits"] for name, spec in grids.items() if "_weights" in name}
+        assert len(ours) == 6
+        assert set(ours.values()) == {8}
+        assert {spec["bits"] for name, spec in grids.items() if "_mixed" in name} == {4}
+
+    def test_additions_are_constants_of_two_bits_between_fine_grids(self) -> None:
+        """[I, I] is exact at any width, and what it reads and gives has `Recipe.sum_bits`."""
+        parts = stepwise(make("arch5", bits=2).student)
+        for part in (parts.encoder, parts.decoder):
+            lowered = lower(part)
+            sums = [name for name, way in lowered.ways.items() if "concat" in way]
+            assert sums
+            for name in sums:
+                layer = lowered.student.operator(name)
+                assert isinstance(layer, FullyConnected)
+                assert not layer.trainable
+                assert layer.weight_quantizer.bits == 2
+                assert layer.bias_quantizer.source.bits == 8
+
     def test_both_sides_of_a_pair_have_one_scale(self) -> None:
         student = make("arch5", bits=4).student
         ours, theirs = (student.operator(f"decoder_0_cross_{n}_grid") for n in ("ours", "theirs"))
@@ -288,8 +313,8 @@ class TestStepwise:
         self, exported: tuple[str, Stepwise, Path], tmp_path: Path
     ) -> None:
         _, parts, folder = exported
-        with pytest.raises(ExportError, match="form=c: a translator is written as"):
-            export_translator(parts, tmp_path, "c")
+        with pytest.raises(ExportError, match="form=mct: a translator is written as"):
+            export_translator(parts, tmp_path, "mct")
         for name in ("encoder", "decoder"):
             content = (folder / "student.encoder.onnx").read_bytes()
             (tmp_path / f"student.{name}.onnx").write_bytes(content)
@@ -429,6 +454,58 @@ class TestDistillation:
                 loss.backward()  # type: ignore[union-attr]
                 optimizer.step()
         assert float(sum(module._through_the_network(batch, last).values())) < 0.8 * first
+
+    @pytest.mark.parametrize("hardware", ["arch5_matmul", "arch5"])
+    def test_own_translations_follow_from_seed_and_step(self, hardware: str) -> None:
+        student = make(hardware, bits=4).student.train()
+        before = {name: value.clone() for name, value in student.state_dict().items()}
+        batch = next(batches())
+        own = OwnTranslations(7)
+        made = own(student, batch, 4, 0)
+        assert student.training
+        assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+        for again in (own(student, batch, 4, 0), OwnTranslations(7)(student, batch, 4, 0)):
+            assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
+        for others in (own(student, batch, 6, 0), own(student, batch, 4, 1)):
+            assert others.target_in.shape != made.target_in.shape or not torch.equal(
+                others.target_in, made.target_in
+            )
+        assert torch.equal(made.source, batch.source)
+        for row in range(len(batch.source)):
+            teachers = batch.target_out[row][batch.real[row]].tolist()
+            found = made.target_out[row][made.real[row]].tolist()
+            assert made.target_in[row, : len(found)].tolist() == [1, *found[:-1]]
+            if row % 2:  # of step 4 the even ones are its own
+                assert found == teachers
+            else:
+                assert found[-1] == 2
+                assert len(found) <= batch.target_in.shape[1]
+        changed = [
+            made.target_out[row].tolist() != batch.target_out[row].tolist() for row in (0, 2, 4)
+        ]
+        assert any(changed)
+        other_half = own(student, batch, 5, 0)
+        assert other_half.target_out[0][other_half.real[0]].tolist() == (
+            batch.target_out[0][batch.real[0]].tolist()
+        )
+
+    def test_only_the_last_steps_are_on_policy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made, asked = make("arch5"), list[int]()
+        paths = [tap.path for tap in made.student.taps]
+        options = DistillConfig(schedule="joint", steps=10, on_policy=0.3)
+
+        def own(student: Student, batch: TextBatch, step: int, rank: int) -> TextBatch:
+            asked.append(step)
+            return batch
+
+        periods = plan_text(options, paths)
+        teacher = TappedTeacher(made.teacher, paths)
+        module = TextDistillation(teacher, made.student, periods, options, None, None, own)  # type: ignore[arg-type]
+        batch = next(batches())
+        for step in range(10):
+            monkeypatch.setattr(TextDistillation, "global_step", step)
+            module._through_the_network(batch, periods[0])
+        assert asked == [7, 8, 9]
 
     def test_padding_takes_no_part(self) -> None:
         made = make("arch5")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ SHORT = [
     "distill.joint_steps=10",
     "distill.val_every=5",
     "distill.checkpoint_every=1",
+    "distill.on_policy=0.4",
+    "task.text.translations=2",
     "task.data.unlabelled=300",
     "trainer.limit_eval=24",
     "trainer.accelerator=cpu",
@@ -76,6 +79,9 @@ def test_a_run_leaves_figures_files_and_a_report(finished: RunFolder) -> None:
     assert {"bleu", "chrf", "agreement"} <= set(metrics["student"])
     assert metrics["conversion"]["error"] > 0
     assert metrics["data"]["unlabelled"] <= 300
+    # Of many sources the second best translation is empty, as the teacher is hardly trained.
+    pairs = read_json(finished.path / "stages" / "translations.json")["sentences"]
+    assert pairs > metrics["data"]["unlabelled"]
     assert metrics["cost"]["weight_bytes"]["student"] < metrics["cost"]["weight_bytes"]["teacher"]
     for name in (
         "student.encoder.onnx",
@@ -137,6 +143,54 @@ def test_lines_out_are_lines_in(finished: RunFolder, monkeypatch: pytest.MonkeyP
     assert (code, lines) == (0, [b""])
 
 
+def test_a_pipe_is_answered_as_lines_come() -> None:
+    from archnet.commands.translate import lines_of_file, lines_of_pipe
+
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as source, os.fdopen(writing, "wb", buffering=0) as sink:
+        assert lines_of_file(source) is None
+        chunks = lines_of_pipe(source, 2)
+        for written, lines in (
+            (b"a\n", [b"a"]),
+            (b"\nb\nhal", [b"", b"b"]),
+            (b"f\nc\nd\n", [b"half", b"c"]),
+            (b"", [b"d"]),
+            (b"no end", None),
+        ):
+            sink.write(written)
+            assert lines is None or next(chunks) == lines
+        sink.close()
+        assert list(chunks) == [[b"no end"]]
+
+
+def test_a_file_has_progress_and_n_best(
+    finished: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from archnet.commands import translate
+
+    monkeypatch.setattr(translate, "SECONDS", 0.0)
+    (tmp_path / "text.en").write_text("5 kilometers\n\nItaly\n7 grams\n")
+    found = {}
+    for options in (["--n_best", "3"], []):
+        with (tmp_path / "text.en").open() as text:
+            monkeypatch.setattr(sys, "stdin", text)
+            words = ["translate", str(finished.path), "--beam", "3", "--threads", "1", *options]
+            assert archnet(words) == 0
+        printed = capsys.readouterr()
+        assert "archnet: 3 of 4 lines" in printed.err
+        found[len(options)] = printed.out.splitlines()
+    rows = [line.split("\t") for line in found[2]]
+    assert [row[0] for row in rows] == ["1"] * 3 + ["2"] + ["3"] * 3 + ["4"] * 3
+    assert rows[3] == ["2", "0.0000", ""]
+    scores = [float(row[1]) for row in rows[:3]]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] < 0
+    assert [rows[place][2] for place in (0, 3, 4, 7)] == found[0]
+
+
 def test_unknown_characters_are_said_with_their_lines(
     finished: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +237,11 @@ def test_bad_text_and_options_end_with_one_line(
     assert "standard input, line 2: not UTF-8" in capsys.readouterr().err
     assert translated(finished, b"", monkeypatch, "--beam", "0")[0] == 2
     assert "beam=0 must be at least 1" in capsys.readouterr().err
+    assert translated(finished, b"", monkeypatch, "n_best=9", "--beam", "4")[0] == 2
+    assert "n_best=9 is more than the search keeps, beam=4" in capsys.readouterr().err
+    code, lines = translated(finished, b"5 grams\n\xff\n", monkeypatch, "--beam", "1")
+    assert (code, len(lines)) == (2, 2)  # what came before it is translated
+    capsys.readouterr()
     options = ("--network", "teacher", "--runtime", "onnxruntime")
     assert translated(finished, b"", monkeypatch, *options)[0] == 2
     assert "the teacher runs in pytorch" in capsys.readouterr().err
@@ -213,15 +272,30 @@ def test_evaluate_and_export_know_translators(
     assert archnet(["export", str(finished.path), "--output", str(tmp_path / "files")]) == 0
     content = (tmp_path / "files" / "student.decoder.onnx").read_bytes()
     assert content == (finished.path / "student.decoder.onnx").read_bytes()
-    assert archnet(["verify", str(finished.path)]) == 2
-    assert "has more inputs than one tensor of features" in capsys.readouterr().err
+    with pytest.raises(RunError, match="has more inputs than one tensor of features"):
+        conductor.job_of(finished).inputs(1)
     assert archnet(["cost", str(finished.path)]) == 0
+    assert "a sentence of 16 tokens and 16 steps" in capsys.readouterr().out
+    assert archnet(["verify", str(finished.path), "--inputs", "8", "--forms", "qdq,c"]) in (0, 1)
+    assert "student are computed in floats" in " ".join(capsys.readouterr().out.split())
+    assert read_json(finished.metrics)["verify"]["inputs"] == 8
+    for options, message in (
+        (["verify", "--forms", "tflite"], "form=tflite is not run here"),
+        (["verify", "--forms", "wide"], "form=wide is no form of a translator"),
+        (["export", "--form", "openvino"], "a translator is written as float, qdq"),
+        (["export", "--form", "float"], "this student is quantized"),
+        (["export", "--form", "c"], "(MatMul, Softmax) is computed in floats"),
+        (["export", "--form", "qdq", "--length", "9"], "form=qdq takes any length"),
+    ):
+        assert archnet([options[0], str(finished.path), *options[1:]]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_killed_run_ends_with_the_same_student(
     finished: RunFolder, places: list[str], make_config: Make
 ) -> None:
-    command = [*killed_at(3), *SHORT, *places, "name=killed"]
+    """Killed among the steps on its own translations."""
+    command = [*killed_at(14), *SHORT, *places, "name=killed"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     outputs = Path(places[0].partition("=")[2])

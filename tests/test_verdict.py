@@ -2,10 +2,12 @@
 
 import copy
 import doctest
+import random
 from typing import Any
 
 import numpy as np
 import pytest
+import sacrebleu
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from archnet.jobs.evaluation import Evaluation
 from archnet.report import files as report_files
 from archnet.report.table import rows
 from archnet.report.verdict import verdict
+from archnet.tasks import sentences
 from archnet.tasks.sentences import compared, paired
 
 METRICS: dict[str, Any] = {
@@ -267,16 +270,31 @@ def test_no_labels_leave_the_agreement_and_its_interval() -> None:
     assert facts["details"]["confusion"]["rows"] == "teacher"
 
 
-def test_bleu_is_compared_by_drawing_sentences_again() -> None:
+def test_chrf_of_sums_is_that_of_sacrebleu() -> None:
+    draw = random.Random(0)
+    words = ["", "a", "cat", "Haus,", "größer", "schläft", "the", "!"]
+    for size in (1, 3, 40):
+        theirs, known = (
+            [" ".join(draw.choices(words, k=draw.randrange(9))) for _ in range(size)]
+            for _ in range(2)
+        )
+        rows = [sentences._characters(*pair) for pair in zip(theirs, known, strict=True)]
+        expected = sacrebleu.CHRF().corpus_score(theirs, [known]).score
+        assert sentences._chrf(np.array(rows).sum(0)) == pytest.approx(expected)
+
+
+def test_bleu_and_chrf_are_compared_by_drawing_sentences_again() -> None:
     references = [f"the {n} small cats sit on {n} mats in the sun" for n in range(60)]
     teacher = [line.replace("sun", "rain") for line in references]
     student = [line.replace("small", "tiny") if n % 2 else line for n, line in enumerate(teacher)]
     texts = {"teacher": teacher, "student": student}
-    found = {"teacher": {"bleu": 80.0}, "student": {"bleu": 70.0}}
-    bleu = paired(texts, references, found)["bleu"]
-    assert bleu["low"] < -5 > bleu["high"]
-    same = paired({"teacher": teacher, "student": teacher}, references, found)["bleu"]
-    assert same["low"] == same["high"] == 0
+    found = {"teacher": {"bleu": 80.0, "chrf": 90.0}, "student": {"bleu": 70.0, "chrf": 88.0}}
+    pairs = paired(texts, references, found)
+    assert pairs["bleu"]["low"] < -5 > pairs["bleu"]["high"]
+    assert pairs["chrf"]["low"] < pairs["chrf"]["high"] < 0
+    assert pairs["chrf"]["difference"] == -2
+    for same in paired({"teacher": teacher, "student": teacher}, references, found).values():
+        assert same["low"] == same["high"] == 0
     details = compared(references, references, texts)
     assert details["disagreeing"] == 30
     assert len(details["disagreements"]) == 12

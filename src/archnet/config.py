@@ -137,11 +137,14 @@ class TextConfig:
     vocabulary: int = _number(32000, 32, 65535)  # BPE tokens, of both languages together
     tokenizer_sentences: int = _number(1_000_000, 100)  # drawn to learn them from: bounds memory
     # Longest sentence in tokens: longer training pairs are dropped and counted, longer input is
-    # cut, with a warning.
-    max_tokens: int = _number(128, 4, 1024)
+    # cut, with a warning. With the end mark a power of two is what a decoder without attention
+    # computes.
+    max_tokens: int = _number(127, 4, 1024)
     batch_tokens: int = _number(4096, 16)  # a batch holds at most so many on its longer side
     beam: int = _number(5, 1, 64)  # hypotheses kept while translating; 1: greedy
     length_penalty: float = _number(1.0, 0, 4)  # scores are divided by length ** this
+    # Of each training source, so many of the teacher's best translations; at most `beam`.
+    translations: int = _number(1, 1, 64)
     cache_dir: str = ".cache/text"  # tokenizers, encoded text and the teacher's translations
 
 
@@ -230,6 +233,8 @@ class QuantConfig:
     # such a value reads it rounded again, to `act_bits`. Constant weights have this width as well,
     # unless all have one magnitude, which is exact at any width.
     sum_bits: int = _number(8, 1, 8)
+    # Least width of what a softmax gives, for products with other activations.
+    softmax_bits: int = _number(1, 1, 8)
     per_channel: bool = True  # one weight scale an output channel; false: one a tensor
     # Divide the channels of a value by a size of their own (a batch norm) before a trained layer
     # rounds them, where that halves the rounding error. It acts where act_bits < sum_bits.
@@ -613,6 +618,10 @@ class DistillConfig:
     # Keep weights at zero that conversion sets to zero (beside the identities of an addition,
     # between groups of channels). Training would make them small, and few bits round that away.
     keep_zeros: bool = False
+    # Translation: share of the steps, at the end, in which every second sentence of a batch has the
+    # student's own translation, drawn from its distribution, in place of the teacher's
+    # (2306.13649). Steps of single blocks stay as they are.
+    on_policy: float = _number(0.0, 0, 1)
 
 
 # Running ------------------------------------------------------------------------------------
@@ -798,6 +807,17 @@ def validate(config: Config) -> None:
         _validate_budget(config.quant, config.hardware)
     if config.goal.asked:
         _validate_goal(config)
+    text = config.task.text
+    if text.translations > text.beam:
+        raise ConfigError(
+            f"task.text.translations={text.translations} is more than the teacher's search keeps, "
+            f"task.text.beam={text.beam}; nearest valid: {text.beam}"
+        )
+    if config.distill.on_policy and config.task.kind != "translation":
+        raise ConfigError(
+            f"distill.on_policy={config.distill.on_policy:g} is for translation, whose students "
+            "write what they are trained on; nearest valid: 0"
+        )
     if (config.distill.joint_steps or 0) > config.distill.steps:
         raise ConfigError(
             f"distill.joint_steps={config.distill.joint_steps} is part of distill.steps; "
@@ -890,6 +910,9 @@ def _validate_quant(quant: QuantConfig, hardware: HardwareConfig) -> None:
     if quant.act_bits < quant.sum_bits:
         _require_width("sum_bits", quant.sum_bits, "act_bits", sides["act_bits"], hardware)
         pairs.append(("quant.sum_bits", quant.sum_bits, quant.sum_bits))
+    if quant.act_bits < quant.softmax_bits:
+        softmax = quant.softmax_bits
+        _require_width("softmax_bits", softmax, "act_bits", sides["act_bits"], hardware)
     if quant.weight_bits < quant.sum_bits:
         _require_width("sum_bits", quant.sum_bits, "weight_bits", sides["weight_bits"], hardware)
     for key, weight_bits, act_bits in pairs:

@@ -1,6 +1,7 @@
 """`archnet compile`: a run's student, or a file, in a chip's own compiler or in a runtime."""
 
 import argparse
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,13 @@ if TYPE_CHECKING:
     from archnet.chips import Bridge
     from archnet.config import DialectConfig
     from archnet.deploy.compile import Asked, Judged
+    from archnet.jobs.translation import Translation
+    from archnet.ops import Student
+    from archnet.runs import RunFolder
 
 HELP = "have a chip's own compiler, or a runtime, judge a run's student or a file"
 INPUTS, CALIBRATION = 100, 32
+SIDES = ("teacher", "student", "encoder", "decoder", "file")  # what is compiled, in this order
 SHOWN = 20  # operators off the accelerator that are listed
 # What a tool estimates, in the order of the table's lines.
 FIGURES: Mapping[str, tuple[str, str]] = {
@@ -128,7 +133,8 @@ def _run(options: argparse.Namespace) -> int:
     """A finished run."""
     from archnet.deploy.compile import Asked, compile_student, compile_teacher
     from archnet.jobs import conductor
-    from archnet.runs import RunError, read_json, write_json
+    from archnet.jobs.translation import Translation
+    from archnet.runs import RunError
 
     folder = open_folder(options, "source")
     own = folder.config().hardware
@@ -136,6 +142,8 @@ def _run(options: argparse.Namespace) -> int:
     if not folder.metrics.is_file():
         raise RunError(f"{folder.metrics} is missing: finish the run with resume={folder.path}")
     job, student = conductor.reopen(folder)
+    if isinstance(job, Translation):
+        return _translator(options, job, student, found, chip)
     images = job.inputs(max(options.inputs, 1)).numpy()[: options.inputs]
     calibration = _joined(job.calibration(1))[:CALIBRATION]
     asked = Asked(found, chip, images, calibration, options.timeout, _dialect(found, chip))
@@ -149,12 +157,46 @@ def _run(options: argparse.Namespace) -> int:
         judged["teacher"] = compile_teacher(
             job.teacher, with_images, student.graph.classes[0], beside
         )
+    _keep(folder, name, judged)
+    return _told(f"{folder.path.name}: {name}", judged, asked)
+
+
+def _translator(
+    options: argparse.Namespace, job: "Translation", student: "Student", found: "Bridge", chip: str
+) -> int:
+    """Both files of a translator, which are compiled and not run."""
+    import numpy as np
+
+    from archnet.deploy.compile import Asked, Judged
+
+    folder, name = job.folder, f"{found.name} {chip}".strip()
+    takes = found.says("SUFFIX") == ".tflite" and found.chips
+    if not takes or options.teacher == "true":
+        raise ArchnetError(
+            f"{folder.path}: of a translator, whose two files have several inputs, the student "
+            "alone is compiled, and by tools that take TensorFlow Lite alone (vela)"
+        )
+    none = np.zeros((0, 1), np.float32)
+    asked, logs = Asked(found, chip, none, none, options.timeout), folder.path / "compile"
+    judged = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for path in job.write(student, Path(temporary), "tflite", None):
+            part = path.stem.rpartition(".")[2]
+            log = logs / f"{name.replace(' ', '_')}_{part}.log"
+            judged[part] = Judged(asked.compile(path.read_bytes(), False, log), "")
+    _keep(folder, name, judged)
+    return _told(f"{folder.path.name}: {name}", judged, asked)
+
+
+def _keep(folder: "RunFolder", name: str, judged: "Mapping[str, Judged]") -> None:
+    """Write what a tool said into ``metrics.json``."""
+    from archnet.runs import read_json, write_json
+
     with folder.locked():
         metrics = read_json(folder.metrics, dict)
         kept = metrics.setdefault("compile", {})
         kept[name] = {side: one.summary() for side, one in judged.items()}
         write_json(folder.metrics, metrics)
-    return _told(f"{folder.path.name}: {name}", judged, asked)
 
 
 def _dialect(found: "Bridge", chip: str) -> "DialectConfig | None":
@@ -224,7 +266,7 @@ def _told(title: str, judged: "Mapping[str, Judged]", asked: "Asked") -> int:
     from archnet.report.table import plain_console
 
     shown = plain_console()
-    sides = [side for side in ("teacher", "student", "file") if side in judged]
+    sides = [side for side in SIDES if side in judged]
     if any(one.compiled.operators or one.inputs for one in judged.values()):
         caption = f"by {judged[sides[-1]].compiled.version}"
         table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from archnet.hardware import Cost, StepCost, SystolicArray
-    from archnet.lower import Lowered
+    from archnet.lower import SampleCost
     from archnet.ops import Student
     from archnet.runs import RunFolder
 
@@ -76,19 +76,20 @@ def run(options: argparse.Namespace) -> int:
 def _run_folder(
     console: "Console", folder: "RunFolder", array: "SystolicArray", options: argparse.Namespace
 ) -> None:
-    from archnet.hardware import student_cost, teacher_cost
+    from archnet.hardware import teacher_cost
     from archnet.jobs import conductor
-    from archnet.lower import lower
 
     job, student = conductor.reopen(folder)
     example = job.example()
     before = teacher_cost(job.teacher, example, weight_bits=8, act_bits=8)
-    lowered = lower(student, weights=False)
-    after = student_cost(lowered.student)
+    deployed = job.sample_cost(student)
+    after = deployed.cost
     layers = _layers(before, after)
     sides = ("teacher", before), ("student", after)
     _show(console, f"{folder.path} (teacher: as at W8A8)", layers, sides, array)
-    _show_ways(console, student, lowered)
+    if deployed.about:
+        _say(console, f"figures are for {deployed.about}")
+    _show_ways(console, student, deployed)
     if options.latency == "true":
         from archnet.deploy.latency import export_teacher, latencies, without_quantizers
 
@@ -114,7 +115,7 @@ def _run_folder(
             _show_latencies(console, latencies(files, picture, options.runs))
 
 
-def _show_ways(console: "Console", student: "Student", lowered: "Lowered") -> None:
+def _show_ways(console: "Console", student: "Student", deployed: "SampleCost") -> None:
     """How the target writes each whole operator, why, and what that costs by its own figures."""
     from rich.table import Table
 
@@ -122,13 +123,13 @@ def _show_ways(console: "Console", student: "Student", lowered: "Lowered") -> No
     from archnet.report.table import amount
 
     cycles: dict[str, float] = {}
-    for name, estimate in lowered.cycles.items():
-        whole = lowered.whole[name]
+    for name, estimate in deployed.cycles.items():
+        whole = deployed.whole[name]
         cycles[whole] = cycles.get(whole, 0.0) + estimate
     rows: dict[tuple[str, ...], list[float]] = {}
     for step in student.graph.steps:
-        if step.name in lowered.ways or cycles.get(step.name):
-            way, why = lowered.ways.get(step.name, "itself"), lowered.reasons.get(step.name, "")
+        if step.name in deployed.ways or cycles.get(step.name):
+            way, why = deployed.ways.get(step.name, "itself"), deployed.reasons.get(step.name, "")
             kind = type(student.operator(step.name)).__name__
             key = step.origin or "(no module)", kind, way, why
             rows.setdefault(key, []).append(cycles.get(step.name, 0.0))

@@ -36,6 +36,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="file (default: student_<form>.* there); a folder for translators",
     )
     parser.add_argument("--opset", type=int, help="ONNX opset (default: what the form needs)")
+    parser.add_argument(
+        "--length",
+        type=int,
+        help="tokens of the sentences that a translator's encoder reads, for form=tflite, whose "
+        "sizes are fixed (default: 16)",
+    )
     parser.epilog, parser.formatter_class = _FORMS, _WithForms
 
 
@@ -46,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
     folder = open_folder(options)
     job, student = conductor.job_of(folder), load_student(folder)
-    for path in job.write(student, options.output, options.form or job.form, options.opset):
+    form = options.form or job.form
+    for path in job.write(student, options.output, form, options.opset, options.length):
         print(path)
     return 0

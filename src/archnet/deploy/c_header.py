@@ -4,6 +4,8 @@ Nothing in it is a float but the scales that say what its integers mean, and not
 linked to it. Activations stand in one static block of bytes that their lifetimes share.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from archnet.deploy.integer import (
     Requantization,
     square,
 )
+from archnet.deploy.sentences import Sentences, embedding_of, require_integers
 from archnet.deploy.writer import ExportError
 from archnet.ops import (
     Concat,
@@ -32,6 +35,9 @@ from archnet.ops import (
     Permute,
     Reshape,
     Slice,
+    Stepwise,
+    TokenEmbedding,
+    Window,
 )
 
 LINE = 96  # characters
@@ -57,7 +63,167 @@ def to_c(model: IntegerModel) -> str:
         ExportError: requantization is "float", the input is read on several grids, integers fit
             no byte, an accumulator does not fit 32 bits or a multiplier not 31.
     """
-    return _Header(model).text()
+    entry = model.entry
+    grid, shape = model.grids[entry.name], model.shapes[entry.name]
+    places, first = list[tuple[str, str]](), 0
+    for name in model.outputs:
+        places.append((name, f"output + {first}" if first else "output"))
+        first += math.prod(model.shapes[name])
+    function = _Function(
+        model, "archnet", {entry.name: "(const uint8_t *)input"}, places, model.outputs
+    )
+    values = {
+        "INPUTS": math.prod(shape),
+        "INPUT_SCALE": f"{np.float32(grid.scale):.9e}f",
+        "INPUT_LOW": grid.low,
+        "INPUT_HIGH": grid.high,
+        "OUTPUTS": first,
+        "ARENA_BYTES": function.arena,
+    }
+    results = [model.shapes[name] for name in model.outputs]
+    shapes = ", ".join(map(_shape, results))
+    kind = "int8_t" if grid.low < 0 else "uint8_t"
+    about = [f"Input {_shape(shape)}, output {shapes}."]
+    about += ["Outputs stand one behind another, in this order."] if len(results) > 1 else []
+    about += ["Include it in one file. Activations are static: archnet_run() is not reentrant."]
+    run = f"static inline void archnet_run(const {kind} *input, int32_t *output)"
+    return _header(about, values, _output_scale(model, model.outputs), {run: function})
+
+
+@dataclass(frozen=True)
+class SentenceLayout:
+    """Where a translator's memory and states stand in their blocks of bytes: first byte and size
+    of each, and how many bytes they are in all.
+    """
+
+    memory: Mapping[str, tuple[int, int]]
+    states: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, sentences: Sentences) -> SentenceLayout:
+        shapes = sentences.decoder.student.graph.shapes
+        parts = sentences.parts
+        return cls(_placed(parts.memory, shapes), _placed(list(parts.states), shapes))
+
+    @staticmethod
+    def size(block: Mapping[str, tuple[int, int]]) -> int:
+        return sum(size for _, size in block.values())
+
+
+def _placed(
+    names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, int]]:
+    found, first = {}, 0
+    for name in names:
+        found[name] = first, math.prod(shapes[name])
+        first += found[name][1]
+    return found
+
+
+def translator_to_c(parts: Stepwise) -> str:
+    """A self-contained C99 header of a translator without attention, bit for bit its golden model.
+
+    ``archnet_encode(tokens, length, memory)`` reads the token numbers of a sentence with its end
+    mark, 1 to ARCHNET_POSITIONS of them, and fills ARCHNET_MEMORY_BYTES bytes.
+    ``archnet_decode(token, position, memory, states, scores)`` reads a token, changes the
+    ARCHNET_STATE_BYTES bytes of ``states``, which are zeros before the first token, and gives
+    ARCHNET_TOKENS scores of what follows, of which each is worth its entry of
+    ``archnet_output_scale``. Weights stand as in `to_c`.
+
+    Args:
+        parts: of a quantized student.
+
+    Raises:
+        ExportError: the student computes something in its target's own arithmetic, or does not
+            fit as `to_c` says.
+    """
+    embedding = embedding_of(parts.encoder)
+    sentences = Sentences.of(parts, "arch5", length=embedding.positions)
+    require_integers(sentences, "c")
+    encoder, decoder = sentences.integers()
+    layout = SentenceLayout.of(sentences)
+    columns = sentences.columns
+    assert columns is not None
+    within = {name: f"memory + {first}" for name, (first, _) in layout.memory.items()}
+    kept = {name: f"states + {first}" for name, (first, _) in layout.states.items()}
+    encode = _Function(
+        encoder,
+        "archnet_encoder",
+        {},
+        list(zip(encoder.outputs, within.values(), strict=True)),
+        [],
+        "length",
+    )
+    scores, *after = decoder.outputs
+    decode = _Function(
+        decoder,
+        "archnet_decoder",
+        {name: f"({place})" for name, place in {**within, **kept}.items()},
+        [(scores, "scores"), *zip(after, kept.values(), strict=True)],
+        [scores],
+    )
+    for name, place in within.items():
+        channels = layout.memory[name][1] // columns
+        encode.after.append(f"archnet_repeat({place}, length, {columns}, {channels});")
+    values = {
+        "TOKENS": embedding.tokens,
+        "POSITIONS": embedding.positions,
+        "MEMORY_BYTES": SentenceLayout.size(layout.memory),
+        "STATE_BYTES": SentenceLayout.size(layout.states),
+        "ARENA_BYTES": encode.arena + decode.arena,
+    }
+    about = [
+        "A translator. archnet_encode() reads a sentence, archnet_decode() one token a call;",
+        "states are zeros before the first token.",
+        "Include it in one file. Activations are static: no function is reentrant.",
+    ]
+    functions = {
+        "static inline void archnet_encode(\n"
+        "    const int32_t *tokens, size_t length, uint8_t *memory)": encode,
+        "static inline void archnet_decode(\n"
+        "    int32_t token, size_t position, const uint8_t *memory, uint8_t *states, "
+        "int32_t *scores)": decode,
+    }
+    return _header(about, values, _output_scale(decoder, [scores]), functions, sentences=True)
+
+
+def _output_scale(model: IntegerModel, outputs: Sequence[str]) -> str:
+    units = [model.unit(name).reshape(-1) for name in outputs]
+    scales = np.concatenate(units).astype(np.float32)
+    return _array("float", "archnet_output_scale", [f"{s:.9e}f" for s in scales])
+
+
+def _header(
+    about: Sequence[str],
+    values: Mapping[str, Any],
+    scales: str,
+    functions: Mapping[str, _Function],
+    sentences: bool = False,
+) -> str:
+    """The whole text: what it is, constants by name, kernels, and functions by their heads."""
+    first, *more = about
+    own = {
+        "LONGEST_ROW": max(function.longest_row for function in functions.values()),
+        "RANK": max(function.rank for function in functions.values()),
+    }
+    kernels = ["kernels.h", "sentences.h"] if sentences else ["kernels.h"]
+    parts = [
+        f"/* Written by archnet. {first}",
+        *(f" * {line}" for line in more),
+        " * Weights below 8 bits are packed at their width, least significant bits first.",
+        " */",
+        "#ifndef ARCHNET_H",
+        "#define ARCHNET_H",
+        "",
+        *(f"#define ARCHNET_{key} {value}" for key, value in {**values, **own}.items()),
+        "",
+        *(files("archnet.deploy").joinpath(k).read_text(encoding="utf-8") for k in kernels),
+        "/* What one unit of each output is worth. */",
+        scales,
+    ]
+    for head, function in functions.items():
+        parts += [*function.constants, "", head, "{", *function.body(), "}"]
+    return "\n".join([*parts, "", "#endif", ""])
 
 
 def pack_bits(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
@@ -90,72 +256,49 @@ class _Buffer:
         return int(self.grid is not None and self.grid.low < 0)
 
 
-class _Header:
-    """One walk along the steps: constants on one side, calls on the other."""
+class _Function:
+    """One walk along the steps of a model: constants on one side, calls on the other.
 
-    def __init__(self, model: IntegerModel) -> None:
-        self.model = model
+    Args:
+        model: what is written.
+        prefix: of all names.
+        given: for every input that is integers already, an expression of where it stands.
+        results: every result, and where it is written: as int32_t, or as bytes where it is not
+            ``widened``.
+        length: an expression of the positions that are used of those that the shapes have.
+    """
+
+    def __init__(
+        self,
+        model: IntegerModel,
+        prefix: str,
+        given: Mapping[str, str],
+        results: Sequence[tuple[str, str]],
+        widened: Sequence[str],
+        length: str | None = None,
+    ) -> None:
+        self.model, self.given, self.results, self.length = model, given, results, length
+        self.widened = {*widened}
         self.constants: list[str] = []
         self.calls: list[str] = []
-        self.entry = model.entry
-        self.names = _identifiers([step.name for step in model.steps])
+        self.names = _identifiers([step.name for step in model.steps], prefix)
         self.rank = max([4, *(len(model.shapes[step.name]) for step in model.steps)])
         self.roots = self._roots()
         self.offsets, self.arena = self._placed()
         self.longest_row = 1
-
-    def text(self) -> str:
+        self.after: list[str] = []  # calls behind all others
         self._check()
-        for step in self.model.steps:
-            if step is not self.entry:
+        for step in model.steps:
+            if step.name not in given:
                 self._step(step)
-        grid = self.model.grids[self.entry.name]
-        shape = self.model.shapes[self.entry.name]
-        results = [self.model.shapes[name] for name in self.model.outputs]
-        values = {
-            "INPUTS": math.prod(shape),
-            "INPUT_SCALE": f"{np.float32(grid.scale):.9e}f",
-            "INPUT_LOW": grid.low,
-            "INPUT_HIGH": grid.high,
-            "OUTPUTS": sum(map(math.prod, results)),
-            "ARENA_BYTES": self.arena,
-            "LONGEST_ROW": self.longest_row,
-            "RANK": self.rank,
-        }
-        shapes = ", ".join(map(_shape, results))
-        units = [self.model.unit(name).reshape(-1) for name in self.model.outputs]
-        scales = np.concatenate(units).astype(np.float32)
-        kind = "int8_t" if grid.low < 0 else "uint8_t"
-        outputs = _array("float", "archnet_output_scale", [f"{s:.9e}f" for s in scales])
-        parts = [
-            f"/* Written by archnet. Input {_shape(shape)}, output {shapes}.",
-            *([" * Outputs stand one behind another, in this order."] if len(results) > 1 else []),
-            " * Include it in one file. Activations are static: archnet_run() is not reentrant.",
-            " * Weights below 8 bits are packed at their width, least significant bits first.",
-            " */",
-            "#ifndef ARCHNET_H",
-            "#define ARCHNET_H",
-            "",
-            *(f"#define ARCHNET_{key} {value}" for key, value in values.items()),
-            "",
-            files("archnet.deploy").joinpath("kernels.h").read_text(encoding="utf-8"),
-            "/* What one unit of each output is worth. */",
-            outputs,
-            *self.constants,
-            "",
-            f"static inline void archnet_run(const {kind} *input, int32_t *output)",
-            "{",
-            f"    static uint8_t arena[{max(self.arena, 1)}];",
-            *(f"    {line}" for line in self._raw_buffers()),
-            "    (void)arena;",
-            *(f"    {line}" for line in self.calls),
-            *(f"    {line}" for line in self._result()),
-            "}",
-            "",
-            "#endif",
-            "",
-        ]
-        return "\n".join(parts)
+
+    def body(self) -> Iterator[str]:
+        """The lines between the braces."""
+        yield f"    static uint8_t arena[{max(self.arena, 1)}];"
+        yield from (f"    {line}" for line in self._raw_buffers())
+        yield "    (void)arena;"
+        yield from (f"    {line}" for line in self.calls)
+        yield from (f"    {line}" for line in (*self._ends(), *self.after))
 
     def _check(self) -> None:
         for name, grid in self.model.grids.items():
@@ -175,8 +318,10 @@ class _Header:
 
     def _roots(self) -> dict[str, str]:
         """The value whose buffer a value stands in: a reshape moves nothing."""
-        roots = {self.entry.name: self.entry.name}
+        roots = {name: name for name in self.given}
         for step in self.model.steps:
+            if step.name in roots:
+                continue
             alike = isinstance(step.operator, Reshape)
             roots[step.name] = roots[step.inputs[0]] if alike else step.name
         return roots
@@ -186,7 +331,8 @@ class _Header:
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         for index, step in enumerate(self.model.steps):
-            first.setdefault(self.roots[step.name], index)
+            if self.roots[step.name] not in self.given:
+                first.setdefault(self.roots[step.name], index)
             for name in (step.name, *step.inputs):
                 if name in self.roots:
                     last[self.roots[name]] = index
@@ -194,7 +340,7 @@ class _Header:
         size = {
             name: math.prod(self.model.shapes[name])
             for name in first
-            if name in self.model.grids and name != self.entry.name
+            if name in self.model.grids and name not in self.given
         }
         offsets: dict[str, int] = {}
         for name in sorted(size, key=lambda name: (-size[name], first[name])):
@@ -214,11 +360,11 @@ class _Header:
     def _buffer(self, name: str) -> _Buffer:
         root = self.roots[name]
         grid = self.model.grids.get(name)
-        if root == self.entry.name:
-            return _Buffer("(const uint8_t *)input", grid)
+        if root in self.given:
+            return _Buffer(self.given[root], grid)
         if grid is not None:
             return _Buffer(f"arena + {self.offsets[root]}", grid)
-        places = [at for name, at in self._outputs() if self.roots[name] == root]
+        places = [at for name, at in self.results if self.roots[name] == root]
         if places:
             return _Buffer(places[0], None)
         return _Buffer(f"{self.names[root]}_raw", None)
@@ -229,36 +375,34 @@ class _Header:
             if name == root and place.endswith("_raw"):
                 yield f"static int32_t {place}[{math.prod(self.model.shapes[name])}];"
 
-    def _outputs(self) -> Iterator[tuple[str, str]]:
-        """Every result, and where it stands in C."""
-        first = 0
-        for name in self.model.outputs:
-            yield name, f"output + {first}" if first else "output"
-            first += math.prod(self.model.shapes[name])
-
-    def _result(self) -> Iterator[str]:
-        for name, at in self._outputs():
+    def _ends(self) -> Iterator[str]:
+        """What brings every result to its place."""
+        for name, at in self.results:
             buffer, size = self._buffer(name), math.prod(self.model.shapes[name])
-            if buffer.grid is not None:
+            if buffer.grid is not None and name in self.widened:
                 yield f"archnet_widen({buffer.place}, {buffer.signed}, {at}, {size});"
             elif buffer.place != at:  # one that is another result as well
-                yield f"memcpy({at}, {buffer.place}, {size} * sizeof(int32_t));"
+                yield f"memcpy({at}, {buffer.place}, {size} * {buffer.size});"
 
     # Steps ----------------------------------------------------------------------------------
 
     def _step(self, step: IntegerStep) -> None:
         operator, shapes = step.operator, self.model.shapes
-        shape, before = shapes[step.name], shapes[step.inputs[0]]
-        x, y = self._buffer(step.inputs[0]), self._buffer(step.name)
+        shape, before, y = shapes[step.name], shapes[step.inputs[0]], self._buffer(step.name)
         comment = f"{_plain(step.name)}: {type(operator).__name__} {_shape(before)}"
         comment += f" to {_shape(shape)}"
         comment += f", {_plain(step.origin)}" if step.origin else ""
         self.calls += ["", f"/* {comment} */"]
+        if isinstance(operator, TokenEmbedding):
+            count = "tokens, length, 0" if self.length else "&token, 1, position"
+            self._call("embed", f"&{self._layer(step)}", count, y.place)
+            return
+        x = self._buffer(step.inputs[0])
         if isinstance(operator, Convolution | FullyConnected):
             place = (y.place, "NULL") if y.grid else ("NULL", y.place)
             layer = f"&{self._layer(step)}, {x.place}, {x.signed}, {', '.join(place)}"
             if isinstance(operator, FullyConnected):
-                self._call("fully_connected", layer, math.prod(shape[:-1]))
+                self._call("fully_connected", layer, self.length or math.prod(shape[:-1]))
             else:
                 stride, padding = square(step)
                 sizes = (*before, *shape[1:], operator.kernel[0], stride, padding)
@@ -275,6 +419,9 @@ class _Header:
             self._call("affine", f"&{scale}", x.place, x.signed, y.place, shape[0], inner)
         elif isinstance(operator, Concat):
             self._concatenation(step, y)
+        elif isinstance(operator, Window):
+            sides = operator.before, operator.after
+            self._call("window", x.place, y.place, self.length, before[-1], *sides)
         elif isinstance(operator, Permute):
             strides = _strides(before)
             # The batch is axis 0 of the order, and no axis here.
@@ -338,7 +485,8 @@ class _Header:
         if bits == 8:
             stored = stored[:-1]
         row = weight[0].size
-        self.longest_row = max(self.longest_row, row)
+        if not isinstance(step.operator, TokenEmbedding):
+            self.longest_row = max(self.longest_row, row)
         self.constants += [
             "",
             f"/* {_plain(step.name)}: weights {_shape(weight.shape)} of {bits} bits */",
@@ -388,10 +536,10 @@ def _strides(shape: Sequence[int]) -> list[int]:
     return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
 
 
-def _identifiers(names: Sequence[str]) -> Mapping[str, str]:
+def _identifiers(names: Sequence[str], prefix: str) -> Mapping[str, str]:
     """C identifiers; the numbers keep them apart whatever the names are."""
     return {
-        name: f"archnet_{index}_{re.sub(r'[^0-9A-Za-z_]', '_', name)}"
+        name: f"{prefix}_{index}_{re.sub(r'[^0-9A-Za-z_]', '_', name)}"
         for index, name in enumerate(names)
     }
 

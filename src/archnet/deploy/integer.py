@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ from archnet.ops import (
     Step,
     Student,
     Summing,
+    TokenEmbedding,
     WeightedOperator,
 )
 from archnet.ops.operators import Pair, split
@@ -162,7 +163,7 @@ class IntegerStep:
     @property
     def axis(self) -> int:
         """The axis of the channels in what the step writes, the batch being axis 0."""
-        return -1 if isinstance(self.operator, FullyConnected) else 1
+        return -1 if isinstance(self.operator, FullyConnected | TokenEmbedding) else 1
 
 
 @dataclass(frozen=True)
@@ -224,9 +225,17 @@ class IntegerModel:
         Returns:
             name -> (B, ...) int32; the results are ``outputs``.
         """
+        return self.run_on({self.input: np.asarray(images, np.float32)}, keep)
+
+    def run_on(
+        self, values: Mapping[str, NDArray[Any]], keep: Sequence[str] = ()
+    ) -> dict[str, Integers]:
+        """As `run`, of a model with several inputs: by name, token numbers (B, T), and (B, ...)
+        integers of the grids that the model has for them.
+        """
         wanted = {*self.outputs, *keep}
         last_reader = {name: step.name for step in self.steps for name in step.inputs}
-        live: dict[str, NDArray[Any]] = {self.input: np.asarray(images, np.float32)}
+        live = dict(values)
         for step in self.steps:
             live[step.name] = execute(step, [live[name] for name in step.inputs], self)
             for name in set(step.inputs):
@@ -261,7 +270,9 @@ class IntegerModel:
         """For every layer the bits of the widest accumulator that any input can bring about."""
         found = {}
         for step in self.steps:
-            if step.weight is not None:
+            if isinstance(step.operator, TokenEmbedding):
+                found[step.name] = _table_bits(step, step.operator)
+            elif step.weight is not None:
                 found[step.name] = accumulator_bits(step, self.grids[step.inputs[0]])
             elif isinstance(step.operator, Summing):
                 shapes = [self.shapes[name] for name in step.inputs]
@@ -289,6 +300,15 @@ def accumulator_bits(step: IntegerStep, source: IntegerGrid) -> int:
     return worst.bit_length() + 1
 
 
+def _table_bits(step: IntegerStep, operator: TokenEmbedding) -> int:
+    """Signed bits that hold the sum of a token's row and a position's."""
+    assert step.weight is not None
+    tables = np.split(step.weight.astype(np.int64), [operator.tokens], axis=1)
+    highest = sum(int(table.max(initial=0)) for table in tables)
+    lowest = sum(int(table.min(initial=0)) for table in tables)
+    return max(highest, -lowest - 1, 0).bit_length() + 1
+
+
 def to_integers(
     student: Student,
     requantization: Kind = "multiplier",
@@ -310,9 +330,27 @@ def to_integers(
     """
     if requantization not in KINDS:
         raise ExportError(f"requantization={requantization} is not one of {', '.join(KINDS)}")
-    student = lower(student, target).student
+    return integers_of(lower(student, target).student, requantization, accumulator)
+
+
+def integers_of(
+    student: Student,
+    requantization: Kind = "multiplier",
+    accumulator: int | None = None,
+    given: Mapping[str, IntegerGrid] | None = None,
+) -> IntegerModel:
+    """As `to_integers`, of a student that is lowered already.
+
+    Args:
+        student: of deployed operators.
+        requantization, accumulator: as there.
+        given: the grids of inputs that are integers already.
+
+    Raises:
+        ExportError: as there.
+    """
     with torch.no_grad():
-        model = _Integers(student, requantization).model()
+        model = _Integers(student, requantization, given or {}).model()
     most = accumulator or ACCUMULATOR_BITS
     origins = {step.name: step.origin for step in student.graph.steps}
     for name, bits in model.accumulators().items():
@@ -336,10 +374,10 @@ class _Pending:
 class _Integers:
     """One walk along the student."""
 
-    def __init__(self, student: Student, kind: Kind) -> None:
+    def __init__(self, student: Student, kind: Kind, given: Mapping[str, IntegerGrid]) -> None:
         self.student, self.kind = student, kind
         self.steps: list[IntegerStep] = []
-        self.grids: dict[str, IntegerGrid] = {}
+        self.grids = dict(given)
         self.aliases: dict[str, str] = {}
         self.pending: dict[str, _Pending] = {}
         self.real: set[str] = set()  # values in real numbers
@@ -365,7 +403,9 @@ class _Integers:
 
     def _add(self, step: Step, operator: Operator) -> None:
         source = self._now(step.inputs[0])
-        if isinstance(operator, WeightedOperator):
+        if isinstance(operator, TokenEmbedding):
+            self.pending[step.name] = _Pending(self._table(step, operator), [])
+        elif isinstance(operator, WeightedOperator):
             self.pending[step.name] = _Pending(self._weighted(step, operator, source), [])
         elif isinstance(operator, BatchNorm):
             self.pending[step.name] = _Pending(self._affine(step, operator, source), [])
@@ -403,6 +443,26 @@ class _Integers:
             weight=_integers(f"{said}: its weight", weights.integers(operator.weight)),
             bias=_integers(f"{said}: its bias", biases.integers(operator.bias)),
             unit=_float64(weights.scale) * grid.scale,
+            weight_bits=weights.bits,
+        )
+
+    def _table(self, step: Step, operator: TokenEmbedding) -> IntegerStep:
+        """A look-up: rows of the table are weights, which one-hots would multiply by one."""
+        weights = operator.weight_quantizer
+        if not isinstance(weights, Quantizer):
+            raise ExportError(
+                f"step {step.name} ({step.origin}) has float weights: an integer model needs "
+                "quant.first_bits of 8 or less"
+            )
+        self.grids[step.inputs[0]] = IntegerGrid(1.0, 0, 1)  # of one-hots
+        return IntegerStep(
+            step.name,
+            step.inputs,
+            operator,
+            step.origin,
+            weight=_integers(f"step {step.name}: its table", weights.integers(operator.weight)),
+            bias=np.zeros(operator.out_features, np.int32),
+            unit=_float64(weights.scale),
             weight_bits=weights.bits,
         )
 
@@ -582,6 +642,8 @@ def execute(step: IntegerStep, inputs: Sequence[NDArray[Any]], model: IntegerMod
         return np.clip(level, grid.low, grid.high).astype(np.int32)
     if isinstance(operator, Convolution):
         x = _convolved(x, operator, step)
+    elif isinstance(operator, TokenEmbedding):
+        x = _looked_up(inputs, operator, step)
     elif isinstance(operator, FullyConnected):
         x = _accumulate(x, step)
     elif isinstance(operator, Summing):
@@ -600,6 +662,8 @@ def execute(step: IntegerStep, inputs: Sequence[NDArray[Any]], model: IntegerMod
         ]
     elif isinstance(operator, Pad):
         x = np.pad(x, ((0, 0), *operator.pads))
+    elif isinstance(operator, LayoutMove):
+        x = operator(torch.from_numpy(x)).numpy()
     if step.requantization is not None:
         x = step.requantization(x, step.axis)
     return np.ascontiguousarray(x)
@@ -654,11 +718,26 @@ def _convolved(x: Integers, operator: Convolution, step: IntegerStep) -> Integer
     return np.moveaxis(np.concatenate(sums, -1) + step.bias, -1, 1)
 
 
+def _looked_up(
+    inputs: Sequence[NDArray[Any]], operator: TokenEmbedding, step: IntegerStep
+) -> Integers:
+    """The rows of tokens and positions, added; positions start at 0 where none is given."""
+    assert step.weight is not None
+    tokens, *first = inputs
+    places = np.arange(tokens.shape[1])[None] + (first[0] if first else 0)
+    found: Integers = step.weight.T[tokens] + step.weight.T[operator.tokens + places]
+    return found
+
+
 def _accumulate(x: Integers, step: IntegerStep) -> Integers:
-    """Sums of products over the last axis, in int32."""
+    """Sums of products over the last axis.
+
+    They fit 32 bits, and so float64, whose products are computed faster, has them exactly.
+    """
     assert step.weight is not None
     assert step.bias is not None
-    return x @ step.weight.T + step.bias
+    sums = x.astype(np.float64) @ step.weight.T.astype(np.float64)
+    return sums.astype(np.int64).astype(np.int32) + step.bias
 
 
 def _summed(inputs: Sequence[Integers], operator: Summing) -> Integers:

@@ -48,23 +48,27 @@ static inline uint8_t archnet_rescale(int32_t accumulator, const archnet_scale *
     return (uint8_t)level;
 }
 
-/* Values count by count from a stream of bits, least significant first; a spare byte ends it. */
-static inline void archnet_unpack(const archnet_layer *layer, size_t output, int8_t *row)
+/* A weight from a stream of bits, least significant first; a spare byte ends it. */
+static inline int8_t archnet_weight(const archnet_layer *layer, size_t at)
 {
     const uint8_t *stream = (const uint8_t *)layer->weights;
     const int bits = layer->bits;
-    const size_t first = output * layer->row;
+    if (bits == 8) {
+        return ((const int8_t *)layer->weights)[at];
+    } else {
+        const size_t bit = at * (size_t)bits;
+        const unsigned pair = stream[bit / 8] | ((unsigned)stream[bit / 8 + 1] << 8);
+        const int field = (int)((pair >> (bit % 8)) & ((1U << bits) - 1U));
+        const int sign = 1 << (bits - 1);
+        return (int8_t)(bits == 1 ? 2 * field - 1 : (field ^ sign) - sign);
+    }
+}
+
+static inline void archnet_unpack(const archnet_layer *layer, size_t output, int8_t *row)
+{
     size_t i;
     for (i = 0; i < layer->row; ++i) {
-        if (bits == 8) {
-            row[i] = ((const int8_t *)layer->weights)[first + i];
-        } else {
-            const size_t bit = (first + i) * (size_t)bits;
-            const unsigned pair = stream[bit / 8] | ((unsigned)stream[bit / 8 + 1] << 8);
-            const int field = (int)((pair >> (bit % 8)) & ((1U << bits) - 1U));
-            const int sign = 1 << (bits - 1);
-            row[i] = (int8_t)(bits == 1 ? 2 * field - 1 : (field ^ sign) - sign);
-        }
+        row[i] = archnet_weight(layer, output * layer->row + i);
     }
 }
 

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from archnet.deploy.integer import IntegerModel, Integers, IntegerStep, square
+from archnet.deploy.sentences import Sentences, embedding_of, require_integers
 from archnet.deploy.writer import ExportError, Transpose, Value
 from archnet.deploy.writer import Reshape as PendingReshape
 from archnet.ops import (
@@ -37,6 +38,8 @@ from archnet.ops import (
     Permute,
     Reshape,
     Slice,
+    Stepwise,
+    TokenEmbedding,
 )
 
 SAME, VALID = np.int8(0), np.int8(1)
@@ -78,7 +81,8 @@ def to_tflite(model: IntegerModel) -> bytes:
     finer. For the rest, all depends on how a runtime rounds accumulators. Kernels that round once
     (XNNPACK's) give these integers where scales are settled (`archnet.quant.settle`). TensorFlow
     Lite's own round twice, as chips may that do as they do: one activation in ten thousand is
-    then another behind 8-bit weights, and layers after it carry that on.
+    then another behind 8-bit weights, and layers after it carry that on. XNNPACK's QUANTIZE, which
+    brings sums to fewer bits, multiplies by eight bits alone, and rounds more values elsewhere.
 
     Args:
         model: from `to_integers`, with any requantization.
@@ -90,6 +94,40 @@ def to_tflite(model: IntegerModel) -> bytes:
         ExportError: the input is read on several grids, or integers fit no byte.
     """
     return _Emitter(model).content()
+
+
+def translator_to_tflite(parts: Stepwise, length: int) -> tuple[bytes, bytes]:
+    """The encoder and the decoder's step of a translator without attention, as two files.
+
+    Token numbers are one-hots there, (1, T, tokens + positions) with two ones a position, which a
+    layer multiplies. The encoder reads ``source`` and gives the memory. The decoder reads
+    ``target``, the memory with its last position repeated up to its columns, and the states, and
+    gives scores and the next states. Sizes are fixed: the encoder reads sentences of ``length``
+    tokens, the end mark included, and no others; each other length has a file of its own.
+
+    Args:
+        parts: of a quantized student.
+        length: see above.
+
+    Raises:
+        ExportError: the student computes something in its target's own arithmetic, integers fit
+            no byte, or it knows no sentence as long.
+    """
+    embedding = embedding_of(parts.encoder)
+    if not 1 <= length <= embedding.positions:
+        raise ExportError(
+            f"length={length}: the student reads sentences of 1 to {embedding.positions} tokens"
+        )
+    sentences = Sentences.of(parts, "arch5", length=length, fixed=True)
+    require_integers(sentences, "tflite")
+    encoder, decoder = sentences.integers()
+    width = embedding.tokens + embedding.positions
+    shapes = decoder.shapes
+    reads = {name: shapes[name] for name in (*sentences.parts.memory, *sentences.states)}
+    return (
+        _Emitter(encoder, {"source": (length, width)}).content(),
+        _Emitter(decoder, {"target": (1, width), **reads}).content(),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,21 +282,33 @@ def pooling_options(padding: np.int8, stride: int) -> Table:
 
 
 class _Emitter:
-    """One walk along the steps."""
+    """One walk along the steps.
 
-    def __init__(self, model: IntegerModel) -> None:
-        self.model = model
+    Args:
+        model: what is written.
+        given: the shapes of inputs that are integers already, without the batch; None: there is
+            one, of floats.
+    """
+
+    def __init__(
+        self, model: IntegerModel, given: Mapping[str, tuple[int, ...]] | None = None
+    ) -> None:
+        self.model, self.given = model, given
         self.file = TfliteFile()
         self.values: dict[str, Value] = {}
         self.moved: dict[tuple[str, tuple[Transpose | PendingReshape, ...]], str] = {}
-        self.entry = model.entry
+        self.entry = model.entry if given is None else None
         self.zeros = self._zeros()
 
     def content(self) -> bytes:
+        for name, shape in (self.given or {}).items():
+            tensor = self.file.tensor(name, (1, *shape), self._quantized(name))
+            self.values[name] = Value(name, tensor, (1, *shape))
         for step in self.model.steps:
             self.values[step.name] = self._value(step)
         results = [self._tensor(self.values[name]) for name in self.model.outputs]
-        return self.file.content([self.model.input], results)
+        inputs = [self.model.input] if self.given is None else list(self.given)
+        return self.file.content(inputs, results)
 
     # What stands where ------------------------------------------------------------------------
 
@@ -365,7 +415,7 @@ class _Emitter:
         source, operator = self.values[step.inputs[0]], step.operator
         if isinstance(operator, Convolution):
             return self._convolution(step, operator, source)
-        if isinstance(operator, FullyConnected):
+        if isinstance(operator, FullyConnected | TokenEmbedding):
             return self._fully_connected(step, source)
         if isinstance(operator, BatchNorm):
             return self._batch_norm(step, operator, source)

@@ -22,26 +22,24 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from archnet.deploy.emitters import common_grid, emit, emits, parameters
+from archnet.deploy.emitters import emit, emits, parameters
+from archnet.deploy.export import form_named, is_quantized
 from archnet.deploy.runtime import load_session
+from archnet.deploy.sentences import Sentences, embedding_of, widened
+from archnet.deploy.subbyte import SubbyteWriter
 from archnet.deploy.writer import ExportError, Grid, Value, Writer
 from archnet.files import atomic
-from archnet.lower import lower, target_of
+from archnet.lower import target_of
 from archnet.ops import (
-    Activation,
     FullyConnected,
     MergeHeads,
-    PairFullyConnected,
-    SourcePool,
     SplitHeads,
     Stepwise,
     Student,
     TokenEmbedding,
     Window,
 )
-from archnet.quant import Quantizer, grids
 
-FORMS = ("float", "qdq")
 METADATA = "translator"
 END = np.iinfo(np.int64).max  # the end of an axis, whatever its length
 
@@ -57,6 +55,20 @@ class SentenceWriter(Writer):
         product = self.node("MatMul", [self.floating(x), across], f"{name}.product")
         self.node("Add", [product, bias], name)
         return Value(name, name, (-1, *shape))
+
+
+class SubbyteSentenceWriter(SubbyteWriter, SentenceWriter):
+    """The same with weights in the narrowest type."""
+
+
+WRITERS: Mapping[str, type[SentenceWriter]] = {
+    "float": SentenceWriter,
+    "qdq": SentenceWriter,
+    "subbyte": SubbyteSentenceWriter,
+}
+LENGTH = 16  # tokens that a TensorFlow Lite encoder reads where nothing is said
+FORMS = (*WRITERS, "c", "tflite")
+Memory = dict[str, Value]
 
 
 @emits(TokenEmbedding)
@@ -109,88 +121,81 @@ def _merge_heads(
     return Value(name, name, shape, x.grid)
 
 
-@emits(PairFullyConnected)
-def _pairs(
-    writer: Writer, name: str, op: PairFullyConnected, shape: tuple[int, ...], x: Value, y: Value
-) -> Value:
-    """The target's features, once for each source position, beside the source's."""
-    _, _, length, _ = shape
-    grid = common_grid([x, y])
-    read = writer.floating if grid is None else writer.tensor
-    copies = writer.carried("Concat", [read(x)] * length, grid, f"{name}.copies", axis=1)
-    writer.carried("Concat", [copies, read(y)], grid, f"{name}.joined", axis=2)
-    joined = Value(f"{name}.joined", f"{name}.joined", (-1, length, op.first + op.second), grid)
-    weight, bias = parameters(writer, name, op)
-    rows = joined.reshaped((-1, op.first + op.second), f"{name}.rows")
-    writer.node("Gemm", [writer.floating(rows), weight, bias], f"{name}.flat", transB=1)
-    return Value(name, f"{name}.flat", (-1, op.out_features)).reshaped(shape, name)
-
-
-@emits(SourcePool)
-def _source_pool(
-    writer: Writer, name: str, op: SourcePool, shape: tuple[int, ...], x: Value
-) -> Value:
-    """2x2 max-pooling of the source, laid out as a rectangle, until one column is left."""
-    _, _, length, channels = x.moved_shape
-    if length & (length - 1):
-        raise ExportError(f"step {name}: {length} source positions are no power of two")
-    height = 1 << ((length.bit_length()) // 2)
-    size = [height, length // height]
-    x = x.reshaped((-1, length, channels), f"{name}.sources")
-    x = x.transposed((0, 2, 1), f"{name}.channels")
-    x = x.reshaped((-1, channels, *size), f"{name}.map")
-    tensor, round_ = writer.tensor(x), 0
-    while size != [1, 1]:
-        pads = [0, 0, size[0] % 2, size[1] % 2]
-        tensor = writer.carried(
-            "MaxPool",
-            [tensor],
-            x.grid,
-            f"{name}.{round_}",
-            kernel_shape=[2, 2],
-            strides=[2, 2],
-            pads=pads,
-            dilations=[1, 1],
-            ceil_mode=0,
-            storage_order=0,
-        )
-        size, round_ = [-(-side // 2) for side in size], round_ + 1
-    return Value(name, tensor, (-1, channels, 1, 1), x.grid).reshaped(shape, name)
-
-
-def export_translator(parts: Stepwise, folder: str | os.PathLike[str], form: str) -> list[Path]:
-    """Write ``student.encoder.onnx`` and ``student.decoder.onnx``.
+def export_translator(
+    parts: Stepwise, folder: str | os.PathLike[str], form: str, length: int | None = None
+) -> list[Path]:
+    """Write a translator's files.
 
     Args:
         parts: of the student.
         folder: of the files; each is replaced as a whole.
-        form: "float", or "qdq" for a quantized student.
+        form: "float", or for a quantized student "qdq" or "subbyte", ``student.encoder.onnx`` and
+            ``student.decoder.onnx``; "c", ``student.h`` with both; or "tflite",
+            ``student.encoder.tflite`` and ``student.decoder.tflite``. The last two are for
+            students without attention.
+        length: tokens of the sentences that a TensorFlow Lite encoder reads; None: `LENGTH`. Of
+            other forms: None.
 
     Returns:
-        Both paths.
+        The paths.
 
     Raises:
-        ExportError: another form, or a file that cannot be written.
+        ExportError: another form, one that the student has not, or a file that cannot be written.
     """
+    kind, folder = form_named(form), Path(folder)
     if form not in FORMS:
-        raise ExportError(f"form={form}: a translator is written as {' or '.join(FORMS)}")
-    encoder, results = _encoder(parts, form)
-    decoder = _decoder(parts, form, results)
-    written = []
-    for name, model in (("encoder", encoder), ("decoder", decoder)):
-        path = Path(folder) / f"student.{name}.onnx"
-        with atomic(path, ExportError) as part:
-            part.write_bytes(model.SerializeToString())
-        written.append(path)
-    return written
+        raise ExportError(f"form={form}: a translator is written as {', '.join(FORMS)}")
+    if is_quantized(parts.encoder) != kind.integers:
+        raise ExportError(
+            f"this student has no quantizers, and form={form} holds integers: export it with "
+            "form=float"
+            if kind.integers
+            else "this student is quantized: export it with form=qdq"
+        )
+    if length is not None and form != "tflite":
+        raise ExportError(f"length={length} is for form=tflite: form={form} takes any length")
+    if form in WRITERS:
+        contents = _onnx(parts, form, kind.opset)
+    elif form == "c":
+        from archnet.deploy.c_header import translator_to_c
+
+        contents = {"student.h": translator_to_c(parts).encode()}
+    else:
+        from archnet.deploy.tflite import translator_to_tflite
+
+        encoder, decoder = translator_to_tflite(parts, LENGTH if length is None else length)
+        contents = {"student.encoder.tflite": encoder, "student.decoder.tflite": decoder}
+    for name, content in contents.items():
+        with atomic(folder / name, ExportError) as part:
+            part.write_bytes(content)
+    return [folder / name for name in contents]
 
 
-def _encoder(parts: Stepwise, form: str) -> tuple[onnx.ModelProto, dict[str, Value]]:
-    lowered, writer = lower(parts.encoder), SentenceWriter(target_of(parts.encoder).dialect)
-    student, writer.form = lowered.student, form
+@torch.no_grad()
+def _onnx(parts: Stepwise, form: str, opset: int) -> dict[str, bytes]:
+    """The content of both ONNX files, by name."""
+    sentences = Sentences.of(parts)
+    dialect = target_of(parts.encoder).dialect
+    dialect = replace(dialect, opset=max(dialect.opset, opset))
+
+    def writer() -> SentenceWriter:
+        made = WRITERS[form](dialect)
+        made.form = form
+        return made
+
+    encoder, results = _encoder(sentences, writer())
+    decoder = _decoder(sentences, writer(), results)
+    return {
+        "student.encoder.onnx": encoder.SerializeToString(),
+        "student.decoder.onnx": decoder.SerializeToString(),
+    }
+
+
+def _encoder(sentences: Sentences, writer: SentenceWriter) -> tuple[onnx.ModelProto, Memory]:
+    student = sentences.encoder.student
     values = {"source": Value("source", "source", (-1, -1, _width(student)))}
     _emit(student, writer, values, free=True)
-    results = {name: values[lowered.values[name]] for name in parts.memory}
+    results = {name: values[value] for name, value in sentences.memory.items()}
     inputs = [_declared("source", ["batch", "length", _width(student)], None)]
     outputs = [
         _declared(writer.tensor(value), _free(value.moved_shape, "length"), value.grid)
@@ -199,36 +204,31 @@ def _encoder(parts: Stepwise, form: str) -> tuple[onnx.ModelProto, dict[str, Val
     return _model(writer, inputs, outputs, {}), results
 
 
-def _decoder(parts: Stepwise, form: str, memory: Mapping[str, Value]) -> onnx.ModelProto:
-    student, writer = parts.decoder, SentenceWriter(target_of(parts.decoder).dialect)
-    writer.form = form
-    length = _fixed_length(student)
-    if length is not None:
-        # The relation has one column for each source position, so their number is fixed.
-        student = _at_length(student, parts.memory, length)
-    lowered = lower(student)
-    student = lowered.student
+def _decoder(sentences: Sentences, writer: SentenceWriter, memory: Memory) -> onnx.ModelProto:
+    student, parts = sentences.decoder.student, sentences.parts
     shapes = dict(student.graph.shapes)
     values = {"target": Value("target", "target", (-1, 1, _width(student)))}
     inputs = [_declared("target", ["batch", 1, _width(student)], None)]
     states: dict[str, Any] = {}
-    on_grid = grids(student)
+    read: dict[str, Grid | None] = {}
+    quantizers = sentences.state_quantizers()
     for name in (*parts.memory, *parts.states):
-        result = lowered.values.get(parts.states.get(name, ""))
-        grid = (
-            memory[name].grid if name in memory else _state_grid(student, writer, result, on_grid)
-        )
+        found = quantizers.get(name)
+        if name in memory:
+            grid = memory[name].grid
+        else:
+            grid = writer.placed(*found) if found is not None else None
         sizes: list[Any] = ["batch", *shapes[name]]
         if len(sizes) == 4:
             sizes[2] = "length" if name in memory else f"{name}.past"
+        read[name] = grid
         values[name] = Value(name, name, (-1, *shapes[name]), grid)
         inputs.append(_declared(name, sizes, grid))
     values["position"] = values["target"]
     _emit(student, writer, values, free=False)
-    scores = values[student.graph.outputs[0]]
+    scores = values[sentences.scores]
     outputs = [_declared(writer.floating(scores), ["batch", 1, scores.moved_shape[-1]], None)]
-    for name, state in parts.states.items():
-        result = lowered.values[state]
+    for name, result in sentences.states.items():
         value = values[result]
         sizes = ["batch", *shapes[result]]
         if len(sizes) == 4:
@@ -237,21 +237,15 @@ def _decoder(parts: Stepwise, form: str, memory: Mapping[str, Value]) -> onnx.Mo
         if tensor in values or any(tensor == item.name for item in outputs):
             tensor = writer.node("Identity", [tensor], f"{name}.result")
         outputs.append(_declared(tensor, sizes, value.grid))
-        start = list(shapes[name])
-        if len(sizes) == 4:
-            start[1] = 0  # attention begins with no past, a window with zeros
-        states[name] = {
-            "result": tensor,
-            "start": start,
-            "zero": value.grid.zero if value.grid is not None else 0,
-        }
-    embedding = _embedding_of(student)
+        states[name] = {"result": tensor, "start": list(sentences.start(name))}
+    embedding = embedding_of(student)
     facts = {
         "tokens": embedding.tokens,
         "positions": embedding.positions,
         "memory": {name: value.name for name, value in memory.items()},
-        "length": length,
+        "length": sentences.columns,
         "states": states,
+        "zeros": {name: grid.zero if grid else 0 for name, grid in read.items()},
         "scores": outputs[0].name,
     }
     return _model(writer, inputs, outputs, facts)
@@ -259,55 +253,21 @@ def _decoder(parts: Stepwise, form: str, memory: Mapping[str, Value]) -> onnx.Mo
 
 def _emit(student: Student, writer: SentenceWriter, values: dict[str, Value], free: bool) -> None:
     """Write all steps; with ``free`` lengths, layers at positions take any."""
-    with torch.no_grad():
-        for step in student.graph.steps:
-            writer.origin = step.origin
-            operator, shape = student.operator(step.name), student.graph.shapes[step.name]
-            inputs = [values[name] for name in step.inputs]
-            if free and isinstance(operator, FullyConnected):
-                weight, bias = parameters(writer, step.name, operator)
-                value = writer.positions(step.name, inputs[0], weight, bias, shape)
-            else:
-                value = emit(writer, step.name, operator, shape, *inputs)
-            values[step.name] = value
-
-
-def _state_grid(
-    student: Student, writer: Writer, result: str | None, on_grid: Mapping[str, frozenset[str]]
-) -> Grid | None:
-    """The grid of what a state keeps: that of the values which join it."""
-    assert result is not None
-    for place in sorted(on_grid[result]):
-        module = student.operator(place)
-        assert isinstance(module, Activation)
-        quantizer = module.quantizer
-        if isinstance(quantizer, Quantizer):
-            return writer.placed(place, quantizer)
-    return None
-
-
-def _embedding_of(student: Student) -> TokenEmbedding:
-    return next(m for m in student.operators.values() if isinstance(m, TokenEmbedding))
+    for step in student.graph.steps:
+        writer.origin = step.origin
+        operator, shape = student.operator(step.name), student.graph.shapes[step.name]
+        inputs = [values[name] for name in step.inputs]
+        if free and isinstance(operator, FullyConnected):
+            weight, bias = parameters(writer, step.name, operator)
+            value = writer.positions(step.name, inputs[0], weight, bias, shape)
+        else:
+            value = emit(writer, step.name, operator, shape, *inputs)
+        values[step.name] = value
 
 
 def _width(student: Student) -> int:
-    embedding = _embedding_of(student)
+    embedding = embedding_of(student)
     return embedding.tokens + embedding.positions
-
-
-def _fixed_length(student: Student) -> int | None:
-    """Source positions of a decoder that relates to each of them; None where any number goes."""
-    if not any(isinstance(m, SourcePool) for m in student.operators.values()):
-        return None
-    return 1 << (_embedding_of(student).positions - 1).bit_length()
-
-
-def _at_length(student: Student, memory: Sequence[str], length: int) -> Student:
-    shapes = dict(student.graph.shapes)
-    shapes.update({name: (length, *shapes[name][1:]) for name in memory})
-    changed = Student(replace(student.graph, shapes=shapes), dict(student.operators.items()))  # type: ignore[arg-type]
-    changed.measure()
-    return changed
 
 
 def _free(shape: tuple[int, ...], length: str) -> list[Any]:
@@ -359,6 +319,9 @@ class OnnxTranslator:
         if "states" not in json.loads(facts):
             raise ExportError(f"{paths[1]} is no decoder that archnet wrote: export it again")
         self.facts: dict[str, Any] = json.loads(facts)
+        if "zeros" not in self.facts:  # of earlier versions
+            states = self.facts["states"].items()
+            self.facts["zeros"] = {name: state["zero"] for name, state in states}
         self._names = [item.name for item in self._decoder.get_outputs()]
 
     def _one_hot(self, tokens_BT: np.ndarray, first: int) -> np.ndarray:
@@ -376,14 +339,13 @@ class OnnxTranslator:
         state = {}
         length = self.facts["length"]
         for name, value in zip(self.facts["memory"], results, strict=True):
-            # Repeating the last position changes no maximum.
-            more = 0 if length is None else length - value.shape[1]
-            wide = np.pad(value, ((0, 0), (0, more), (0, 0)), "edge") if more else value
-            state[name] = torch.from_numpy(wide)
+            state[name] = torch.from_numpy(widened(value, length))
         kinds = {item.name: item.type for item in self._decoder.get_inputs()}
         for name, facts in self.facts["states"].items():
             dtype = torch.uint8 if "uint8" in kinds[name] else torch.float32
-            state[name] = torch.full((len(source), *facts["start"]), facts["zero"], dtype=dtype)
+            state[name] = torch.full(
+                (len(source), *facts["start"]), self.facts["zeros"][name], dtype=dtype
+            )
         state["position"] = torch.zeros(len(source), 1, dtype=torch.long)
         return state
 

@@ -74,6 +74,8 @@ class Check:
         first: where they part, if they do; None as well where they do not when every step is read.
         hint: what a known cause of a difference is, and what avoids it; "" without a difference.
         skipped: why nothing was run; "" where it was.
+        sentences_changed: of a translator, how many translations are others than the golden
+            model's; None of other students.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Check:
     first: Divergence | None = None
     hint: str = ""
     skipped: str = ""
+    sentences_changed: int | None = None
 
     def summary(self) -> dict[str, Any]:
         """As plain data (JSON); what is no number is None."""
@@ -93,6 +96,8 @@ class Check:
             return {"skipped": self.skipped}
         values = asdict(self)
         del values["name"], values["hint"], values["skipped"]
+        if self.sentences_changed is None:
+            del values["sentences_changed"]
         for part in (values, values["first"] or {}):
             for key in ("max_steps", "steps"):
                 if key in part and not math.isfinite(part[key]):

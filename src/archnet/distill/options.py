@@ -48,4 +48,6 @@ def options_of(given: Mapping[str, Any]) -> DistillConfig:
         raise ConfigError(f"{error.full_key or 'distill'}: {line}") from error
     assert isinstance(options, DistillConfig)
     validate_distill(options)
+    if options.on_policy:
+        raise ConfigError("on_policy is for runs of task.kind=translation alone: leave it out")
     return options

@@ -40,6 +40,12 @@ class TextData(Protocol):
     def valid_batches(self) -> Any: ...
 
 
+class OwnBatch(Protocol):
+    """A batch of a step with the student's own translations beside the teacher's."""
+
+    def __call__(self, student: Student, batch: Any, step: int, rank: int) -> Any: ...
+
+
 class AttentionComparison(nn.Module):
     """1 - cosine similarity of attention maps, row by row (arXiv 2111.01135, for text)."""
 
@@ -66,6 +72,7 @@ class TextDistillation(ArchDistillation):
         student, periods, options: as there.
         data: the task.
         text: source text with the teacher's translations.
+        own: makes the batches of the last steps (``options.on_policy``); None: they are as others.
 
     Only real positions count in any loss. A period with a source trains all blocks at once, each
     alone on what the teacher has before it: one pass for all of them, at the cost of a step of the
@@ -80,9 +87,12 @@ class TextDistillation(ArchDistillation):
         options: DistillOptions,
         data: TextData,
         text: Any,
+        own: OwnBatch | None = None,
     ) -> None:
         super().__init__(teacher, student, periods, options)
-        self.data, self.text = data, text
+        self.data, self.text, self.own = data, text, own
+        last = self.periods[-1].last
+        self._own_from = last - round(options.on_policy * last)
 
     def features(self, teacher: nn.Module, student: Student) -> nn.Module:
         return teacher
@@ -131,6 +141,8 @@ class TextDistillation(ArchDistillation):
         return losses
 
     def _through_the_network(self, batch: Any, period: Period) -> dict[str, Tensor]:
+        if self.own is not None and self.global_step >= self._own_from:
+            batch = self.own(self.student, batch, self.global_step, self.global_rank)
         asked, graph = self._asked(batch), self.student.graph
         targets = [self.student.taps[index].value for index in period.weights]
         targets += graph.outputs if period.logits else []
@@ -195,6 +207,7 @@ def distill_text(
     trainer: TrainerOptions,
     folder: Path,
     loggers: Sequence[Logger] = (),
+    own: OwnBatch | None = None,
 ) -> dict[str, Any]:
     """Train a translating student in place; see `archnet.distill.distill`.
 
@@ -204,6 +217,7 @@ def distill_text(
         data: the task; of its training text only sources are behind ``text``.
         text: source text with the teacher's translations, as the task encodes text.
         options, trainer, folder, loggers: as there.
+        own: see `TextDistillation`.
 
     Returns:
         ``steps``, ``inputs_seen``, ``unlabelled`` (distinct sentences), ``earlier`` (seconds
@@ -218,7 +232,7 @@ def distill_text(
     if not periods:
         return facts
     student.train()
-    module = TextDistillation(teacher, student, periods, options, data, text)
+    module = TextDistillation(teacher, student, periods, options, data, text, own)
     speed = Speed()
     fit(module, periods, options, trainer, folder, loggers, speed)
     student.eval().to("cpu")

@@ -56,6 +56,7 @@ class DistillOptions(Protocol):
     cache_images: int
     average: float
     keep_zeros: bool
+    on_policy: float
 
     @property
     def optimizer(self) -> OptimizerOptions: ...

@@ -101,7 +101,7 @@ class Cost(Generic[Count_co]):
         return {key: getattr(self, key) for key in keys}
 
 
-def student_cost(student: Student) -> Cost[int]:
+def student_cost(student: Student, input_bits: Mapping[str, int] | None = None) -> Cost[int]:
     """The cost of a student from its shapes and the quantizers on its operators.
 
     Batch norms, activations, pooling and moves do no MACs. Weights are packed at their width, a
@@ -109,8 +109,12 @@ def student_cost(student: Student) -> Cost[int]:
     that is added 32 bits a number. For the peak of the
     activations an operator, the activation after it and a reshape share one buffer (that is how
     integer kernels run them), every other step writes a buffer of its own, packed at its width.
+
+    Args:
+        student: as it is deployed (`archnet.lower.lower`), or whole.
+        input_bits: of inputs that are integers already; others are floats.
     """
-    shapes, bits = student.graph.shapes, _value_bits(student)
+    shapes, bits = student.graph.shapes, _value_bits(student, input_bits or {})
     live = _live_bytes(student, bits)
     rows = []
     for step in student.graph.steps:
@@ -374,13 +378,14 @@ def _bytes(count: int, bits: int) -> int:
     return math.ceil(count * bits / 8)
 
 
-def _value_bits(student: Student) -> dict[str, int]:
+def _value_bits(student: Student, given: Mapping[str, int]) -> dict[str, int]:
     """Bits of every value: an activation sets them, what computes nothing hands them on.
 
     Token numbers reach a layer as one-hots, whose members have one bit.
     """
     bits = dict.fromkeys(student.graph.inputs, FLOAT_BITS)
     bits |= dict.fromkeys(student.graph.indices, 1)
+    bits |= given
     for step in student.graph.steps:
         module = student.operator(step.name)
         if isinstance(module, Activation) and module.quantizer is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import lightning
 
 from archnet.config import DistillConfig
-from archnet.jobs.costs import on_target
+from archnet.jobs.costs import cost_ratio
 from archnet.jobs.job import Facts, Inputs, Job
 from archnet.ops import Student
 from archnet.quant import quantizers, unquantize
@@ -22,16 +22,6 @@ from archnet.runs.quant import run_quant
 from archnet.runs.student import load_student, save_student
 from archnet.search import Found, Ledger, Measured, Search, SearchError
 from archnet.search.ladder import Widths
-
-# A search trains students that start near their teacher, for few bits: the adapters, which make no
-# difference then, would cost steps; weights that leave zero are rounded back to it; and decisions,
-# by which it judges, weigh more than features.
-PRESET: Mapping[str, Any] = {
-    "attention": False,
-    "adaptation": False,
-    "keep_zeros": True,
-    "logits_weight": 4.0,
-}
 
 
 class JobBench:
@@ -68,9 +58,11 @@ class JobBench:
         facts = self.job.distil(student, options, folder)
         return {key: facts[key] for key in ("inputs_seen", "unlabelled", "earlier") if key in facts}
 
-    def measure(self, student: Student) -> Measured:
+    def measure(self, student: Student, *, short: bool = False) -> Measured:
         goal = self.config.goal
-        found = self.job.validate(student, goal.inputs, drop=goal.drop is not None)
+        # A drop in classes comes with the agreement; that of translations has to be searched for.
+        drop = goal.drop is not None and not (short and self.job.drop_costs)
+        found = self.job.validate(student, goal.inputs, drop=drop)
         if found["agreement"] is None:
             raise SearchError(
                 f"task.kind={self.config.task.kind} has results that decide nothing, and a goal is "
@@ -79,8 +71,7 @@ class JobBench:
         return Measured(found["agreement"], found["drop"], found["inputs"])
 
     def cost(self, student: Student) -> tuple[float, str]:
-        found = on_target(self.job, student)["on_target"]
-        return found["student"] / found["teacher"], found["measure"]
+        return cost_ratio(self.job, student)
 
     def keep(self, name: str, student: Student) -> None:
         save_student(self.folder, name, student)
@@ -109,7 +100,7 @@ def search(job: Job) -> tuple[Student, Facts]:
     asked = Widths(quant.weight_bits, quant.act_bits)
     base = replace(
         config.distill,
-        **{key: x for key, x in PRESET.items() if not ledger.names(f"distill.{key}")},
+        **{key: x for key, x in job.search_preset.items() if not ledger.names(f"distill.{key}")},
     )
     schedules = job.schedules(bench.converted(), base)
     found = Search(bench, config.goal, asked, base, ledger, schedules).find()

@@ -32,7 +32,6 @@ from archnet.jobs.job import Facts, Job
 from archnet.jobs.layers import layers
 from archnet.jobs.loggers import RunLoggers, require_told, run_loggers
 from archnet.jobs.registry import check_data, job_class, runs_code
-from archnet.lower import lower
 from archnet.ops import Student
 from archnet.quant import Quantizer
 from archnet.ranks import LEADER, RUN_FOLDER
@@ -328,7 +327,7 @@ def _evaluate(job: Job, student: Student) -> Facts:
 def _layers(job: Job, student: Student) -> Facts:
     """A row for every layer, with its error before and after training."""
     before = job.tap_errors(load_student(job.folder, "calibrated"))
-    rows = layers(student, lower(student, weights=False), before, job.tap_errors(student))
+    rows = layers(student, job.sample_cost(student), before, job.tap_errors(student))
     write_json(job.folder.path / LAYERS, rows)
     return {"layers": len(rows)}
 
@@ -374,7 +373,7 @@ def _metrics(job: Job, finished: dict[str, Facts]) -> dict[str, Any]:
         "agreement_interval": scores.get("agreement_interval"),
         "cost": {
             key: finished["cost"][key]
-            for key in ("macs", "bops", "weight_bytes", "cycles", "on_target")
+            for key in ("sample", "macs", "bops", "weight_bytes", "cycles", "on_target")
             if key in finished["cost"]
         },
         "audit": {key: finished["audit"][key] for key in ("pure", "violations", "not_judged")},

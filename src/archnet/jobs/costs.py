@@ -5,14 +5,16 @@ from __future__ import annotations
 from archnet.config import HardwareConfig
 from archnet.hardware import teacher_cost
 from archnet.jobs.job import Facts, Job
-from archnet.lower import deployed_cost, lower
+from archnet.lower import SampleCost
 from archnet.ops import Student
 
 
 def costs(job: Job, student: Student) -> Facts:
     """On one sample; the teacher as it is, in float, and its bit operations at W8A8 as well."""
-    before, after = teacher_cost(job.teacher, job.example()), deployed_cost(student)
+    before, deployed = teacher_cost(job.teacher, job.example()), job.sample_cost(student)
+    after = deployed.cost
     return {
+        **({"sample": deployed.about} if deployed.about else {}),
         "macs": {"teacher": before.macs, "student": after.macs},
         "bops": {
             "teacher": before.bops,
@@ -20,32 +22,31 @@ def costs(job: Job, student: Student) -> Facts:
             "student": after.bops,
         },
         "weight_bytes": {"teacher": before.weight_bytes, "student": after.weight_bytes},
-        **on_target(job, student, before.macs, after.bops),
+        **_on_target(job, student, before.macs, deployed),
     }
 
 
-def on_target(
-    job: Job, student: Student, macs: int | None = None, bops: int | None = None
-) -> Facts:
+def cost_ratio(job: Job, student: Student) -> tuple[float, str]:
+    """What a student costs on the target, as a multiple of its teacher, and by which measure."""
+    macs = teacher_cost(job.teacher, job.example()).macs
+    found = _on_target(job, student, macs, job.sample_cost(student))["on_target"]
+    return found["student"] / found["teacher"], found["measure"]
+
+
+def _on_target(job: Job, student: Student, macs: int, deployed: SampleCost) -> Facts:
     """What the target would take for teacher and student, at the width of the teacher there.
 
     Bit operations count where activations below 8 bits are computed with; elsewhere fewer bits
     save no work, and the target's own cycles count.
-
-    Args:
-        job: with its teacher.
-        student: of the run.
-        macs: of the teacher, bops: of the student; None: counted here.
     """
     target = job.config.hardware
-    macs = teacher_cost(job.teacher, job.example()).macs if macs is None else macs
-    bops = deployed_cost(student).bops if bops is None else bops
     bits = [min((w for w in of if w >= 8), default=max(of)) for of in _widths(target)]
     cycles = {
         "teacher": None if (native := job.teacher_cycles()) is None else round(native),
-        "student": round(sum(lower(student, weights=False).cycles.values())),
+        "student": round(sum(deployed.cycles.values())),
     }
-    found: Facts = {"measure": "bops", "teacher": macs * bits[0] * bits[1], "student": bops}
+    teacher = macs * bits[0] * bits[1]
+    found: Facts = {"measure": "bops", "teacher": teacher, "student": deployed.cost.bops}
     if min(target.act_bits) >= 8 and cycles["teacher"]:
         found = {"measure": "cycles", **cycles}
     found["teacher_bits"] = bits

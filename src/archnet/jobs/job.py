@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from archnet.config import Config, DistillConfig
+from archnet.deploy import Check, verify
+from archnet.lower import SampleCost, sample_cost
 from archnet.ops import Student
 from archnet.runs import RunError, RunFolder
 from archnet.runs.device import device_of
@@ -36,6 +38,12 @@ class Job(ABC):
     """
 
     unit: ClassVar[str] = "input"  # what is counted, in the singular
+    # Keys of `distill` that a search sets where its user has not. Students start near their
+    # teacher, and weights that leave zero are rounded back to it.
+    search_preset: ClassVar[Mapping[str, Any]] = {"keep_zeros": True}
+    # Whether the metric takes much longer to measure than agreement: short trials do without.
+    drop_costs: ClassVar[bool] = False
+    verified: ClassVar[int] = 2000  # test inputs on which forms are compared
 
     teacher: nn.Module
 
@@ -190,13 +198,19 @@ for result in session.run(None, values):
 
     @abstractmethod
     def write(
-        self, student: Student, output: Path | None, form: str, opset: int | None
+        self,
+        student: Student,
+        output: Path | None,
+        form: str,
+        opset: int | None,
+        length: int | None = None,
     ) -> list[Path]:
         """Write the student in a form; the paths of what is written.
 
         Args:
             output: None: a name of its own in the run folder.
             opset: None: as the form needs.
+            length: tokens that a translator's TensorFlow Lite encoder reads; None else.
         """
 
     @abstractmethod
@@ -216,6 +230,10 @@ for result in session.run(None, values):
     def example(self) -> Inputs:
         """The input of one sample, for which costs are given."""
 
+    def sample_cost(self, student: Student) -> SampleCost:
+        """What the student costs for `example`, as its files compute it."""
+        return sample_cost(student)
+
     def data_facts(self) -> Facts:
         """What ``metrics.json`` says of the data: ``skipped`` names what could not be read."""
         return {"skipped": []}
@@ -230,8 +248,24 @@ for result in session.run(None, values):
         """
         raise RunError(
             f"{self.folder.path}: its student has more inputs than one tensor of features, and "
-            "this command needs exactly one: use evaluate, export, cost or audit"
+            "this command needs exactly one: evaluate, export, verify, cost and audit take the "
+            "run, and compile takes each of its files"
         )
+
+    def verify(
+        self, student: Student, count: int | None, forms: Sequence[str] | None
+    ) -> list[Check]:
+        """The student in PyTorch and in every form against its golden model.
+
+        Args:
+            student: quantized, trained.
+            count: test inputs; None: `verified`.
+            forms: None: all that run here.
+        """
+        images = self.inputs(count or self.verified).numpy()
+        files = {path.name: path for path in self.files if path.is_file()}
+        kind = cast(Any, self.config.hardware.requantization)
+        return verify(student, images, forms, files, kind)
 
     @property
     def device(self) -> torch.device:

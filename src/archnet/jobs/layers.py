@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from archnet.hardware import student_cost
-from archnet.lower import Lowered
+from archnet.lower import SampleCost
 from archnet.ops import Activation, Student
 
 Row = dict[str, Any]
@@ -12,7 +11,7 @@ Row = dict[str, Any]
 
 def layers(
     student: Student,
-    lowered: Lowered,
+    deployed: SampleCost,
     before: Mapping[str, float],
     after: Mapping[str, float],
 ) -> list[Row]:
@@ -20,7 +19,7 @@ def layers(
 
     Args:
         student: trained.
-        lowered: it, for its target; costs are those of what is deployed.
+        deployed: what it costs as it is deployed.
         before: error at every tap by its path, ``""`` at the end, as calibrated.
         after: the same, as trained.
 
@@ -30,12 +29,12 @@ def layers(
         ``error_after`` training, shares of unexplained variance at ``tap``, the next place at which
         student and teacher are compared.
     """
-    cost = {row.name: row for row in student_cost(lowered.student).steps}
+    cost = {row.name: row for row in deployed.cost.steps}
     rows: dict[str, Row] = {}
     waiting: list[Row] = []
     taps = {tap.value: tap.path for tap in student.taps if tap.path in after}
     by_step: dict[str, list[str]] = {}
-    for name, whole in lowered.whole.items():
+    for name, whole in deployed.whole.items():
         by_step.setdefault(whole, []).append(name)
     for step in student.graph.steps:
         origin, operator = step.origin or "(no module)", student.operator(step.name)
@@ -52,7 +51,7 @@ def layers(
             row["operators"] += [kind] if kind not in row["operators"] else []
         for name in by_step.get(step.name, []):
             found = cost.get(name)
-            row["cycles"] += lowered.cycles.get(name, 0.0)
+            row["cycles"] += deployed.cycles.get(name, 0.0)
             if found is None:
                 continue
             for key in ("macs", "bops", "weight_bytes"):

@@ -51,6 +51,14 @@ class TensorJob(Job):
     """
 
     data: TensorData
+    # The adapters, which make no difference to students that start near their teacher, would cost
+    # steps; decisions, by which a search judges, weigh more than features.
+    search_preset: ClassVar[Mapping[str, Any]] = {
+        **Job.search_preset,
+        "attention": False,
+        "adaptation": False,
+        "logits_weight": 4.0,
+    }
     in_points: ClassVar[bool] = True  # metrics are shares, told as points
 
     @abstractmethod
@@ -205,8 +213,15 @@ class TensorJob(Job):
         return self.files
 
     def write(
-        self, student: Student, output: Path | None, form: str, opset: int | None
+        self,
+        student: Student,
+        output: Path | None,
+        form: str,
+        opset: int | None,
+        length: int | None = None,
     ) -> list[Path]:
+        if length is not None:
+            raise ArchnetError("length= is for translators: other students have sizes of their own")
         output = output or self.folder.path / f"student_{form}{form_named(form).suffix}"
         return [Path(archnet.export(student, output, form=form, opset=opset))]
 

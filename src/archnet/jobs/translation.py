@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,14 +24,19 @@ from torch import Tensor, nn
 from archnet.capture.compare import difference
 from archnet.config import Config, DistillConfig, TeacherConfig
 from archnet.convert import convert_translator, fit_norms, stepwise
-from archnet.deploy import OnnxTranslator, export_translator
+from archnet.deploy import Check, OnnxTranslator, export_translator
+from archnet.deploy.sentences import Sentences, columns_of, sentence_cost
 from archnet.distill import distill_text
 from archnet.errors import ArchnetError
 from archnet.intervals import wilson
 from archnet.jobs.job import Facts, Inputs, Job
+from archnet.jobs.on_policy import OwnTranslations
+from archnet.jobs.sentences import verify_sentences
+from archnet.lower import SampleCost
 from archnet.ops import Student, TokenEmbedding
 from archnet.ops.scores import changed, decisions, unexplained
 from archnet.progress import Lines, in_terminal
+from archnet.quant import FLOAT
 from archnet.runs import atomic
 from archnet.runs.device import set_up
 from archnet.runs.student import load_student
@@ -48,6 +54,7 @@ from archnet.translate import (
     SearchOptions,
     StudentTranslator,
     Translator,
+    hypotheses_of,
     scores_of,
     translate,
 )
@@ -72,7 +79,7 @@ class Translation(Job):
         data: there after `open`, as ``teacher``.
     """
 
-    unit = "sentence"
+    unit, verified = "sentence", 200
     data: TranslationData
 
     @classmethod
@@ -168,7 +175,10 @@ class Translation(Job):
         digest = hashlib.sha256()
         for name, tensor in sorted(self.teacher.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        settings = (self.search, self.config.task.data.unlabelled, self.config.task.text.max_tokens)
+        text = self.config.task.text
+        settings: tuple[Any, ...] = (self.search, self.config.task.data.unlabelled, text.max_tokens)
+        if text.translations > 1:
+            settings += (text.translations,)
         digest.update(repr(settings).encode())
         model = cast(Translator, self.teacher.to(self.device))
 
@@ -186,8 +196,8 @@ class Translation(Job):
                 if shown and not in_terminal() and lines.due():
                     lines.tell(done)
 
-            def translated(rows: list[list[int]]) -> list[list[int]]:
-                found = search_tokens(
+            def translated(rows: list[list[int]]) -> list[list[list[int]]]:
+                found = hypotheses_of(
                     model,
                     rows,
                     self.search,
@@ -195,16 +205,17 @@ class Translation(Job):
                     device=self.device,
                     progress=advance,
                 )
-                return found
+                return [[item.tokens for item in items[: text.translations]] for items in found]
 
-            text = self.data.translated(digest.hexdigest()[:12], translated)
+            made = self.data.translated(digest.hexdigest()[:12], translated)
         self.teacher.cpu()
-        return text
+        return made
 
     def convert(self) -> tuple[Student, Facts]:
         student, norms = convert_translator(
             self.teacher, self.config.hardware, seed=self.config.seed
         )
+        warn_of_columns(student, self.config.task.text.max_tokens)
         batches = self.data.step_batches(
             self.teacher_text(), 2 * self.config.quant.calibration_batches
         )
@@ -221,6 +232,14 @@ class Translation(Job):
         batches = self.data.calibration_batches(self.teacher_text(), count)
         return [(batch.source, batch.target_in, batch.source_pad) for batch in batches]
 
+    def require_computable(self, student: Student) -> None:
+        """Float parts are not looked at."""
+        quant, target = self.config.quant, self.config.hardware
+        widths = (quant.weight_bits, quant.act_bits, quant.first_bits, quant.last_bits)
+        if quant.method != "none" and FLOAT not in widths:
+            sentences = Sentences.of(stepwise(student))
+            sentences.integers(cast(Any, target.requantization), target.accumulator_bits)
+
     def distil(
         self,
         student: Student,
@@ -228,16 +247,63 @@ class Translation(Job):
         folder: Path,
         loggers: Sequence[Logger] = (),
     ) -> Facts:
-        return distill_text(
+        text = self.teacher_text()
+        facts = distill_text(
             TappedTeacher(self.teacher, [tap.path for tap in student.taps]),
             student,
             self.data,
-            self.teacher_text(),
+            text,
             options,
             trainer=self.config.trainer,
             folder=folder,
             loggers=loggers,
+            own=OwnTranslations(self.config.seed) if options.on_policy else None,
         )
+        if self.config.task.text.translations > 1:
+            facts["unlabelled"] = text.sources()
+        return facts
+
+    def validate(self, student: Student, count: int, *, drop: bool) -> Facts:
+        """As `Job.validate`: agreement is that of next tokens after the reference so far, and a
+        drop that of BLEU.
+        """
+        networks = [network.to(self.device).eval() for network in (self.teacher, student)]
+        equal = tokens = sentences = 0
+        with torch.inference_mode():
+            for batch in self.data.valid_batches():
+                real = batch.real
+                given = (batch.source, batch.target_in, batch.source_pad)
+                theirs, ours = (
+                    decisions(network(*(x.to(self.device) for x in given)).cpu()[real], -1)
+                    for network in networks
+                )
+                equal, tokens = equal + int((theirs == ours).sum()), tokens + len(ours)
+                sentences += len(batch.source)
+                if sentences >= count:
+                    break
+        if not tokens:
+            raise ArchnetError("the valid split is empty: task.text.valid names its files")
+        below = None
+        if drop:
+            sources, references = self.data.pairs("valid", count)
+            network: Translator = StudentTranslator(stepwise(student))
+            bleu = scores(self._translated(network, sources), references)["bleu"]
+            below = round(self._teacher_bleu(count) - bleu, 4)
+        self.teacher.cpu()
+        student.cpu()
+        return {"agreement": round(100 * equal / tokens, 4), "drop": below, "inputs": sentences}
+
+    def _translated(self, network: Translator, sources: list[str]) -> list[str]:
+        return translate(
+            network, self.data.tokenizer, sources, self.search, batch=BATCH, device=self.device
+        )
+
+    @cache  # noqa: B019  # a job lives as long as its run
+    def _teacher_bleu(self, count: int) -> float:
+        """Of its translations of the first validation sentences."""
+        sources, references = self.data.pairs("valid", count)
+        found = self._translated(cast(Translator, self.teacher), sources)
+        return float(scores(found, references)["bleu"])
 
     def evaluate(self, student: Student) -> Facts:
         """Teacher and student on the same test sentences.
@@ -246,7 +312,7 @@ class Translation(Job):
             ``teacher`` and ``student`` with BLEU, chrF, the signature and sentences a second,
             ``agreement`` (identical translations, in points), and the number of ``inputs``.
         """
-        sources, references = self.data.test_pairs(self.config.trainer.limit_eval)
+        sources, references = self.data.pairs("test", self.config.trainer.limit_eval)
         student = student.to(self.device).eval()
         networks: dict[str, Translator] = {
             "teacher": cast(Translator, self.teacher.to(self.device).eval()),
@@ -256,9 +322,7 @@ class Translation(Job):
         translations = {}
         for name, network in networks.items():
             began = time.monotonic()
-            translations[name] = translate(
-                network, self.data.tokenizer, sources, self.search, batch=BATCH, device=self.device
-            )
+            translations[name] = self._translated(network, sources)
             speed = len(sources) / (time.monotonic() - began)
             found[name] = scores(translations[name], references) | {"per_second": round(speed, 2)}
             with atomic(self.folder.path / f"test.{name}.txt") as temporary:
@@ -306,12 +370,17 @@ printf 'A sentence.\\n' | archnet translate {self.folder.path} --runtime onnxrun
         return export_translator(stepwise(student), self.folder.path, self.form)
 
     def write(
-        self, student: Student, output: Path | None, form: str, opset: int | None
+        self,
+        student: Student,
+        output: Path | None,
+        form: str,
+        opset: int | None,
+        length: int | None = None,
     ) -> list[Path]:
         if opset is not None:
             raise ArchnetError("opset= is for classifiers: a translator's files have their own")
         return export_translator(
-            stepwise(student), output or self.folder.path / f"student_{form}", form
+            stepwise(student), output or self.folder.path / f"student_{form}", form, length
         )
 
     def parity(self, student: Student) -> Facts:
@@ -322,7 +391,7 @@ printf 'A sentence.\\n' | archnet translate {self.folder.path} --runtime onnxrun
         """
         import onnxruntime
 
-        sources, _ = self.data.test_pairs(PARITY_SENTENCES)
+        sources, _ = self.data.pairs("test", PARITY_SENTENCES)
         rows = [row[: self.search.longest - 1] for row in self.data.tokenizer.encode(sources)]
         here, there = StudentTranslator(stepwise(student)), OnnxTranslator(self.folder.path)
         words, others = (search_tokens(n, rows, self.search, batch=BATCH) for n in (here, there))
@@ -344,6 +413,16 @@ printf 'A sentence.\\n' | archnet translate {self.folder.path} --runtime onnxrun
             "tokens": tokens,
         }
 
+    def verify(
+        self, student: Student, count: int | None, forms: Sequence[str] | None
+    ) -> list[Check]:
+        """Test sentences, translated by the golden model and by every form."""
+        sources, _ = self.data.pairs("test", count or self.verified)
+        rows = [row[: self.search.longest - 1] for row in self.data.tokenizer.encode(sources)]
+        folder = self.folder.path if all(path.is_file() for path in self.files) else None
+        kind = cast(Any, self.config.hardware.requantization)
+        return verify_sentences(student, rows, self.search, forms, folder, kind)
+
     def example(self) -> tuple[Tensor, Tensor]:
         """Reading and writing `EXAMPLE` tokens.
 
@@ -352,6 +431,9 @@ printf 'A sentence.\\n' | archnet translate {self.folder.path} --runtime onnxrun
         """
         tokens = torch.full((1, EXAMPLE), 5)
         return tokens, tokens
+
+    def sample_cost(self, student: Student) -> SampleCost:
+        return sentence_cost(stepwise(student), EXAMPLE, EXAMPLE)
 
     def data_facts(self) -> Facts:
         return {"dropped": self.data.train.dropped, "skipped": []}
@@ -365,13 +447,16 @@ printf 'A sentence.\\n' | archnet translate {self.folder.path} --runtime onnxrun
             return MarianTokens(kept)
         return Tokenizer(kept / "tokenizer.model")
 
-    def translator(self, network: str, runtime: str, vocabulary: int) -> Translator:
+    def translator(
+        self, network: str, runtime: str, vocabulary: int, threads: int = 0
+    ) -> Translator:
         """One of the run's networks, without its text.
 
         Args:
             network: student or teacher.
             runtime: pytorch, or onnxruntime for the student's files.
             vocabulary: of the run's tokenizer.
+            threads: of one operator of onnxruntime; 0: its choice.
 
         Raises:
             ArchnetError: the network has another vocabulary, or does not run there.
@@ -382,7 +467,7 @@ printf 'A sentence.\\n' | archnet translate {self.folder.path} --runtime onnxrun
             return self._teacher_alone(vocabulary)
         found: Translator
         if runtime == "onnxruntime":
-            exported = OnnxTranslator(self.folder.path)
+            exported = OnnxTranslator(self.folder.path, threads)
             found, tokens = cast(Translator, exported), exported.facts["tokens"]
         else:
             student = load_student(self.folder)
@@ -429,6 +514,17 @@ def compare_sizes(config: Config, data: TranslationData) -> None:
             size,
             " ".join(advice),
         )
+
+
+def warn_of_columns(student: Student, max_tokens: int) -> None:
+    """Warn where a decoder without attention computes source positions that no sentence has."""
+    columns = columns_of(student)
+    if columns is not None and max_tokens + 1 < columns:
+        _log.warning(
+            "a decoder without attention computes a power of two of source positions at every "
+            "token: task.text.max_tokens=%d and the end mark take %d, as %d would; %d take half",
+            max_tokens, columns, columns - 1, columns // 2 - 1,
+        )  # fmt: skip
 
 
 def vocabulary_of(student: Student) -> int:

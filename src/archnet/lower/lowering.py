@@ -43,7 +43,9 @@ class Lowered:
     cycles: Mapping[str, float]
 
 
-def lower(student: Student, target: Any = None, *, weights: bool = True) -> Lowered:
+def lower(
+    student: Student, target: Any = None, *, weights: bool = True, free: bool | None = None
+) -> Lowered:
     """Write each operator of a student with what a target runs, by the cheapest lowering.
 
     What the deployed graph computes is what the student computes: equal in floats but for the
@@ -55,9 +57,12 @@ def lower(student: Student, target: Any = None, *, weights: bool = True) -> Lowe
         target: a name or description; None: that which the student was made for.
         weights: False: layers that are written in another way are on the meta device, which is
             enough to count what they cost.
+        free: whether positions are those of a sentence of any length; None: they are where the
+            student reads token numbers. False: as many as the shapes of its inputs say.
     """
     target = target_of(student) if target is None else Target.of(target)
-    return _Lowering(student, target, weights).run()
+    free = bool(student.graph.indices) if free is None else free
+    return _Lowering(student, target, weights, free).run()
 
 
 def deployed(student: Student, target: Any = None) -> Student:
@@ -70,6 +75,33 @@ def deployed_cost(student: Student, target: Any = None) -> Cost[int]:
     return student_cost(lower(student, target, weights=False).student)
 
 
+@dataclass(frozen=True)
+class SampleCost:
+    """What a student costs as it is deployed, for one sample.
+
+    Attributes:
+        cost: of all deployed steps.
+        cycles: of each, by the target's own costs.
+        whole: the whole step that each belongs to.
+        ways, reasons: as of `Lowered`.
+        about: what the sample is, where that has to be said; "" else.
+    """
+
+    cost: Cost[int]
+    cycles: Mapping[str, float]
+    whole: Mapping[str, str]
+    ways: Mapping[str, str]
+    reasons: Mapping[str, str]
+    about: str = ""
+
+
+def sample_cost(student: Student) -> SampleCost:
+    """The cost of a student that is one file."""
+    lowered = lower(student, weights=False)
+    cost = student_cost(lowered.student)
+    return SampleCost(cost, lowered.cycles, lowered.whole, lowered.ways, lowered.reasons)
+
+
 def target_of(student: Student) -> Target:
     """The target that a student was made for; arch5 where it does not say."""
     fields = student.graph.target
@@ -79,14 +111,14 @@ def target_of(student: Student) -> Target:
 class _Lowering:
     """One walk along the student."""
 
-    def __init__(self, student: Student, target: Target, weights: bool) -> None:
+    def __init__(self, student: Student, target: Target, weights: bool, free: bool) -> None:
         self.student, self.target = student, target
         self.readers = student.consumers()
         self.quantizers = input_quantizers(student)
         graph = student.graph
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
         shapes = {name: graph.shapes[name] for name in graph.inputs}
-        self.draft = Draft(target, device, shapes, is_dry=not weights, is_free=bool(graph.indices))
+        self.draft = Draft(target, device, shapes, is_dry=not weights, is_free=free)
         # Names of the student's own values are kept for these.
         self.draft.reserved.update(step.name for step in graph.steps)
         self.values = {name: name for name in graph.inputs}

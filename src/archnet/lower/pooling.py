@@ -21,10 +21,10 @@ def halves(op: MaxPool, inputs: tuple[str, ...], draft: Draft) -> Result:
     _, height, width = draft.shapes[inputs[0]]
     if op.kernel != (height, width) or any(op.padding) or op.dilation != (1, 1):
         return None
-    return _halved(draft, inputs[0])
+    return halved(draft, inputs[0])
 
 
-def _halved(draft: Draft, x: str) -> str:
+def halved(draft: Draft, x: str) -> str:
     """The maximum of every map; what a window lacks at the border is padding."""
     while draft.shapes[x][1:] != (1, 1):
         _, height, width = draft.shapes[x]
@@ -79,4 +79,4 @@ def rows_of_values(op: MaxPool, inputs: tuple[str, ...], draft: Draft) -> Result
     channels, *size = draft.shapes[views[0]]
     tall = [draft.reshape(view, (channels, *size, 1)) for view in views]
     row = draft.reshape(draft.concat(tall, 4), (channels * math.prod(size), 1, len(views)))
-    return draft.reshape(_halved(draft, row), (channels, *size))
+    return draft.reshape(halved(draft, row), (channels, *size))

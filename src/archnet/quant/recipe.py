@@ -34,6 +34,7 @@ class Recipe:
             ``act_bits``, an addition reads the finer values, which are rounded again for the
             convolution beside it; the literature has such additions in floats. Constant
             weights have it as well, but for those that any width holds exactly (`width_for`).
+        softmax_bits: least width of what a softmax gives.
         method: "lsq" (learned steps) or "dorefa" (tanh weights, fixed ranges).
         per_channel: a weight scale for every output channel, or one for the layer.
         power_of_two: scales are powers of two, for chips that requantize by shifts.
@@ -54,6 +55,7 @@ class Recipe:
     first_bits: int = 8
     last_bits: int = 8
     sum_bits: int = 8
+    softmax_bits: int = 1
     method: Method = "lsq"
     per_channel: bool | None = None
     power_of_two: bool | None = None
@@ -69,6 +71,8 @@ class Recipe:
                 raise QuantizationError(f"{key}={bits} is not a width: 1 to 8, or 32 for float")
         if not _is_whole(self.sum_bits, 1, 8):
             raise QuantizationError(f"sum_bits={self.sum_bits} is not a width of sums: 1 to 8")
+        if not _is_whole(self.softmax_bits, 1, 8):
+            raise QuantizationError(f"softmax_bits={self.softmax_bits} is not a width: 1 to 8")
         if not _is_whole(self.copies, 1, 8):
             raise QuantizationError(f"copies={self.copies} is not a number of copies: 1 to 8")
         if self.method not in KINDS:
@@ -114,7 +118,9 @@ class Recipe:
         """The width of every layer and grid (`uniform_widths`)."""
         ends = (self.first_bits, self.last_bits)
         trained = (self.weight_bits, self.act_bits)
-        return uniform_widths(student, *trained, *ends, self.sum_bits, bool(self.per_channel))
+        return uniform_widths(
+            student, *trained, *ends, self.sum_bits, bool(self.per_channel), self.softmax_bits
+        )
 
     def weights(self, module: WeightedOperator, bits: int) -> dict[str, Any]:
         """The description, for `attach`, of a quantizer of a layer's weights."""

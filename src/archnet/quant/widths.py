@@ -10,6 +10,7 @@ import torch
 
 from archnet.ops import (
     Activation,
+    Softmax,
     Student,
     TokenEmbedding,
     WeightedOperator,
@@ -27,6 +28,7 @@ def uniform_widths(
     last_bits: int = 8,
     sum_bits: int = 8,
     per_channel: bool = True,
+    softmax_bits: int = 1,
 ) -> dict[str, int]:
     """One width for all weights and one for all activations, but for the first and last layer.
 
@@ -39,6 +41,7 @@ def uniform_widths(
         sum_bits: least width of what no trained layer multiplies: what additions, norms and
             averages alone read; and of constant weights (`width_for`).
         per_channel: whether every output channel has a scale of its own.
+        softmax_bits: least width of what a softmax gives.
     """
     ends = _ends(student, first_bits, last_bits)
     widths: dict[str, int] = {}
@@ -46,6 +49,7 @@ def uniform_widths(
         bits = weight_bits if weight_bits == FLOAT else ends.get(name, weight_bits)
         widths[name] = width_for(module, bits, sum_bits, per_channel)
     wide = dict.fromkeys(_not_multiplied(student), max(act_bits, sum_bits))
+    wide |= dict.fromkeys(_of_softmax(student), max(act_bits, softmax_bits))
     for name, group in shared_grids(student).items():
         bits = act_bits if act_bits == FLOAT else (wide | ends).get(name, act_bits)
         widths[group] = max(bits, widths.get(group, 0))
@@ -113,6 +117,17 @@ def _not_multiplied(student: Student) -> list[str]:
             multiplied.update(*(on_grid[name] for name in step.inputs))
     groups = {shared[name] for name in multiplied}
     return [name for name, group in shared.items() if group not in groups]
+
+
+def _of_softmax(student: Student) -> list[str]:
+    """Grids of what a softmax gives."""
+    operators = {step.name: student.operator(step.name) for step in student.graph.steps}
+    return [
+        step.name
+        for step in student.graph.steps
+        if isinstance(operators[step.name], Activation)
+        and isinstance(operators.get(step.inputs[0]), Softmax)
+    ]
 
 
 def _ends(student: Student, first_bits: int, last_bits: int) -> dict[str, int]:

@@ -91,8 +91,10 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
     if student.get("agreement") is not None:
         lines.append(("agreement, points", "", f"{student['agreement']:.2f}"))
-    if interval := _interval(metrics):
-        lines.append(interval)
+        if interval := metrics.get("agreement_interval"):
+            low, high = interval
+            lines.append(("agreement, 95 % interval", "", f"{low:.2f} to {high:.2f}"))
+    lines += _intervals(metrics)
     # Metrics of before have no such figure, nor has what was not made by conversion.
     error = metrics.get("conversion", {}).get("error")
     if error is not None:
@@ -103,6 +105,8 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("weights", "weight_bytes", "teacher", "B"),
     ):
         lines.append((title, amount(cost[key][side], unit), amount(cost[key]["student"], unit)))
+    if "sample" in cost:
+        lines.append(("costs are of", "", cost["sample"]))
     if cycles := cost.get("cycles"):
         known = cycles["teacher"]
         lines.append(
@@ -174,14 +178,15 @@ def _figures(
         yield METRICS.get(key, key), _figure(sides[0], key in teacher), _figure(sides[1])
 
 
-def _interval(metrics: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """How far the student is from the teacher, in the metric that stands first."""
+def _intervals(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """How far the student is from the teacher, in each metric where that is known."""
+    rows = []
     for key, found in metrics.get("paired", {}).items():
         if found["low"] is not None:
             bounds = f"{found['low']:+.2f} to {found['high']:+.2f}"
             title = METRICS.get(key, key.replace("_", " ")).partition(",")[0]
-            return f"difference in {title}, 95 % interval", "", bounds
-    return None
+            rows.append((f"difference in {title}, 95 % interval", "", bounds))
+    return rows
 
 
 def _figure(value: float | None, is_measured: bool = True) -> str:

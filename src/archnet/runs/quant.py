@@ -94,6 +94,7 @@ def recipe_of(config: Config) -> Recipe:
         first_bits=quant.first_bits,
         last_bits=quant.last_bits,
         sum_bits=quant.sum_bits,
+        softmax_bits=quant.softmax_bits,
         method=cast(Any, quant.method),
         per_channel=quant.per_channel,
         power_of_two=target.requantization == "power_of_two",

@@ -287,7 +287,8 @@ class Search:
             student = self.bench.kept(start.name)
             facts = self.bench.train(student, arm.options(self.base, steps), name)
             self.bench.keep(name, student)
-            return {**facts, **self.bench.measure(student).facts()}
+            short = steps < self.base.steps // LEAST_SHARE
+            return {**facts, **self.bench.measure(student, short=short).facts()}
 
         row = self.ledger.trial(about, work)
         self._pace[start.widths] = row["seconds"] / row["steps"]

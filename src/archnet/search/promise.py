@@ -103,8 +103,8 @@ class Bench(Protocol):
             ``inputs_seen``, and ``earlier``, seconds of sessions before.
         """
 
-    def measure(self, student: Student) -> Measured:
-        """The student on validation inputs."""
+    def measure(self, student: Student, *, short: bool = False) -> Measured:
+        """The student on validation inputs; after a ``short`` trial perhaps without its drop."""
 
     def cost(self, student: Student) -> tuple[float, str]:
         """What it costs on the target, as a multiple of the teacher's cost there at the width that

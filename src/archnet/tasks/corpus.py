@@ -143,9 +143,9 @@ def read_lines(path: Path) -> Iterator[str]:
         raise TaskError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
-    """As `read_lines`, from lines of bytes; ``name`` is for errors."""
-    for number, line in enumerate(lines, start=1):
+def decoded(lines: Iterable[bytes], name: str, first: int = 1) -> Iterator[str]:
+    """As `read_lines`, from lines of bytes; ``name`` and the ``first`` number are for errors."""
+    for number, line in enumerate(lines, start=first):
         try:
             yield line.decode("utf-8").removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
@@ -264,6 +264,15 @@ class EncodedText:
             for ends, tokens in zip(self._ends, self._tokens, strict=True)
         )
         return source, target
+
+    def sources(self) -> int:
+        """How many different sources there are, where equal ones are neighbours."""
+        before: bytes | None = None
+        count = 0
+        for index in range(self._size):
+            source = self.pair(index)[0].tobytes()
+            count, before = count + (source != before), source
+        return count
 
     @classmethod
     def write(

@@ -132,7 +132,7 @@ class TranslationData(lightning.LightningDataModule):
         return EncodedText.write(path, rows, options.max_tokens, f"split {split}")
 
     def translated(
-        self, name: str, translate: Callable[[list[list[int]]], list[list[int]]]
+        self, name: str, translate: Callable[[list[list[int]]], list[list[list[int]]]]
     ) -> EncodedText:
         """The sources of the training text with given translations, cached as ``name``.
 
@@ -141,7 +141,7 @@ class TranslationData(lightning.LightningDataModule):
 
         Args:
             name: names whose translations they are.
-            translate: token numbers of sources to those of translations.
+            translate: token numbers of sources to those of one or several translations of each.
         """
         folder = self.folder / f"translated-{name}"
         if (found := EncodedText.found(folder)) is not None:
@@ -155,7 +155,11 @@ class TranslationData(lightning.LightningDataModule):
             if _read_chunk(path) is None:
                 last = min(first + TRANSLATED, size)
                 sources = [self.train.pair(index)[0].tolist() for index in range(first, last)]
-                rows = list(zip(sources, translate(sources), strict=True))
+                rows = [
+                    (source, target)
+                    for source, targets in zip(sources, translate(sources), strict=True)
+                    for target in targets
+                ]
                 with atomic(path, TaskError) as part:
                     part.write_text(json.dumps({"sha256": _rows_digest(rows), "rows": rows}))
             chunks.append(path)
@@ -188,17 +192,17 @@ class TranslationData(lightning.LightningDataModule):
             )
         return made
 
-    def test_pairs(self, limit: int | None = None) -> tuple[list[str], list[str]]:
-        """Sentences of the test split and their references, empty lines included."""
+    def pairs(self, split: str, limit: int | None = None) -> tuple[list[str], list[str]]:
+        """Sentences of a split (valid, test) and their references, empty lines included."""
         sources: list[str] = []
         references: list[str] = []
-        for source, reference in self.text.pairs("test"):
+        for source, reference in self.text.pairs(split):
             if limit is not None and len(sources) >= limit:
                 break
             sources.append(source)
             references.append(reference)
         if not sources:
-            raise TaskError("the test split is empty: task.text.test names its files")
+            raise TaskError(f"the {split} split is empty: task.text.{split} names its files")
         return sources, references
 
     def step_batches(

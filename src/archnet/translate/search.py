@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,8 +40,26 @@ class SearchOptions:
     longest: int = 128
 
 
+class Hypothesis(NamedTuple):
+    """A translation that was found.
+
+    ``score`` is the log-probability of its tokens and the end mark, over length **
+    `SearchOptions.length_penalty`; ``tokens`` are numbers without marks.
+    """
+
+    score: float
+    tokens: list[int]
+
+
 def search(model: Translator, source_BS: Tensor, options: SearchOptions) -> list[list[int]]:
-    """The best translation of every sentence, as token numbers without marks.
+    """The best of `hypotheses` of every sentence."""
+    return [found[0].tokens for found in hypotheses(model, source_BS, options)]
+
+
+def hypotheses(
+    model: Translator, source_BS: Tensor, options: SearchOptions
+) -> list[list[Hypothesis]]:
+    """The translations of every sentence that beam search ends with, the best first.
 
     A hypothesis ends when its end mark is among the ``beam`` best continuations; a sentence is
     done with ``beam`` ended ones. Each step runs one token through the network.
@@ -50,6 +68,9 @@ def search(model: Translator, source_BS: Tensor, options: SearchOptions) -> list
         model: what translates.
         source_BS: (B, S) sentences of one length with their end marks, without padding.
         options: see `SearchOptions`.
+
+    Returns:
+        For each sentence ``beam`` of them, or fewer where there are no more.
     """
     beam, device = options.beam, source_BS.device
     limit = min(options.longest, 2 * source_BS.shape[1] + 10)
@@ -57,7 +78,7 @@ def search(model: Translator, source_BS: Tensor, options: SearchOptions) -> list
     with torch.inference_mode():
         state = _take(model.start(source_BS), rows)
         alive = list(range(len(source_BS)))
-        ended: list[list[tuple[float, list[int]]]] = [[] for _ in alive]
+        ended: list[list[Hypothesis]] = [[] for _ in alive]
         tokens_N = torch.full((len(rows),), BOS, device=device)
         # All but one of the equal hypotheses at the start are out.
         total_BK = torch.full((len(alive), beam), -torch.inf, device=device)
@@ -81,7 +102,7 @@ def search(model: Translator, source_BS: Tensor, options: SearchOptions) -> list
                 if value > -torch.inf:
                     words = past_BKT[row, parent_BJ[row, rank]].tolist()
                     score = value / length**options.length_penalty
-                    ended[alive[row]].append((score, words))
+                    ended[alive[row]].append(Hypothesis(score, words))
             going = [row for row, item in enumerate(alive) if len(ended[item]) < beam]
             if length == limit or not going:
                 break
@@ -94,7 +115,7 @@ def search(model: Translator, source_BS: Tensor, options: SearchOptions) -> list
             alive = [alive[row] for row in going]
             state = _take(state, (keep[:, None] * beam + parent_BK).flatten())
             tokens_N = token_BK.flatten()
-    return [max(hypotheses)[1] for hypotheses in ended]
+    return [sorted(found, reverse=True)[:beam] for found in ended]
 
 
 def _take(state: State, rows: Tensor) -> State:

@@ -9,7 +9,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from archnet.translate.search import BOS, EOS, UNK, SearchOptions, Translator, scores_along, search
+from archnet.translate.search import (
+    BOS,
+    EOS,
+    UNK,
+    Hypothesis,
+    SearchOptions,
+    Translator,
+    hypotheses,
+    scores_along,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +56,33 @@ def translate(
         progress: told how many sentences a batch had, after each.
         first_line: number of the first sentence, for the warning.
     """
+    found = translations(
+        model,
+        tokenizer,
+        sentences,
+        options,
+        batch=batch,
+        device=device,
+        progress=progress,
+        first_line=first_line,
+    )
+    return [best[0][1] for best in found]
+
+
+def translations(
+    model: Translator,
+    tokenizer: Subwords,
+    sentences: Sequence[str],
+    options: SearchOptions,
+    *,
+    batch: int = 32,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+    first_line: int = 1,
+) -> list[list[tuple[float, str]]]:
+    """As `translate`; for each sentence the scores (`Hypothesis`) and texts of all that the search
+    found, the best first. An empty sentence has an empty one.
+    """
     rows = tokenizer.encode([sentence.strip() for sentence in sentences])
     room = options.longest - 1
     cut = [number for number, row in enumerate(rows, start=first_line) if len(row) > room]
@@ -57,10 +93,11 @@ def translate(
             room,
             cut[0],
         )
-    found = translate_tokens(
+    found = hypotheses_of(
         model, [row[:room] for row in rows], options, batch=batch, device=device, progress=progress
     )
-    return tokenizer.decode(found)
+    texts = iter(tokenizer.decode([item.tokens for items in found for item in items]))
+    return [[(item.score, next(texts)) for item in items] for items in found]
 
 
 def unknown(tokenizer: Subwords, sentences: Sequence[str]) -> dict[int, str]:
@@ -90,11 +127,25 @@ def translate_tokens(
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """As `translate`, from token numbers without marks to such."""
-    found: list[list[int]] = [[] for _ in rows]
-    for group in _groups(rows, batch):
+    found = hypotheses_of(model, rows, options, batch=batch, device=device, progress=progress)
+    return [items[0].tokens for items in found]
+
+
+def hypotheses_of(
+    model: Translator,
+    rows: Sequence[Sequence[int]],
+    options: SearchOptions,
+    *,
+    batch: int = 32,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> list[list[Hypothesis]]:
+    """As `translations`, from token numbers without marks to such."""
+    found = [[Hypothesis(0.0, [])] for _ in rows]
+    for group in groups(rows, batch):
         source = torch.tensor([[*rows[index], EOS] for index in group], device=device)
-        for index, words in zip(group, search(model, source, options), strict=True):
-            found[index] = words
+        for index, items in zip(group, hypotheses(model, source, options), strict=True):
+            found[index] = items
         if progress is not None:
             progress(len(group))
     return found
@@ -119,7 +170,7 @@ def scores_of(
         Of every sentence that is not empty, by length and then in order: the scores (T + 1, V) of
         what follows the first mark and each of its translation's T tokens.
     """
-    for group in _groups(rows, batch):
+    for group in groups(rows, batch):
         source = torch.tensor([[*rows[index], EOS] for index in group])
         lengths = [len(translations[index]) for index in group]
         # Tokens after a translation have no part in the scores before it.
@@ -131,7 +182,7 @@ def scores_of(
             yield scores_TV[: length + 1]
 
 
-def _groups(rows: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
+def groups(rows: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
     """Numbers of rows that have one length, at most ``batch`` at a time; empty ones are left."""
     by_length: dict[int, list[int]] = {}
     for index, row in enumerate(rows):

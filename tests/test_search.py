@@ -134,6 +134,11 @@ def test_a_promise_counts_what_is_missing() -> None:
     assert Promise(drop=1.0).shortfall(Measured(98.0, 0.4, 10)) == -0.6
     assert Promise(agreement=99.0).shortfall(Measured(98.0, 0.4, 10)) == 1.0
     assert Promise(drop=1.0, agreement=99.0).shortfall(Measured(98.0, 0.4, 10)) == 1.0
+    # With a standard error to spare.
+    close = Measured(98.0, 0.4, 10, agreement_error=0.3, drop_error=0.7)
+    assert Promise(drop=1.0).shortfall(close) == -0.6
+    assert Promise(drop=1.0).shortfall(close, 1.0) == 0.1
+    assert Promise(agreement=97.9).shortfall(close, 1.0) == 0.2
     # Without labels as many decisions may change as right answers may be lost.
     assert Promise(drop=1.0).shortfall(Measured(98.0, None, 10)) == 1.0
 
@@ -335,7 +340,7 @@ def test_the_verdict_of_a_promise_without_labels() -> None:
     from test_verdict import changed
 
     goal = {
-        "drop": 1.0, "agreement": None, "kept": False, "shortfall": 0.5, "trials": 3,
+        "drop": 1.0, "agreement": None, "kept": False, "sure": False, "shortfall": 0.5, "trials": 3,
         "validation": {"agreement": 98.5, "drop": None, "inputs": 400}, "minutes": 2.0,
         "chosen": "trial02", "advice": ["More time (goal.minutes=120)"],
     }  # fmt: skip

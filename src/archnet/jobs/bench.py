@@ -68,7 +68,7 @@ class JobBench:
                 f"task.kind={self.config.task.kind} has results that decide nothing, and a goal is "
                 "a number of decisions or points: leave goal.drop and goal.agreement out"
             )
-        return Measured(found["agreement"], found["drop"], found["inputs"])
+        return Measured(**found)
 
     def cost(self, student: Student) -> tuple[float, str]:
         return cost_ratio(self.job, student)
@@ -123,6 +123,7 @@ def _told(found: Found, job: Job, ledger: Ledger) -> Facts:
         "drop": goal.drop,
         "agreement": goal.agreement,
         "kept": found.shortfall <= 0,
+        "sure": found.is_sure,
         "shortfall": found.shortfall,
         "validation": found.point.measured.facts(),
         "trials": len(ledger.rows),

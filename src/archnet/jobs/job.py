@@ -134,7 +134,9 @@ class Job(ABC):
 
         Returns:
             ``agreement``, decisions that are the teacher's, in points (None: nothing is decided);
-            ``drop``, points of the metric below the teacher (None: no labels); and ``inputs``.
+            ``drop``, points of the metric below the teacher (None: no labels);
+            ``agreement_error`` and ``drop_error``, their standard errors (0: not known); and
+            ``inputs``, how many were compared.
 
         Raises:
             RunError: the job has no such measure.

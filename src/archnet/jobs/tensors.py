@@ -155,9 +155,12 @@ class TensorJob(Job):
                 "task.data.val_fraction above zero"
             )
         facts = found.facts()
+        bounds: Facts = next(iter(facts["paired"].values()), {})
         return {
             "agreement": facts["agreement"],
+            "agreement_error": _error(*(facts["agreement_interval"] or (None, None))),
             "drop": found.drop() if drop else None,
+            "drop_error": _error(bounds.get("low"), bounds.get("high")) if drop else 0.0,
             "inputs": found.count,
         }
 
@@ -253,6 +256,11 @@ class TensorJob(Job):
             more = self.data.calibration_batches(-(-(count - len(inputs)) // size))
             inputs = torch.cat([inputs, *more])[:count]
         return inputs
+
+
+def _error(low: float | None, high: float | None) -> float:
+    """The standard error of which a 95 % interval tells; 0: not known."""
+    return 0.0 if low is None or high is None else round((high - low) / (2 * 1.96), 4)
 
 
 def _first(loader: Any, count: int | None) -> Iterator[tuple[Tensor, Tensor | None]]:

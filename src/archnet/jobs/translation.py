@@ -291,7 +291,14 @@ class Translation(Job):
             below = round(self._teacher_bleu(count) - bleu, 4)
         self.teacher.cpu()
         student.cpu()
-        return {"agreement": round(100 * equal / tokens, 4), "drop": below, "inputs": sentences}
+        share = equal / tokens
+        return {
+            "agreement": round(100 * share, 4),
+            "agreement_error": round(100 * (share * (1 - share) / tokens) ** 0.5, 4),
+            "drop": below,
+            "drop_error": 0.0,
+            "inputs": sentences,
+        }
 
     def _translated(self, network: Translator, sources: list[str]) -> list[str]:
         return translate(

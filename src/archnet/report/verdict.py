@@ -77,6 +77,8 @@ def _promised(goal: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     if found["drop"] is None or goal["agreement"] is not None:
         was.append(f"agreement {found['agreement']:.2f} %")
     missed = "kept" if goal["kept"] else f"missed by {goal['shortfall']:.2f} points"
+    if goal["kept"] and not goal["sure"]:
+        missed = "kept, within the error of measuring"
     return (
         f"Promise {missed}: {' and '.join(asked)}; it is {', '.join(was)} on "
         f"{found['inputs']:,} validation {unit}s, after {goal['trials']} trials in "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from archnet.config import DistillConfig, GoalConfig
@@ -27,6 +27,7 @@ GAIN = 0.2  # points of agreement that a round of training has to win for anothe
 ROUNDS = 3  # at one width, where no bound on time ends them
 LEAST_SHARE = 4  # of a round's steps, at least one part has to fit into the time that is left
 BETWEEN = 0.5  # of a round's steps, those at widths that are only passed
+ERRORS = 1.0  # standard errors of a measure that a kept promise has to spare
 SAME = 1.001  # a cost that is so near a bound is within it
 NEVER = -math.inf  # the agreement of what was not tried
 MANY = 100  # rounds, where time bounds them
@@ -56,12 +57,14 @@ class Found:
         point: the best student within the bounds.
         calibrated: name of the student that its training began with.
         shortfall: points that are missing; zero or less: the promise is kept.
+        is_sure: whether it is kept with a standard error of the measure to spare.
         advice: sentences about what would help next, most promising first.
     """
 
     point: Point
     calibrated: str
     shortfall: float
+    is_sure: bool
     advice: list[str] = field(default_factory=list)
 
 
@@ -112,10 +115,14 @@ class Search:
             "search: %s, %s after %d trials", self.promise,
             "kept" if missing <= 0 else f"missed by {missing:.2f} points", len(self.ledger.rows),
         )  # fmt: skip
-        return Found(best, best.begun or best.name, missing, self.advice(point, best))
+        begun, sure = best.begun or best.name, self.keeps(best)
+        return Found(best, begun, missing, sure, self.advice(point, best))
 
     def keeps(self, point: Point) -> bool:
-        return self.promise.shortfall(point.measured) <= 0
+        """Whether a student keeps the promise with a standard error to spare: the first of many
+        trials that seems to keep it has been lucky more often than not.
+        """
+        return self.promise.shortfall(point.measured, ERRORS) <= 0
 
     def fulfils(self, point: Point) -> bool:
         """Whether the search is over: the promise is kept at the widths that were asked for."""
@@ -326,10 +333,15 @@ class Search:
         )
 
     def advice(self, fitted: Point, best: Point) -> list[str]:
-        """What would help where the promise is missed."""
+        """What would help where the promise is missed, or kept by luck perhaps."""
         if self.keeps(best):
             return []
         found = list[str]()
+        if self.promise.shortfall(best.measured) <= 0:
+            found.append(
+                f"The promise is kept within the error of {best.measured.inputs:,} validation "
+                "inputs: more of them (task.data.val_fraction, goal.inputs) tell more"
+            )
         if not self.base.steps:
             return ["distill.steps=0 trains nothing: leave it out"]
         if not self.keeps(fitted):
@@ -394,4 +406,4 @@ class Search:
 
 
 def _measured(row: Row) -> Measured:
-    return Measured(row["agreement"], row["drop"], row["inputs"])
+    return Measured(**{item.name: row[item.name] for item in fields(Measured)})

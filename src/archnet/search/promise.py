@@ -25,11 +25,14 @@ class Measured:
         drop: how far the task's metric is below the teacher's; None: the inputs have no labels, or
             it was not asked for.
         inputs: how many were compared.
+        agreement_error, drop_error: their standard errors; 0 where they are not known.
     """
 
     agreement: float
     drop: float | None
     inputs: int
+    agreement_error: float = 0.0
+    drop_error: float = 0.0
 
     @property
     def told(self) -> str:
@@ -55,19 +58,27 @@ class Promise:
     drop: float | None = None
     agreement: float | None = None
 
-    def shortfall(self, measured: Measured) -> float:
+    def shortfall(self, measured: Measured, errors: float = 0.0) -> float:
         """How many points are missing; zero or less: the promise is kept.
 
         Without labels a drop is not known. A decision that changes costs at most one right answer,
         so that the drop is at most the share of changed decisions, which has to be within the
         promise then.
+
+        Args:
+            measured: a student.
+            errors: standard errors that are to lie between what was measured and what was promised.
+
         """
         missing = []
         if self.drop is not None:
-            drop = 100 - measured.agreement if measured.drop is None else measured.drop
-            missing.append(drop - self.drop)
+            drop, error = measured.drop, measured.drop_error
+            if drop is None:
+                drop, error = 100 - measured.agreement, measured.agreement_error
+            missing.append(drop + errors * error - self.drop)
         if self.agreement is not None:
-            missing.append(self.agreement - measured.agreement)
+            agreement = measured.agreement - errors * measured.agreement_error
+            missing.append(self.agreement - agreement)
         return round(max(missing), 6)
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
 """What wins: defaults < experiment < group chosen on the command line < key on the command line."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from archnet.compose import check, compose
 from archnet.config import Config, HardwareConfig, TeacherConfig, keys
 from archnet.errors import ConfigError
-from archnet.overrides import LARGEST_SWEEP, arrange, overridden, parse, sweep
+from archnet.overrides import LARGEST_SWEEP, arrange, named, overridden, parse, sweep
 from archnet.runs import RunFolder
 from archnet.usage import usage
 from conftest import CONF, ROOT
@@ -211,13 +211,18 @@ def test_several_values_without_a_sweep_are_explained() -> None:
 # Resume ---------------------------------------------------------------------------------------
 
 
-def named(*overrides: str) -> list[str]:
-    """What `overridden` says in a job that Hydra runs with these."""
+def said(what: Callable[[], list[str]], *overrides: str) -> list[str]:
+    """What `overridden` or `named` says in a job that Hydra runs with these."""
     root, arranged = arrange(CONF, overrides, "config")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         tree = hydra.compose(root, overrides=arranged, return_hydra_config=True)
         HydraConfig.instance().set_config(tree)
-        return overridden()
+        return what()
+
+
+def test_what_a_command_names_itself_is_not_what_its_options_set() -> None:
+    words = ["task=phrases", "experiment=demo", "distill=joint", "distill.optimizer={lr: 0.1}"]
+    assert said(named, *words) == ["task", "experiment", "distill", "distill.optimizer.lr"]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +247,7 @@ def test_resume_compares_what_the_command_says(
     places = [f"output_dir={tmp_path}"]
     folder = RunFolder.create(compose(CONF, [*places, *first]))
     given_config = compose(CONF, [*places, *second, f"resume={folder.path}"])
-    names = named(*second, f"resume={folder.path}")
+    names = said(overridden, *second, f"resume={folder.path}")
     if key is None:
         folder.resumed(given_config, names)
     else:

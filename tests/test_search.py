@@ -193,7 +193,7 @@ def test_a_search_ends_with_the_first_student_that_keeps_the_promise(tmp_path: P
 def test_what_the_user_has_given_is_not_on_trial(tmp_path: Path) -> None:
     search = made(
         tmp_path, Numbers({"W4A4": 8.0}), "W4A4", GoalConfig(drop=0.0, minutes=None),
-        given=("distill.optimizer.grid_lr", "distill.schedule"), schedules=("local", "joint"),
+        given=("distill.optimizer.grid_lr", "distill"), schedules=("local", "joint"),
     )  # fmt: skip
     search.find()
     trials = [row for row in search.ledger.rows if row["kind"] == "trained"]
@@ -275,7 +275,7 @@ def config(root: Path, *words: str) -> Config:
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return conductor.run(config(tmp_path_factory.mktemp("search"), "name=whole"), GIVEN)
+    return conductor.run(config(tmp_path_factory.mktemp("search"), "name=whole"), [], GIVEN)
 
 
 def test_a_run_says_what_became_of_its_promise(searched: RunFolder) -> None:

@@ -123,6 +123,19 @@ def overridden() -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def named() -> list[str]:
+    """The keys that the command line of the running Hydra job sets itself, and the groups of which
+    it names an option; not what the files of these set.
+    """
+    found = []
+    for override in parse(HydraConfig.get().overrides.task):
+        if _chooses(override) and isinstance(override.value(), str):
+            found.append(override.key_or_group)
+        elif not override.is_hydra_override():
+            found += [key for key, _ in settings(override)]
+    return list(dict.fromkeys(found))
+
+
 def _short(text: str, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 

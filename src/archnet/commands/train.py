@@ -91,7 +91,7 @@ def _run(conf: Path, words: Sequence[str]) -> int:
 
     from archnet.compose import to_config
     from archnet.jobs import check_data
-    from archnet.overrides import overridden
+    from archnet.overrides import named, overridden
     from archnet.sweep import compared_at_end
 
     @hydra.main(version_base="1.3", config_path=str(conf), config_name="config")
@@ -107,7 +107,7 @@ def _run(conf: Path, words: Sequence[str]) -> int:
             from archnet.runs import read_json
 
             # What a sweep over two objectives, such as Optuna's, is told of the run.
-            return objectives(read_json(run_all(config, overridden()).metrics, dict))
+            return objectives(read_json(run_all(config, overridden(), named()).metrics, dict))
         except ArchnetError as error:
             if HydraConfig.get().mode is RunMode.MULTIRUN:
                 raise  # the sweep notes the failure and goes on with the next job

@@ -55,13 +55,14 @@ _log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "torchvision", "lightning", "onnx", "onnxruntime", "numpy")
 
 
-def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
+def run(config: Config, overridden: Sequence[str] = (), named: Sequence[str] = ()) -> RunFolder:
     """Run or resume the whole of it.
 
     Args:
         config: the checked config; ``config.resume`` names a folder to continue.
         overridden: keys and groups given on the command line, which must not contradict the
             config of a resumed folder.
+        named: keys and groups that the command line names itself, which a search leaves alone.
 
     Returns:
         The run folder.
@@ -77,7 +78,7 @@ def run(config: Config, overridden: Sequence[str] = ()) -> RunFolder:
         config = job_class(config.task.kind).completed(config)
         folder = RunFolder.create(config)
         if config.goal.asked:
-            ledger_of(folder, overridden)
+            ledger_of(folder, named)
     note(folder.path)
     with folder.locked():
         if config.resume:

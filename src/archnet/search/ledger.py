@@ -40,9 +40,9 @@ class Ledger:
             self.save()
         self._place = 0  # of the next trial
 
-    def names(self, key: str) -> bool:
-        """Whether the user has given a key of the config, or a group that it belongs to."""
-        return any(key == name or key.startswith(f"{name}.") for name in self.given)
+    def names(self, *keys: str) -> bool:
+        """Whether the user has named one of these keys or groups."""
+        return any(key in self.given for key in keys)
 
     @property
     def minutes(self) -> float:

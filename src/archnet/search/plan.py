@@ -93,7 +93,7 @@ class Search:
         self.bench, self.goal, self.asked, self.base = bench, goal, asked, base
         self.ledger, self.promise = ledger, Promise(goal.drop, goal.agreement)
         self.schedules = list(schedules)
-        if ledger.names("distill.schedule") or ledger.names("distill"):
+        if ledger.names("distill.schedule", "distill"):
             self.schedules = [base.schedule]
         self.out_of_time = False
         self.last_gain: float | None = None  # of the last round at the asked widths

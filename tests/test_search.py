@@ -39,9 +39,13 @@ class Numbers:
         self.lost, self.pace, self.best = lost, pace, best
         self.students: dict[str, list[float]] = {}
         self.trainings = 0
+        self.floats = {"": 100.0}  # agreements of conversions, by their names
 
-    def converted(self) -> Any:
-        return [100.0]
+    def converted(self, closer: str) -> Any:
+        return [self.floats[closer]]
+
+    def closer(self) -> list[str]:
+        return list(self.floats)[1:]
 
     def quantized(self, student: Any, widths: Widths, budget: float | None) -> Any:
         return [max(0.0, student[0] - self.lost.get(str(widths), 0.0) / (budget or 1.0))]
@@ -149,6 +153,26 @@ def test_nothing_is_trained_where_rounding_is_enough(tmp_path: Path) -> None:
     assert kinds(search) == ["converted float", "calibrated W8A8"]
     assert found.shortfall == -0.75
     assert not found.advice
+
+
+def test_a_closer_conversion_is_tried_where_the_student_is_far_off(tmp_path: Path) -> None:
+    cases = [
+        ({"": 60.0, "pairs": 92.0, "pairs hinges": 98.0, "more": 99.0}, 98.0, 3),
+        ({"": 60.0, "pairs": 55.0, "hinges": 60.1}, 60.0, 3),
+        ({"": 98.0, "pairs": 99.0}, 98.0, 1),
+    ]
+    for number, (floats, best, trials) in enumerate(cases):
+        bench = Numbers({})
+        bench.floats = floats
+        place = tmp_path / f"{number}"
+        place.mkdir()
+        search = made(place, bench, "W8A8", GoalConfig(drop=50.0, minutes=None))
+        assert search.converted().agreement == best
+        assert len(search.ledger.rows) == trials
+    # One that costs more than may be spent is left.
+    bench.floats = {"": 60.0, "pairs": 99.0}
+    search = made(tmp_path, bench, "W8A8", GoalConfig(drop=50.0, minutes=None, cost=0.2))
+    assert search.converted().agreement == 60.0
 
 
 def test_widths_between_are_trained_where_a_step_takes_much(tmp_path: Path) -> None:

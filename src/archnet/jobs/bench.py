@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning
 
-from archnet.config import DistillConfig
+from archnet.config import ConvertConfig, DistillConfig
 from archnet.jobs.costs import cost_ratio
 from archnet.jobs.job import Facts, Inputs, Job
 from archnet.ops import Student
@@ -19,23 +19,40 @@ from archnet.quant import quantizers, unquantize
 from archnet.report.files import SEARCH
 from archnet.runs import RunFolder, read_json, write_json
 from archnet.runs.quant import run_quant
-from archnet.runs.student import load_student, save_student
+from archnet.runs.student import load_student, save_student, write_tables
 from archnet.search import Found, Ledger, Measured, Search, SearchError
 from archnet.search.ladder import Widths
+
+# How the converted student is kept until the search has found the one that training began with.
+CONVERTED = "calibrated"
 
 
 class JobBench:
     """A `Bench` of a run; see there for what each question means."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, named: Sequence[str]) -> None:
         self.job, self.config, self.folder = job, job.config, job.folder
+        self.named = named
 
     @cached_property
     def _calibration(self) -> list[Inputs]:
         return self.job.calibration(self.config.quant.calibration_batches)
 
-    def converted(self) -> Student:
-        return load_student(self.folder, "calibrated")
+    def converted(self, closer: str) -> Student:
+        if not closer:
+            return load_student(self.folder, CONVERTED)
+        student, _ = self.job.convert(self._closer[closer])
+        student.graph.preprocessing = self.job.preprocessing()
+        return student
+
+    def closer(self) -> list[str]:
+        return list(self._closer)
+
+    @cached_property
+    def _closer(self) -> Mapping[str, ConvertConfig]:
+        if self.config.convert.student is not None:
+            return {}
+        return self.job.conversions(self.converted(""), self.named)
 
     def quantized(self, student: Student, widths: Widths, budget: float | None) -> Student:
         student = copy.deepcopy(student)
@@ -96,16 +113,19 @@ def search(job: Job) -> tuple[Student, Facts]:
     The student that its training began with becomes the run's ``calibrated`` one.
     """
     config, quant = job.config, job.config.quant
-    bench, ledger = JobBench(job), ledger_of(job.folder)
+    ledger = ledger_of(job.folder)
+    bench = JobBench(job, ledger.given)
     asked = Widths(quant.weight_bits, quant.act_bits)
     base = replace(
         config.distill,
         **{key: x for key, x in job.search_preset.items() if not ledger.names(f"distill.{key}")},
     )
-    schedules = job.schedules(bench.converted(), base)
+    schedules = job.schedules(bench.converted(""), base)
     found = Search(bench, config.goal, asked, base, ledger, schedules).find()
     student = bench.kept(found.point.name)
-    save_student(job.folder, "calibrated", bench.kept(found.calibrated))
+    calibrated = bench.kept(found.calibrated)
+    save_student(job.folder, "calibrated", calibrated)
+    write_tables(job.folder, calibrated)
     trained = [row for row in ledger.rows if row["kind"] == "trained"]
     facts = {
         "inputs_seen": sum(row["inputs_seen"] for row in trained),

@@ -219,7 +219,7 @@ def _logged(job: Job, loggers: RunLoggers) -> dict[str, Any]:
     finished["cost"] = folder.stage(
         "cost", lambda: costs(job, student), needs=("macs", "bops", "weight_bytes")
     )
-    metrics = _write_metrics(job, _metrics(job, finished))
+    metrics = _write_metrics(job, _metrics(job, student, finished))
 
     def tell() -> Facts:
         loggers.begin()
@@ -270,16 +270,19 @@ def _convert(job: Job) -> tuple[Student, Facts]:
         # A student that was trained before is no longer what conversion made.
         student, learned = given_student(config)
     else:
-        student, facts = job.convert()
-        facts["error"] = student.graph.error
+        student, facts = job.convert(config.convert)
     student.graph.preprocessing = job.preprocessing()
     facts["mixed"] = {}
     if not config.goal.asked:  # else the search quantizes, and for `none` nothing does
         facts["mixed"] = run_quant(config, student, batches, learned)
         job.require_computable(student)
-    inexact = sorted({row.rule for row in student.report if not row.exact})
     taps = [tap.path for tap in student.taps]
-    return student, {"taps": taps, "approximate_rules": inexact, **facts}
+    return student, {"taps": taps, **facts}
+
+
+def _inexact(student: Student) -> list[str]:
+    """The rules by which it approximates its teacher."""
+    return sorted({row.rule for row in student.report if not row.exact})
 
 
 def _distil(job: Job, student: Student, loggers: Sequence[Logger] = ()) -> Facts:
@@ -345,7 +348,7 @@ def _audit(job: Job) -> Facts:
     }
 
 
-def _metrics(job: Job, finished: dict[str, Facts]) -> dict[str, Any]:
+def _metrics(job: Job, student: Student, finished: dict[str, Facts]) -> dict[str, Any]:
     """What ``metrics.json`` says of the run; shares in points, sizes in bytes."""
     config, scores, seconds = job.config, finished["evaluate"], job.folder.seconds()
     parity = {key: value for key, value in finished["parity"].items() if key != "seconds"}
@@ -367,8 +370,9 @@ def _metrics(job: Job, finished: dict[str, Facts]) -> dict[str, Any]:
         **({"goal": finished["distill"]["goal"]} if config.goal.asked else {}),
         "hardware": config.hardware.name,
         "conversion": {
-            "approximate_rules": finished["convert"]["approximate_rules"],
-            "error": finished["convert"].get("error"),
+            "approximate_rules": _inexact(student),
+            # Of a student that was trained before, there is no error of conversion.
+            "error": student.graph.error if config.convert.student is None else None,
         },
         "paired": scores.get("paired", {}),
         "agreement_interval": scores.get("agreement_interval"),

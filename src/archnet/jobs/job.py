@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
-from archnet.config import Config, DistillConfig
+from archnet.config import Config, ConvertConfig, DistillConfig
 from archnet.deploy import Check, verify
 from archnet.lower import SampleCost, sample_cost
 from archnet.ops import Student
@@ -85,8 +85,22 @@ class Job(ABC):
         return {}
 
     @abstractmethod
-    def convert(self) -> tuple[Student, Facts]:
-        """The float student of the teacher, and what is to be known of the conversion."""
+    def convert(self, asked: ConvertConfig) -> tuple[Student, Facts]:
+        """The float student of the teacher, and what is to be known of the conversion.
+
+        Args:
+            asked: how: as the run's config says, or one of `conversions`.
+        """
+
+    def conversions(self, student: Student, named: Sequence[str]) -> dict[str, ConvertConfig]:
+        """Closer approximations of the teacher than a student is, for a search to try one after
+        another, by what they are called.
+
+        Args:
+            student: as the config says, float.
+            named: keys that the user has given, which stay.
+        """
+        return {}
 
     def preprocessing(self) -> Facts:
         """How a sample becomes the input, for exported files and the report; {}: not stated."""

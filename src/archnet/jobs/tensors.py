@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
@@ -15,7 +16,7 @@ from torchmetrics import Metric
 
 import archnet
 from archnet.capture import TeacherGraph, capture
-from archnet.config import DistillConfig
+from archnet.config import ConvertConfig, DistillConfig
 from archnet.convert import Approximation, native_cycles
 from archnet.convert.walk import Classes
 from archnet.deploy import to_integers
@@ -29,6 +30,8 @@ from archnet.ops import Student
 from archnet.ops.scores import each, unexplained
 from archnet.quant import FLOAT
 
+# Of the config's keys, those that a search may double.
+MOST_HINGES = {"hinges": 8, "norm_hinges": 8, "gate_hinges": 16}
 PARITY_INPUTS = 500  # on which the exported file is compared with the student
 
 
@@ -79,8 +82,8 @@ class TensorJob(Job):
         """The teacher as it is compared with the student: up to its scores."""
         return capture(self.teacher, self.example())
 
-    def convert(self) -> tuple[Student, Facts]:
-        config, asked = self.config, self.config.convert
+    def convert(self, asked: ConvertConfig) -> tuple[Student, Facts]:
+        config = self.config
         student = archnet.convert(
             self.captured,
             self.example(),
@@ -103,6 +106,24 @@ class TensorJob(Job):
             ),
         )
         return student, {}
+
+    def conversions(self, student: Student, named: Sequence[str]) -> dict[str, ConvertConfig]:
+        """Attention in pairs first, where it is approximated otherwise, then twice the hinges."""
+        inexact = {row.rule for row in student.report if not row.exact}
+        asked, found = self.config.convert, dict[str, ConvertConfig]()
+        is_named = "convert.attention" in named or asked.attention == "pairs"
+        if any("attention" in rule for rule in inexact) and not is_named:
+            asked = replace(asked, attention="pairs")
+            found["convert.attention=pairs"] = asked
+        more = {
+            key: min(2 * getattr(asked, key), most)
+            for key, most in MOST_HINGES.items()
+            if f"convert.{key}" not in named
+        }
+        if inexact and any(more.values()):
+            words = [f"convert.{key}={count}" for key, count in more.items()]
+            found[" ".join([*found, *words])] = replace(asked, **more)
+        return found
 
     def calibration(self, count: int) -> list[Inputs]:
         return list(self.data.calibration_batches(count))

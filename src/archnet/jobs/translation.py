@@ -22,7 +22,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from archnet.capture.compare import difference
-from archnet.config import Config, DistillConfig, TeacherConfig
+from archnet.config import Config, ConvertConfig, DistillConfig, TeacherConfig
 from archnet.convert import convert_translator, fit_norms, stepwise
 from archnet.deploy import Check, OnnxTranslator, export_translator
 from archnet.deploy.sentences import Sentences, columns_of, sentence_cost
@@ -211,7 +211,7 @@ class Translation(Job):
         self.teacher.cpu()
         return made
 
-    def convert(self) -> tuple[Student, Facts]:
+    def convert(self, asked: ConvertConfig) -> tuple[Student, Facts]:
         student, norms = convert_translator(
             self.teacher, self.config.hardware, seed=self.config.seed
         )

@@ -131,14 +131,30 @@ class Search:
     # Float ------------------------------------------------------------------------------------
 
     def converted(self) -> Point:
-        """The student as conversion made it."""
+        """The student as conversion made it, or closer to its teacher where that is far off."""
+        best = self._converted("")
+        for closer in self.bench.closer():
+            if 100 - best.agreement <= FITTED:
+                break
+            point = self._converted(closer)
+            affordable = self.goal.cost is None or (point.cost or 0.0) <= self.goal.cost * SAME
+            if affordable and point.agreement - best.agreement >= GAIN:
+                best = point
+        return best
+
+    def _converted(self, closer: str) -> Point:
+        about = {"kind": "converted", "widths": "float"} | ({"closer": closer} if closer else {})
 
         def work(name: str) -> Mapping[str, Any]:
-            student = self.bench.converted()
+            student = self.bench.converted(closer)
             self.bench.keep(name, student)
-            return self.bench.measure(student).facts()
+            found = self.bench.measure(student).facts()
+            if closer and self.goal.cost is not None:
+                quantized = self.bench.quantized(student, self.asked, None)
+                found["cost"], found["cost_of"] = self.bench.cost(quantized)
+            return found
 
-        return self._point(self.ledger.trial({"kind": "converted", "widths": "float"}, work))
+        return self._point(self.ledger.trial(about, work))
 
     def fitted(self, start: Point) -> Point:
         """A float student whose approximations follow the teacher, where they do not yet."""
@@ -346,9 +362,8 @@ class Search:
             return ["distill.steps=0 trains nothing: leave it out"]
         if not self.keeps(fitted):
             found.append(
-                "The float student does not keep the promise either: approximate the teacher more "
-                "closely (convert.attention=pairs, more convert.hinges), or name a target that "
-                "runs more of its operators"
+                "The float student does not surely keep the promise either: more time for it, or a "
+                "target that runs more of the teacher's operators"
             )
         minutes = self.goal.minutes
         if minutes is not None and self.out_of_time:

@@ -93,8 +93,13 @@ class Promise:
 class Bench(Protocol):
     """What a search works with: students are made, trained, measured, costed and kept here."""
 
-    def converted(self) -> Student:
-        """The float student as conversion made it."""
+    def converted(self, closer: str) -> Student:
+        """The float student as conversion made it: one of `closer`, or, "", as it was asked for."""
+
+    def closer(self) -> list[str]:
+        """Names of conversions that approximate the teacher more closely, at more cost, in the
+        order in which they are worth a trial.
+        """
 
     def quantized(self, student: Student, widths: Widths, budget: float | None) -> Student:
         """A student at other widths, calibrated.

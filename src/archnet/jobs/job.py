@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
+from archnet import deploy
 from archnet.config import Config, ConvertConfig, DistillConfig
-from archnet.deploy import Check, verify
 from archnet.lower import SampleCost, sample_cost
 from archnet.ops import Student
 from archnet.runs import RunError, RunFolder
@@ -270,7 +270,7 @@ for result in session.run(None, values):
 
     def verify(
         self, student: Student, count: int | None, forms: Sequence[str] | None
-    ) -> list[Check]:
+    ) -> list[deploy.Check]:
         """The student in PyTorch and in every form against its golden model.
 
         Args:
@@ -281,7 +281,7 @@ for result in session.run(None, values):
         images = self.inputs(count or self.verified).numpy()
         files = {path.name: path for path in self.files if path.is_file()}
         kind = cast(Any, self.config.hardware.requantization)
-        return verify(student, images, forms, files, kind)
+        return deploy.verify(student, images, forms, files, kind)
 
     @property
     def device(self) -> torch.device:

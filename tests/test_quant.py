@@ -29,6 +29,7 @@ from archnet.quant import (
     WeightLSQ,
     best_scale,
     describe,
+    exact_constants,
     grid_steps,
     grids,
     input_quantizers,
@@ -197,7 +198,7 @@ def test_rounded_together_values_and_gradients_are_those_of_rounding_alone(recip
     quantize(made, **{"weight_bits": 3, "act_bits": 4, "calibration": batches(), **recipe})
     made.to(memory_format=layout)
     images = batches(1)[0]
-    together = Together(made.operators.values())
+    together = Together(made.operators.values(), exact_constants(made))
 
     def result():
         made.zero_grad()

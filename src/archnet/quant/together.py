@@ -5,13 +5,13 @@ values are the same, and the gradients but for rounding.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from archnet.ops import Activation, Operator, WeightedOperator
+from archnet.ops import Activation, Operator, Student, WeightedOperator
 from archnet.quant.quantizers import (
     BiasQuantizer,
     LearnedStep,
@@ -23,6 +23,7 @@ from archnet.quant.quantizers import (
 )
 
 ALIGNED = 8  # rows of a multiple of so many weights are cut into pieces of one length
+_EXACT = 1e-4  # steps of a grid: what float32 loses between the largest integer and its neighbour
 
 
 class Together:
@@ -31,10 +32,14 @@ class Together:
     Args:
         operators: of a student, all of which are run: what is not would get a gradient of zeros
             instead of none.
+        exact: constants that `exact_constants` found, which are rounded once for all.
     """
 
-    def __init__(self, operators: Iterable[Operator]) -> None:
+    def __init__(
+        self, operators: Iterable[Operator], exact: Collection[WeightedOperator] = ()
+    ) -> None:
         grids: dict[tuple[int, int, bool], list[WeightedOperator]] = {}
+        constants: dict[WeightedOperator, Tensor] = {}
         activations: dict[Quantizer, None] = {}
         for operator in dict.fromkeys(operators):
             if isinstance(operator, Activation) and isinstance(operator.quantizer, Quantizer):
@@ -42,11 +47,15 @@ class Together:
             elif isinstance(operator, WeightedOperator):
                 quantizer = operator.weight_quantizer
                 # One bit has a rule of its own, and so has DoReFa.
-                if isinstance(quantizer, WeightLSQ) and quantizer.bits > 1:
+                if operator in exact:
+                    constants[operator] = on_grid(operator)
+                elif isinstance(quantizer, WeightLSQ) and quantizer.bits > 1:
                     key = (quantizer.low, quantizer.high, _row(operator) % ALIGNED == 0)
                     grids.setdefault(key, []).append(operator)
         self._activations = list(activations)
-        self._operators = [operator for members in grids.values() for operator in members]
+        self._constants = constants
+        self._operators = [*(operator for members in grids.values() for operator in members)]
+        self._operators += constants
         self._weights = _Weights(list(grids.values()))
         self._biases = _Biases(
             [
@@ -68,6 +77,8 @@ class Together:
         try:
             for quantizer in self._activations:
                 quantizer.entry = steps.entries[quantizer]
+            for operator, weight in self._constants.items():
+                operator.on_grid["weight"] = weight
             self._weights.round(steps)
             self._biases.round(steps)
             yield
@@ -76,6 +87,36 @@ class Together:
                 quantizer.entry = None
             for operator in self._operators:
                 operator.on_grid = {}
+
+
+def on_grid(operator: WeightedOperator) -> Tensor:
+    """An operator's weight on its grid, without a gradient."""
+    quantizer = _quantizer(operator)
+    with torch.no_grad():
+        return quantizer.integers(operator.weight) * quantizer.along(operator.weight)
+
+
+def exact_constants(student: Student) -> set[WeightedOperator]:
+    """Constants that their grids hold exactly.
+
+    LSQ's gradient of a scale is the sum of g * (y - x) where nothing is cut off (`LearnedStep`):
+    rounding moves none of these weights, so that no training ever moves their scales.
+    """
+    return {
+        operator
+        for operator in student.operators.values()
+        if isinstance(operator, WeightedOperator)
+        and not operator.trainable
+        and isinstance(operator.weight_quantizer, WeightLSQ)
+        and operator.weight_quantizer.bits > 1
+        and bool(_error(operator) < _EXACT)
+    }
+
+
+def _error(operator: WeightedOperator) -> Tensor:
+    """How far rounding moves a weight at most, in steps of its grid."""
+    weight = operator.weight.detach()
+    return ((on_grid(operator) - weight) / _quantizer(operator).along(weight)).detach().abs().max()
 
 
 class _Weights:

@@ -66,37 +66,33 @@ class LearnedStep(torch.autograd.Function):
         if ctx.rows:
             scale = scale.reshape(-1, *[1] * (x.dim() - 1))
         y = torch.empty_like(x)
-        ratio = torch.empty_like(x) if any(ctx.needs_input_grad) else y
-        own = [scale] if ctx.rows else []
-        for some, ratios, results, *scales in _parts(ctx.rows, x, ratio, y, *own):
-            (step,) = scales or [scale]
+        for some, results, step in _parts(scale, x, y):
             # A true division, as ONNX's QuantizeLinear: the same bits in every runtime.
-            torch.div(some, step, out=ratios)
-            torch.round(ratios, out=results).clamp_(low, high).mul_(step)
-        ctx.save_for_backward(ratio, y, scale)
+            torch.div(some, step, out=results).round_().clamp_(low, high).mul_(step)
+        ctx.save_for_backward(x, y, scale)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        first, y, last = ctx.saved_tensors
-        if grad.stride() != first.stride() or grad.dtype != first.dtype:
+        x, y, last = ctx.saved_tensors
+        if grad.stride() != y.stride() or grad.dtype != y.dtype:
             # In one memory order, so that all are walked alike.
-            grad = torch.empty_like(first).copy_(grad)
+            grad = torch.empty_like(y).copy_(grad)
         if ctx.is_fused:
             moved = grad * last
-            ctx.leave(_product(grad, y, False), _product(moved, first, False))
+            ctx.leave(_product(grad, y, False), _product(moved, x, False))
             return moved, *[None] * 7
-        inside = torch.empty_like(first)
-        gains, losses = [], []
-        for g, r, level, result in _parts(ctx.rows, grad, first, y, inside):
-            torch.ops.aten.hardtanh_backward.grad_input(g, r, *ctx.bounds, grad_input=result)
+        moved, gains, losses = torch.empty_like(y), [], []
+        for g, some, level, result, step in _parts(last, grad, x, y, moved):
+            passed = torch.ops.aten.hardtanh_backward.grad_input
+            passed(g, some / step, *ctx.bounds, grad_input=result)
             gains.append(_product(g, level, ctx.rows))
-            losses.append(_product(result, r, ctx.rows))
+            losses.append(_product(result, some, ctx.rows))
         gain, loss = (joined(parts) for parts in (gains, losses))
         if not ctx.rows and len(gains) > 1:
             gain, loss = (parts.sum(0, keepdim=True) for parts in (gain, loss))
-        ctx.leave(gain, loss * last.flatten())
-        return inside, *[None] * 7
+        ctx.leave(gain, loss)
+        return moved, *[None] * 7
 
 
 def _fuses(x: Tensor) -> bool:
@@ -121,22 +117,24 @@ def _product(a: Tensor, b: Tensor, rows: bool) -> Tensor:
     return torch.dot(*(x.permute(order).reshape(-1) for x in (a, b))).reshape(1)
 
 
-def _parts(rows: bool, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The same stretch of all tensors, one after another, each small enough for a CPU's cache.
+def _parts(scale: Tensor, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The same stretch of all tensors and its scale, one after another, each small enough for a
+    CPU's cache.
 
     What this costs on a CPU are the passes over memory, and the passes after the first one find
-    a stretch in the cache. Elsewhere, and for a tensor with holes, the whole is one part; with
-    ``rows``, which have scales of their own, a stretch is some of them, if they lie in a row.
+    a stretch in the cache. Elsewhere, and for a tensor with holes, the whole is one part; rows,
+    which have scales of their own, are parted between two rows, if they lie in a row.
     """
-    first = tensors[0]
+    first, rows = tensors[0], scale.numel() > 1
     order = sorted(range(first.dim()), key=first.stride, reverse=True)
     views = [tensor.permute(order) for tensor in tensors] if not rows else list(tensors)
     dense = all(view.is_contiguous() for view in views) and (first.dim() == 2 or not rows)
     if first.device.type != "cpu" or not dense:
-        return [tensors]
+        return [(*tensors, scale)]
     if rows:
-        return zip(*(view.split(max(1, PART // first.shape[1])) for view in views), strict=True)
-    return zip(*(view.view(-1).split(PART) for view in views), strict=True)
+        own = [*views, scale]
+        return zip(*(view.split(max(1, PART // first.shape[1])) for view in own), strict=True)
+    return ((*parts, scale) for parts in zip(*(x.view(-1).split(PART) for x in views), strict=True))
 
 
 class Left:

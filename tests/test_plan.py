@@ -11,7 +11,7 @@ from archnet.convert import Approximation, convert
 from archnet.ops import Activation, Convolution, HingeLines, HingeSum, Step, Student
 from archnet.ops.piece import Piece
 from archnet.ops.plan import Split, plan
-from archnet.ops.tables import Tabled
+from archnet.ops.tables import Tabled, spread
 from archnet.quant import Recipe, equalize, quantize
 
 
@@ -202,6 +202,16 @@ def test_a_table_under_autocast() -> None:
         result = student(x)
     result.float().square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
+
+
+@pytest.mark.parametrize("size", [1, 97, 1200, 2**13])
+@pytest.mark.parametrize("count", [5, 511])
+def test_what_a_gpu_adds_to_copies_of_the_entries(count: int, size: int) -> None:
+    index = torch.randint(count, (size,), dtype=torch.int32)
+    values = torch.randn(size, dtype=torch.float64)
+    torch.testing.assert_close(
+        spread(index, values, count), torch.bincount(index, values, count), atol=1e-12, rtol=0
+    )
 
 
 @pytest.mark.parametrize("sign", [0, 1, -1])

@@ -7,10 +7,9 @@ run on the levels, and what is computed is looked up. The gradients that the num
 receive are added up and go through the steps once. Values and gradients are the same.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from archnet.ops.piece import Piece, place_of
 
 PART = 2**17  # sums taken at a time on a CPU
 _PLACES = 2**18  # numbers in which a GPU adds up what belongs to the entries of a table
+_MOST = 256  # of the tensors that are kept
 _LARGEST = 2**22  # entries of a table that are told apart by half a step in single precision
 
 
@@ -141,35 +141,51 @@ class Tabled(Piece):
         low, high = grid.low, grid.high
         if sign:
             low, high = (low + low, high + high) if sign > 0 else (low - high, high - low)
-        entries, device = channels * (high - low + 1), sources[0].device
+        entries = channels * (high - low + 1)
         if entries > _LARGEST or (sign == 0 and 2 * entries > sources[0].numel()):
             return None
         step = grid.scale.detach().to(sources[0])
         values = shape[1:].numel()
         table, slopes = parts.table(
-            _levels(low, high, device) * step, cast(Activation, act), values
+            kept(_levels, step, low, high) * step, cast(Activation, act), values
         )
         for module in cast(list[Activation], last):
             if torch.is_grad_enabled():
                 slopes = module.passed(table.detach(), slopes)
             table = module(table, values)
         is_sum = isinstance(lines, HingeLines)
-        starts = _starts(
-            grid.low, grid.high, sign, channels, 0 if is_sum else len(shape) - 2, device
-        )
+        axes = 0 if is_sum else len(shape) - 2
+        starts = kept(_starts, step, grid.low, grid.high, sign, channels, axes)
         result = _Lookup.apply(
-            table.flatten(), slopes.flatten(), 1 / step, starts, sign, is_sum, *sources
+            table.flatten(), slopes.flatten(), step, starts, sign, is_sum, *sources
         )
         return cast(Tensor, result if parts.terms == 1 else result + parts.offset.flatten())
 
 
-@lru_cache(maxsize=64)
+Made = TypeVar("Made")
+_made: dict[tuple[Any, ...], Any] = {}
+
+
+def kept(make: Callable[..., Made], like: Tensor, *numbers: Any) -> Made:
+    """make(*numbers, device), which is the same at every step: kept, since it costs launches, and
+    the host waits for what it sends. Not what is made while ``like`` stands for another tensor, as
+    in torch.export, nor in inference mode.
+    """
+    if type(like) not in (Tensor, nn.Parameter) or torch.is_inference_mode_enabled():
+        return make(*numbers, like.device)
+    key = make, like.device, *numbers
+    if key not in _made:
+        if len(_made) > _MOST:
+            _made.clear()
+        _made[key] = make(*numbers, like.device)
+    return cast(Made, _made[key])
+
+
 def _levels(low: int, high: int, device: torch.device) -> Tensor:
-    """The integers of a grid, the same at every step."""
+    """The integers of a grid."""
     return torch.arange(low, high + 1, device=device)
 
 
-@lru_cache(maxsize=64)
 def _starts(
     low: int, high: int, sign: int, channels: int, axes: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -190,7 +206,7 @@ class _Lookup(torch.autograd.Function):
 
     Args:
         table, slopes: (entries,).
-        steps: 1 / step of the grid, (1,).
+        step: of the grid, (1,).
         starts: of `_starts`.
         sign: of y, 1 or -1; 0 where there is none.
         is_sum: whether the last axis is added up.
@@ -202,7 +218,7 @@ class _Lookup(torch.autograd.Function):
         ctx: Any,
         table: Tensor,
         slopes: Tensor,
-        steps: Tensor,
+        step: Tensor,
         starts: Sequence[Tensor],
         sign: int,
         is_sum: bool,
@@ -210,7 +226,7 @@ class _Lookup(torch.autograd.Function):
     ) -> Tensor:
         ctx.signs, ctx.is_sum = (1, sign)[: len(sources)], is_sum
         places = [
-            torch.addcmul(start, source, steps, value=own).to(torch.int32)
+            torch.addcdiv(start, source, step, value=own).to(torch.int32)
             for start, source, own in zip(starts, sources, ctx.signs, strict=False)
         ]
         ctx.save_for_backward(slopes, *places)
@@ -271,8 +287,14 @@ def _added(index: Tensor, values: Tensor, count: int) -> Tensor:
     index, values = (x.permute(order).reshape(-1) for x in (index, values))
     if values.device.type == "cpu":
         return torch.bincount(index, values, count).to(values.dtype)
-    # A GPU adds in memory, where additions to one place wait for each other: to many copies of
-    # the entries instead. (Its bincount reads the index first, for which the host would wait.)
+    return spread(index, values, count)
+
+
+def spread(index: Tensor, values: Tensor, count: int) -> Tensor:
+    """The same on a GPU, which adds in memory, where additions to one place wait for each other: to
+    many copies of the entries instead. (Its bincount reads the index first, for which the host
+    would wait.)
+    """
     most = max(1, _PLACES // count)
     copies = next(n for n in range(min(most, len(index)), 0, -1) if len(index) % n == 0)
     sums = torch.zeros(count, copies, dtype=values.dtype, device=values.device)

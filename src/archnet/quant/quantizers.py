@@ -13,12 +13,14 @@ layer, and no scale can reach zero. The gradient is that of LSQ's equation 3 tim
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import partial
 from itertools import accumulate, groupby
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from archnet.ops.tables import kept
 
 PART = 2**16  # values a pass takes at a time on a CPU
 # The smallest step. Anything below is taken for zero (weight decay leaves channels of 1e-38), and a
@@ -59,7 +61,7 @@ class LearnedStep(torch.autograd.Function):
         ctx.is_fused = any(ctx.needs_input_grad) and not ctx.rows and _fuses(x)
         if ctx.is_fused:
             y, inside = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
-                x, scale, *_offset(x.device), low, high
+                x, scale, *kept(_offset, x), low, high
             )
             ctx.save_for_backward(x, y, inside)
             return y
@@ -100,7 +102,6 @@ def _fuses(x: Tensor) -> bool:
     return x.device.type != "cpu" and x.dtype == torch.float32
 
 
-@cache
 def _offset(device: torch.device) -> tuple[Tensor, Tensor]:
     """A zero point of 0, and a switch that is on."""
     return (
@@ -179,17 +180,15 @@ class _Logarithms(torch.autograd.Function):
         if left.of_tensors:
             places, factors, gains, losses = zip(*left.of_tensors, strict=True)
             change = joined(gains) - joined(losses)
-            change = change * _kept(factors, total.dtype, total.device)
-            total.index_add_(0, _kept(places, torch.int64, total.device), change)
+            change = change * kept(_numbers, logarithms, factors, total.dtype)
+            total.index_add_(0, kept(_numbers, logarithms, places, torch.int64), change)
         for place, factor, gain, loss in left.of_rows:
             total.index_add_(0, place, ((gain - loss) * factor).to(total.dtype))
         left.of_tensors, left.of_rows = [], []
         return total, None
 
 
-@lru_cache(maxsize=64)
-def _kept(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers as a tensor, the same at every step: the host waits for what it sends."""
+def _numbers(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 

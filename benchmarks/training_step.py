@@ -259,7 +259,7 @@ def counted(teacher: nn.Module, student: Student, batch: Tensor) -> dict[str, in
     kinds = {f"_get_{kind}_kernels_supported_devices": lambda: ["meta"] for kind in KERNELS}
     plain = patch.object(torch, "autocast", lambda *_, **__: nullcontext())  # it has none there
     with count, plain, patch.multiple(import_module("torch.optim.optimizer"), **kinds):
-        train(teacher, student, Images(batch.to("meta"), asked), Meta(count), 2)
+        train(teacher, student, Images(batch, asked), Meta(count), 2)
     parts = ("teacher", "student", "losses", "backward", "optimizer")
     return {
         "launches": sum(found.values()),

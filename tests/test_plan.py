@@ -9,10 +9,9 @@ from torch.nn import functional as F
 
 from archnet.convert import Approximation, convert
 from archnet.ops import Activation, Convolution, HingeLines, HingeSum, Step, Student
-from archnet.ops.hinges import HingeFunction
 from archnet.ops.piece import Piece
 from archnet.ops.plan import Split, plan
-from archnet.ops.tables import Tabled
+from archnet.ops.tables import Tabled, spread
 from archnet.quant import Recipe, equalize, quantize
 
 
@@ -104,7 +103,7 @@ def test_hinges_of_pairs_run_as_one_function(bits: int) -> None:
     student = convert(network, x[:1], calibration=x, approximation=Approximation("pairs"))
     if bits < 32:
         quantize(student, Recipe(bits, bits), calibration=[x])
-    found = [piece for piece in pieces(student) if isinstance(piece, HingeFunction)]
+    found = [piece for piece in pieces(student) if isinstance(piece, Tabled)]
     # Scores, exponentials, weights and sums; of one number the rest, a logarithm among it.
     assert sorted(len(piece.reads) for piece in found) == [1, 1, 1, 1, 2, 2, 2, 2]
     student.double()
@@ -124,7 +123,7 @@ def test_hinges_that_are_asked_for_are_computed() -> None:
     network, x = Attention().eval(), torch.randn(32, 7, 6)
     student = convert(network, x[:1], calibration=x, approximation=Approximation("pairs")).double()
     x = x.double()
-    (bent, *_) = [piece for piece in pieces(student) if isinstance(piece, HingeFunction)]
+    (bent, *_) = [piece for piece in pieces(student) if isinstance(piece, Tabled)]
     names = [step.name for step in bent.steps[1:]]
     values = student.run({student.graph.inputs[0]: x}, names)
     expected = step_by_step(student, x)
@@ -203,6 +202,16 @@ def test_a_table_under_autocast() -> None:
         result = student(x)
     result.float().square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
+
+
+@pytest.mark.parametrize("size", [1, 97, 1200, 2**13])
+@pytest.mark.parametrize("count", [5, 511])
+def test_what_a_gpu_adds_to_copies_of_the_entries(count: int, size: int) -> None:
+    index = torch.randint(count, (size,), dtype=torch.int32)
+    values = torch.randn(size, dtype=torch.float64)
+    torch.testing.assert_close(
+        spread(index, values, count), torch.bincount(index, values, count), atol=1e-12, rtol=0
+    )
 
 
 @pytest.mark.parametrize("sign", [0, 1, -1])

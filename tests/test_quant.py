@@ -29,6 +29,7 @@ from archnet.quant import (
     WeightLSQ,
     best_scale,
     describe,
+    exact_constants,
     grid_steps,
     grids,
     input_quantizers,
@@ -40,7 +41,7 @@ from archnet.quant import (
 )
 from archnet.quant.attach import insert_activations
 from archnet.quant.calibrate import activation_scale, lowest_level, observe
-from archnet.quant.quantizers import signed_range
+from archnet.quant.quantizers import Steps, signed_range
 from archnet.teachers.nets import CifarResNet
 
 WIDTHS = range(1, 9)
@@ -197,7 +198,7 @@ def test_rounded_together_values_and_gradients_are_those_of_rounding_alone(recip
     quantize(made, **{"weight_bits": 3, "act_bits": 4, "calibration": batches(), **recipe})
     made.to(memory_format=layout)
     images = batches(1)[0]
-    together = Together(made.operators.values())
+    together = Together(made.operators.values(), exact_constants(made))
 
     def result():
         made.zero_grad()
@@ -213,6 +214,44 @@ def test_rounded_together_values_and_gradients_are_those_of_rounding_alone(recip
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
     assert torch.equal(made(images), scores)
+
+
+def test_scales_of_exact_constants_have_no_gradient():
+    """A pool's 1/n is on its grid, and rounding moves a constant of several sizes."""
+    made = student()
+    quantize(made, Recipe(4, 4), calibration=batches())
+    lone = FullyConnected(2, 2, trainable=False)
+    uneven = FullyConnected(2, 2, trainable=False)
+    with torch.no_grad():
+        lone.weight.copy_(torch.tensor([[0.3, -0.3], [0.0, 1e-3]]))
+        uneven.weight.copy_(torch.tensor([[0.3, -0.2], [0.0, 1e-3]]))
+    for layer in (lone, uneven):
+        layer.weight_quantizer = WeightLSQ(4, 2)
+        layer.weight_quantizer.set_scale(layer.weight.abs().amax(1) / 7)
+    made.operators["lone"], made.operators["uneven"] = lone, uneven
+    found = exact_constants(made)
+    assert lone in found
+    assert uneven not in found
+    assert all(not operator.trainable for operator in found)
+    for layer in (lone, uneven):
+        (layer(torch.randn(8, 2)) ** 2).sum().backward()
+    still, moved = (layer.weight_quantizer.log_scale.grad[0].abs() for layer in (lone, uneven))
+    assert still < 1e-5 < moved
+
+
+def test_the_gradient_of_a_scale_is_the_sum_over_its_uses_of_one_backward_pass():
+    quantizer = ActivationLSQ(4, 0)
+    quantizer.set_scale(torch.tensor([0.3]))
+    x, y = torch.randn(2, 6, 5), torch.randn(2, 6, 7)
+    gradients = []
+    for parts in ([x], [y], [x, y]):
+        steps = Steps([quantizer])
+        quantizer.entry = steps.entries[quantizer]
+        loss = sum(quantizer(part).square().sum() for part in parts)
+        for _ in range(2):  # the second pass forgets the first
+            (found,) = torch.autograd.grad(loss, quantizer.log_scale, retain_graph=True)
+        gradients.append(found)
+    torch.testing.assert_close(gradients[0] + gradients[1], gradients[2])
 
 
 def test_a_student_is_as_it_was_when_what_runs_together_fails():

@@ -18,7 +18,7 @@ from archnet.loaders import Takes
 from archnet.memory import release
 from archnet.ops import Activation, Student, Tap, WeightedOperator
 from archnet.ops.scores import accuracy, agreement, decisions, each, loss, unexplained
-from archnet.quant import Together, grid_steps
+from archnet.quant import Together, exact_constants, grid_steps
 
 _log = logging.getLogger(__name__)
 
@@ -119,6 +119,7 @@ class ArchDistillation(lightning.LightningModule):
         self.student = student
         # Here, where the student is as calibrated: a resumed run moves in the units of the first.
         self._units = grid_steps(student)
+        self._exact = exact_constants(student)
         self.periods, self.options = list(periods), options
         self._zeros = _zeros(student) if options.keep_zeros else {}
         self._shares: dict[int, Tensor] = {}  # of the taps in the loss, by the period's first step
@@ -171,7 +172,8 @@ class ArchDistillation(lightning.LightningModule):
         key = tuple(values), tuple(targets)
         if key not in self._together:
             steps = self.student.steps_between(*key)
-            self._together[key] = Together(self.student.operator(step.name) for step in steps)
+            operators = [self.student.operator(step.name) for step in steps]
+            self._together[key] = Together(operators, self._exact)
         with self._together[key].ready():
             return self.student.run(values, targets)
 

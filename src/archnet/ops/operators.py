@@ -12,7 +12,7 @@ student is rebuilt from plain data and never from pickled code. Quantizers hang 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +192,7 @@ class Segments(Operator):
         heights: of the K segments; None where one has no end.
     """
 
-    highest: Tensor
+    bounds: Tensor
 
     def __init__(self, channels: int, heights: Sequence[float | None]) -> None:
         super().__init__()
@@ -200,7 +200,8 @@ class Segments(Operator):
         self.heights = [math.inf if height is None else float(height) for height in heights]
         self.weight = nn.Parameter(torch.ones(len(self.heights), channels))
         self.bias = nn.Parameter(torch.zeros(len(self.heights), channels))
-        self.register_buffer("highest", torch.tensor(self.heights)[:, None], persistent=False)
+        bounds = torch.stack([torch.zeros(len(self.heights)), torch.tensor(self.heights)])
+        self.register_buffer("bounds", bounds[..., None], persistent=False)
 
     def spec(self) -> dict[str, Any]:
         # Infinity is not JSON.
@@ -208,14 +209,30 @@ class Segments(Operator):
         return {"channels": self.channels, "heights": ends}
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias, highest = (
+        weight, bias, low, high = (
             constant.reshape(*constant.shape, *[1] * (x.dim() - 2))
-            for constant in (self.weight, self.bias, self.highest)
+            for constant in (self.weight, self.bias, *self.bounds)
         )
         # Without a name each value is freed as soon as the next one is there.
-        return (
-            torch.addcmul(bias, x.unsqueeze(1), weight).clamp_min(0).minimum(highest).flatten(1, 2)
-        )
+        return clipped(torch.addcmul(bias, x.unsqueeze(1), weight), low, high).flatten(1, 2)
+
+
+class _Clip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        result = torch.clamp(x, low, high)
+        ctx.save_for_backward(result == x)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None
+
+
+def clipped(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """min(max(x, low), high) with constant bounds, whose gradient is one pass."""
+    return cast(Tensor, _Clip.apply(x, low, high))
 
 
 class AddConstant(Operator):
@@ -429,16 +446,24 @@ class Activation(Operator):
         of samples.
         """
         if self.quantizer is not None:
-            # A ReLU on an unsigned grid costs no extra pass: the lowest level is its bound. One
-            # that shares a grid with negative levels (the two sides of an addition) has to be made.
-            low = -math.inf if self.low == getattr(self.quantizer, "low", None) == 0 else self.low
-            if math.isfinite(low) or math.isfinite(self.high):
-                x = x.clamp(
-                    *(bound if math.isfinite(bound) else None for bound in (low, self.high))
-                )
+            x = self._cut(x)
             return self.quantizer(x) if values is None else self.quantizer(x, values)
         if self.low == 0 and self.high == math.inf:
             return F.relu(x)
         if self.low == -math.inf and self.high == math.inf:
             return x
         return x.clamp(self.low, self.high)
+
+    def passed(self, x: Tensor, given: Tensor) -> Tensor:
+        """The gradient at x where that of the rounded result is ``given``; 0 outside the grid."""
+        cut, quantizer = self._cut(x), cast(Any, self.quantizer)
+        return quantizer.passed(cut, given if cut is x else given * (cut == x))
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """What the quantizer rounds."""
+        # A ReLU on an unsigned grid costs no extra pass: the lowest level is its bound. One
+        # that shares a grid with negative levels (the two sides of an addition) has to be made.
+        low = -math.inf if self.low == getattr(self.quantizer, "low", None) == 0 else self.low
+        if math.isfinite(low) or math.isfinite(self.high):
+            x = x.clamp(*(bound if math.isfinite(bound) else None for bound in (low, self.high)))
+        return x

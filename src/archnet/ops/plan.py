@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from archnet.ops.graph import Step
-from archnet.ops.hinges import HingeFunction, HingeLines, HingeSum
+from archnet.ops.hinges import HingeLines, HingeSum
 from archnet.ops.operators import Activation, Convolution, Segments
 from archnet.ops.parts import partings
-from archnet.ops.piece import Piece, place_of
+from archnet.ops.piece import Piece
 from archnet.ops.tables import Tabled
 
 
@@ -18,7 +18,7 @@ def plan(steps: Sequence[Step], operators: nn.ModuleDict, targets: Sequence[str]
     """The steps as pieces of work, in order.
 
     - Lines of numbers, what rounds them and what adds them are one function of the numbers
-      (`archnet.ops.hinges`, `archnet.ops.tables`): on a grid it is a table.
+      (`archnet.ops.tables`): on a grid it is a table.
     - Slices that part a whole axis are one split, whose gradient is one concatenation; every slice
       alone would fill a whole tensor with zeros.
     """
@@ -78,14 +78,13 @@ def _functions(steps: Sequence[Step], operators: nn.ModuleDict) -> dict[str, Pie
     found: dict[str, Piece] = {}
     for step in steps:
         if isinstance(operators[step.name], Segments):
-            place = place_of(step.inputs[0], by_name, operators)
             members = chain(step, Activation, Convolution, Activation)
-            if place is not None and len(members) > 2:
-                found[members[-1].name] = Tabled(members, place)
         elif isinstance(operators[step.name], HingeLines):
             members = chain(step, Activation, HingeSum)
-            if len(members) == 3:
-                found[members[-1].name] = HingeFunction(members, by_name, operators)
+        else:
+            continue
+        if len(members) > 2:
+            found[members[-1].name] = Tabled(members, by_name, operators)
     return found
 
 

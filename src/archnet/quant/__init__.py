@@ -25,7 +25,7 @@ from archnet.quant.quantizers import (
 )
 from archnet.quant.recipe import Recipe
 from archnet.quant.settle import Margin, settle
-from archnet.quant.together import Together
+from archnet.quant.together import Together, exact_constants
 from archnet.quant.units import grid_steps
 from archnet.quant.unquantize import unquantize
 from archnet.quant.widths import FLOAT
@@ -51,6 +51,7 @@ __all__ = [
     "copy_values",
     "describe",
     "equalize",
+    "exact_constants",
     "grid_steps",
     "grids",
     "input_quantizers",

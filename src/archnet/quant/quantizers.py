@@ -13,12 +13,14 @@ layer, and no scale can reach zero. The gradient is that of LSQ's equation 3 tim
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from itertools import accumulate, groupby
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from archnet.ops.tables import kept
 
 SPANS = 20  # shares of the largest weight that are tried for the span of a DoReFa grid
 PART = 2**16  # values a pass takes at a time on a CPU
@@ -32,11 +34,10 @@ class LearnedStep(torch.autograd.Function):
 
     y = s * clamp(round(r)) with r = x / s. Where r lies inside the range dy/dx = 1 and
     dy/ds = (y - x) / s; outside dy/dx = 0 and dy/ds = y / s. With g the incoming gradient,
-    dL/dlog s = sum(g * y) - sum(dL/dx * x). The sums are the gradients of ``gain`` and ``loss``;
-    `_Logarithms` makes the rest of them for many quantizers at once.
+    dL/dlog s = sum(g * y) - sum(dL/dx * x). The two sums are ``left`` for `_Logarithms`, of which
+    ``logarithms`` come: it makes the gradient of many scales at once.
 
-    ``scale`` is one number, or one for each entry of the first axis; ``share`` multiplies both
-    sums.
+    ``scale`` is one number, or one for each entry of the first axis.
 
     A GPU, where every pass is a launch, trains in one pass, which multiplies by 1 / s instead of
     dividing: what lies within a rounding error of a border may then be a level apart, as it may
@@ -47,61 +48,54 @@ class LearnedStep(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        gain: Tensor,
-        loss: Tensor,
+        logarithms: Tensor,
         scale: Tensor,
         low: int,
         high: int,
-        share: float,
+        left: "Left",
+        place: int | Tensor,
+        factor: float | Tensor,
     ) -> Tensor:
         scale = scale.to(x.dtype)
-        ctx.rows, ctx.share, ctx.bounds = scale.numel() > 1, share, (low - 0.5, high + 0.5)
+        ctx.rows, ctx.bounds = scale.numel() > 1, (low - 0.5, high + 0.5)
+        ctx.leave = partial(left.leave, place, factor)
         ctx.is_fused = any(ctx.needs_input_grad) and not ctx.rows and _fuses(x)
         if ctx.is_fused:
             y, inside = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
-                x, scale, *_offset(x.device), low, high
+                x, scale, *kept(_offset, x), low, high
             )
             ctx.save_for_backward(x, y, inside)
             return y
         if ctx.rows:
             scale = scale.reshape(-1, *[1] * (x.dim() - 1))
         y = torch.empty_like(x)
-        ratio = torch.empty_like(x) if any(ctx.needs_input_grad) else y
-        own = [scale] if ctx.rows else []
-        for some, ratios, results, *scales in _parts(ctx.rows, x, ratio, y, *own):
-            (step,) = scales or [scale]
+        for some, results, step in _parts(scale, x, y):
             # A true division, as ONNX's QuantizeLinear: the same bits in every runtime.
-            torch.div(some, step, out=ratios)
-            torch.round(ratios, out=results).clamp_(low, high).mul_(step)
-        ctx.save_for_backward(ratio, y, scale)
+            torch.div(some, step, out=results).round_().clamp_(low, high).mul_(step)
+        ctx.save_for_backward(x, y, scale)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, last = ctx.saved_tensors
+        if grad.stride() != y.stride() or grad.dtype != y.dtype:
+            # In one memory order, so that all are walked alike.
+            grad = torch.empty_like(y).copy_(grad)
         if ctx.is_fused:
-            x, y, inside = ctx.saved_tensors
-            moved = grad * inside
-            sums = [_product(grad, y, False), _product(moved, x, False)]
-            if ctx.share != 1:
-                sums = [total * ctx.share for total in sums]
-            return moved, *sums, None, None, None, None
-        ratio, y, scale = ctx.saved_tensors
-        inside = torch.empty_like(ratio)
-        if grad.stride() != ratio.stride() or grad.dtype != ratio.dtype:
-            # In one memory order, so that all four are walked alike.
-            grad = torch.empty_like(ratio).copy_(grad)
-        gains, losses = [], []
-        for g, r, level, result in _parts(ctx.rows, grad, ratio, y, inside):
-            torch.ops.aten.hardtanh_backward.grad_input(g, r, *ctx.bounds, grad_input=result)
+            moved = grad * last
+            ctx.leave(_product(grad, y, False), _product(moved, x, False))
+            return moved, *[None] * 7
+        moved, gains, losses = torch.empty_like(y), [], []
+        for g, some, level, result, step in _parts(last, grad, x, y, moved):
+            passed = torch.ops.aten.hardtanh_backward.grad_input
+            passed(g, some / step, *ctx.bounds, grad_input=result)
             gains.append(_product(g, level, ctx.rows))
-            losses.append(_product(result, r, ctx.rows))
+            losses.append(_product(result, some, ctx.rows))
         gain, loss = (joined(parts) for parts in (gains, losses))
         if not ctx.rows and len(gains) > 1:
             gain, loss = (parts.sum(0, keepdim=True) for parts in (gain, loss))
-        loss = loss * scale.flatten()
-        if ctx.share != 1:
-            gain, loss = gain * ctx.share, loss * ctx.share
-        return inside, gain, loss, None, None, None, None
+        ctx.leave(gain, loss)
+        return moved, *[None] * 7
 
 
 def _fuses(x: Tensor) -> bool:
@@ -109,7 +103,6 @@ def _fuses(x: Tensor) -> bool:
     return x.device.type != "cpu" and x.dtype == torch.float32
 
 
-@cache
 def _offset(device: torch.device) -> tuple[Tensor, Tensor]:
     """A zero point of 0, and a switch that is on."""
     return (
@@ -126,106 +119,116 @@ def _product(a: Tensor, b: Tensor, rows: bool) -> Tensor:
     return torch.dot(*(x.permute(order).reshape(-1) for x in (a, b))).reshape(1)
 
 
-def _parts(rows: bool, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The same stretch of all tensors, one after another, each small enough for a CPU's cache.
+def _parts(scale: Tensor, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The same stretch of all tensors and its scale, one after another, each small enough for a
+    CPU's cache.
 
     What this costs on a CPU are the passes over memory, and the passes after the first one find
-    a stretch in the cache. Elsewhere, and for a tensor with holes, the whole is one part; with
-    ``rows``, which have scales of their own, a stretch is some of them, if they lie in a row.
+    a stretch in the cache. Elsewhere, and for a tensor with holes, the whole is one part; rows,
+    which have scales of their own, are parted between two rows, if they lie in a row.
     """
-    first = tensors[0]
+    first, rows = tensors[0], scale.numel() > 1
     order = sorted(range(first.dim()), key=first.stride, reverse=True)
     views = [tensor.permute(order) for tensor in tensors] if not rows else list(tensors)
     dense = all(view.is_contiguous() for view in views) and (first.dim() == 2 or not rows)
     if first.device.type != "cpu" or not dense:
-        return [tensors]
+        return [(*tensors, scale)]
     if rows:
-        return zip(*(view.split(max(1, PART // first.shape[1])) for view in views), strict=True)
-    return zip(*(view.view(-1).split(PART) for view in views), strict=True)
+        own = [*views, scale]
+        return zip(*(view.split(max(1, PART // first.shape[1])) for view in own), strict=True)
+    return ((*parts, scale) for parts in zip(*(x.view(-1).split(PART) for x in views), strict=True))
+
+
+class Left:
+    """What was rounded leaves here the two sums that the gradients of its scales are made of.
+
+    A place says which scales among those of `Steps` they are: the number of one, or of each row's
+    (rows,); a factor is LSQ's.
+    """
+
+    def __init__(self) -> None:
+        self.of_tensors: list[tuple[int, float, Tensor, Tensor]] = []
+        self.of_rows: list[tuple[Tensor, float | Tensor, Tensor, Tensor]] = []
+
+    def leave(
+        self, place: int | Tensor, factor: float | Tensor, gain: Tensor, loss: Tensor
+    ) -> None:
+        if isinstance(place, Tensor):
+            self.of_rows.append((place, factor, gain, loss))
+        else:
+            self.of_tensors.append((place, cast(float, factor), gain, loss))
 
 
 class _Logarithms(torch.autograd.Function):
-    """Where rounding leaves its two sums, gain and loss, for all scales of a vector: (2, N).
+    """The logarithms of scales, as `LearnedStep` reads them: (N,) -> (0,).
 
-    The result has no values. Its gradient becomes that of the logarithms: factor * (gain - loss),
-    with LSQ's factor for each quantizer.
+    The result has no values and gets no gradient: reading it makes autograd come here last, when
+    all that was rounded has left its sums. The gradient of the logarithms is
+    factor * (gain - loss), added up for each scale.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logarithms: Tensor, scales: Tensor, sizes: list[int], factors: dict[int, float]
-    ) -> Tensor:
-        ctx.sizes, ctx.factors = sizes, factors
-        return scales.new_empty(2, len(scales))
+    def forward(ctx: Any, logarithms: Tensor, left: Left) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.left = left
+        ctx.save_for_backward(logarithms)
+        return logarithms.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gain, loss = grad
-        starts = accumulate(ctx.sizes, initial=0)
-        each = zip(starts, ctx.sizes, strict=False)
-        # A quantizer that nothing was rounded with has neither gain nor loss.
-        factors = [f for start, size in each for f in [ctx.factors.get(start, 1.0)] * size]
-        along = factors[0] if len(ctx.sizes) == 1 else grad.new_tensor(factors)
-        return (gain - loss).mul_(along), None, None, None
+    def backward(ctx: Any, grad: None) -> tuple[Tensor, None]:
+        (logarithms,), left = ctx.saved_tensors, ctx.left
+        total = torch.zeros_like(logarithms)
+        if left.of_tensors:
+            places, factors, gains, losses = zip(*left.of_tensors, strict=True)
+            change = joined(gains) - joined(losses)
+            change = change * kept(_numbers, logarithms, factors, total.dtype)
+            total.index_add_(0, kept(_numbers, logarithms, places, torch.int64), change)
+        for place, factor, gain, loss in left.of_rows:
+            total.index_add_(0, place, ((gain - loss) * factor).to(total.dtype))
+        left.of_tensors, left.of_rows = [], []
+        return total, None
+
+
+def _numbers(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 class Steps:
     """The scales of some quantizers, computed at once, with one gradient for all of them.
 
-    Args:
-        quantizers: each rounds tensors of its own.
-        in_rows: these round together, and leave gains and losses together.
-
     Attributes:
-        entries: of ``quantizers``.
-        scales: of all, one behind the other; ``starts`` says where each begins.
-        gains, losses: of those in rows, from ``first_row`` on.
+        scales: of all, one behind the other; ``starts`` says where each quantizer's begin.
+        logarithms, left: what `LearnedStep` reads, and where it leaves its sums.
+        entries: of the quantizers.
     """
 
-    def __init__(
-        self, quantizers: Sequence["Quantizer"], in_rows: Sequence["Quantizer"] = ()
-    ) -> None:
-        both, count = [*quantizers, *in_rows], len(quantizers)
-        sizes = [quantizer.channels for quantizer in both]
-        self.starts = dict(zip(both, accumulate(sizes, initial=0), strict=False))
-        self.first_row = sum(sizes[:count])
+    def __init__(self, quantizers: Sequence["Quantizer"]) -> None:
+        sizes = [quantizer.channels for quantizer in quantizers]
+        self.starts = dict(zip(quantizers, accumulate(sizes, initial=0), strict=False))
         # Those of one kind are computed together.
         kinds = [
             (kind, joined([quantizer.log_scale for quantizer in members]))
-            for kind, members in groupby(both, lambda quantizer: quantizer.power_of_two)
+            for kind, members in groupby(quantizers, lambda quantizer: quantizer.power_of_two)
         ]
         self.scales = joined([_step(part.detach(), kind) for kind, part in kinds])
-        self._factors: dict[int, float] = {}
-        logarithms = joined([part for _, part in kinds])
-        places = _Logarithms.apply(logarithms, self.scales, sizes, self._factors)
-        cuts = [*sizes[:count], sum(sizes[count:])]
-        (*gains, self.gains), (*losses, self.losses) = (part.split(cuts) for part in places)
-        parts = gains, losses, self.scales.split(sizes)
+        self.left = Left()
+        self.logarithms = _Logarithms.apply(joined([part for _, part in kinds]), self.left)
         self.entries = {
-            quantizer: Entry(self, *part)
-            for quantizer, *part in zip(quantizers, *parts, strict=False)
+            quantizer: Entry(self, scale)
+            for quantizer, scale in zip(quantizers, self.scales.split(sizes), strict=True)
         }
-
-    def share(self, quantizer: "Quantizer", factor: float) -> float:
-        """What a gain and a loss are multiplied by, so that the gradient's factor is this one.
-
-        The first one that is asked about for a quantizer multiplies the whole.
-        """
-        return factor / self._factors.setdefault(self.starts[quantizer], factor)
 
     def places(self, quantizer: "Quantizer") -> Tensor:
         """Where the quantizer's scales are among all, (channels,)."""
         start = self.starts[quantizer]
-        return torch.arange(start, start + quantizer.channels)
+        return torch.arange(start, start + quantizer.channels, device=self.scales.device)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What `Steps` have for a quantizer, (channels,): its scale, where it leaves gain and loss."""
+    """What `Steps` have for a quantizer: its scale, (channels,)."""
 
     steps: Steps
-    gain: Tensor
-    loss: Tensor
     scale: Tensor
 
 
@@ -236,9 +239,9 @@ def _step(logarithm: Tensor, power_of_two: bool) -> Tensor:
     return logarithm.exp()
 
 
-def joined(vectors: list[Tensor]) -> Tensor:
+def joined(vectors: Sequence[Tensor]) -> Tensor:
     """Vectors one behind the other; a single one is itself."""
-    return torch.cat(vectors) if len(vectors) > 1 else vectors[0]
+    return torch.cat(list(vectors)) if len(vectors) > 1 else vectors[0]
 
 
 class _Round(torch.autograd.Function):
@@ -289,6 +292,8 @@ class Quantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """Step between neighbouring levels, (channels,), positive."""
+        if self.entry is not None:
+            return self.entry.scale
         return _step(self.log_scale, self.power_of_two)
 
     def set_scale(self, scale: Tensor) -> None:
@@ -328,9 +333,10 @@ class Quantizer(nn.Module):
     def _rounded(self, x: Tensor, values: int) -> Tensor:
         """Round x onto the grid, where so many values of one sample share a scale."""
         entry = self.entry or Steps([self]).entries[self]
-        share = entry.steps.share(self, self.factor(values))
-        where = entry.gain, entry.loss, entry.scale
-        return cast(Tensor, LearnedStep.apply(x, *where, self.low, self.high, share))
+        steps = entry.steps
+        place = steps.places(self) if self.channels > 1 else steps.starts[self]
+        where = steps.logarithms, entry.scale, self.low, self.high, steps.left, place
+        return cast(Tensor, LearnedStep.apply(x, *where, self.factor(values)))
 
     def factor(self, values: int) -> float:
         """LSQ's factor of the scale's gradient, where so many values of a sample share it."""
@@ -452,6 +458,11 @@ class ActivationLSQ(Quantizer):
     def forward(self, x: Tensor, values: int | None = None) -> Tensor:
         """Round x onto the grid; ``values`` counts those of a sample, where x is no batch."""
         return self._rounded(x, self.values(x) if values is None else values)
+
+    def passed(self, x: Tensor, given: Tensor) -> Tensor:
+        """The gradient at x where that of the rounded result is ``given``; 0 outside the grid."""
+        ratio, bounds = x / self.scale.to(x.dtype), (self.low - 0.5, self.high + 0.5)
+        return torch.ops.aten.hardtanh_backward(given, ratio, *bounds)
 
     def spec(self) -> dict[str, Any]:
         return {

@@ -301,12 +301,15 @@ def command(config: Config) -> str:
     ]
     translates = config.task.kind == "translation"
     group = hardware if translates else f"distill={config.distill.schedule}"
+    teachers = dict.fromkeys([config.teacher.name, config.teacher.source, *_teachers(config)])
     groups = [
-        [f"task={config.task.name}", f"teacher={teacher}", quant, group]
-        for teacher in (config.teacher.name, config.teacher.source)
+        [f"task={config.task.name}", f"teacher={teacher}", *some]
+        for teacher in teachers
+        for some in ([quant, group], [])
     ]
     written = []
-    for start in [[], *experiments, *groups]:
+    # A goal is there so that no experiment is needed.
+    for start in [[], *([] if config.goal.asked else experiments), *groups]:
         try:
             written.append([*start, *_differences(compose(CONF, start), config)])
         except ArchnetError:
@@ -315,6 +318,19 @@ def command(config: Config) -> str:
     # A key may set another one, as quant.bits does.
     best += _differences(compose(CONF, best), config)
     return " ".join(["python train.py", *best])
+
+
+def _teachers(config: Config) -> list[str]:
+    """Options of the group whose teacher is that of a config."""
+    found = []
+    for path in sorted((CONF / "teacher").glob("*.yaml")):
+        try:
+            composed = compose(CONF, [f"task={config.task.name}", f"teacher={path.stem}"])
+        except ArchnetError:
+            continue  # it needs keys of its own
+        if composed.teacher == config.teacher:
+            found.append(path.stem)
+    return found
 
 
 def _differences(base: Config, config: Config) -> list[str]:

@@ -20,8 +20,16 @@ from archnet.convert import Approximation, convert
 from archnet.convert.builder import cut_before
 from archnet.deploy import audit, export, to_integers, to_onnx, verify
 from archnet.errors import ArchnetError
-from archnet.hardware import Target
-from archnet.lower import check_layers, convolution, deployed, lower, registry, target_of
+from archnet.hardware import Target, student_cost
+from archnet.lower import (
+    check_layers,
+    convolution,
+    deployed,
+    deployed_cost,
+    lower,
+    registry,
+    target_of,
+)
 from archnet.ops import (
     Add,
     AddConstant,
@@ -362,6 +370,17 @@ def test_what_is_lowered_is_pure(kind):
         with torch.no_grad():
             expected = student(images) if "smooth" in kind else network(images)
             assert torch.allclose(deployed(student)(images), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_are_those_of_the_layers_that_are_built(kind):
+    """Also where no layer is built for them: its weights have their widths all the same."""
+    for widths in ((1, 2), (4, 4)):
+        student, _ = quantized(kind, widths)
+        built = student_cost(lower(student).student)
+        assert deployed_cost(student) == built
+        constant = [row for row in built.steps if row.macs and row.weight_bits == 32]
+        assert not constant
 
 
 def test_a_target_keeps_what_it_runs():

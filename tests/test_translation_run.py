@@ -30,7 +30,7 @@ SHORT = [
     "distill.on_policy=0.4",
     "task.text.translations=2",
     "task.data.unlabelled=300",
-    "trainer.limit_eval=24",
+    "trainer.limit_eval=200",
     "trainer.accelerator=cpu",
     "trainer.progress=false",
 ]

@@ -124,10 +124,14 @@ class Weights:
         weight, bias = self.numbers()
         module.weight = nn.Parameter(weight.float().reshape(self.shape).contiguous(), False)
         module.bias = nn.Parameter(bias.float().contiguous(), False)
+        self.install_grid(module)
+
+    def install_grid(self, module: WeightedOperator) -> None:
+        """Give a layer its grid and that of its bias, which say what it costs."""
         if self.grid is None:
             return
         bits = self.grid.bits
-        if bits == 1 and bool((weight == 0).any()):
+        if bits == 1 and bool((self.numbers()[0] == 0).any()):
             bits = 2  # one bit has no zero
         quantizer = WeightLSQ(bits, self.grid.log_scale.numel(), self.grid.power_of_two)
         quantizer.log_scale = nn.Parameter(self.grid.log_scale.clone(), False)
@@ -271,7 +275,9 @@ class Draft:
     ) -> str:
         with torch.device("meta"):
             module = make()
-        if not self.is_dry:
+        if self.is_dry:
+            weights.install_grid(module)
+        else:
             weights.install(module)
         return self.emit(kind, module, x)
 

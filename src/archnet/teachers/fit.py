@@ -33,7 +33,7 @@ UNLABELLED = -1  # an image, or a pixel, without a class
 
 # Options that say how fast or where a task is read, not what a teacher learns from it.
 _IRRELEVANT_DATA = ("batch_size", "download", "eval_batch_size", "unlabelled", "workers")
-_IRRELEVANT_TEXT = ("beam", "length_penalty", "cache_dir", "test")
+_IRRELEVANT_TEXT = ("beam", "length_penalty", "cache_dir", "test", "translations")
 # What images do not read, and keys that older caches did not have, by the value they then mean.
 _LATER_KEYS: dict[str, Any] = {"optimizer": "sgd", "average": 0}
 _CHECKSUM = "sha256"  # of the tensors, in the metadata of the file that holds them

@@ -63,6 +63,17 @@ def finished(places: list[str]) -> RunFolder:
     return conductor.run(compose(CONF, [*SHORT, *places, *told]))
 
 
+def test_a_search_measures_translators_on_validation_data(finished: RunFolder) -> None:
+    job, student = conductor.reopen(finished)
+    told = job.validate(student, 20, drop=False)
+    assert told["drop"] is None
+    assert 0 < told["agreement"] < 100
+    assert told["agreement_error"] > 0
+    whole = job.validate(student, 20, drop=True)
+    assert {**whole, "drop": None} == told
+    assert isinstance(whole["drop"], float)
+
+
 def test_loggers_have_sentences_and_figures(finished: RunFolder) -> None:
     require_wandb(finished)
     require_tensorboard(finished)

@@ -222,7 +222,8 @@ def tags(config: Config) -> list[str]:
 def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of ``metrics.json`` by path, as ``cost/bops/student``, and the verdict."""
     found: dict[str, Any] = {}
-    for key in ("teacher", "student", "paired", "cost", "audit", "parity", "seconds", "verdict"):
+    kept = ("teacher", "student", "goal", "paired", "cost", "audit", "parity", "seconds")
+    for key in (*kept, "verdict"):
         found |= _numbers(metrics.get(key, {}), f"{key}/")
     sentence = metrics.get("verdict", {}).get("sentence")
     return found | ({"verdict": sentence} if sentence else {})

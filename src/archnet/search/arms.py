@@ -17,8 +17,8 @@ SPREAD = 10**0.5  # from one rate on trial to the next
 # Points of agreement that rounding takes, and the rate, in steps of the grid, that suits then: a
 # MobileNetV3 that loses 30 wants 0.1, networks with copies, which lose 1 or 2, 0.003 to 0.01.
 LOST, RATE = 3.0, 0.01
-# Of the middle one of three. At 2 bits, where rounding takes nearly all, 0.03 is better than 0.1, and
-# 0.3 throws weights about.
+# Of the middle one of three. At 2 bits, where rounding takes nearly all, 0.03 is better than 0.1,
+# and 0.3 throws weights about.
 LEAST_RATE, MOST_RATE = 0.002, 0.05
 FLOAT_RATES = (1e-4, 3e-4, 1e-3)
 

@@ -20,7 +20,7 @@ from archnet.jobs import conductor
 from archnet.report.verdict import verdict
 from archnet.runs import RunFolder, read_json, write_json
 from archnet.runs.student import load_student
-from archnet.search import Ledger, Measured, Promise, Search, SearchError, arms, ladder
+from archnet.search import Ledger, Measured, Promise, Search, SearchError, arms, ladder, plan
 from archnet.search.arms import LEAST_STEPS, halved, rates
 from archnet.search.ladder import Widths
 from conftest import killed_at
@@ -93,7 +93,7 @@ def kinds(search: Search) -> list[str]:
 
 
 def test_names_of_widths() -> None:
-    assert doctest.testmod(ladder).failed == 0
+    assert doctest.testmod(ladder).failed == doctest.testmod(plan).failed == 0
     for bits in (1, 2, 3, 4, 5, 8, 32):
         assert Widths.named(str(Widths(bits, bits))) == Widths(bits, bits)
 
@@ -261,6 +261,22 @@ def test_time_ends_a_search(tmp_path: Path) -> None:
     assert lengths == [25, 25, 25, 50, 50, 400]  # what is left is no quarter of the next round
     assert search.out_of_time
     assert any("More time" in line and "goal.minutes=20" in line for line in found.advice)
+
+
+def test_what_every_training_takes_is_not_taken_for_steps(tmp_path: Path) -> None:
+    """Half a minute of measuring beside a second for 25 steps leaves time for a long round."""
+    search = made(tmp_path, Numbers({"W4A4": 8.0}), "W4A4", GoalConfig(drop=0.0, minutes=20.0))
+    plain = search.ledger.trial
+
+    def slow(*args: Any) -> dict[str, Any]:
+        row = plain(*args)
+        row["seconds"] = 30.0 + row.get("steps", 0) / 25
+        return row
+
+    search.ledger.trial = slow  # type: ignore[method-assign]
+    search.find()
+    lengths = [row["steps"] for row in search.ledger.rows if row["kind"] == "trained"]
+    assert lengths[:7] == [25, 25, 25, 50, 50, 400, 800]
 
 
 def test_an_interrupted_search_asks_for_the_same_trials(tmp_path: Path) -> None:

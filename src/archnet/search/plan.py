@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from archnet.config import DistillConfig, GoalConfig
-from archnet.search.arms import FLOAT_RATES, LEAST_STEPS, Arm, halved, rates
+from archnet.config import LARGEST, DistillConfig, GoalConfig
+from archnet.search.arms import FLOAT_RATES, Arm, halved, rates
 from archnet.search.ladder import Widths
 from archnet.search.ledger import Ledger, Row
 from archnet.search.promise import Bench, Measured, Promise, SearchError
@@ -97,7 +97,8 @@ class Search:
             self.schedules = [base.schedule]
         self.out_of_time = False
         self.last_gain: float | None = None  # of the last round at the asked widths
-        self._pace: dict[Widths, float] = {}  # seconds a step, with what measuring took
+        # Steps and seconds, with what measuring and cached features took.
+        self._taken: dict[tuple[Widths, str], list[tuple[int, float]]] = {}
 
     def find(self) -> Found:
         """Search until the promise is kept, the bounds are reached or training helps no more.
@@ -253,7 +254,8 @@ class Search:
         now, time = self.ledger.minutes, share * self._left()
 
         def tried(arm: Arm, count: int) -> float:
-            point = self.round(start, arm, count, now + time / 3)
+            # All trials of a length or none: shorter ones would lose for being shorter.
+            point = self.round(start, arm, count, now + time / 3, least=count)
             if point is None:
                 return NEVER
             made.append(point)
@@ -281,7 +283,7 @@ class Search:
         return best
 
     def round(
-        self, start: Point, arm: Arm, steps: int, until: float, least: int = LEAST_STEPS
+        self, start: Point, arm: Arm, steps: int, until: float, *, least: int
     ) -> Point | None:
         """A student trained once; None where there is too little time.
 
@@ -292,9 +294,8 @@ class Search:
             until: minutes of the search at which it has to end.
             least: steps without which it is not worth to begin.
         """
-        pace, time = self._pace.get(start.widths), 60 * (until - self.ledger.minutes)
-        if pace and math.isfinite(time):
-            steps = min(steps, int(max(0.0, time) / pace))
+        seconds = 60 * (until - self.ledger.minutes)
+        steps = min(steps, self._affordable(start.widths, arm, seconds))
         if steps < min(least, self.base.steps) or self._left() <= 0:
             return None
         about = {
@@ -314,8 +315,18 @@ class Search:
             return {**facts, **self.bench.measure(student, short=short).facts()}
 
         row = self.ledger.trial(about, work)
-        self._pace[start.widths] = row["seconds"] / row["steps"]
+        self._taken.setdefault((start.widths, arm.schedule), []).append(
+            (row["steps"], row["seconds"])
+        )
         return self._point(row, start)
+
+    def _affordable(self, widths: Widths, arm: Arm, seconds: float) -> int:
+        """Steps that end in time, by what earlier trainings of the kind have taken."""
+        taken = self._taken.get((widths, arm.schedule))
+        if not taken or math.isinf(seconds):
+            return LARGEST
+        fixed, pace = line(taken)
+        return max(0, int((seconds - fixed) / pace)) if pace else LARGEST
 
     # More than the widths ---------------------------------------------------------------------
 
@@ -418,6 +429,25 @@ class Search:
             return Point(row["name"], Widths.named(row["widths"]), measured, cost)
         begun = start.begun or start.name
         return Point(row["name"], start.widths, measured, start.cost, row["steps"], begun)
+
+
+def line(taken: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Seconds that a training takes whatever its length, and those of a step, from trainings.
+
+    Of one length alone all seconds count as those of steps.
+
+    >>> line([(20, 30.0), (60, 70.0)])
+    (10.0, 1.0)
+    >>> line([(20, 30.0), (20, 34.0)])
+    (0.0, 1.6)
+    """
+    steps, seconds = (sum(column) / len(taken) for column in zip(*taken, strict=True))
+    spread = sum((count - steps) ** 2 for count, _ in taken)
+    slope = sum((count - steps) * (time - seconds) for count, time in taken)
+    if not spread or slope <= 0 or slope / spread * steps > seconds:
+        return 0.0, seconds / steps
+    pace = slope / spread
+    return seconds - pace * steps, pace
 
 
 def _measured(row: Row) -> Measured:

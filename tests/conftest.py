@@ -33,7 +33,18 @@ settings.load_profile("any_load")
 # Files that take longest, roughly in that order.
 SLOWEST = (
     *("translation_run", "conductor", "lower", "convert", "foreign_folders", "translation"),
-    *("ranks", "quant", "verify", "teachers", "mixed", "distill", "approximate", "onnx_cost"),
+    *(
+        "sentences",
+        "search",
+        "ranks",
+        "quant",
+        "verify",
+        "teachers",
+        "mixed",
+        "distill",
+        "approximate",
+        "onnx_cost",
+    ),
     *("own_data", "coverage", "errors_of_rules", "pairs", "unwrap", "integer", "tflite"),
     *("jobs", "outputs", "api", "c_header", "tasks"),
 )

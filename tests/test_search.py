@@ -301,9 +301,9 @@ def test_an_interrupted_search_asks_for_the_same_trials(tmp_path: Path) -> None:
 # Runs ---------------------------------------------------------------------------------------
 
 GOAL = (
-    "trainer=debug", "trainer.progress=false", "quant.weight_bits=2", "quant.act_bits=4",
-    "goal.drop=0", "goal.minutes=null", "distill.schedule=joint", "distill.steps=20",
-    "distill.checkpoint_every=5", "distill.optimizer.grid_lr=0.1",
+    "trainer=debug", "trainer.progress=false", "quant.weight_bits=3", "quant.act_bits=4",
+    "goal.drop=0", "goal.minutes=null", "distill.schedule=joint", "distill.steps=8",
+    "distill.checkpoint_every=2", "distill.optimizer.grid_lr=0.1",
 )  # fmt: skip
 GIVEN = [word.partition("=")[0] for word in GOAL]
 
@@ -336,11 +336,11 @@ def test_a_run_says_what_became_of_its_promise(searched: RunFolder) -> None:
 def test_a_search_that_was_killed_goes_on(searched: RunFolder, tmp_path: Path) -> None:
     """In the middle of its first training: the student is the same, bit for bit."""
     places = (f"output_dir={tmp_path}", f"teacher.cache_dir={searched.path.parents[2]}/teachers")
-    command = [*killed_at(12), *places, *GOAL]
+    command = [*killed_at(5), *places, *GOAL]
     killed = subprocess.run(command, check=False, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (folder,) = (tmp_path / "mnist5k").iterdir()
-    assert list(folder.glob("checkpoints/trial*/step10.ckpt"))
+    assert list(folder.glob("checkpoints/trial*/step4.ckpt"))
     again = conductor.run(compose(ROOT / "conf", [f"resume={folder}"]), [])
     pair = [read_json(run.path / "search.json", dict)["trials"] for run in (again, searched)]
     for rows in pair:

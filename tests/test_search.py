@@ -186,6 +186,17 @@ def test_widths_between_are_trained_where_a_step_takes_much(tmp_path: Path) -> N
     ]  # fmt: skip
 
 
+def test_widths_between_are_left_out_where_the_last_step_takes_nearly_all(tmp_path: Path) -> None:
+    lost = {"W4A4": 3.0, "W2A4": 85.0}
+    search = made(tmp_path, Numbers(lost), "W2A4", GoalConfig(drop=0.01, minutes=None))
+    search.find()
+    seen = list(dict.fromkeys(kinds(search)))
+    assert seen == ["converted float", "calibrated W2A4", "calibrated W4A4", "trained W2A4"]
+    begun = {row["from"] for row in search.ledger.rows if row["kind"] == "trained"}
+    assert "trial01" in begun
+    assert "trial02" not in begun
+
+
 def test_short_trials_choose_the_rate_and_rounds_grow(tmp_path: Path) -> None:
     bench = Numbers({"W4A4": 8.0}, pace=1e-3, best=0.03)
     search = made(

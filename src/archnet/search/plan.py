@@ -21,6 +21,9 @@ _log = logging.getLogger(__name__)
 FAR = 10.0
 # What a step down may take without being trained before the next one.
 NEAR = 1.0
+# What the last step alone takes at most where widths between help. Beyond it, as by weights of 2
+# bits, a student begins as far off from trained widths between as from the wider ones.
+REACHED = 50.0
 # Disagreement of a float student, in points, from which it is worth training before it is rounded.
 FITTED = 3.0
 GAIN = 0.2  # points of agreement that a round of training has to win for another to follow
@@ -170,18 +173,26 @@ class Search:
 
     # Down the ladder --------------------------------------------------------------------------
 
-    def reach(self, above: Point, widths: Widths) -> Point:
-        """The best student at some widths, from one at wider widths."""
+    def reach(self, above: Point, widths: Widths, point: Point | None = None) -> Point:
+        """The best student at some widths, from one at wider widths.
+
+        Args:
+            above: the student at wider widths.
+            widths: to reach.
+            point: it calibrated at these widths, where that has been done.
+        """
         final = widths == self.asked
-        point = self.calibrated(above, widths)
+        point = point or self.calibrated(above, widths)
         if final and self.keeps(point):
             return point
         between = widths.above()
         if above.agreement - point.agreement > FAR and between is not None:
-            above = self.reach(above, between)
-            point = self.calibrated(above, widths)
-            if final and self.keeps(point):
-                return point
+            near = self.calibrated(above, between)
+            if near.agreement - point.agreement <= REACHED:
+                above = self.reach(above, between, near)
+                point = self.calibrated(above, widths)
+                if final and self.keeps(point):
+                    return point
         lost = above.agreement - point.agreement
         if not final and lost <= NEAR:
             return point

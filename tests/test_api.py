@@ -442,16 +442,85 @@ def test_the_page_about_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "batches": [images()], "loader": loader(), "val_loader": loader(),
     }  # fmt: skip
     blocks = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         # The second one quantizes, and the student of the first is quantized.
         found = {**names, "student": made(None)} if "Recipe" in block else names
-        exec(block.replace("2000", "4"), found)
+        exec(block.replace("2000", "4").replace("minutes=30", "minutes=0"), found)
     assert archnet.verify(names["student"], "student.onnx", loader(), inputs=9).inputs == 9
 
 
 def test_arrays_are_read_too():
     assert archnet.compare(network(), made(), np.float64(images().numpy())).inputs == ROWS
+
+
+# Search -------------------------------------------------------------------------------------
+
+
+def searched(where: Path | None = None, **options: Any) -> archnet.Searched:
+    student, asked = made(None), {"weight_bits": 4, "act_bits": 4, "steps": 40, "minutes": None}
+    options = {"drop": 0.0, "accelerator": "cpu", "progress": False, **asked, **options}
+    return archnet.search(student, network(), loader(), val=loader(), folder=where, **options)
+
+
+def test_search_ends_where_the_promise_is_kept() -> None:
+    found = searched(agreement=20, drop=None)
+    assert found.kept
+    assert found.sure
+    assert [row["kind"] for row in found.trials] == ["converted", "calibrated"]
+    assert describe(found.student)["weights"]
+    again = archnet.compare(network(), found.student, loader())
+    assert again.agreement == pytest.approx(found.measured.agreement)
+    assert "kept" in str(found)
+
+
+def test_search_from_python_trains_and_goes_on(tmp_path: Path) -> None:
+    teacher = network()
+    before = copy.deepcopy(teacher.state_dict())
+    found = searched(tmp_path, agreement=100, drop=None)
+    kinds = {(row["kind"], row["widths"]) for row in found.trials}
+    assert ("trained", "W4A4") in kinds
+    assert all(before[name].equal(x) for name, x in teacher.state_dict().items())
+    best = max(row["agreement"] for row in found.trials if row["widths"] == "W4A4")
+    assert found.measured.agreement == best
+    # A second call finds every trial, and the same student.
+    again = searched(tmp_path, agreement=100, drop=None)
+    assert again.trials == found.trials
+    theirs, ours = (one.student.state_dict() for one in (found, again))
+    assert all(ours[name].equal(x) for name, x in theirs.items())
+    with pytest.raises(ArchnetError, match="another student"):
+        other = archnet.convert(torch.nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), images(2))
+        archnet.search(
+            other, nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval(), loader(), val=loader(),
+            folder=tmp_path, agreement=99,
+        )  # fmt: skip
+
+
+def test_search_without_labels_goes_by_agreement() -> None:
+    found = archnet.search(
+        made(None), network(), images(), val=images(), weight_bits=8, act_bits=8, drop=60.0
+    )
+    assert found.measured.drop is None
+    assert found.kept
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drop": None}, "nothing is promised"),
+        ({"drop": -1.0}, "drop=-1 is no number of points"),
+        ({"weight_bits": 9}, "9"),
+        ({"grid_rl": 0.1}, "nearest valid"),
+    ],
+)
+def test_a_search_that_cannot_be_is_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArchnetError, match=message):
+        searched(**options)
+
+
+def test_a_quantized_student_is_not_searched_from() -> None:
+    with pytest.raises(QuantizationError, match="quantized already"):
+        archnet.search(made(4), network(), loader(), val=loader(), drop=1.0)
 
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from archnet.api import Comparison, Verification, compare, distill, verify
+    from archnet.api import Comparison, Searched, Verification, compare, distill, search, verify
     from archnet.convert import convert
     from archnet.deploy import audit, export, parity
     from archnet.distill import ArchDistillation
@@ -21,6 +21,7 @@ __all__ = [
     "ArchDistillation",
     "Comparison",
     "Recipe",
+    "Searched",
     "Verification",
     "audit",
     "compare",
@@ -29,6 +30,7 @@ __all__ = [
     "export",
     "parity",
     "quantize",
+    "search",
     "settle",
     "verify",
 ]
@@ -37,6 +39,7 @@ _ROOMS = {
     "ArchDistillation": "archnet.distill",
     "Comparison": "archnet.api",
     "Recipe": "archnet.quant",
+    "Searched": "archnet.api",
     "Verification": "archnet.api",
     "audit": "archnet.deploy",
     "compare": "archnet.api",
@@ -45,6 +48,7 @@ _ROOMS = {
     "export": "archnet.deploy",
     "parity": "archnet.deploy",
     "quantize": "archnet.quant",
+    "search": "archnet.api",
     "settle": "archnet.quant",
     "verify": "archnet.api",
 }

@@ -27,6 +27,11 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def standard_error(low: float, high: float) -> float:
+    """Of a figure with this 95 % interval, were it normal."""
+    return (high - low) / (2 * Z)
+
+
 def of_pairs(teacher_alone: int, student_alone: int, count: int) -> tuple[float, float]:
     """The difference of two shares of the same ``count`` samples, student - teacher: low and high.
 

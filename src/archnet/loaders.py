@@ -271,6 +271,16 @@ class Batches:
                 )
             yield from self
 
+    def first(self, samples: int) -> list["LabelledBatch"]:
+        """The first batches, with at least so many samples where there are as many."""
+        found, rows = list[LabelledBatch](), 0
+        for batch in self.labelled():
+            found.append(batch)
+            rows += len(batch.inputs[0])
+            if rows >= samples:
+                break
+        return found
+
     def limited(self, most: int | None, argument: str) -> Iterator[LabelledBatch]:
         """The first ``most`` batches with their labels; all of them where that is None.
 

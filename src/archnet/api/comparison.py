@@ -1,7 +1,7 @@
 """`archnet.compare`: teacher and student on the same inputs, and what each costs."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,24 +105,10 @@ def compare(
         TaskError: the data do not fit the network, or have no end.
     """
     require_student(student, teacher)
-    if metric is not None and not isinstance(metric, Metric):
-        raise CompareError(
-            f"the metric is a {type(metric).__name__}: give one of torchmetrics, such as "
-            "torchmetrics.classification.MulticlassF1Score(num_classes=10)"
-        )
     takes = Takes.of(student)
-    graph = captured(teacher, student)
-    tally = _Tally(metric, student.graph.classes)
-    was_training, device = student.training, next(student.parameters()).device
-    networks = graph.scores().to(device), student.eval()
-    try:
-        with torch.inference_mode():
-            for batch in Batches(data, takes).limited(batches, "batches"):
-                inputs = [x.to(device) for x in batch.inputs]
-                found = [[x.float().cpu() for x in each(net(*inputs))] for net in networks]
-                tally.add(found[0], found[1], batch)
-    finally:
-        student.train(was_training)
+    tally = Tally(metric, student.graph.classes)
+    scored = captured(teacher, student).scores()
+    tally.read(scored, student, Batches(data, takes).limited(batches, "batches"))
     example = tuple(x[:1] for x in takes.example())
     before, after = teacher_cost(teacher, example, 8, 8), deployed_cost(student)
     name, figures = tally.figures()
@@ -139,12 +125,26 @@ def compare(
     )
 
 
-class _Tally:
-    """What is counted batch by batch."""
+class Tally:
+    """What is counted batch by batch.
+
+    Args:
+        metric: of torchmetrics; None: accuracy, where labels are classes.
+        classes: the axis of the classes of each result.
+
+    Attributes:
+        inputs, labels: samples, and labels that accuracy knows of.
+        alone: right decisions that are the teacher's alone, and the student's alone.
+    """
 
     def __init__(self, metric: Metric | None, classes: Sequence[Axis]) -> None:
+        if metric is not None and not isinstance(metric, Metric):
+            raise CompareError(
+                f"the metric is a {type(metric).__name__}: give one of torchmetrics, such as "
+                "torchmetrics.classification.MulticlassF1Score(num_classes=10)"
+            )
         self.inputs = self.labels = 0
-        self.right = [0, 0]
+        self.right, self.alone = [0, 0], [0, 0]
         self.beside = [scores.Comparison(axis) for axis in classes]
         self.metrics = None if metric is None else [copy.deepcopy(metric).cpu() for _ in range(2)]
         for copied in self.metrics or ():
@@ -156,6 +156,21 @@ class _Tally:
         decisions = sum(one.decisions for one in self.beside)
         same = decisions - sum(one.changed for one in self.beside)
         return 100 * same / decisions if decisions else None
+
+    def read(self, teacher: nn.Module, student: Student, batches: Iterable[LabelledBatch]) -> None:
+        """Run both where the student is, in eval mode, on all batches."""
+        was_training, device = student.training, next(student.parameters()).device
+        networks = teacher.to(device), student.eval()
+        try:
+            with torch.inference_mode():
+                for batch in batches:
+                    inputs = [x.to(device) for x in batch.inputs]
+                    theirs, ours = (
+                        [x.float().cpu() for x in each(network(*inputs))] for network in networks
+                    )
+                    self.add(theirs, ours, batch)
+        finally:
+            student.train(was_training)
 
     def add(self, theirs: Sequence[Tensor], ours: Sequence[Tensor], batch: LabelledBatch) -> None:
         """The results of both networks for a batch."""
@@ -175,8 +190,10 @@ class _Tally:
         if are_classes(labels, decided[0]):
             known = labels >= 0
             self.labels += int(known.sum())
-            for index, found in enumerate(decided):
-                self.right[index] += int((found == labels)[known].sum())
+            right = [(found == labels) & known for found in decided]
+            for index, found in enumerate(right):
+                self.right[index] += int(found.sum())
+                self.alone[index] += int((found & ~right[1 - index]).sum())
 
     def _update(self, theirs: Sequence[Tensor], ours: Sequence[Tensor], labels: Any) -> None:
         assert self.metrics is not None

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from archnet.config import DistillConfig
 from archnet.distill import DistillError, options_of, require_student, train
 from archnet.distill.teacher import features_of
 from archnet.loaders import Batches, LabelledBatch, Loadable, Takes
@@ -82,38 +83,68 @@ def distill(
     """
     require_student(student, teacher)
     if schedule is None:
-        has_taps = any(not tap.inner for tap in student.taps)
-        schedule = "local" if has_taps and len(student.graph.inputs) == 1 else "joint"
+        schedule = schedules(student)[-1]
     options = options_of({"steps": steps, "schedule": schedule, **fields})
     if not describe(student):
         _log.warning("the student has no quantizers: it is trained in floats; quantize() it first")
     takes = Takes.of(student)
-    batches = Batches(data, takes)
     looked_at = None if val is None else Batches(val, takes, "val")
     place = nullcontext(str(folder)) if folder is not None else tempfile.TemporaryDirectory()
     if folder is None:
         options = replace(options, checkpoint_every=10**9)
-    device, was_training = next(student.parameters()).device, student.training
     loggers = [logger] if isinstance(logger, Logger) else list(logger or ())
-    trainer = _Trainer.following(student, teacher, accelerator, precision, progress)
-    with _quiet(), _float32(), isolate_rng(), place as where:
-        torch.manual_seed(seed)
-        facts = train(
-            features_of(teacher, student),
-            student,
-            _LoaderData(batches, looked_at, seed, options.cache_images, options.val_images),
-            options,
-            trainer=trainer,
-            folder=Path(where),
-            loggers=loggers,
-        )
-    settle(student.cpu())
-    student.to(device).train(was_training)
+    trainer = Trainer.following(student, teacher, accelerator, precision, progress)
+    with place as where, kept_as_it_was(student):
+        facts = trained(
+            student, teacher, Batches(data, takes), options, trainer, Path(where), seed,
+            val=looked_at, loggers=loggers,
+        )  # fmt: skip
+        settle(student.cpu())
     return facts
 
 
+def schedules(student: Student) -> list[str]:
+    """Those of `distill.schedule` that a student can be trained by, the best one alone last."""
+    has_taps = any(not tap.inner for tap in student.taps)
+    return ["joint", "local"] if has_taps and len(student.graph.inputs) == 1 else ["joint"]
+
+
+def trained(
+    student: Student,
+    teacher: nn.Module,
+    data: Batches,
+    options: DistillConfig,
+    trainer: "Trainer",
+    folder: Path,
+    seed: int,
+    *,
+    val: Batches | None = None,
+    loggers: Sequence[Logger] = (),
+) -> dict[str, Any]:
+    """Train a student in place, without settling it; the facts of `distill`."""
+    with _quiet(), _float32(), isolate_rng():
+        torch.manual_seed(seed)
+        return train(
+            features_of(teacher, student),
+            student,
+            _LoaderData(data, val, seed, options.cache_images, options.val_images),
+            options,
+            trainer=trainer,
+            folder=folder,
+            loggers=list(loggers),
+        )
+
+
+@contextmanager
+def kept_as_it_was(student: Student) -> Iterator[None]:
+    """The mode and the device of a student, given back to it."""
+    device, was_training = next(student.parameters()).device, student.training
+    yield
+    student.to(device).train(was_training)
+
+
 @dataclass(frozen=True)
-class _Trainer:
+class Trainer:
     """What `archnet.distill.train` reads of `trainer`."""
 
     accelerator: str
@@ -131,7 +162,7 @@ class _Trainer:
         accelerator: str,
         precision: str,
         progress: bool,
-    ) -> "_Trainer":
+    ) -> "Trainer":
         """On the GPU that one of the networks is on, if it is left to us."""
         devices: int | list[int] = 1
         if accelerator not in ("auto", "cpu", "gpu", "mps"):
@@ -199,12 +230,7 @@ class _LoaderData:
     def val_dataloader(self) -> DataLoader[LabelledBatch] | list[Any]:
         """The first batches of ``val``, kept: a generator gives them once."""
         if self.val is not None and not self._kept:
-            rows = 0
-            for batch in self.val.labelled():
-                self._kept.append(batch)
-                rows += len(batch.inputs[0])
-                if rows >= self.looked_at:
-                    break
+            self._kept = self.val.first(self.looked_at)
         # Of a list, Lightning would take each entry for a loader.
         return DataLoader(self._kept, None, collate_fn=_as_it_is) if self._kept else []  # type: ignore[arg-type]
 

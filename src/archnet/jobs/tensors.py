@@ -24,11 +24,13 @@ from archnet.deploy.export import form_named
 from archnet.distill import train
 from archnet.distill.run import UnlabelledData
 from archnet.errors import ArchnetError
+from archnet.intervals import standard_error
 from archnet.jobs.evaluation import Evaluation
 from archnet.jobs.job import Facts, Inputs, Job
 from archnet.ops import Student
 from archnet.ops.scores import each, unexplained
 from archnet.quant import FLOAT
+from archnet.search import PRESET
 
 # Of the config's keys, those that a search may double.
 MOST_HINGES = {"hinges": 8, "norm_hinges": 8, "gate_hinges": 16}
@@ -54,14 +56,7 @@ class TensorJob(Job):
     """
 
     data: TensorData
-    # The adapters, which make no difference to students that start near their teacher, would cost
-    # steps; decisions, by which a search judges, weigh more than features.
-    search_preset: ClassVar[Mapping[str, Any]] = {
-        **Job.search_preset,
-        "attention": False,
-        "adaptation": False,
-        "logits_weight": 4.0,
-    }
+    search_preset: ClassVar[Mapping[str, Any]] = PRESET
     in_points: ClassVar[bool] = True  # metrics are shares, told as points
 
     @abstractmethod
@@ -280,8 +275,8 @@ class TensorJob(Job):
 
 
 def _error(low: float | None, high: float | None) -> float:
-    """The standard error of which a 95 % interval tells; 0: not known."""
-    return 0.0 if low is None or high is None else round((high - low) / (2 * 1.96), 4)
+    """The standard error of which an interval tells; 0: not known."""
+    return 0.0 if low is None or high is None else round(standard_error(low, high), 4)
 
 
 def _first(loader: Any, count: int | None) -> Iterator[tuple[Tensor, Tensor | None]]:

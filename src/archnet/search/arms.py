@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from archnet.config import DistillConfig
 
@@ -21,6 +22,12 @@ LOST, RATE = 3.0, 0.01
 # and 0.3 throws weights about.
 LEAST_RATE, MOST_RATE = 0.002, 0.05
 FLOAT_RATES = (1e-4, 3e-4, 1e-3)
+# Keys of `distill` for students of tensors where nobody has set them. They start near their
+# teacher, where the adapters make no difference and cost steps; decisions, by which a search
+# judges, weigh more than features; weights that leave zero are rounded back to it.
+PRESET: Mapping[str, Any] = MappingProxyType(
+    {"attention": False, "adaptation": False, "logits_weight": 4.0, "keep_zeros": True}
+)
 
 
 @dataclass(frozen=True)

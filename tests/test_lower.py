@@ -20,7 +20,7 @@ from archnet.convert import Approximation, convert
 from archnet.convert.builder import cut_before
 from archnet.deploy import audit, export, to_integers, to_onnx, verify
 from archnet.errors import ArchnetError
-from archnet.hardware import Target, student_cost
+from archnet.hardware import Target, student_cost, teacher_cost
 from archnet.lower import (
     check_layers,
     convolution,
@@ -400,6 +400,21 @@ def test_a_target_keeps_what_it_runs():
         assert not moves & set(found), kind
         pure = Counter(node.op_type for node in to_onnx(converted(kind)[0]).graph.node)
         assert pure != found, kind
+
+
+def test_a_target_of_no_certain_chip_counts_multiplications():
+    # An inverted residual on a small map: by the costs of a large array every layer of its own
+    # 32 channels is dense, at several times the multiplications of the teacher.
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(16, 64, 1), nn.Hardswish(), nn.Conv2d(64, 64, 3, padding=1, groups=64)]
+    teacher = nn.Sequential(*layers, nn.Hardswish(), nn.Conv2d(64, 16, 1)).eval()
+    images = torch.randn(8, 16, 16, 16)
+    target = Target.named("arch5")
+    large = replace(target, costs=replace(Target.named("rk3588").costs))
+    macs = [deployed_cost(convert(teacher, images, t)).macs for t in (target, large)]
+    before = teacher_cost(teacher, images[:1]).macs
+    assert macs[0] < 0.6 * macs[1]
+    assert macs[0] < 6 * before
 
 
 def test_costs_choose_the_way():

@@ -233,7 +233,7 @@ class _Lookup(torch.autograd.Function):
         if not is_sum:
             return _taken(table, *places)
         found = (_taken(table, index) for _, index in _entries(places))
-        return _joined([x.sum(-1) if x.shape[-1] > 1 else x.squeeze(-1) for x in found])
+        return joined([x.sum(-1) if x.shape[-1] > 1 else x.squeeze(-1) for x in found])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -246,14 +246,15 @@ class _Lookup(torch.autograd.Function):
             totals.append(_added(index, given, len(slopes)))
             change = _taken(slopes, index).mul_(given)
             moved.append([change.sum_to_size(own[part].shape) for own in places])
-        gradients = [_joined(parts) for parts in zip(*moved, strict=True)]
+        gradients = [joined(parts) for parts in zip(*moved, strict=True)]
         if ctx.signs[-1] < 0:
             gradients[1] = gradients[1].neg()
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
         return total, *[None] * 5, *gradients
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one behind the other, along their first axis; a single one is itself."""
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from archnet.ops.tables import kept
+from archnet.ops.tables import joined, kept
 
 SPANS = 20  # shares of the largest weight that are tried for the span of a DoReFa grid
 PART = 2**16  # values a pass takes at a time on a CPU
@@ -237,11 +237,6 @@ def _step(logarithm: Tensor, power_of_two: bool) -> Tensor:
     if power_of_two:
         return torch.exp2(round_through(logarithm / math.log(2)))
     return logarithm.exp()
-
-
-def joined(vectors: Sequence[Tensor]) -> Tensor:
-    """Vectors one behind the other; a single one is itself."""
-    return torch.cat(list(vectors)) if len(vectors) > 1 else vectors[0]
 
 
 class _Round(torch.autograd.Function):

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from archnet.ops import Activation, Operator, Student, WeightedOperator
+from archnet.ops.tables import joined
 from archnet.quant.quantizers import (
     BiasQuantizer,
     LearnedStep,
     Quantizer,
     Steps,
     WeightLSQ,
-    joined,
     round_through,
 )
 

@@ -479,14 +479,16 @@ def test_search_ends_where_the_promise_is_kept() -> None:
 def test_search_from_python_trains_and_goes_on(tmp_path: Path) -> None:
     teacher = network()
     before = copy.deepcopy(teacher.state_dict())
-    found = searched(tmp_path, agreement=100, drop=None)
+    # What is named is not on trial, so that there are rounds alone.
+    options = {"agreement": 100, "drop": None, "steps": 8, "schedule": "joint", "grid_lr": 0.05}
+    found = searched(tmp_path, **options)
     kinds = {(row["kind"], row["widths"]) for row in found.trials}
     assert ("trained", "W4A4") in kinds
     assert all(before[name].equal(x) for name, x in teacher.state_dict().items())
     best = max(row["agreement"] for row in found.trials if row["widths"] == "W4A4")
     assert found.measured.agreement == best
     # A second call finds every trial, and the same student.
-    again = searched(tmp_path, agreement=100, drop=None)
+    again = searched(tmp_path, **options)
     assert again.trials == found.trials
     theirs, ours = (one.student.state_dict() for one in (found, again))
     assert all(ours[name].equal(x) for name, x in theirs.items())

@@ -189,14 +189,11 @@ def _translator(
 
 
 def _keep(folder: "RunFolder", name: str, judged: "Mapping[str, Judged]") -> None:
-    """Write what a tool said into ``metrics.json``."""
-    from archnet.runs import read_json, write_json
+    """Write what a tool said into the run's metrics and report."""
+    from archnet.jobs import conductor
 
-    with folder.locked():
-        metrics = read_json(folder.metrics, dict)
-        kept = metrics.setdefault("compile", {})
-        kept[name] = {side: one.summary() for side, one in judged.items()}
-        write_json(folder.metrics, metrics)
+    sides = {side: one.summary() for side, one in judged.items()}
+    conductor.add_finding(folder, "compile", {name: sides})
 
 
 def _dialect(found: "Bridge", chip: str) -> "DialectConfig | None":

@@ -23,7 +23,7 @@ import flatbuffers
 import numpy as np
 from numpy.typing import NDArray
 
-from archnet.deploy.integer import IntegerModel, Integers, IntegerStep, square
+from archnet.deploy.integer import IntegerModel, Integers, IntegerStep, Requantization, square
 from archnet.deploy.sentences import Sentences, embedding_of, require_integers
 from archnet.deploy.writer import ExportError, Transpose, Value
 from archnet.deploy.writer import Reshape as PendingReshape
@@ -45,6 +45,8 @@ from archnet.ops import (
 SAME, VALID = np.int8(0), np.int8(1)
 LINEAR, RELU = np.int8(0), np.int8(1)
 HIGHEST = 127  # of int8
+TRIED = 8  # weights of a batch norm, for each channel
+ONE = 64  # the integer of a factor of 1: a power of two, so that its step is exact
 
 # Name: number, version that knows int8, number of its options.
 _OPERATORS = {
@@ -53,6 +55,7 @@ _OPERATORS = {
     "CONV_2D": (3, 3, 1),
     "DEPTHWISE_CONV_2D": (4, 3, 2),
     "MAX_POOL_2D": (17, 2, 5),
+    "MUL": (18, 2, 21),
     "RESHAPE": (22, 1, 17),
     "PAD": (34, 2, 22),
     "TRANSPOSE": (39, 2, 26),
@@ -78,11 +81,10 @@ def to_tflite(model: IntegerModel) -> bytes:
     integer, which is stored as 127.
 
     A batch norm is a depthwise convolution, whose offset is rounded to a hundredth of its slope or
-    finer. For the rest, all depends on how a runtime rounds accumulators. Kernels that round once
+    finer, so that its integers are ours where they can be. For the rest, all depends on how a runtime rounds accumulators. Kernels that round once
     (XNNPACK's) give these integers where scales are settled (`archnet.quant.settle`). TensorFlow
     Lite's own round twice, as chips may that do as they do: one activation in ten thousand is
-    then another behind 8-bit weights, and layers after it carry that on. XNNPACK's QUANTIZE, which
-    brings sums to fewer bits, multiplies by eight bits alone, and rounds more values elsewhere.
+    then another behind 8-bit weights, and layers after it carry that on.
 
     Args:
         model: from `to_integers`, with any requantization.
@@ -275,9 +277,10 @@ def convolution_options(padding: np.int8, stride: int, activation: np.int8) -> T
     return {0: padding, 1: np.int32(stride), 2: np.int32(stride), 3: activation}
 
 
-def pooling_options(padding: np.int8, stride: int) -> Table:
-    """Options of MAX_POOL_2D with windows of 2x2."""
-    steps = {1: np.int32(stride), 2: np.int32(stride), 3: np.int32(2), 4: np.int32(2)}
+def pooling_options(padding: np.int8, strides: tuple[int, int], window: int) -> Table:
+    """Options of MAX_POOL_2D with square windows; strides are (height, width)."""
+    height, width = strides
+    steps = {1: np.int32(width), 2: np.int32(height), 3: np.int32(window), 4: np.int32(window)}
     return {0: padding, **steps, 5: LINEAR}
 
 
@@ -574,7 +577,7 @@ class _Emitter:
 
         name = step.name
         grid, target = self.model.grids[step.inputs[0]], self.model.grids[name]
-        weight, bias, unit = affine(requantization.scale, requantization.offset)
+        weight, bias, unit = affine(requantization, np.arange(grid.low, grid.high + 1))
         weights = Quantized(unit * target.scale / grid.scale, axis=3)
         biases = Quantized(unit * target.scale, dtype=np.int32)
         constants = [
@@ -596,12 +599,19 @@ class _Emitter:
         return value.transposed(back, name)
 
     def _rescaled(self, step: IntegerStep, source: Value) -> Value:
-        """Integers of another grid. It works one by one, so it goes before the pending moves."""
+        """Integers of another grid: a product with one. It works element by element, so it goes
+        before the pending moves.
+
+        Not a QUANTIZE: XNNPACK's multiplies by eight bits alone, and rounds some values elsewhere.
+        """
+        one = np.array([ONE], np.int8)
+        factor = self.file.constant(f"{step.name}.one", one, Quantized(np.array([1 / ONE])))
         tensor = self._clipped(
             step,
             source.shape,
-            lambda output, _: self.file.operator("QUANTIZE", [source.tensor], output),
-            fuses=False,
+            lambda output, activation: self.file.operator(
+                "MUL", [source.tensor, factor], output, {0: activation}
+            ),
         )
         return replace(source, name=step.name, tensor=tensor)
 
@@ -651,7 +661,7 @@ class _Emitter:
             "MAX_POOL_2D",
             [x],
             self.file.tensor(step.name, shape, self._quantized(step.name)),
-            pooling_options(padding, stride),
+            pooling_options(padding, (stride, stride), 2),
         )
         return Value(step.name, tensor, shape).transposed(_CHANNELS_FIRST, step.name)
 
@@ -682,19 +692,49 @@ class _Emitter:
 
     def _slice(self, step: IntegerStep, operator: Slice, source: Value) -> Value:
         source, order = self._laid_out(source)
-        before = self._shape(source.tensor)
-        place = order[operator.axis]
-        begin, end, stride = [0] * len(before), list(before), [1] * len(before)
-        begin[place], end[place], stride[place] = operator.start, operator.stop, operator.step
-        end[place] = min(end[place], before[place])
-        shape = tuple(len(range(*bounds)) for bounds in zip(begin, end, stride, strict=True))
-        self._like(source.tensor, step.name, shape)
+        shape, place = self._shape(source.tensor), order[operator.axis]
+        wanted = range(*slice(operator.start, operator.stop, operator.step).indices(shape[place]))
+        cut = Value(f"{source.name}.laid", source.tensor, shape)
+        if wanted != range(0, shape[place], wanted.step):
+            name = step.name if wanted.step == 1 else f"{step.name}.cut"
+            cut = self._cut(name, cut, place, wanted.start, wanted[-1] + 1)
+        if wanted.step > 1:
+            cut = self._every(step.name, cut, place, wanted.step)
+        return replace(cut.transposed(order, step.name), name=step.name)
+
+    def _cut(self, name: str, source: Value, place: int, start: int, stop: int) -> Value:
+        """What lies from ``start`` to ``stop`` along an axis."""
+        begin, end = [0] * len(source.shape), list(source.shape)
+        begin[place], end[place] = start, stop
+        shape = tuple(last - first for first, last in zip(begin, end, strict=True))
+        self._like(source.tensor, name, shape)
         constants = [
-            self.file.constant(f"{step.name}.{key}", np.array(values, np.int32))
-            for key, values in (("begin", begin), ("end", end), ("stride", stride))
+            self.file.constant(f"{name}.{key}", np.array(values, np.int32))
+            for key, values in (("begin", begin), ("end", end), ("stride", [1] * len(begin)))
         ]
-        self.file.operator("STRIDED_SLICE", [source.tensor, *constants], step.name)
-        return Value(step.name, step.name, shape).transposed(order, step.name)
+        self.file.operator("STRIDED_SLICE", [source.tensor, *constants], name)
+        return Value(name, name, shape)
+
+    def _every(self, name: str, source: Value, place: int, step: int) -> Value:
+        """The first of every ``step`` places along an axis: the largest of one number.
+
+        Vela leaves a STRIDED_SLICE with another stride than 1 to the CPU for Ethos-U55.
+        """
+        shape = list(source.shape)
+        wide = source
+        if len(shape) != 4 or place not in (1, 2):
+            ahead, behind = math.prod(shape[:place]), math.prod(shape[place + 1 :])
+            wide = source.reshaped((1, ahead, shape[place], behind), f"{name}.wide")
+        x = self._tensor(wide)
+        shape[place] = -(-shape[place] // step)
+        stored, strides = list(self._shape(x)), [1, 1]
+        axis = place if wide is source else 2
+        stored[axis], strides[axis - 1] = shape[place], step
+        tensor = f"{name}.every" if wide is not source else name
+        self._like(x, tensor, stored)
+        options = pooling_options(VALID, (strides[0], strides[1]), 1)
+        self.file.operator("MAX_POOL_2D", [x], tensor, options)
+        return Value(name, tensor, tuple(stored)).reshaped(tuple(shape), name)
 
     def _pad(self, step: IntegerStep, operator: Pad, source: Value) -> Value:
         source, order = self._laid_out(source)
@@ -708,25 +748,34 @@ class _Emitter:
 
 
 def affine(
-    scale: NDArray[np.float64], offset: NDArray[np.float64]
+    requantization: Requantization, integers: NDArray[np.int64]
 ) -> tuple[NDArray[np.int8], NDArray[np.int32], NDArray[np.float64]]:
-    """Integers (weight, bias) and their unit with (weight * x + bias) * unit = scale * x + offset.
+    """Integers (weight, bias) and their unit, each (C,), with (weight * x + bias) * unit the
+    result of a requantization before it is rounded.
 
-    Of the weights that int8 holds, each channel takes the one that rounds its bias least. All are
-    (C,).
+    Of the weights that round its bias least, each channel takes the one with which most
+    ``integers`` (N,) are rounded as the requantization rounds them.
 
     Example (scale 0.5, offset 0.1): 65 * x + 13 in units of 1/130.
     """
-    slope, offset = np.broadcast_arrays(np.abs(scale), offset)
+    scale, offset = np.broadcast_arrays(requantization.scale, requantization.offset)
+    slope = np.abs(scale)
     # A channel that hardly depends on its input has a unit that its bias fits.
     flat = slope < np.maximum(np.abs(offset), 1) / 2.0**23
     weights = np.arange((HIGHEST + 1) // 2, HIGHEST + 1)[:, None]  # (64, 1)
     exact = offset * weights / np.where(flat, 1, slope)
-    weight = weights[np.abs(exact - np.rint(exact)).argmin(0), 0]
-    weight = np.where(flat, 0, weight)
-    unit = np.where(flat, np.maximum(np.abs(offset), 1) / 2.0**30, slope / np.maximum(weight, 1))
-    signed = (weight * np.sign(scale)).astype(np.int8)
-    return signed, np.rint(offset / unit).astype(np.int32), unit
+    weights = weights[np.abs(exact - np.rint(exact)).argsort(0)[:TRIED], 0]
+    weights = np.where(flat, 0, weights)  # (TRIED, C)
+    units = np.where(flat, np.maximum(np.abs(offset), 1) / 2.0**30, slope / np.maximum(weights, 1))
+    weights = weights * np.sign(scale).astype(np.int64)
+    biases = np.rint(offset / units)
+    expected = requantization(np.repeat(integers[:, None], scale.size, 1), 1)  # (N, C)
+    sums = weights * integers[:, None, None] + biases  # (N, TRIED, C)
+    found = np.rint(sums.astype(np.float32) * units.astype(np.float32))
+    found = np.clip(found, requantization.low, requantization.high)
+    wrong = (found != expected[:, None]).sum(0)
+    best = wrong.argmin(0), np.arange(scale.size)
+    return weights[best].astype(np.int8), biases[best].astype(np.int32), units[best]
 
 
 def _headroom(weight: Integers, accumulator_bits: int) -> int:

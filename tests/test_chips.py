@@ -13,12 +13,17 @@ import one_operator
 from archnet.chips import ChipError, bridge, serve, tool_of, tools
 from archnet.chips.host import READY, bridges, origin_of
 from archnet.cli import main
+from archnet.compose import compose
 from archnet.deploy import to_integers
 from archnet.deploy.compile import Asked, compile_student, compile_teacher
 from archnet.errors import ArchnetError
 from archnet.hardware import Layer, Target
+from archnet.jobs import conductor
+from archnet.jobs.conductor import FINDINGS
 from archnet.ops import Activation, Convolution, MaxPool
 from archnet.quant import Recipe, quantize
+from archnet.runs import RunFolder, read_json
+from conftest import CONF
 from test_deploy import chain
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -411,6 +416,25 @@ def test_a_converter_is_no_tool_to_ask_for(
     assert main(["compile", str(tmp_path / "x.onnx"), "tool=litert_torch"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "tool=litert_torch writes teachers for other tools: say one of imx500, litert" in line
+
+
+# Of a run ---------------------------------------------------------------------------------------
+
+
+def test_what_commands_find_stays_when_a_finished_run_is_opened_again(
+    untrained: RunFolder, place: Path
+) -> None:
+    for tool in ("tract", "opencv"):
+        installed(place, tool, DONE)
+        assert main(["compile", str(untrained.path), f"tool={tool}", "inputs=2"]) == 0
+    assert main(["verify", str(untrained.path), "inputs=2", "forms=qdq"]) == 0
+    before = read_json(untrained.metrics, dict)
+    assert list(before["compile"]) == ["tract", "opencv"]
+    for _ in range(2):
+        assert "By vendors' tools" in (untrained.path / "report.html").read_text()
+        conductor.run(compose(CONF, [f"resume={untrained.path}"]), ["resume"])
+        after = read_json(untrained.metrics, dict)
+        assert {key: after[key] for key in FINDINGS} == {key: before[key] for key in FINDINGS}
 
 
 # Real tools -------------------------------------------------------------------------------------

@@ -20,11 +20,21 @@ from archnet.errors import ArchnetError
 from archnet.hardware import Layer, Target
 from archnet.jobs import conductor
 from archnet.jobs.conductor import FINDINGS
-from archnet.ops import Activation, Convolution, MaxPool
-from archnet.quant import Recipe, quantize
+from archnet.ops import (
+    Activation,
+    BatchNorm,
+    Convolution,
+    FullyConnected,
+    MaxPool,
+    Pad,
+    Permute,
+    Reshape,
+)
+from archnet.quant import Recipe, quantize, settle
 from archnet.runs import RunFolder, read_json
 from conftest import CONF
 from test_deploy import chain
+from test_deploy import student as graph_of
 
 RECORDED = Path(__file__).parent / "recorded"
 BEHAVIOURS = {
@@ -443,6 +453,34 @@ def test_what_commands_find_stays_when_a_finished_run_is_opened_again(
 def real(tool: str) -> None:
     if bridge(tool).missing:
         pytest.skip(bridge(tool).missing)
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize("tool", ["onnxruntime", "openvino", "tract", "opencv", "litert"])
+def test_a_runtime_takes_a_table_of_positions(tool: str, bits: int) -> None:
+    """A batch norm over all elements, behind moves, and bounds inside of a byte."""
+    real(tool)
+    torch.manual_seed(0)
+    norm = BatchNorm(17 * 6)
+    norm.running_mean.normal_()
+    net = graph_of(
+        (3, 4, 4),
+        ("stem", Convolution(3, 6), "x"),
+        ("grid", Activation(), "stem"),
+        ("flat", Reshape((6, 16)), "grid"),
+        ("last", Permute((0, 2, 1)), "flat"),
+        ("class", Pad(((1, 0), (0, 0))), "last"),
+        ("wide", Reshape((17 * 6,)), "class"),
+        ("positions", norm, "wide"),
+        ("held", Activation(-0.7, 0.7), "positions"),
+        ("head", FullyConnected(17 * 6, 5), "held"),
+    )
+    x = torch.randn(20, 3, 4, 4)
+    settle(quantize(net, Recipe(8, bits), calibration=[x]))
+    judged = compile_student(net, Asked(bridge(tool), "", x.numpy(), x.numpy()[:0]))
+    assert judged.compiled.error == ""
+    assert judged.changed == 0
+    assert judged.bit_equal == 1 or tool == "litert"  # whose results have 16 bits
 
 
 @pytest.mark.parametrize("tool", ["onnxruntime", "openvino", "tract", "litert"])

@@ -81,10 +81,11 @@ def to_tflite(model: IntegerModel) -> bytes:
     integer, which is stored as 127.
 
     A batch norm is a depthwise convolution, whose offset is rounded to a hundredth of its slope or
-    finer, so that its integers are ours where they can be. For the rest, all depends on how a runtime rounds accumulators. Kernels that round once
-    (XNNPACK's) give these integers where scales are settled (`archnet.quant.settle`). TensorFlow
-    Lite's own round twice, as chips may that do as they do: one activation in ten thousand is
-    then another behind 8-bit weights, and layers after it carry that on.
+    finer, so that it gives these integers but for a few next to a border. For the rest, all
+    depends on how a runtime rounds accumulators. Kernels that round once (XNNPACK's) give these
+    integers where scales are settled (`archnet.quant.settle`). TensorFlow Lite's own round twice,
+    as chips may that do as they do: one activation in ten thousand is then another behind 8-bit
+    weights, and layers after it carry that on.
 
     Args:
         model: from `to_integers`, with any requantization.

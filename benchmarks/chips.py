@@ -164,7 +164,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
             continue
         asked = Asked(tool, chip, pictures.numpy(), calibration.numpy(), options.timeout)
         quantized = not tool.says("QUANTIZES") or tool.says("FORM") is not None
-        before, teacher = judged_of("teacher", compile_teacher, network, asked, classes)
+        before, teacher = judged_of("teacher", compile_teacher, network, asked, [classes])
         own = target or "arch5"
         dialect = Target.named(own).dialect
         for hardware in options.students or [own]:

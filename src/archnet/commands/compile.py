@@ -154,9 +154,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.teacher == "true":
         with_images = replace(asked, images=images if len(images) else calibration[:1])
         beside = log.with_name(f"{log.stem}_teacher.log")
-        judged["teacher"] = compile_teacher(
-            job.teacher, with_images, student.graph.classes[0], beside
-        )
+        judged["teacher"] = compile_teacher(job.teacher, with_images, student.graph.classes, beside)
     _keep(folder, name, judged)
     return _told(f"{folder.path.name}: {name}", judged, asked)
 

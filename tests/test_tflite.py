@@ -23,6 +23,7 @@ from archnet.ops import (
     Reshape,
     Slice,
 )
+from archnet.ops.scores import each
 from archnet.quant import Recipe, quantize, settle
 from archnet.teachers.nets import CifarResNet, DigitNet
 from test_c_header import NETWORKS
@@ -40,20 +41,24 @@ def _seed():
 
 
 def interpreted(content, integers):
-    """(N, ...) outputs as numbers, the size of their step, and the names of operators."""
+    """Of every output the numbers (N, ...), and the size of their step."""
     runtime = pytest.importorskip("ai_edge_litert.interpreter")
     network = runtime.Interpreter(model_content=content)
     network.allocate_tensors()
-    (given,), (result,) = network.get_input_details(), network.get_output_details()
-    found = []
+    (given,), results = network.get_input_details(), network.get_output_details()
+    found = [[] for _ in results]
     for sample in integers:
         stored = sample.transpose(1, 2, 0) if sample.ndim == 3 else sample
         stored = stored + given["quantization"][1]
         network.set_tensor(given["index"], stored[None].astype(np.int8))
         network.invoke()
-        found.append(network.get_tensor(result["index"])[0])
-    scale, zero = result["quantization"]
-    return (np.stack(found).astype(np.int64) - zero) * scale, scale
+        for kept, result in zip(found, results, strict=True):
+            kept.append(network.get_tensor(result["index"])[0])
+    grids = [result["quantization"] for result in results]
+    return [
+        ((np.stack(kept).astype(np.int64) - zero) * scale, scale)
+        for kept, (scale, zero) in zip(found, grids, strict=True)
+    ]
 
 
 def quantized(net, weight_bits, act_bits):
@@ -68,15 +73,18 @@ def quantized(net, weight_bits, act_bits):
 
 
 def differences(net, x):
-    """(N, ...) distances of the file's outputs from PyTorch's, in steps of the file's output."""
+    """Distances of all numbers of the file's outputs from PyTorch's, in steps of the output."""
     model = to_integers(net)
     entry = model.steps[0].name
     values = model.run(x.numpy(), [entry])
-    found, scale = interpreted(to_tflite(model), values[entry])
+    found = interpreted(to_tflite(model), values[entry])
     with torch.no_grad():
-        expected = net.double()(x.double()).numpy()
+        expected = each(net.double()(x.double()))
     net.float()
-    return np.abs(found - expected) / scale
+    pairs = zip(found, expected, strict=True)
+    return np.concatenate(
+        [(np.abs(ours - theirs.numpy()) / scale).reshape(-1) for (ours, scale), theirs in pairs]
+    )
 
 
 # The runtime ----------------------------------------------------------------------------------

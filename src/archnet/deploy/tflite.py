@@ -45,7 +45,6 @@ from archnet.ops import (
 SAME, VALID = np.int8(0), np.int8(1)
 LINEAR, RELU = np.int8(0), np.int8(1)
 HIGHEST = 127  # of int8
-TRIED = 8  # weights of a batch norm, for each channel
 ONE = 64  # the integer of a factor of 1: a power of two, so that its step is exact
 
 # Name: number, version that knows int8, number of its options.
@@ -749,13 +748,13 @@ class _Emitter:
 
 
 def affine(
-    requantization: Requantization, integers: NDArray[np.int64]
+    requantization: Requantization, integers: NDArray[np.int64], tried: int = 8
 ) -> tuple[NDArray[np.int8], NDArray[np.int32], NDArray[np.float64]]:
     """Integers (weight, bias) and their unit, each (C,), with (weight * x + bias) * unit the
     result of a requantization before it is rounded.
 
-    Of the weights that round its bias least, each channel takes the one with which most
-    ``integers`` (N,) are rounded as the requantization rounds them.
+    Of the weights that round its bias least, at first so many as ``tried``, each channel takes the
+    one with which most ``integers`` (N,) are rounded as the requantization rounds them.
 
     Example (scale 0.5, offset 0.1): 65 * x + 13 in units of 1/130.
     """
@@ -765,18 +764,24 @@ def affine(
     flat = slope < np.maximum(np.abs(offset), 1) / 2.0**23
     weights = np.arange((HIGHEST + 1) // 2, HIGHEST + 1)[:, None]  # (64, 1)
     exact = offset * weights / np.where(flat, 1, slope)
-    weights = weights[np.abs(exact - np.rint(exact)).argsort(0)[:TRIED], 0]
-    weights = np.where(flat, 0, weights)  # (TRIED, C)
+    weights = weights[np.abs(exact - np.rint(exact)).argsort(0)[:tried], 0]
+    weights = np.where(flat, 0, weights)  # (tried, C)
     units = np.where(flat, np.maximum(np.abs(offset), 1) / 2.0**30, slope / np.maximum(weights, 1))
     weights = weights * np.sign(scale).astype(np.int64)
     biases = np.rint(offset / units)
     expected = requantization(np.repeat(integers[:, None], scale.size, 1), 1)  # (N, C)
-    sums = weights * integers[:, None, None] + biases  # (N, TRIED, C)
+    sums = weights * integers[:, None, None] + biases  # (N, tried, C)
     found = np.rint(sums.astype(np.float32) * units.astype(np.float32))
     found = np.clip(found, requantization.low, requantization.high)
     wrong = (found != expected[:, None]).sum(0)
     best = wrong.argmin(0), np.arange(scale.size)
-    return weights[best].astype(np.int8), biases[best].astype(np.int32), units[best]
+    found = weights[best].astype(np.int8), biases[best].astype(np.int32), units[best]
+    others = wrong[best] > 0
+    if others.any() and tried < HIGHEST:
+        part = replace(requantization, scale=scale[others], offset=offset[others])
+        for mine, better in zip(found, affine(part, integers, HIGHEST), strict=True):
+            mine[others] = better
+    return found
 
 
 def _headroom(weight: Integers, accumulator_bits: int) -> int:

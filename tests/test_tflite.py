@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 import archnet
 from archnet.deploy import ExportError
 from archnet.deploy.integer import IntegerGrid, Requantization, to_integers
-from archnet.deploy.tflite import _headroom, affine, to_tflite
+from archnet.deploy.tflite import _headroom, _moved, _simplified, affine, to_tflite
+from archnet.deploy.writer import Reshape as PendingReshape
+from archnet.deploy.writer import Transpose, Value
 from archnet.ops import (
     Activation,
     Concat,
@@ -213,6 +215,24 @@ def test_moves_round_a_fully_connected_layer_cancel():
         "CONV_2D",
     ]
     assert differences(net, x).max() < ROUNDED
+
+
+@given(data=st.data(), shape=st.permutations([1, 1, 2, 3, 4]))
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_moves_are_made_with_no_more_transpositions_than_they_have(data, shape):
+    moves, value = [], Value("x", "x", (1, *shape))
+    for _ in range(data.draw(st.integers(0, 6))):
+        before = replace(value, moves=tuple(moves)).moved_shape
+        order = data.draw(st.permutations(range(1, len(before))))
+        drawn = st.sampled_from([(1, 24), (1, 4, 6), (1, 2, 3, 4), (1, 2, 1, 12), (1, *before, 1)])
+        shapes = drawn.filter(lambda to: math.prod(to) == 24)
+        move = st.one_of(st.just(Transpose((0, *order))), st.builds(PendingReshape, shapes))
+        moves.append(data.draw(move))
+    left = _simplified(replace(value, moves=tuple(moves)))
+    x = np.arange(24).reshape(value.shape)
+    np.testing.assert_array_equal(_moved(x, left), _moved(x, moves))
+    turns = [move for move in left if isinstance(move, Transpose)]
+    assert len(turns) <= sum(isinstance(move, Transpose) for move in moves)
 
 
 @given(scale=st.floats(-4, 4, width=32), offset=st.floats(-300, 300, width=32))

@@ -796,26 +796,54 @@ def _headroom(weight: Integers, accumulator_bits: int) -> int:
 
 
 def _simplified(value: Value) -> list[Transpose | PendingReshape]:
-    """The moves that are left when those of unit axes are reshapes, and reshapes are joined."""
+    """The moves that are left when those of unit axes are reshapes, those that undo each other are
+    none, and reshapes are joined.
+    """
     moves = list[Transpose | PendingReshape]()
-    shapes = [value.shape]  # before every move that is left
+    shapes = [value.shape]  # before every move that is left, and behind the last
+
+    def reshaped(shape: tuple[int, ...]) -> None:
+        if moves and isinstance(moves[-1], PendingReshape):
+            moves.pop()
+            shapes.pop()
+        if shape != shapes[-1]:
+            moves.append(PendingReshape(shape))
+            shapes.append(shape)
+
+    # Of a run of moves that only permute wide axes, or make and drop unit ones: the shape behind
+    # it, and where each wide axis of it stood before the run.
     after = value.shape
+    order = list(range(len(_wide(after))))
+
+    def turned() -> None:
+        if order != sorted(order):
+            # Wide axes alone: beside others Vela charges up to thirty times as much for Ethos-U85.
+            reshaped((1, *_wide(shapes[-1])))
+            move = Transpose((0, *(axis + 1 for axis in order)))
+            shape = tuple(shapes[-1][axis] for axis in move.order)
+            moves.append(move)
+            shapes.append(shape)
+        reshaped(after)
+
     for move in value.moves:
         before = after
         after = replace(value, shape=before, moves=(move,)).moved_shape
         if isinstance(move, Transpose):
-            wide = [axis for axis in move.order if before[axis] > 1]
-            if wide != sorted(wide):
-                moves.append(move)
-                shapes.append(after)
-                continue
-        if moves and isinstance(moves[-1], PendingReshape):
-            moves.pop()
-            shapes.pop()
-        if after != shapes[-1]:
-            moves.append(PendingReshape(after))
-            shapes.append(after)
+            wide = [axis for axis, size in enumerate(before) if size > 1]
+            order = [order[wide.index(axis)] for axis in move.order if before[axis] > 1]
+        elif _wide(before) != _wide(after):
+            after, made = before, after
+            turned()
+            after = made
+            order = list(range(len(_wide(after))))
+            reshaped(after)
+    turned()
     return moves
+
+
+def _wide(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of the axes of more than one entry."""
+    return tuple(size for size in shape if size > 1)
 
 
 def _moved(array: NDArray[Any], moves: Sequence[Transpose | PendingReshape]) -> NDArray[Any]:

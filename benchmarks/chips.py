@@ -35,6 +35,7 @@ from archnet.convert import Approximation
 from archnet.deploy.compile import Asked, Judged, compile_student, compile_teacher
 from archnet.errors import ArchnetError, printable
 from archnet.hardware import Target
+from archnet.ops.scores import axis_of
 from archnet.teachers import MEMBERS, Member, random_network
 from archnet.teachers.nets import NETS
 
@@ -103,6 +104,7 @@ class Students:
             student = archnet.convert(self.network, self.calibration, hardware, approximation=bound)
             if quantized:
                 archnet.quantize(student, weight_bits=8, act_bits=8, calibration=[self.calibration])
+                archnet.settle(student)  # as every run ends
             self.made[key] = student
         return self.made[key]
 
@@ -150,7 +152,9 @@ def measure(name: str, options: argparse.Namespace) -> None:
     calibration, pictures = images.split([CALIBRATION, PICTURES])
     network = network_named(name, options.seed)
     with torch.no_grad():
-        answers = len(torch.cat([network(part) for part in pictures.split(10)]).argmax(1).unique())
+        scores = torch.cat([network(part) for part in pictures.split(10)])
+    classes = axis_of(scores.shape[1:])
+    answers = len(scores.argmax(1).unique())
     students = Students(network, calibration, options.max_cost)
     bound = "" if options.max_cost is None else f" --max-cost {options.max_cost:g}"
     for tool, target, chip in places(options.tools):
@@ -160,7 +164,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
             continue
         asked = Asked(tool, chip, pictures.numpy(), calibration.numpy(), options.timeout)
         quantized = not tool.says("QUANTIZES") or tool.says("FORM") is not None
-        before, teacher = judged_of("teacher", compile_teacher, network, asked)
+        before, teacher = judged_of("teacher", compile_teacher, network, asked, [classes])
         own = target or "arch5"
         dialect = Target.named(own).dialect
         for hardware in options.students or [own]:
@@ -246,18 +250,6 @@ def table() -> str:
             "cycles" if row.get("student_cycles") or row.get("teacher_cycles") else "milliseconds"
         )
         form = ",.0f" if kind == "cycles" else ",.2f"
-
-        def figure(
-            which: str, row: dict[str, str] = row, kind: str = kind, form: str = form
-        ) -> str:
-            value = row.get(f"{which}_{kind}", "")
-            return format(float(value), form) if value else "-"
-
-        def said(which: str, key: str, row: dict[str, str] = row) -> str:
-            if row.get(f"{which}_error") and not row.get(f"{which}_{key}"):
-                return "refused"
-            return row.get(f"{which}_{key}", "") or "-"
-
         cells = [
             row["tool"],
             row["teacher"],

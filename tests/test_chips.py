@@ -3,23 +3,42 @@
 import csv
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import archnet
 import one_operator
 from archnet.chips import ChipError, bridge, serve, tool_of, tools
 from archnet.chips.host import READY, bridges, origin_of
 from archnet.cli import main
+from archnet.compose import compose
 from archnet.deploy import to_integers
-from archnet.deploy.compile import Asked, compile_student, compile_teacher
+from archnet.deploy.compile import Asked, compile_file, compile_student, compile_teacher
 from archnet.errors import ArchnetError
 from archnet.hardware import Layer, Target
-from archnet.ops import Activation, Convolution, MaxPool
-from archnet.quant import Recipe, quantize
+from archnet.jobs import conductor
+from archnet.jobs.conductor import FINDINGS
+from archnet.ops import (
+    Activation,
+    BatchNorm,
+    Convolution,
+    FullyConnected,
+    MaxPool,
+    Pad,
+    Permute,
+    Reshape,
+    Student,
+)
+from archnet.quant import Recipe, quantize, settle
+from archnet.runs import RunFolder, read_json
+from conftest import CONF
 from test_deploy import chain
+from test_deploy import student as graph_of
+from test_outputs import two
 
 RECORDED = Path(__file__).parent / "recorded"
 BEHAVIOURS = {
@@ -312,7 +331,7 @@ def served(folder: Path, program: str, **asked: object) -> dict[str, object]:
 
 def test_a_bridge_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "MOST_RUNS", 3)
-    program = "def run(request):\n    request.run(lambda x: x.sum((1, 2))[None])\n"
+    program = "def run(request):\n    request.run(lambda x: [x.sum((1, 2))[None]])\n"
     answer = served(tmp_path, program)
     assert answer["done"]
     assert np.load(tmp_path / "scores.npy").tolist() == [[4.0]] * 3
@@ -369,6 +388,48 @@ def test_results_are_held_against_the_golden_model(off_by: int, changed: int, pl
     assert (judged.changed == 0) == (changed == 0)
 
 
+@cache
+def several(quantized: bool) -> tuple[Student, torch.Tensor]:
+    """A student with class scores and a map of them, and inputs."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, 12, 12)
+    student = archnet.convert(two().eval(), x, classes=1)
+    return (settled(student, x) if quantized else student), x
+
+
+def settled(student: Student, x: torch.Tensor) -> Student:
+    settle(quantize(student, Recipe(8, 8), calibration=[x]))
+    return student
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_every_output_is_held_against_the_golden_model(output: int, place: Path) -> None:
+    student, x = several(True)
+    model = to_integers(student)
+    golden = [
+        part * model.unit(name)
+        for part, name in zip(model.results(x.numpy()), model.outputs, strict=True)
+    ]
+    axis = student.graph.classes[output]
+    assert axis is not None
+    # One decision of the first sample falls.
+    worst = np.moveaxis(golden[output], axis, 1)[0].reshape(golden[output].shape[axis], -1)[:, 0]
+    worst[worst.argmax()] -= 1e6
+    np.save(place.parent / "scores.npy", np.hstack([part.reshape(6, -1) for part in golden]))
+    installed(
+        place,
+        "tract",
+        f"import json, shutil\nshutil.copy({str(place.parent / 'scores.npy')!r}, folder)\n"
+        "names = json.loads((folder / 'request.json').read_text())['outputs']\n"
+        f"assert names == {student.graph.output_names}\n{DONE}",
+    )
+    judged = compile_student(student, Asked(bridge("tract"), "", x.numpy(), x.numpy()[:0]))
+    assert judged.compiled.error == ""
+    assert (judged.changed, judged.inputs) == (1, 6)
+    assert judged.bit_equal is not None
+    assert 1 - judged.bit_equal == pytest.approx(1 / sum(part.size for part in golden))
+
+
 MADE = "(folder / 'made').write_bytes(b'a file of ' + (folder / 'network.pt2').read_bytes()[:2])"
 DONE = (
     "import json\n(folder / 'answer.json').write_text(json.dumps({'version': 'x', 'done': True}))"
@@ -397,9 +458,9 @@ def test_a_teacher_is_written_as_tensorflow_lite_by_a_converter(
     log = tmp_path / "teacher.log"
     if said:
         with pytest.raises(ArchnetError, match=said):
-            compile_teacher(teacher, asked, 1, log)
+            compile_teacher(teacher, asked, [1], log)
     else:
-        assert compile_teacher(teacher, asked, 1, log).compiled.error == ""
+        assert compile_teacher(teacher, asked, [1], log).compiled.error == ""
         assert (tmp_path / "teacher_litert_torch.log").is_file()
 
 
@@ -413,12 +474,78 @@ def test_a_converter_is_no_tool_to_ask_for(
     assert "tool=litert_torch writes teachers for other tools: say one of imx500, litert" in line
 
 
+# Of a run ---------------------------------------------------------------------------------------
+
+
+def test_what_commands_find_stays_when_a_finished_run_is_opened_again(
+    untrained: RunFolder, place: Path
+) -> None:
+    for tool in ("tract", "opencv"):
+        installed(place, tool, DONE)
+        assert main(["compile", str(untrained.path), f"tool={tool}", "inputs=2"]) == 0
+    assert main(["verify", str(untrained.path), "inputs=2", "forms=qdq"]) == 0
+    before = read_json(untrained.metrics, dict)
+    assert list(before["compile"]) == ["tract", "opencv"]
+    for _ in range(2):
+        assert "By vendors' tools" in (untrained.path / "report.html").read_text()
+        conductor.run(compose(CONF, [f"resume={untrained.path}"]), ["resume"])
+        after = read_json(untrained.metrics, dict)
+        assert {key: after[key] for key in FINDINGS} == {key: before[key] for key in FINDINGS}
+
+
 # Real tools -------------------------------------------------------------------------------------
 
 
 def real(tool: str) -> None:
     if bridge(tool).missing:
         pytest.skip(bridge(tool).missing)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("tool", ["onnxruntime", "openvino", "tract", "opencv", "mnn", "litert"])
+def test_a_runtime_gives_every_output(tool: str, quantized: bool, tmp_path: Path) -> None:
+    real(tool)
+    if tool == ("mnn" if quantized else "litert"):
+        pytest.skip(f"{tool} takes no such file")
+    student, x = several(quantized)
+    asked = Asked(bridge(tool), "", x.numpy(), x.numpy()[:0])
+    found = [compile_student(student, asked)]
+    if tool != "litert":
+        file = archnet.export(student, tmp_path / "x.onnx")
+        found.append(compile_file(file, asked))
+    for judged in found:
+        assert judged.compiled.error == ""
+        assert judged.compiled.scores is not None
+        assert judged.compiled.scores.shape == (6, 5 + 4 * 36)
+        assert judged.changed == 0
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize("tool", ["onnxruntime", "openvino", "tract", "opencv", "litert"])
+def test_a_runtime_takes_a_table_of_positions(tool: str, bits: int) -> None:
+    """A batch norm over all elements, behind moves, and bounds inside of a byte."""
+    real(tool)
+    torch.manual_seed(0)
+    norm = BatchNorm(17 * 6)
+    norm.running_mean.normal_()
+    net = graph_of(
+        (3, 4, 4),
+        ("stem", Convolution(3, 6), "x"),
+        ("grid", Activation(), "stem"),
+        ("flat", Reshape((6, 16)), "grid"),
+        ("last", Permute((0, 2, 1)), "flat"),
+        ("class", Pad(((1, 0), (0, 0))), "last"),
+        ("wide", Reshape((17 * 6,)), "class"),
+        ("positions", norm, "wide"),
+        ("held", Activation(-0.7, 0.7), "positions"),
+        ("head", FullyConnected(17 * 6, 5), "held"),
+    )
+    x = torch.randn(20, 3, 4, 4)
+    settle(quantize(net, Recipe(8, bits), calibration=[x]))
+    judged = compile_student(net, Asked(bridge(tool), "", x.numpy(), x.numpy()[:0]))
+    assert judged.compiled.error == ""
+    assert judged.changed == 0
+    assert judged.bit_equal == 1 or tool == "litert"  # whose results have 16 bits
 
 
 @pytest.mark.parametrize("tool", ["onnxruntime", "openvino", "tract", "litert"])
@@ -510,7 +637,7 @@ def test_arms_targets_say_what_vela_says(target: str, operator: str) -> None:
 
     x = np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)
     found = bridge("vela")
-    judged = compile_teacher(Between().eval(), Asked(found, found.chip(target), x[:1], x), 1)
+    judged = compile_teacher(Between().eval(), Asked(found, found.chip(target), x[:1], x), [1])
     assert judged.compiled.error == ""
     described = Target.named(target)
     assert (not judged.compiled.off) == (operator in described.operators)

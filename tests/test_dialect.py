@@ -21,7 +21,7 @@ from archnet.deploy import ExportError, doubts, export, parity, to_integers, to_
 from archnet.errors import ConfigError
 from archnet.hardware import Target
 from archnet.lower import target_of
-from archnet.ops import Activation, Student
+from archnet.ops import Activation, FullyConnected, Student
 from archnet.quant import ActivationLSQ, Recipe, quantize, settle
 from test_deploy import chain, network
 from test_verify import Network, images, student_of
@@ -132,6 +132,32 @@ def test_clips_are_exact_at_every_border(bits, share, scale, relu, high, clip, f
     golden = to_integers(net)
     found = run(to_onnx(net, form, dialect=DialectConfig(clip=clip)), x)
     assert np.array_equal(np.rint(found / step), golden.run(x)[golden.outputs[0]])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_bounds_inside_a_container_bear_a_cut_fraction(bits):
+    """OpenVINO cuts a bound's fraction off, others round it: both give the integer meant."""
+    model, found = to_onnx(student_of(bits, bits)), 0
+    constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    readers = read_by(model)
+    for node in model.graph.node:
+        if node.op_type != "Clip" or "unclipped" in node.output[0]:
+            continue
+        _, scale, zero = readers[node.output[0]][0].input
+        for name in node.input[1:]:
+            stored = constants[name] / constants[scale] + constants[zero]
+            if stored not in (0, constants[zero], 255):  # the ends, and 0, are exact
+                assert 0.2 < stored - np.floor(stored) < 0.3
+                found += 1
+    assert found
+
+
+def test_every_node_has_a_zero_point_of_its_own():
+    """OpenVINO reshapes one to fit its node, whoever else reads it."""
+    graph = to_onnx(every_operator(8)).graph
+    nodes = [n for n in graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    zeros = [node.input[2] for node in nodes if len(node.input) > 2]
+    assert len(zeros) == len(set(zeros))
 
 
 def test_the_form_follows_from_the_student(tmp_path):
@@ -354,6 +380,12 @@ def test_files_that_a_tool_computes_wrongly_are_known():
     ]
     graph = helper.make_graph(nodes, "g", [], [])
     assert "ReduceMean" in doubts(helper.make_model(graph))["openvino"]
+    torch.manual_seed(0)
+    one = chain((6,), FullyConnected(6, 1), Activation(), FullyConnected(1, 4))
+    one = quantize(one, Recipe(8, 8), calibration=[torch.randn(8, 6)])
+    for batch in ("one", "open"):
+        said = doubts(to_onnx(one, dialect=DialectConfig(batch=batch)))
+        assert "of one number" in said["opencv"]
     weight = helper.make_tensor("w", TensorProto.INT4, [2, 2], [1, 1, 1, 1])
     scale = numpy_helper.from_array(np.float32(1), "s")
     node = helper.make_node("DequantizeLinear", ["w", "s"], ["y"])

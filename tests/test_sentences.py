@@ -128,10 +128,10 @@ def test_the_header_is_strict_c(tmp_path: Path) -> None:
     subprocess.run(["cc", *flags, tmp_path / "main.c"], check=True)
 
 
-def test_tensorflow_lite_gives_the_golden_models_integers() -> None:
-    """At W8A8; XNNPACK's QUANTIZE, which narrows sums, has a factor of 8 bits."""
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tensorflow_lite_gives_the_golden_models_integers(bits: int) -> None:
     runtime = pytest.importorskip("ai_edge_litert.interpreter")
-    parts, length = stepwise(make("arch5", "post", 8)), 9
+    parts, length = stepwise(make("arch5", "post", bits)), 9
     golden = GoldenTranslator(Sentences.of(parts))
 
     def runner(content: bytes):

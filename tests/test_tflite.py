@@ -1,5 +1,6 @@
 """The TensorFlow Lite file gives the integers of the golden model, and Vela compiles it."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 import archnet
 from archnet.deploy import ExportError
-from archnet.deploy.integer import IntegerGrid, to_integers
-from archnet.deploy.tflite import _headroom, affine, to_tflite
+from archnet.deploy.integer import IntegerGrid, Requantization, to_integers
+from archnet.deploy.tflite import _headroom, _moved, _simplified, affine, to_tflite
+from archnet.deploy.writer import Reshape as PendingReshape
+from archnet.deploy.writer import Transpose, Value
 from archnet.ops import (
     Activation,
     Concat,
@@ -20,7 +23,9 @@ from archnet.ops import (
     MaxPool,
     Permute,
     Reshape,
+    Slice,
 )
+from archnet.ops.scores import each
 from archnet.quant import Recipe, quantize, settle
 from archnet.teachers.nets import CifarResNet, DigitNet
 from test_c_header import NETWORKS
@@ -29,6 +34,7 @@ from test_deploy import TO_LAST, chain, student
 # Steps of 16-bit outputs: half of one, and as much for the 16 bits of the runtime's multiplier.
 # Another integer anywhere in the network moves outputs by more.
 ROUNDED = 1
+SLICE_STEPS = st.integers(1, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -37,20 +43,24 @@ def _seed():
 
 
 def interpreted(content, integers):
-    """(N, ...) outputs as numbers, the size of their step, and the names of operators."""
+    """Of every output the numbers (N, ...), and the size of their step."""
     runtime = pytest.importorskip("ai_edge_litert.interpreter")
     network = runtime.Interpreter(model_content=content)
     network.allocate_tensors()
-    (given,), (result,) = network.get_input_details(), network.get_output_details()
-    found = []
+    (given,), results = network.get_input_details(), network.get_output_details()
+    found = [[] for _ in results]
     for sample in integers:
         stored = sample.transpose(1, 2, 0) if sample.ndim == 3 else sample
         stored = stored + given["quantization"][1]
         network.set_tensor(given["index"], stored[None].astype(np.int8))
         network.invoke()
-        found.append(network.get_tensor(result["index"])[0])
-    scale, zero = result["quantization"]
-    return (np.stack(found).astype(np.int64) - zero) * scale, scale
+        for kept, result in zip(found, results, strict=True):
+            kept.append(network.get_tensor(result["index"])[0])
+    grids = [result["quantization"] for result in results]
+    return [
+        ((np.stack(kept).astype(np.int64) - zero) * scale, scale)
+        for kept, (scale, zero) in zip(found, grids, strict=True)
+    ]
 
 
 def quantized(net, weight_bits, act_bits):
@@ -65,15 +75,18 @@ def quantized(net, weight_bits, act_bits):
 
 
 def differences(net, x):
-    """(N, ...) distances of the file's outputs from PyTorch's, in steps of the file's output."""
+    """Distances of all numbers of the file's outputs from PyTorch's, in steps of the output."""
     model = to_integers(net)
     entry = model.steps[0].name
     values = model.run(x.numpy(), [entry])
-    found, scale = interpreted(to_tflite(model), values[entry])
+    found = interpreted(to_tflite(model), values[entry])
     with torch.no_grad():
-        expected = net.double()(x.double()).numpy()
+        expected = each(net.double()(x.double()))
     net.float()
-    return np.abs(found - expected) / scale
+    pairs = zip(found, expected, strict=True)
+    return np.concatenate(
+        [(np.abs(ours - theirs.numpy()) / scale).reshape(-1) for (ours, scale), theirs in pairs]
+    )
 
 
 # The runtime ----------------------------------------------------------------------------------
@@ -125,6 +138,28 @@ def test_operators_of_another_grid_requantize():
     assert differences(*quantized(net, 4, 4)).max() < ROUNDED
 
 
+def sliced(axis, start, stop, step):
+    """A convolution, a slice of its map, and a layer that looks at all that is left."""
+    shape = [5, 6, 7]
+    shape[axis - 1] = len(range(*slice(start, stop, step).indices(shape[axis - 1])))
+    return student(
+        (3, 6, 7),
+        ("stem", Convolution(3, 5), "x"),
+        ("relu", Activation(), "stem"),
+        ("part", Slice(axis, start, stop, step), "relu"),
+        ("flat", Reshape((math.prod(shape),)), "part"),
+        ("head", FullyConnected(math.prod(shape), 4), "flat"),
+    )
+
+
+@given(axis=st.integers(1, 3), start=st.integers(0, 4), more=st.integers(1, 7), step=SLICE_STEPS)
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+def test_a_slice_takes_what_ours_takes(axis, start, more, step):
+    torch.manual_seed(0)
+    net = sliced(axis, start, min(start + more, (5, 6, 7)[axis - 1]), step)
+    assert differences(*quantized(net, 4, 8)).max() < ROUNDED
+
+
 # The file ---------------------------------------------------------------------------------------
 
 
@@ -139,6 +174,17 @@ def operators(content):
     graph = model.Subgraphs(0)
     codes = [graph.Operators(index).OpcodeIndex() for index in range(graph.OperatorsLength())]
     return [names[model.OperatorCodes(code).BuiltinCode()] for code in codes]
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_a_slice_has_strides_that_every_ethos_u_takes(axis):
+    """Vela leaves a STRIDED_SLICE with another stride than 1 to the CPU for Ethos-U55."""
+    found = operators(to_tflite(to_integers(quantized(sliced(axis, 1, 5, 2), 4, 8)[0])))
+    assert found.count("MAX_POOL_2D") == 1
+    found = operators(to_tflite(to_integers(quantized(sliced(axis, 0, 9, 2), 4, 8)[0])))
+    assert "STRIDED_SLICE" not in found
+    found = operators(to_tflite(to_integers(quantized(sliced(axis, 1, 5, 1), 4, 8)[0])))
+    assert "MAX_POOL_2D" not in found
 
 
 def test_moves_round_a_fully_connected_layer_cancel():
@@ -171,18 +217,37 @@ def test_moves_round_a_fully_connected_layer_cancel():
     assert differences(net, x).max() < ROUNDED
 
 
-@given(
-    scale=st.floats(-4, 4, width=32),
-    offset=st.floats(-300, 300, width=32),
-    x=st.integers(-255, 255),
-)
+@given(data=st.data(), shape=st.permutations([1, 1, 2, 3, 4]))
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_moves_are_made_with_no_more_transpositions_than_they_have(data, shape):
+    moves, value = [], Value("x", "x", (1, *shape))
+    for _ in range(data.draw(st.integers(0, 6))):
+        before = replace(value, moves=tuple(moves)).moved_shape
+        order = data.draw(st.permutations(range(1, len(before))))
+        drawn = st.sampled_from([(1, 24), (1, 4, 6), (1, 2, 3, 4), (1, 2, 1, 12), (1, *before, 1)])
+        shapes = drawn.filter(lambda to: math.prod(to) == 24)
+        move = st.one_of(st.just(Transpose((0, *order))), st.builds(PendingReshape, shapes))
+        moves.append(data.draw(move))
+    left = _simplified(replace(value, moves=tuple(moves)))
+    x = np.arange(24).reshape(value.shape)
+    np.testing.assert_array_equal(_moved(x, left), _moved(x, moves))
+    turns = [move for move in left if isinstance(move, Transpose)]
+    assert len(turns) <= sum(isinstance(move, Transpose) for move in moves)
+
+
+@given(scale=st.floats(-4, 4, width=32), offset=st.floats(-300, 300, width=32))
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-def test_a_batch_norm_is_a_weight_and_a_bias(scale, offset, x):
-    weight, bias, unit = affine(np.array([scale]), np.array([offset]))
+def test_a_batch_norm_is_a_weight_and_a_bias(scale, offset):
+    x = np.arange(-255, 256)
+    wanted = Requantization("multiplier", np.array([scale]), -128, 127, np.array([offset]))
+    weight, bias, unit = affine(wanted, x)
     assert unit > 0
     found = (int(weight[0]) * x + int(bias[0])) * unit[0]
     # A rounded bias, and what a slope near zero loses over a whole grid.
-    assert abs(found - (scale * x + offset)) <= abs(scale) / 128 + 1e-2
+    assert np.abs(found - (scale * x + offset)).max() <= abs(scale) / 128 + 1e-2
+    # Integers are others only next to a border between two.
+    other = np.clip(np.rint(found), -128, 127) != wanted(x[:, None], 1)[:, 0]
+    assert other.mean() <= 0.01
 
 
 def test_narrow_weights_use_all_of_int8_and_no_accumulator_overflows():

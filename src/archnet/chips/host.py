@@ -74,7 +74,8 @@ class Compiled:
         accelerator: what the tool calls the place where operators should run.
         figures: its estimates, by name: ``cycles``, ``inferences_per_second``,
             ``milliseconds`` (measured on this computer), ``sram_bytes``, ...
-        scores: (N, ...) float64 of its simulator or runtime; None where nothing was run.
+        scores: float64 of its simulator or runtime, (N, ...) of a network with one output,
+            (N, numbers) of all outputs one behind the other; None where nothing was run.
         error: what went wrong, one line; "" where nothing did.
         seconds: all of it.
         log: what it printed; None where that is not kept.
@@ -263,6 +264,7 @@ class Bridge:
         timeout: float = TIMEOUT,
         log: Path | None = None,
         origins: Mapping[str, str] | None = None,
+        outputs: Sequence[str] = (),
     ) -> Compiled:
         """Have the tool compile a file, and run it.
 
@@ -274,6 +276,7 @@ class Bridge:
             timeout: seconds.
             log: where to keep what the tool prints; None: nowhere.
             origins: name of a node of the file -> the teacher's layer.
+            outputs: the names of an ONNX file's outputs, in its order; () of another file.
 
         Returns:
             What it said; what went wrong on the way is its ``error``, beside all it had said.
@@ -286,7 +289,7 @@ class Bridge:
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="archnet-chip-") as place:
             folder = Path(place)
-            self._ask(folder, content, chip, inputs, calibration)
+            self._ask(folder, content, chip, inputs, calibration, outputs)
             ended = self._run(folder, timeout)
             answer = _answer(folder / "answer.json")
             text = _text(folder / "log")
@@ -319,6 +322,7 @@ class Bridge:
         chip: str,
         inputs: NDArray[Any] | None,
         calibration: NDArray[Any] | None,
+        outputs: Sequence[str],
     ) -> None:
         name = f"network{self.says('SUFFIX')}"
         (folder / name).write_bytes(content)
@@ -329,6 +333,7 @@ class Bridge:
             "file": name,
             "chip": chip,
             "quantize": calibration is not None,
+            "outputs": list(outputs),
             "package": self.says("PACKAGE"),
             "version": self.version,
         }

@@ -115,7 +115,7 @@ def run(request: Request) -> None:
     options = mct_quantizers.get_ort_session_options()
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    scores = [session.run(None, {name: item[None]})[0][0] for item in request.inputs()]
+    scores = [request.joined(session.run(None, {name: item[None]})) for item in request.inputs()]
     if scores:
         request.tell(scores=scores)
 

@@ -30,10 +30,13 @@ def run(request: Request) -> None:
     if status or not made.is_file():
         raise RuntimeError(f"its converter ended with status {status}")
     manager = MNN.nn.create_runtime_manager(({"backend": "CPU", "numThread": 1},))
-    network: Any = MNN.nn.load_module_from_file(str(made), [], [], runtime_manager=manager)
+    network: Any = MNN.nn.load_module_from_file(
+        str(made), [], request.outputs, runtime_manager=manager
+    )
 
     def forward(inputs: Any) -> Any:
         variable = MNN.expr.const(np.ascontiguousarray(inputs), list(inputs.shape), MNN.expr.NCHW)
-        return MNN.expr.convert(network.forward([variable])[0], MNN.expr.NCHW).read()
+        found = network.forward([variable])
+        return [MNN.expr.convert(output, MNN.expr.NCHW).read() for output in found]
 
     request.run(forward)

@@ -25,6 +25,6 @@ def run(request: Request) -> None:
 
     def forward(inputs):  # type: ignore[no-untyped-def]  # arrays of a package that is not here
         network.setInput(inputs)
-        return network.forward()
+        return network.forward(request.outputs)
 
     request.run(forward)

@@ -34,4 +34,9 @@ def run(request: Request) -> None:
                 {"name": names or node.get_friendly_name(), "operator": kind, "where": "CPU"}
             )
     request.tell(operators=rows)
-    request.run(lambda inputs: compiled([inputs])[0])
+
+    def forward(inputs: Any) -> list[Any]:
+        found = compiled([inputs])
+        return [found[output] for output in compiled.outputs]
+
+    request.run(forward)

@@ -88,7 +88,12 @@ def run(request: Request) -> None:
         if failed:
             raise RuntimeError(f"{name} failed")
     scores = [
-        toolkit.inference(inputs=[item[None]], data_format=["nchw"])[0].reshape(-1)
+        request.joined(
+            [
+                output.reshape(1, -1)
+                for output in toolkit.inference(inputs=[item[None]], data_format=["nchw"])
+            ]
+        )
         for item in request.inputs()
     ]
     if scores:

@@ -33,6 +33,7 @@ class Request:
         file: the network.
         chip: what the tool calls the chip; "" for a runtime of this computer.
         quantize: whether the tool shall quantize the network by itself, on ``calibration()``.
+        outputs: the names of an ONNX file's outputs, in its order; none of another file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,6 +42,7 @@ class Request:
         self.file = folder / asked["file"]
         self.chip: str = asked["chip"]
         self.quantize: bool = asked["quantize"]
+        self.outputs: list[str] = asked.get("outputs", [])
         self.package: str = asked["package"]
         self.pinned: str = asked["version"]
         self._answer: dict[str, Any] = {}
@@ -63,7 +65,7 @@ class Request:
 
         ``operators`` are dicts with ``name``, ``operator``, ``where`` and, where the tool says so,
         ``cycles`` and ``why`` (it runs there). ``figures`` are numbers and words by name.
-        ``scores`` is (N, ...), what came out for `inputs`.
+        ``scores`` is (N, ...), what came out for `inputs`, see `joined`.
         """
         if "scores" in parts:
             import numpy as np
@@ -77,14 +79,16 @@ class Request:
     def run(self, run: Callable[[Any], Any]) -> None:
         """Run every input, a batch of one each, and tell the scores; time the first and tell
         ``milliseconds`` of one, the median.
+
+        Args:
+            run: gives the outputs of a batch of one, all of them in the file's order.
         """
         import numpy as np
 
         inputs = self.inputs()
         if not len(inputs):
             return
-        scores = [np.array(run(item[None]), np.float64) for item in inputs]
-        self.tell(scores=np.stack([score.reshape(score.shape[1:]) for score in scores]))
+        self.tell(scores=np.stack([self.joined(run(item[None])) for item in inputs]))
         taken: list[float] = []
         while sum(taken) < SECONDS and len(taken) < MOST_RUNS:
             start = time.perf_counter()
@@ -95,6 +99,19 @@ class Request:
             "milliseconds": sorted(taken)[len(taken) // 2] * 1e3,
         }
         self.tell(figures=figures)
+
+    @staticmethod
+    def joined(outputs: Sequence[Any]) -> Any:
+        """What a network gives for one sample: its only output (1, ...) without the batch, or the
+        numbers of all outputs one behind the other, (numbers,).
+        """
+        import numpy as np
+
+        # Copies: some tools hand out memory that the next run fills.
+        arrays = [np.array(output, np.float64) for output in outputs]
+        if len(arrays) == 1:
+            return arrays[0].reshape(arrays[0].shape[1:])
+        return np.concatenate([array.reshape(-1) for array in arrays])
 
     def nodes(self, profile: str) -> list[dict[str, Any]]:
         """The nodes of the graph that ONNX Runtime ran, each with the provider that it ran in.

@@ -18,4 +18,4 @@ def run(request: Request) -> None:
     import tract
 
     runnable = tract.onnx().load(str(request.file)).into_model().into_runnable()
-    request.run(lambda inputs: runnable.run([inputs])[0].to_numpy())
+    request.run(lambda inputs: [output.to_numpy() for output in runnable.run([inputs])])

@@ -154,9 +154,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.teacher == "true":
         with_images = replace(asked, images=images if len(images) else calibration[:1])
         beside = log.with_name(f"{log.stem}_teacher.log")
-        judged["teacher"] = compile_teacher(
-            job.teacher, with_images, student.graph.classes[0], beside
-        )
+        judged["teacher"] = compile_teacher(job.teacher, with_images, student.graph.classes, beside)
     _keep(folder, name, judged)
     return _told(f"{folder.path.name}: {name}", judged, asked)
 
@@ -189,14 +187,11 @@ def _translator(
 
 
 def _keep(folder: "RunFolder", name: str, judged: "Mapping[str, Judged]") -> None:
-    """Write what a tool said into ``metrics.json``."""
-    from archnet.runs import read_json, write_json
+    """Write what a tool said into the run's metrics and report."""
+    from archnet.jobs import conductor
 
-    with folder.locked():
-        metrics = read_json(folder.metrics, dict)
-        kept = metrics.setdefault("compile", {})
-        kept[name] = {side: one.summary() for side, one in judged.items()}
-        write_json(folder.metrics, metrics)
+    sides = {side: one.summary() for side, one in judged.items()}
+    conductor.add_finding(folder, "compile", {name: sides})
 
 
 def _dialect(found: "Bridge", chip: str) -> "DialectConfig | None":

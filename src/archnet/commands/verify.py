@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     from archnet.jobs import conductor
     from archnet.report.checks import checks_table
     from archnet.report.table import plain_console
-    from archnet.runs import RunError, read_json, write_json
+    from archnet.runs import RunError, read_json
 
     if options.inputs is not None and options.inputs < 1:
         raise ArchnetError(f"inputs={options.inputs}: at least one is needed")
@@ -36,13 +36,8 @@ def run(options: argparse.Namespace) -> int:
     forms = options.forms.split(",") if options.forms else None
     checks = job.verify(student, options.inputs, forms)
     inputs = max(check.inputs for check in checks)
-    with folder.locked():
-        metrics = read_json(folder.metrics, dict)
-        metrics["verify"] = {
-            "inputs": inputs,
-            "checks": {check.name: check.summary() for check in checks},
-        }
-        write_json(folder.metrics, metrics)
+    found = {"inputs": inputs, "checks": {check.name: check.summary() for check in checks}}
+    conductor.add_finding(folder, "verify", found)
     plain_console().print(checks_table(folder.path.name, inputs, checks))
     for line in _doubts(path for path in job.files if path.is_file()):
         print(line)

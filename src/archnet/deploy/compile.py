@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from archnet.chips import Bridge, ChipError, Compiled, bridge
 from archnet.chips.host import TIMEOUT
@@ -43,8 +43,7 @@ class Judged:
 
     Args:
         compiled: what the tool said.
-        against: what the results were expected from. Of several outputs, tools' bridges hand back
-            the first, and it is named here.
+        against: what the results, those of all outputs, were expected from.
         inputs: how many were run; 0: none.
         changed: decisions that are others; None where results decide nothing.
         bit_equal: share of the results that are those expected exactly, 0 to 1; None where these
@@ -96,12 +95,16 @@ class Asked:
 
     def compile(
         self,
-        content: bytes,
+        file: bytes | onnx.ModelProto,
         quantize: bool,
         log: Path | None,
         origins: Mapping[str, str] | None = None,
     ) -> Compiled:
         """What the tool makes of a file; it quantizes it where it can and is asked to."""
+        content, outputs = file, list[str]()
+        if isinstance(file, onnx.ModelProto):
+            content = file.SerializeToString()
+            outputs = [output.name for output in file.graph.output]
         return self.bridge.compile(
             content,
             self.chip,
@@ -110,6 +113,7 @@ class Asked:
             timeout=self.timeout,
             log=log,
             origins=origins,
+            outputs=outputs,
         )
 
 
@@ -129,7 +133,8 @@ def compile_student(
         ExportError: the student cannot be written as the tool takes it.
         ChipError: the tool is not there.
     """
-    quantized, doubt, axis = is_quantized(student), "", student.graph.classes[0]
+    quantized, doubt, axes = is_quantized(student), "", student.graph.classes
+    content: bytes | onnx.ModelProto
     if asked.bridge.says("SUFFIX") == ".tflite":
         if not quantized:
             raise ExportError(
@@ -145,18 +150,17 @@ def compile_student(
         model = to_integers(student, requantization) if quantized else None
         dialect = target_of(student).dialect if asked.dialect is None else asked.dialect
         form = asked.bridge.says("FORM") if quantized else None
-        file = to_onnx(student, form, dialect=replace(dialect, batch="one"))
-        content, origins = file.SerializeToString(), layers_of(file)
-        doubt = doubts(file).get(asked.bridge.name, "")
+        content = to_onnx(student, form, dialect=replace(dialect, batch="one"))
+        origins = layers_of(content)
+        doubt = doubts(content).get(asked.bridge.name, "")
     compiled = asked.compile(content, not quantized, log, origins)
     if model is None:
-        against = _first("the float student", len(student.graph.outputs))
-        return judged(compiled, asked.images, against, _of(student), axis)
-    return replace(against_golden(compiled, asked.images, model, axis), doubt=doubt)
+        return judged(compiled, asked.images, "the float student", _of(student), axes)
+    return replace(against_golden(compiled, asked.images, model, axes), doubt=doubt)
 
 
 def compile_teacher(
-    teacher: nn.Module, asked: Asked, classes: Axis, log: Path | None = None
+    teacher: nn.Module, asked: Asked, classes: Sequence[Axis], log: Path | None = None
 ) -> Judged:
     """Have a tool compile a float teacher, quantize it where that is what the tool does, and
     compare what it computes.
@@ -164,7 +168,7 @@ def compile_teacher(
     Args:
         teacher: left untouched.
         asked: the tool and what it is given; at least one image.
-        classes: the axis of its classes (`archnet.ops.scores`).
+        classes: the axis of the classes of each of its outputs (`archnet.ops.scores`).
         log: where to keep what the tool prints.
 
     Raises:
@@ -172,12 +176,12 @@ def compile_teacher(
         ChipError: the tool, or one that writes the teacher for it, is not there.
     """
     if asked.bridge.says("SUFFIX") == ".tflite":
-        content = teacher_tflite(teacher, asked, log)
+        content: bytes | onnx.ModelProto = teacher_tflite(teacher, asked, log)
     else:
         example = torch.from_numpy(asked.images[:1])
         with tempfile.TemporaryDirectory() as folder:
             path = export_teacher(teacher, example, Path(folder) / "teacher.onnx")
-            content = for_one(onnx.load(path), asked.bridge).SerializeToString()
+            content = for_one(onnx.load(path), asked.bridge)
     compiled = asked.compile(content, True, log)
     return judged(compiled, asked.images, "the float teacher", _of(teacher), classes)
 
@@ -227,19 +231,21 @@ def compile_file(path: Path, asked: Asked, log: Path | None = None) -> Judged:
         return Judged(asked.compile(path.read_bytes(), False, log), "")
     model = onnx.load(path)
     quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-    content = for_one(model, asked.bridge).SerializeToString()
+    content = for_one(model, asked.bridge)
     compiled = asked.compile(content, not quantized, log, layers_of(model))
     if any(node.domain == MctWriter.domain for node in model.graph.node):
         return Judged(compiled, "")  # ONNX Runtime knows no such nodes
     doubt = doubts(model).get(asked.bridge.name, "")
-    session = load_session(content)
+    session = load_session(content.SerializeToString())
 
-    def run(images: Images) -> NDArray[Any]:
-        parts = [run_session(session, item[None], str(path))[0] for item in images]
-        return np.concatenate(parts)
+    def run(images: Images) -> list[NDArray[Any]]:
+        return _in_batches(lambda item: run_session(session, item, str(path)), images, 1)
 
-    axis = axis_of([dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim][1:])
-    return replace(judged(compiled, asked.images, "ONNX Runtime", run, axis), doubt=doubt)
+    axes = [
+        axis_of([dim.dim_value for dim in output.type.tensor_type.shape.dim][1:])
+        for output in model.graph.output
+    ]
+    return replace(judged(compiled, asked.images, "ONNX Runtime", run, axes), doubt=doubt)
 
 
 def input_shape(path: str | os.PathLike[str], given: Mapping[str, Sequence[int]] | None) -> Any:
@@ -288,72 +294,103 @@ def judged(
     compiled: Compiled,
     images: Images,
     against: str,
-    run: Callable[[Images], NDArray[Any]],
-    classes: Axis,
+    run: Callable[[Images], list[NDArray[Any]]],
+    classes: Sequence[Axis],
 ) -> Judged:
-    """Float results against those of ``run``."""
-    found = compiled.scores
-    if found is None or not len(found):
+    """Float results against those of ``run``, output by output."""
+    if compiled.scores is None or not len(compiled.scores):
         return Judged(compiled, against)
     expected = run(images)
-    if found.size != expected.size:
-        return Judged(_with_shape(compiled, found, expected), against)
-    wrong = _changed(expected, found.reshape(expected.shape), classes)
-    return Judged(compiled, against, len(found), wrong)
+    found = _parted(compiled.scores, expected)
+    if found is None:
+        return Judged(_with_shape(compiled, expected), against)
+    wrong = _changed(expected, found, classes)
+    return Judged(compiled, against, len(images), wrong)
 
 
 def against_golden(
-    compiled: Compiled, images: Images, model: IntegerModel, classes: Axis
+    compiled: Compiled, images: Images, model: IntegerModel, classes: Sequence[Axis]
 ) -> Judged:
-    """The results of a quantized student against its integer model."""
-    found, against = compiled.scores, _first("the golden model", len(model.outputs))
-    if found is None or not len(found):
+    """The results of a quantized student against its integer model, output by output."""
+    against = "the golden model"
+    if compiled.scores is None or not len(compiled.scores):
         return Judged(compiled, against)
-    expected = model.results(images, BATCH)[0]
-    if found.size != expected.size:
-        return Judged(_with_shape(compiled, found, expected), against)
-    found, unit = found.reshape(expected.shape), model.unit(model.outputs[0])
-    difference = steps_off(found / unit, expected)
-    wrong = _changed(expected * unit, found, classes)
+    expected = model.results(images, BATCH)
+    found = _parted(compiled.scores, expected)
+    if found is None:
+        return Judged(_with_shape(compiled, expected), against)
+    units = [model.unit(name) for name in model.outputs]
+    difference = np.concatenate(
+        [
+            steps_off(ours / unit, theirs).reshape(-1)
+            for ours, unit, theirs in zip(found, units, expected, strict=True)
+        ]
+    )
+    values = [theirs * unit for theirs, unit in zip(expected, units, strict=True)]
     return Judged(
         compiled,
         against,
-        len(found),
-        wrong,
+        len(images),
+        _changed(values, found, classes),
         float((difference == 0).mean()),
         float(difference.max()),
     )
 
 
-def _first(against: str, outputs: int) -> str:
-    return against if outputs == 1 else f"{against} (the first of {outputs} outputs)"
+def _parted(scores: NDArray[Any], expected: Sequence[NDArray[Any]]) -> list[NDArray[Any]] | None:
+    """The results of each output, in the shapes expected; None where their sizes are others."""
+    sizes = [part[0].size for part in expected]
+    if scores.size != len(expected[0]) * sum(sizes):
+        return None
+    parts = np.split(scores.reshape(len(expected[0]), -1), np.cumsum(sizes)[:-1], 1)
+    return [part.reshape(like.shape) for part, like in zip(parts, expected, strict=True)]
 
 
-def _with_shape(compiled: Compiled, found: NDArray[Any], expected: NDArray[Any]) -> Compiled:
-    said = f"its results are {found.shape}, and {expected.shape} were expected"
+def _with_shape(compiled: Compiled, expected: Sequence[NDArray[Any]]) -> Compiled:
+    assert compiled.scores is not None
+    wanted = ", ".join(str(part.shape) for part in expected)
+    said = f"its results are {compiled.scores.shape}, and {wanted} were expected"
     return replace(compiled, error=compiled.error or said)
 
 
-def _changed(expected: NDArray[Any], found: NDArray[Any], classes: Axis) -> int | None:
-    """Decisions that are others; None where there are none."""
-    return None if classes is None else int(changed(expected, found, classes).sum())
+def _changed(
+    expected: Sequence[NDArray[Any]], found: Sequence[NDArray[Any]], classes: Sequence[Axis]
+) -> int | None:
+    """Decisions that are others, in all outputs; None where there are none."""
+    counts = [
+        int(changed(theirs, ours, axis).sum())
+        for theirs, ours, axis in zip(expected, found, classes, strict=True)
+        if axis is not None
+    ]
+    return sum(counts) if counts else None
 
 
-def _of(network: nn.Module) -> Callable[[Images], NDArray[Any]]:
-    """What a float network gives, batch by batch; of several results the first."""
+def _in_batches(
+    run: Callable[[Images], Sequence[NDArray[Any]]], images: Images, batch: int
+) -> list[NDArray[Any]]:
+    """All outputs of a network, (N, ...) each, run batch by batch."""
+    parts = [run(images[first : first + batch]) for first in range(0, len(images), batch)]
+    return [np.concatenate(output) for output in zip(*parts, strict=True)]
 
-    def run(images: Images) -> NDArray[Any]:
+
+def _of(network: nn.Module) -> Callable[[Images], list[NDArray[Any]]]:
+    """What a float network gives, batch by batch."""
+
+    def run(images: Images) -> list[NDArray[Any]]:
         was_training = network.training
         network.eval()
         device = next((p.device for p in network.parameters()), torch.device("cpu"))
         try:
             with torch.no_grad():
-                parts: list[Tensor] = [
-                    each(network(part.to(device)))[0].cpu()
-                    for part in torch.from_numpy(images).split(BATCH)
-                ]
+                return _in_batches(
+                    lambda part: [
+                        output.cpu().numpy()
+                        for output in each(network(torch.from_numpy(part).to(device)))
+                    ],
+                    images,
+                    BATCH,
+                )
         finally:
             network.train(was_training)
-        return torch.cat(parts).numpy()
 
     return run

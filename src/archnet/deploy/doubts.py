@@ -39,6 +39,11 @@ def doubts(model: onnx.ModelProto) -> Mapping[str, str]:
             "OpenCV 5.0 computes a layer whose consumer is a QuantizeLinear wrongly, without an "
             "error: export with hardware.dialect.clip=always"
         )
+    elif _rounds_one_number(model):
+        found["opencv"] = (
+            "OpenCV 5.0 computes a QuantizeLinear of one number wrongly, without an error: a layer "
+            "norm of a single row has its mean there, run such a file with another runtime"
+        )
     if any(
         writers.get(node.input[0]) == "DequantizeLinear"
         for node in graph.node
@@ -50,3 +55,23 @@ def doubts(model: onnx.ModelProto) -> Mapping[str, str]:
             "LP_TRANSFORMS_MODE=NO"
         )
     return found
+
+
+def _rounds_one_number(model: onnx.ModelProto) -> bool:
+    """Whether a tensor of one number for each sample is rounded."""
+    rounded = {node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    if not rounded:
+        return False
+    alone = onnx.ModelProto()
+    alone.CopyFrom(model)
+    for item in alone.graph.input:
+        for batch in item.type.tensor_type.shape.dim[:1]:
+            batch.dim_value = 1
+    try:
+        known = onnx.shape_inference.infer_shapes(alone).graph.value_info
+    except Exception:  # of a file that is none; whoever loads it says so
+        return False
+    return any(
+        item.name in rounded and all(dim.dim_value == 1 for dim in item.type.tensor_type.shape.dim)
+        for item in known
+    )

@@ -36,7 +36,7 @@ class QonnxWriter(Writer):
 
     def rounded(self, tensor: str, source: str, grid: Grid, low: int, high: int) -> Grid | None:
         source = self.clipped(tensor, source, grid, low, high)
-        scale, bits = self.grid(grid)[0], (grid.high - grid.low).bit_length()
+        scale, bits = self.step(grid), (grid.high - grid.low).bit_length()
         signed, narrow = grid.container.lowest < 0, grid.low == -grid.high
         self._quant(source, scale, grid.name, tensor, bits, grid.zero, signed=signed, narrow=narrow)
         self.note(grid.bits)

@@ -23,7 +23,7 @@ import flatbuffers
 import numpy as np
 from numpy.typing import NDArray
 
-from archnet.deploy.integer import IntegerModel, Integers, IntegerStep, square
+from archnet.deploy.integer import IntegerModel, Integers, IntegerStep, Requantization, square
 from archnet.deploy.sentences import Sentences, embedding_of, require_integers
 from archnet.deploy.writer import ExportError, Transpose, Value
 from archnet.deploy.writer import Reshape as PendingReshape
@@ -45,6 +45,7 @@ from archnet.ops import (
 SAME, VALID = np.int8(0), np.int8(1)
 LINEAR, RELU = np.int8(0), np.int8(1)
 HIGHEST = 127  # of int8
+ONE = 64  # the integer of a factor of 1: a power of two, so that its step is exact
 
 # Name: number, version that knows int8, number of its options.
 _OPERATORS = {
@@ -53,6 +54,7 @@ _OPERATORS = {
     "CONV_2D": (3, 3, 1),
     "DEPTHWISE_CONV_2D": (4, 3, 2),
     "MAX_POOL_2D": (17, 2, 5),
+    "MUL": (18, 2, 21),
     "RESHAPE": (22, 1, 17),
     "PAD": (34, 2, 22),
     "TRANSPOSE": (39, 2, 26),
@@ -78,11 +80,11 @@ def to_tflite(model: IntegerModel) -> bytes:
     integer, which is stored as 127.
 
     A batch norm is a depthwise convolution, whose offset is rounded to a hundredth of its slope or
-    finer. For the rest, all depends on how a runtime rounds accumulators. Kernels that round once
-    (XNNPACK's) give these integers where scales are settled (`archnet.quant.settle`). TensorFlow
-    Lite's own round twice, as chips may that do as they do: one activation in ten thousand is
-    then another behind 8-bit weights, and layers after it carry that on. XNNPACK's QUANTIZE, which
-    brings sums to fewer bits, multiplies by eight bits alone, and rounds more values elsewhere.
+    finer, so that it gives these integers but for a few next to a border. For the rest, all
+    depends on how a runtime rounds accumulators. Kernels that round once (XNNPACK's) give these
+    integers where scales are settled (`archnet.quant.settle`). TensorFlow Lite's own round twice,
+    as chips may that do as they do: one activation in ten thousand is then another behind 8-bit
+    weights, and layers after it carry that on.
 
     Args:
         model: from `to_integers`, with any requantization.
@@ -275,9 +277,10 @@ def convolution_options(padding: np.int8, stride: int, activation: np.int8) -> T
     return {0: padding, 1: np.int32(stride), 2: np.int32(stride), 3: activation}
 
 
-def pooling_options(padding: np.int8, stride: int) -> Table:
-    """Options of MAX_POOL_2D with windows of 2x2."""
-    steps = {1: np.int32(stride), 2: np.int32(stride), 3: np.int32(2), 4: np.int32(2)}
+def pooling_options(padding: np.int8, strides: tuple[int, int], window: int) -> Table:
+    """Options of MAX_POOL_2D with square windows; strides are (height, width)."""
+    height, width = strides
+    steps = {1: np.int32(width), 2: np.int32(height), 3: np.int32(window), 4: np.int32(window)}
     return {0: padding, **steps, 5: LINEAR}
 
 
@@ -574,7 +577,7 @@ class _Emitter:
 
         name = step.name
         grid, target = self.model.grids[step.inputs[0]], self.model.grids[name]
-        weight, bias, unit = affine(requantization.scale, requantization.offset)
+        weight, bias, unit = affine(requantization, np.arange(grid.low, grid.high + 1))
         weights = Quantized(unit * target.scale / grid.scale, axis=3)
         biases = Quantized(unit * target.scale, dtype=np.int32)
         constants = [
@@ -596,12 +599,19 @@ class _Emitter:
         return value.transposed(back, name)
 
     def _rescaled(self, step: IntegerStep, source: Value) -> Value:
-        """Integers of another grid. It works one by one, so it goes before the pending moves."""
+        """Integers of another grid: a product with one. It works element by element, so it goes
+        before the pending moves.
+
+        Not a QUANTIZE: XNNPACK's multiplies by eight bits alone, and rounds some values elsewhere.
+        """
+        one = np.array([ONE], np.int8)
+        factor = self.file.constant(f"{step.name}.one", one, Quantized(np.array([1 / ONE])))
         tensor = self._clipped(
             step,
             source.shape,
-            lambda output, _: self.file.operator("QUANTIZE", [source.tensor], output),
-            fuses=False,
+            lambda output, activation: self.file.operator(
+                "MUL", [source.tensor, factor], output, {0: activation}
+            ),
         )
         return replace(source, name=step.name, tensor=tensor)
 
@@ -651,7 +661,7 @@ class _Emitter:
             "MAX_POOL_2D",
             [x],
             self.file.tensor(step.name, shape, self._quantized(step.name)),
-            pooling_options(padding, stride),
+            pooling_options(padding, (stride, stride), 2),
         )
         return Value(step.name, tensor, shape).transposed(_CHANNELS_FIRST, step.name)
 
@@ -682,19 +692,49 @@ class _Emitter:
 
     def _slice(self, step: IntegerStep, operator: Slice, source: Value) -> Value:
         source, order = self._laid_out(source)
-        before = self._shape(source.tensor)
-        place = order[operator.axis]
-        begin, end, stride = [0] * len(before), list(before), [1] * len(before)
-        begin[place], end[place], stride[place] = operator.start, operator.stop, operator.step
-        end[place] = min(end[place], before[place])
-        shape = tuple(len(range(*bounds)) for bounds in zip(begin, end, stride, strict=True))
-        self._like(source.tensor, step.name, shape)
+        shape, place = self._shape(source.tensor), order[operator.axis]
+        wanted = range(*slice(operator.start, operator.stop, operator.step).indices(shape[place]))
+        cut = Value(f"{source.name}.laid", source.tensor, shape)
+        if wanted != range(0, shape[place], wanted.step):
+            name = step.name if wanted.step == 1 else f"{step.name}.cut"
+            cut = self._cut(name, cut, place, wanted.start, wanted[-1] + 1)
+        if wanted.step > 1:
+            cut = self._every(step.name, cut, place, wanted.step)
+        return replace(cut.transposed(order, step.name), name=step.name)
+
+    def _cut(self, name: str, source: Value, place: int, start: int, stop: int) -> Value:
+        """What lies from ``start`` to ``stop`` along an axis."""
+        begin, end = [0] * len(source.shape), list(source.shape)
+        begin[place], end[place] = start, stop
+        shape = tuple(last - first for first, last in zip(begin, end, strict=True))
+        self._like(source.tensor, name, shape)
         constants = [
-            self.file.constant(f"{step.name}.{key}", np.array(values, np.int32))
-            for key, values in (("begin", begin), ("end", end), ("stride", stride))
+            self.file.constant(f"{name}.{key}", np.array(values, np.int32))
+            for key, values in (("begin", begin), ("end", end), ("stride", [1] * len(begin)))
         ]
-        self.file.operator("STRIDED_SLICE", [source.tensor, *constants], step.name)
-        return Value(step.name, step.name, shape).transposed(order, step.name)
+        self.file.operator("STRIDED_SLICE", [source.tensor, *constants], name)
+        return Value(name, name, shape)
+
+    def _every(self, name: str, source: Value, place: int, step: int) -> Value:
+        """The first of every ``step`` places along an axis: the largest of one number.
+
+        Vela leaves a STRIDED_SLICE with another stride than 1 to the CPU for Ethos-U55.
+        """
+        shape = list(source.shape)
+        wide = source
+        if len(shape) != 4 or place not in (1, 2):
+            ahead, behind = math.prod(shape[:place]), math.prod(shape[place + 1 :])
+            wide = source.reshaped((1, ahead, shape[place], behind), f"{name}.wide")
+        x = self._tensor(wide)
+        shape[place] = -(-shape[place] // step)
+        stored, strides = list(self._shape(x)), [1, 1]
+        axis = place if wide is source else 2
+        stored[axis], strides[axis - 1] = shape[place], step
+        tensor = f"{name}.every" if wide is not source else name
+        self._like(x, tensor, stored)
+        options = pooling_options(VALID, (strides[0], strides[1]), 1)
+        self.file.operator("MAX_POOL_2D", [x], tensor, options)
+        return Value(name, tensor, tuple(stored)).reshaped(tuple(shape), name)
 
     def _pad(self, step: IntegerStep, operator: Pad, source: Value) -> Value:
         source, order = self._laid_out(source)
@@ -708,25 +748,40 @@ class _Emitter:
 
 
 def affine(
-    scale: NDArray[np.float64], offset: NDArray[np.float64]
+    requantization: Requantization, integers: NDArray[np.int64], tried: int = 8
 ) -> tuple[NDArray[np.int8], NDArray[np.int32], NDArray[np.float64]]:
-    """Integers (weight, bias) and their unit with (weight * x + bias) * unit = scale * x + offset.
+    """Integers (weight, bias) and their unit, each (C,), with (weight * x + bias) * unit the
+    result of a requantization before it is rounded.
 
-    Of the weights that int8 holds, each channel takes the one that rounds its bias least. All are
-    (C,).
+    Of the weights that round its bias least, at first so many as ``tried``, each channel takes the
+    one with which most ``integers`` (N,) are rounded as the requantization rounds them.
 
     Example (scale 0.5, offset 0.1): 65 * x + 13 in units of 1/130.
     """
-    slope, offset = np.broadcast_arrays(np.abs(scale), offset)
+    scale, offset = np.broadcast_arrays(requantization.scale, requantization.offset)
+    slope = np.abs(scale)
     # A channel that hardly depends on its input has a unit that its bias fits.
     flat = slope < np.maximum(np.abs(offset), 1) / 2.0**23
     weights = np.arange((HIGHEST + 1) // 2, HIGHEST + 1)[:, None]  # (64, 1)
     exact = offset * weights / np.where(flat, 1, slope)
-    weight = weights[np.abs(exact - np.rint(exact)).argmin(0), 0]
-    weight = np.where(flat, 0, weight)
-    unit = np.where(flat, np.maximum(np.abs(offset), 1) / 2.0**30, slope / np.maximum(weight, 1))
-    signed = (weight * np.sign(scale)).astype(np.int8)
-    return signed, np.rint(offset / unit).astype(np.int32), unit
+    weights = weights[np.abs(exact - np.rint(exact)).argsort(0)[:tried], 0]
+    weights = np.where(flat, 0, weights)  # (tried, C)
+    units = np.where(flat, np.maximum(np.abs(offset), 1) / 2.0**30, slope / np.maximum(weights, 1))
+    weights = weights * np.sign(scale).astype(np.int64)
+    biases = np.rint(offset / units)
+    expected = requantization(np.repeat(integers[:, None], scale.size, 1), 1)  # (N, C)
+    sums = weights * integers[:, None, None] + biases  # (N, tried, C)
+    found = np.rint(sums.astype(np.float32) * units.astype(np.float32))
+    found = np.clip(found, requantization.low, requantization.high)
+    wrong = (found != expected[:, None]).sum(0)
+    best = wrong.argmin(0), np.arange(scale.size)
+    found = weights[best].astype(np.int8), biases[best].astype(np.int32), units[best]
+    others = wrong[best] > 0
+    if others.any() and tried < HIGHEST:
+        part = replace(requantization, scale=scale[others], offset=offset[others])
+        for mine, better in zip(found, affine(part, integers, HIGHEST), strict=True):
+            mine[others] = better
+    return found
 
 
 def _headroom(weight: Integers, accumulator_bits: int) -> int:
@@ -741,26 +796,54 @@ def _headroom(weight: Integers, accumulator_bits: int) -> int:
 
 
 def _simplified(value: Value) -> list[Transpose | PendingReshape]:
-    """The moves that are left when those of unit axes are reshapes, and reshapes are joined."""
+    """The moves that are left when those of unit axes are reshapes, those that undo each other are
+    none, and reshapes are joined.
+    """
     moves = list[Transpose | PendingReshape]()
-    shapes = [value.shape]  # before every move that is left
+    shapes = [value.shape]  # before every move that is left, and behind the last
+
+    def reshaped(shape: tuple[int, ...]) -> None:
+        if moves and isinstance(moves[-1], PendingReshape):
+            moves.pop()
+            shapes.pop()
+        if shape != shapes[-1]:
+            moves.append(PendingReshape(shape))
+            shapes.append(shape)
+
+    # Of a run of moves that only permute wide axes, or make and drop unit ones: the shape behind
+    # it, and where each wide axis of it stood before the run.
     after = value.shape
+    order = list(range(len(_wide(after))))
+
+    def turned() -> None:
+        if order != sorted(order):
+            # Wide axes alone: beside others Vela charges up to thirty times as much for Ethos-U85.
+            reshaped((1, *_wide(shapes[-1])))
+            move = Transpose((0, *(axis + 1 for axis in order)))
+            shape = tuple(shapes[-1][axis] for axis in move.order)
+            moves.append(move)
+            shapes.append(shape)
+        reshaped(after)
+
     for move in value.moves:
         before = after
         after = replace(value, shape=before, moves=(move,)).moved_shape
         if isinstance(move, Transpose):
-            wide = [axis for axis in move.order if before[axis] > 1]
-            if wide != sorted(wide):
-                moves.append(move)
-                shapes.append(after)
-                continue
-        if moves and isinstance(moves[-1], PendingReshape):
-            moves.pop()
-            shapes.pop()
-        if after != shapes[-1]:
-            moves.append(PendingReshape(after))
-            shapes.append(after)
+            wide = [axis for axis, size in enumerate(before) if size > 1]
+            order = [order[wide.index(axis)] for axis in move.order if before[axis] > 1]
+        elif _wide(before) != _wide(after):
+            after, made = before, after
+            turned()
+            after = made
+            order = list(range(len(_wide(after))))
+            reshaped(after)
+    turned()
     return moves
+
+
+def _wide(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of the axes of more than one entry."""
+    return tuple(size for size in shape if size > 1)
 
 
 def _moved(array: NDArray[Any], moves: Sequence[Transpose | PendingReshape]) -> NDArray[Any]:

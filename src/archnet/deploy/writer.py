@@ -1,6 +1,7 @@
 """Collects the nodes of an ONNX graph, and keeps layout moves back until somebody reads them."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,6 +31,10 @@ class Container:
     lowest: int
     highest: int
 
+
+# What bounds of integers lie above them: OpenVINO 2026.4 cuts a bound's fraction off, and a product
+# of an integer and a scale may lie next below it.
+QUARTER = 0.25
 
 UINT8 = Container(np.dtype(np.uint8), 0, 255)
 
@@ -159,6 +164,7 @@ class Writer:
         self.properties = {"form": self.form, "written_by": "archnet"}
         self._moved: dict[tuple[str, tuple[Transpose | Reshape, ...]], str] = {}
         self._floats: dict[str, str] = {}
+        self._zeros: Counter[str] = Counter()
 
     def node(self, operator: str, inputs: Sequence[str], *outputs: str, **attributes: Any) -> str:
         """Add a node, and give the name of its first output."""
@@ -273,10 +279,18 @@ class Writer:
         """The constants (scale, zero point) of a grid: numbers, beside which an axis means nothing.
 
         It is written as 0 all the same: with the default, 1, OpenCV 5.0 takes the number for that
-        of the only channel of a tensor (B, 1), and computes something else.
+        of the only channel of a tensor (B, 1), and computes something else. Each node has a zero
+        point of its own: OpenVINO 2026.4 gives one the shape of the tensor beside it, and refuses
+        the file where that is a constant of other nodes as well.
         """
-        scale = self.constant(f"{grid.name}.scale", grid.scale, np.float32)
-        return scale, self.constant(f"{grid.name}.zero", grid.zero, grid.container.dtype)
+        self._zeros[grid.name] += 1
+        count = self._zeros[grid.name]
+        zero = f"{grid.name}.zero{count if count > 1 else ''}"
+        return self.step(grid), self.constant(zero, grid.zero, grid.container.dtype)
+
+    def step(self, grid: Grid) -> str:
+        """The constant scale of a grid."""
+        return self.constant(f"{grid.name}.scale", grid.scale, np.float32)
 
     def weight(
         self, name: str, integers: Tensor, scale: Tensor, bits: int, *, is_constant: bool = False
@@ -336,25 +350,30 @@ class Writer:
             if narrow:
                 self.node("QuantizeLinear", [source, *self.grid(grid)], first, axis=0)
                 self.note(grid.bits)
-                source = self.clipped(tensor, self.dequantized(first, grid), grid, low, high)
+                floats = self.dequantized(first, grid)
+                source = self.clipped(tensor, floats, grid, low, high, QUARTER)
         else:
             source = self.clipped(tensor, source, grid, low, high)
         self.node("QuantizeLinear", [source, *self.grid(grid)], tensor, axis=0)
         self.note(grid.bits)
         return grid
 
-    def clipped(self, tensor: str, source: str, grid: Grid, low: int, high: int) -> str:
+    def clipped(
+        self, tensor: str, source: str, grid: Grid, low: int, high: int, above: float = 0.0
+    ) -> str:
         """The float ``source`` held to the values of the integers ``low`` to ``high``.
 
         At the bounds of the grid's container the rounding behind it saturates by itself. Rounding
-        and clipping may change places: a bound is on the grid.
+        and clipping may change places: a bound is on the grid, or ``above`` it, in steps, from
+        where it is rounded back.
         """
         held = grid.container
         saturates = (low + grid.zero, high + grid.zero) == (held.lowest, held.highest)
         if saturates and self.dialect.clip == "needed":
             return source
+        step = np.float32(grid.scale)
         given = [
-            self.constant(f"{tensor}.{key}", bound * np.float32(grid.scale), np.float32)
+            self.constant(f"{tensor}.{key}", (bound and bound + above) * step, np.float32)
             for key, bound in (("low", low), ("high", high))
         ]
         return self.node("Clip", [source, *given], f"{tensor}.clipped")

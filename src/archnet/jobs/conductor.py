@@ -12,7 +12,7 @@ import platform
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +53,7 @@ from archnet.sweep import note
 _log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "torchvision", "lightning", "onnx", "onnxruntime", "numpy")
+FINDINGS = ("verify", "compile")  # keys of metrics.json that commands add to a finished run
 
 
 def run(config: Config, overridden: Sequence[str] = (), named: Sequence[str] = ()) -> RunFolder:
@@ -233,17 +234,36 @@ def _logged(job: Job, loggers: RunLoggers) -> dict[str, Any]:
 def _write_metrics(job: Job, metrics: dict[str, Any]) -> dict[str, Any]:
     folder = job.folder
     if folder.metrics.is_file():
-        # What `archnet verify` found of this student stays when a finished run is opened again.
+        # What commands found of this student stays when a finished run is opened again.
         try:
             earlier = read_json(folder.metrics, dict)
         except RunError as error:
             _log.warning("%s: written again", error)
         else:
-            metrics |= {k: v for k, v in earlier.items() if k == "verify"}
+            metrics |= {k: v for k, v in earlier.items() if k in FINDINGS}
     metrics["verdict"] = report.judged(folder.path, metrics, job.config.convert.max_cost)
     write_json(folder.metrics, metrics)
     report.write(folder.path)
     return metrics
+
+
+def add_finding(folder: RunFolder, command: str, found: Mapping[str, Any]) -> None:
+    """Keep what a command found of a finished run's student in its metrics and report.
+
+    Args:
+        folder: of the run, finished.
+        command: one of `FINDINGS`, the key in ``metrics.json``.
+        found: plain data (JSON); entries of earlier calls stay, but for those of the same names.
+
+    Raises:
+        RunError: another process works in the folder, or its metrics cannot be read.
+    """
+    with folder.locked():
+        metrics = read_json(folder.metrics, dict)
+        earlier = metrics.get(command)
+        metrics[command] = {**(earlier if isinstance(earlier, dict) else {}), **found}
+        write_json(folder.metrics, metrics)
+        report.write(folder.path)
 
 
 def _hush() -> None:

@@ -72,9 +72,10 @@ class Body(nn.Module):
 
 
 class Residual(nn.Module):
-    def __init__(self, terms: int = 2, relu: bool = True) -> None:
+    def __init__(self, terms: int = 2, relu: bool = True, channels: int = 6) -> None:
         super().__init__()
-        self.paths = nn.ModuleList(nn.Conv2d(6, 6, 3, 1, 1) for _ in range(terms - 1))
+        convolutions = (nn.Conv2d(channels, channels, 3, 1, 1) for _ in range(terms - 1))
+        self.paths = nn.ModuleList(convolutions)
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -403,18 +404,33 @@ def test_a_target_keeps_what_it_runs():
 
 
 def test_a_target_of_no_certain_chip_counts_multiplications():
-    # An inverted residual on a small map: by the costs of a large array every layer of its own
-    # 32 channels is dense, at several times the multiplications of the teacher.
+    # By the costs of a large array an inverted residual's activations and its depthwise layer are
+    # dense, at several times the multiplications of the teacher.
     torch.manual_seed(0)
     layers = [nn.Conv2d(16, 64, 1), nn.Hardswish(), nn.Conv2d(64, 64, 3, padding=1, groups=64)]
     teacher = nn.Sequential(*layers, nn.Hardswish(), nn.Conv2d(64, 16, 1)).eval()
-    images = torch.randn(8, 16, 16, 16)
+    images = torch.randn(2, 16, 48, 48)
     target = Target.named("arch5")
     large = replace(target, costs=replace(Target.named("rk3588").costs))
     macs = [deployed_cost(convert(teacher, images, t)).macs for t in (target, large)]
     before = teacher_cost(teacher, images[:1]).macs
     assert macs[0] < 0.6 * macs[1]
     assert macs[0] < 6 * before
+
+
+def test_a_reshape_of_channels_is_a_move():
+    """An addition needs the fewest multiplications over the pixels of all channels, whose reshape
+    moves every number on a chip.
+    """
+    student = convert(Residual(channels=192).eval(), torch.randn(2, 192, 8, 8))
+    arch5 = Target.named("arch5")
+    ways = []
+    for turn in (arch5.costs.turn, 0.0):
+        lowered = lower(student, replace(arch5, costs=replace(arch5.costs, turn=turn)))
+        ways.append({way for step, way in lowered.ways.items() if "add" in step})
+    assert ways[0] != ways[1]
+    assert not any("pixels" in way for way in ways[0])
+    assert any("pixels" in way for way in ways[1])
 
 
 def test_costs_choose_the_way():

@@ -51,7 +51,9 @@ def estimate(
             elif place in parted:
                 total -= costs.launch
             parted.add(place)
-        elif isinstance(module, Permute | Pad):
+        elif isinstance(module, Permute | Pad) or (
+            isinstance(module, Reshape) and _mixes_channels(read[0], shapes[step.name])
+        ):
             total += costs.turn
         found[step.name] = total
     return found
@@ -103,6 +105,16 @@ def _depth(channels: int, window: int, costs: CostsConfig) -> int:
 def _tiles(size: int, tile: int) -> int:
     """The next multiple of a tile."""
     return -(-size // tile) * tile
+
+
+def _mixes_channels(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether a reshape makes other channels of a map's, or a map of them, and so a move of every
+    number: chips keep the channels of a pixel together. Flat features are those of a classifier,
+    in front of which everybody has that move.
+    """
+    if 1 in (len(before), len(after)):
+        return False
+    return 3 in (len(before), len(after)) and before[0] != after[0]
 
 
 def _is_of_channels(cut: Slice, shape: tuple[int, ...]) -> bool:

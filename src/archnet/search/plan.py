@@ -273,12 +273,13 @@ class Search:
             return math.inf if self.fulfils(point) else point.agreement
 
         arm = halved(arms, length, tried)
-        source = start
+        source, least = start, length // LEAST_SHARE
         for _ in range(rounds or (ROUNDS if self.goal.minutes is None else MANY)):
             best = self.best(made)
             if self.fulfils(best):
                 break
-            point = self.round(source, arm, length, now + time, least=length // LEAST_SHARE)
+            # What was cut short by time may have ended early: then another round follows.
+            point = self.round(source, arm, length, now + time, least=least)
             self.out_of_time = point is None or point.steps < length
             if point is None:
                 break
@@ -286,7 +287,7 @@ class Search:
             gain = point.agreement - best.agreement
             if point.widths == self.asked:
                 self.last_gain = gain
-            if gain < GAIN or self.out_of_time:
+            if gain < GAIN:
                 break
             source, arm, length = point, arm.slower(), 2 * length
         best = self.best(made)

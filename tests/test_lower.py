@@ -409,13 +409,13 @@ def test_a_target_of_no_certain_chip_counts_multiplications():
     torch.manual_seed(0)
     layers = [nn.Conv2d(16, 64, 1), nn.Hardswish(), nn.Conv2d(64, 64, 3, padding=1, groups=64)]
     teacher = nn.Sequential(*layers, nn.Hardswish(), nn.Conv2d(64, 16, 1)).eval()
-    images = torch.randn(2, 16, 48, 48)
+    images = torch.randn(2, 16, 64, 64)
     target = Target.named("arch5")
     large = replace(target, costs=replace(Target.named("rk3588").costs))
     macs = [deployed_cost(convert(teacher, images, t)).macs for t in (target, large)]
     before = teacher_cost(teacher, images[:1]).macs
     assert macs[0] < 0.6 * macs[1]
-    assert macs[0] < 6 * before
+    assert macs[0] < 8 * before
 
 
 def test_a_reshape_of_channels_is_a_move():
@@ -425,8 +425,8 @@ def test_a_reshape_of_channels_is_a_move():
     student = convert(Residual(channels=192).eval(), torch.randn(2, 192, 8, 8))
     arch5 = Target.named("arch5")
     ways = []
-    for turn in (arch5.costs.turn, 0.0):
-        lowered = lower(student, replace(arch5, costs=replace(arch5.costs, turn=turn)))
+    for costs in (arch5.costs, replace(arch5.costs, turn=0.0, regroup=0.0)):
+        lowered = lower(student, replace(arch5, costs=costs))
         ways.append({way for step, way in lowered.ways.items() if "add" in step})
     assert ways[0] != ways[1]
     assert not any("pixels" in way for way in ways[0])

@@ -416,6 +416,9 @@ class CostsConfig:
     # A move that is more than a copy of whole channels (a slice over pixels, a transposition, a
     # pad), which compilers leave to the CPU.
     turn: float = _number(10000.0, 0)
+    # Beside `turn`, a number of a reshape that makes other channels of a map's: what the same
+    # compiler adds to a ResNet-50 that has them.
+    regroup: float = _number(1.0, 0)
 
 
 @dataclass

@@ -51,10 +51,10 @@ def estimate(
             elif place in parted:
                 total -= costs.launch
             parted.add(place)
-        elif isinstance(module, Permute | Pad) or (
-            isinstance(module, Reshape) and _mixes_channels(read[0], shapes[step.name])
-        ):
+        elif isinstance(module, Permute | Pad):
             total += costs.turn
+        elif isinstance(module, Reshape) and _mixes_channels(read[0], shapes[step.name]):
+            total += costs.turn + costs.regroup * math.prod(read[0])
         found[step.name] = total
     return found
 

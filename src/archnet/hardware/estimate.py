@@ -108,13 +108,10 @@ def _tiles(size: int, tile: int) -> int:
 
 
 def _mixes_channels(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-    """Whether a reshape makes other channels of a map's, or a map of them, and so a move of every
-    number: chips keep the channels of a pixel together. Flat features are those of a classifier,
-    in front of which everybody has that move.
+    """Whether a reshape makes other channels of a map's, and so a move of every number: chips keep
+    the channels of a pixel together.
     """
-    if 1 in (len(before), len(after)):
-        return False
-    return 3 in (len(before), len(after)) and before[0] != after[0]
+    return len(before) == len(after) == 3 and before[0] != after[0]
 
 
 def _is_of_channels(cut: Slice, shape: tuple[int, ...]) -> bool:

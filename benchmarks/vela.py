@@ -129,7 +129,7 @@ class _Teacher:
             assert grid is not None
             halved = (1, shape[1] // 2, shape[2] // 2, shape[3])
             self.file.tensor(node.name, halved, grid)
-            options = pooling_options(VALID, 2)
+            options = pooling_options(VALID, (2, 2), 2)
             self.tensors[node.name] = self.file.operator("MAX_POOL_2D", x, node.name, options)
         elif kind == "flatten":
             fused = [node.name]

@@ -18,7 +18,7 @@ from archnet.lower import deployed_cost
 from archnet.ops import Student, scores
 from archnet.ops.scores import Axis, each
 from archnet.plugins import first_line
-from archnet.report.printed import Printed
+from archnet.report.printed import AsTable, Printed
 from archnet.report.table import amount
 
 
@@ -27,7 +27,7 @@ class CompareError(ArchnetError):
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(AsTable):
     """Teacher and student on the same inputs.
 
     Attributes:
@@ -67,15 +67,6 @@ class Comparison:
             rows.append((name, amount(cost["teacher"], unit), amount(cost["student"], unit)))
         title = f"teacher and student on {self.inputs:,} inputs"
         return Printed(title, ("", "teacher", "student"), rows)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        """The table in a notebook."""
-        return self.table()._repr_html_()
 
 
 def compare(

@@ -34,7 +34,7 @@ from archnet.quant import (
     unquantize,
 )
 from archnet.quant.quantize import require_float
-from archnet.report.printed import Printed
+from archnet.report.printed import AsTable, Printed
 from archnet.runs import read_json, write_json
 from archnet.runs.folder import atomic
 from archnet.search import PRESET, Ledger, Measured, Promise, Search, SearchError
@@ -43,7 +43,7 @@ from archnet.tensors import read_tensors
 
 
 @dataclass(frozen=True, repr=False)
-class Searched:
+class Searched(AsTable):
     """What a search has found.
 
     Attributes:
@@ -84,15 +84,6 @@ class Searched:
             said = f"missed by {self.shortfall:.2f} points"
         columns = ("trial", "student", "training", "agreement", "drop", "seconds")
         return Printed(f"{self.promise}: {said}", columns, rows, self.advice, left=3)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        """The table in a notebook."""
-        return self.table()._repr_html_()
 
 
 def search(

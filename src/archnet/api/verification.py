@@ -16,12 +16,13 @@ from archnet.lower import target_of
 from archnet.ops import Student
 from archnet.quant import describe
 from archnet.report.checks import checks_table
+from archnet.report.printed import AsTable, Printed
 
 INPUTS = 2000  # that are read, as `archnet verify` does
 
 
 @dataclass(frozen=True, repr=False)
-class Verification:
+class Verification(AsTable):
     """What was compared, a `Check` each: PyTorch in two precisions, the file, further forms."""
 
     name: str
@@ -33,14 +34,9 @@ class Verification:
         """Whether every output of all that was run has the same bits."""
         return all(check.bit_equal == 1 for check in self.checks if not check.skipped)
 
-    def __str__(self) -> str:
-        return str(checks_table(self.name, self.inputs, self.checks))
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        """The table in a notebook."""
-        return checks_table(self.name, self.inputs, self.checks)._repr_html_()
+    def table(self) -> Printed:
+        """A row for each check."""
+        return checks_table(self.name, self.inputs, self.checks)
 
 
 def verify(

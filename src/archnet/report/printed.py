@@ -62,3 +62,19 @@ class Printed:
             f"<table><caption>{escape(self.title)}</caption>{line('th', self.columns)}{body}"
             f"</table>{notes}"
         )
+
+
+class AsTable:
+    """What prints as its table: as text, and as HTML in a notebook."""
+
+    def table(self) -> Printed:
+        """The figures, a row each."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
